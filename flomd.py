@@ -1,0 +1,2813 @@
+#!/usr/bin/env python3
+"""flomd - the daemon that holds flom's locks
+
+    flomd.py [OPTION]...            serve /tmp/flom-LOGIN
+    flomd.py -s /run/flom/socket    serve this UNIX socket
+    flomd.py -a 10.77.0.1           serve this TCP address, port 28015
+    flomd.py -A 239.255.0.1         serve a multicast group, at any free port
+    flomd.py -f ...                 do not detach (systemd, runit, containers)
+
+flom.py starts a daemon when it needs one and finds none; an init system may start it as well.
+Without -f the command returns when the daemon listens.
+
+Exit status: 0, 1 when it cannot serve, 3 when another daemon serves the group, 99 for a wrong
+option or configuration file.
+"""
+import argparse
+import binascii
+import collections
+import contextlib
+import copy
+import errno
+import fcntl
+import heapq
+import itertools
+import operator
+import os
+import pwd
+import random
+import re
+import select
+import selectors
+import signal
+import socket
+import stat
+import struct
+import sys
+import time
+import traceback
+
+
+# --- Shared with flom.py ---------------------------------------------------------------------------
+# ==== Shared with flom.py: begin ====
+VERSION = "1.0"
+LOCK, UNLOCK, PING, DISCOVER, MANAGEMENT = 1, 2, 3, 4, 5  # verbs
+OK, ENQUEUED, WAIT_RESOURCE, BUSY, CANT_WAIT, IMPOSSIBLE = 0, 1, 2, 4, 5, 6  # rc of an answer
+DEADLOCK, STOPPED, LIMIT, INVALID_NAME = 7, 8, 9, -14  # 7, 8 and 9 to clients of ours only
+MODES = "NL CR CW PR PW EX".split()
+LONG_MODES = ["NullLock", "ConcurrentRead", "ConcurrentWrite", "ProtectedRead", "ProtectedWrite",
+              "Exclusive"]
+DEFAULT_RESOURCE, STATUS_RESOURCE = "_RESOURCE", "_STATUS"
+MOST, WIDEST = 2 ** 31 - 1, 2 ** 63 - 1  # greatest number in FLoM's messages, and in ours
+
+
+class UsageError(Exception):
+    """A wrong option, file or name: one line on stderr, status 99, nothing is run."""
+
+
+class ProtocolError(Exception):
+    """The peer broke the protocol: its connection is closed."""
+
+
+# A message is an XML element `msg`; its end is the bytes </msg>.  The reader takes what FLoM's
+# takes, less comments, CDATA and DOCTYPE: one expression cuts tags, one finds their attributes.
+END = b"</msg>"
+HEADER = '<?xml version="1.0" encoding="UTF-8" ?>'
+_PAIR = r"""([A-Za-z_][-\w.]*)\s*=\s*(?:"([^"<]*)"|'([^'<]*)')"""
+_start = re.compile(r"\s*(?:<\?xml\s[^<>?]*\?>)?", re.ASCII).match
+_tag = re.compile(r"\s*<(/?)([A-Za-z_][-\w.]*)((?:\s+%s)*)\s*(/?)>"
+                  % re.sub(r"\((?!\?)", "(?:", _PAIR), re.ASCII).match
+_pairs = re.compile(_PAIR, re.ASCII).findall
+_entity = re.compile(r"&(?:#([0-9]{1,7})|#x([0-9A-Fa-f]{1,6})|(amp|lt|gt|quot|apos));|&")
+_ENTITIES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'"}
+_ESCAPES = {ord(char): f"&{name};" for name, char in _ENTITIES.items() if char != "'"}
+_ELEMENTS = {"msg", "session", "resource", "answer", "network", "shutdown"}
+_NUMBERS = {  # the attributes that are numbers: least, greatest
+    "level": (3, 3), "verb": (1, 5), "step": (0, 99), "mode": (0, 5), "wait": (0, 1),
+    "create": (0, 1), "lifespan": (0, MOST), "quantity": (1, MOST), "rollback": (0, 1),
+    "rc": (-MOST, MOST), "port": (1, 65535), "immediate": (0, 1), "progress": (0, 1),
+    "position": (0, MOST), "token": (0, WIDEST), "reclaim": (0, WIDEST), "started": (0, WIDEST)}
+
+
+def element(tag, *attributes, end="/>"):
+    """The text of one element; attributes are pairs (name, value), None leaves one out."""
+    return f"<{tag}" + "".join([f' {name}="{str(value).translate(_ESCAPES)}"'
+                                for name, value in attributes if value is not None]) + end
+
+
+def encode(verb, step, *elements, **attributes):
+    """The bytes of a message of these elements; `attributes` (ours) go on `msg` itself."""
+    ours = element("", *attributes.items(), end="")[1:]
+    text = f'{HEADER}<msg level="3" verb="{verb}" step="{step}"{ours}>{"".join(elements)}</msg>'
+    return text.encode("ascii")
+
+
+def decode(data):
+    """The elements of a message, {tag: {attribute: value}}, numbers as int, or ProtocolError."""
+    elements, inside = {}, []
+    for closing, tag, attributes, empty in tags(data):
+        if closing:
+            if attributes or empty or not inside or inside.pop() != tag:
+                raise ProtocolError(f"misplaced </{tag}>")
+            continue
+        if tag in elements or (tag == "msg") == bool(inside):
+            raise ProtocolError(f"misplaced <{tag}>")
+        if tag in _ELEMENTS:
+            elements[tag] = attributes
+        elif attributes:
+            raise ProtocolError(f"unknown element <{tag}> with attributes")
+        if not empty:
+            inside.append(tag)
+        for name in _NUMBERS.keys() & attributes.keys():
+            value, (least, greatest) = attributes[name], _NUMBERS[name]
+            if not re.fullmatch("-?[0-9]{1,19}", value) or not least <= int(value) <= greatest:
+                raise ProtocolError(f"{name}={value[:40]!r}, not from {least} to {greatest}")
+            attributes[name] = int(value)
+    if inside or not {"verb", "step"} <= elements.get("msg", {}).keys():
+        raise ProtocolError("not a whole message")
+    return elements
+
+
+def tags(data):
+    """Yields (closing, name, {attribute: text}, empty) for each tag; raises ProtocolError."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ProtocolError("not UTF-8")
+    position = _start(text).end()
+    while position < len(text):
+        found = _tag(text, position)
+        if not found:
+            raise ProtocolError(f"unreadable: {text[position:position + 20]!r}")
+        closing, name, inner, empty = found.groups()
+        pairs = _pairs(inner) if inner else ()
+        attributes = {key: _entity.sub(_character, one or other) for key, one, other in pairs}
+        if len(attributes) < len(pairs):
+            raise ProtocolError(f"<{name}> repeats an attribute")
+        yield closing, name, attributes, empty
+        position = found.end()
+
+
+def _character(found):
+    decimal, hexadecimal, name = found.groups()
+    code = int(decimal or hexadecimal or "0", 10 if decimal else 16)
+    if not name and (not 0 < code < 0x110000 or 0xD800 <= code < 0xE000):
+        raise ProtocolError(f"unknown entity {found.group()}")
+    return _ENTITIES[name] if name else chr(code)
+
+
+def encode_name(name):
+    """A resource name in base64; bytes that are not UTF-8 travel as they came (surrogateescape)."""
+    return binascii.b2a_base64(name.encode("utf-8", "surrogateescape"), newline=False).decode()
+
+
+def decode_name(text):
+    """The name whose base64 is `text`; raises ProtocolError."""
+    if len(text) % 4 or not re.fullmatch("[A-Za-z0-9+/]*={0,2}", text):
+        raise ProtocolError(f"{text[:40]!r} is no base64")
+    return binascii.a2b_base64(text).decode("utf-8", "surrogateescape")
+
+
+# The kinds of resource, told apart by name (the whole name, where FLoM looks at each line).
+_WORD = "[A-Za-z][A-Za-z0-9]*"
+_kind = re.compile(
+    rf"(?P<simple>_RESOURCE|{_WORD})|(?P<numeric>{_WORD}\[[0-9]+\])|(?P<set>{_WORD}(?:\.{_WORD})+)|"
+    rf"(?P<hierarchical>(?:/[^/\\\n]+)+)|(?P<sequence>_[sS]_{_WORD}\[[0-9]+\])|"
+    r"(?P<timestamp>_t_[%#A-Za-z][%#.:A-Za-z0-9]*\[[0-9]+\])").fullmatch
+
+
+def kind_of(name):
+    """The kind of the resource `name`, None when it is no resource name."""
+    kind = _kind(name) and _kind(name).lastgroup
+    if kind in ("numeric", "sequence", "timestamp"):  # [0] is the name of a numeric one, of no use
+        return kind if len(name) < 400 and (kind != "numeric") <= size_of(name) <= MOST else None
+    return kind
+
+
+def size_of(name):
+    """The number in the brackets of a numeric, sequence or timestamp name."""
+    return int(name[name.rindex("[") + 1:-1])
+
+
+def _number(least, greatest, meaning=int):
+    def convert(value):
+        result = meaning(int(value, 16 if "x" in value.lower() else 10))
+        return result if least <= result <= greatest else None
+    return "[+-]?[0-9]{1,20}|0[xX][0-9a-fA-F]{1,16}", convert, f"one of {least} to {greatest}"
+
+
+# The types of settings: the form of the text, what it means (None: it is wrong), what is allowed.
+_NAMES = [name.upper() for name in MODES + LONG_MODES]
+_SIGNALS = {word: int(s) for s in signal.Signals for word in (s.name, s.name[3:], str(int(s)))}
+TYPES = {
+    "text": (".+", str, "a text that is not empty"),
+    "flag": ("(?i)yes|y|true|1|on|no|n|false|0|off",
+             lambda value: value.lower() in ("yes", "y", "true", "1", "on"),
+             "yes or no (y n true false 1 0 on off)"),
+    "name": (".+", lambda name: name if kind_of(name) and name != DEFAULT_RESOURCE else None,
+             f"NAME NAME[N] A.B.C /A/B _s_NAME[N] _S_NAME[N] _t_FORMAT[N], N from 1 to {MOST},"),
+    "mode": ("(?i)" + "|".join(_NAMES), lambda value: _NAMES.index(value.upper()) % len(MODES),
+             "one of " + " ".join(MODES + LONG_MODES)),
+    "socket": (".+", lambda value: os.path.abspath(value) if len(
+        os.fsencode(os.path.abspath(value))) < 108 else None, "a path of at most 107 bytes"),
+    "signal": (".+", lambda value: _SIGNALS.get(value.upper()), "what --signal-list lists"),
+    "octal": ("0?[0-7]{3}", lambda value: int(value, 8), "an octal mode such as 0600"),
+    "policy": ("fair|first-fit", str, "fair or first-fit"),
+    "loss": ("warn|term|ignore", str, "warn, term or ignore"),
+    "deadlock": ("fail|wait", str, "fail or wait"), "any": _number(-MOST, MOST),
+    "ms": _number(0, MOST), "size": _number(0, MOST, abs), "port": _number(1, 65535),
+    "count": _number(1, MOST, lambda value: abs(value) or 1), "hops": _number(0, 255),
+    "units": _number(1, MOST, lambda value: value or 1), "s": _number(1, 32767),
+    "probes": _number(1, 127), "status": _number(0, 255)}
+
+# One row for each setting, in the order of -V.  Users: c, options of flom.py; d, options of
+# flomd.py, handed on to a daemon that flom.py starts.
+Setting = collections.namedtuple("Setting", "group key short long type default users help")
+SETTINGS = [Setting(*path.split("/"), *(" " + options).split(" ")[-2:], *rest)
+            for path, options, *rest in (
+    ("Trace/DaemonTraceFile", "t daemon-trace-file", "text", None, "cd", "log of the daemon"),
+    ("Trace/CommandTraceFile", "T command-trace-file", "text", None, "c", "log of this command"),
+    ("Trace/AppendTraceFile", "append-trace-file", "flag", False, "cd", "append to the logs"),
+    ("Trace/Verbose", "V verbose", "flag", False, "cd", "print settings and events"),
+    ("Resource/Name", "r resource-name", "name", DEFAULT_RESOURCE, "c", "what to lock"),
+    ("Resource/Timeout", "o resource-timeout", "any", -1, "c", "ms to wait; 0: none, -1: for ever"),
+    ("Resource/Quantity", "q resource-quantity", "units", 1, "c", "units of a numeric resource"),
+    ("Resource/LockMode", "l lock-mode", "mode", 5, "c", "NL CR CW PR PW EX"),
+    ("Resource/Create", "e resource-create", "flag", True, "c", "create the resource"),
+    ("Resource/IdleLifespan", "i resource-idle-lifespan", "size", 0, "c", "ms to outlive users"),
+    ("Daemon/SocketName", "s socket-name", "socket", None, "cd", "UNIX socket of the daemon"),
+    ("Daemon/Lifespan", "d daemon-lifespan", "any", 5000, "cd", "ms unused; -1: ever, 0: no start"),
+    ("Daemon/UnicastAddress", "a unicast-address", "text", None, "cd", "of the daemon; or several"),
+    ("Daemon/UnicastPort", "p unicast-port", "port", 28015, "cd", "TCP port of the daemon"),
+    ("Daemon/MulticastAddress", "A multicast-address", "text", None, "cd", "group of the daemon"),
+    ("Daemon/MulticastPort", "P multicast-port", "port", 28015, "cd", "UDP port of the group"),
+    ("Daemon/MountPointVFS", "m mount-point-vfs", "text", None, "cd", "where its state is shown"),
+    ("Monitor/IgnoredSignals", "ignore-signal", "signal", (), "c", "signal to ignore; repeatable"),
+    ("Network/NetworkInterface", "n network-interface", "text", None, "cd", "for multicast"),
+    ("Network/DiscoveryAttempts", "D discovery-attempts", "count", 2, "cd", "number of questions"),
+    ("Network/DiscoveryTimeout", "I discovery-timeout", "size", 500, "cd", "ms for an answer"),
+    ("Network/DiscoveryTTL", "discovery-ttl", "hops", 1, "cd", "hops that questions go"),
+    ("Network/TcpKeepaliveTime", "tcp-keepalive-time", "s", 60, "cd", "s to the first probe"),
+    ("Network/TcpKeepaliveIntvl", "tcp-keepalive-intvl", "s", 10, "cd", "s between probes"),
+    ("Network/TcpKeepaliveProbes", "tcp-keepalive-probes", "probes", 6, "cd", "probes in vain"),
+    ("TLS/TlsCertificate", "tls-certificate", "text", None, "cd", "PEM file of the certificate"),
+    ("TLS/TlsPrivateKey", "tls-private-key", "text", None, "cd", "PEM file of its key"),
+    ("TLS/TlsCaCertificate", "tls-ca-certificate", "text", None, "cd", "PEM file of the CA"),
+    ("TLS/TlsCheckPeerId", "tls-check-peer-id", "flag", False, "cd", "peer's CN is its id"),
+    ("Daemon/SocketMode", "socket-mode", "octal", None, "d", "mode of the UNIX socket"),
+    ("Daemon/Policy", "policy", "policy", "fair", "cd", "fair or first-fit"),
+    ("Daemon/RecoveryWindow", "recovery-window", "ms", None, "cd", "ms for former holders"),
+    ("Daemon/StateDir", "state-dir", "text", None, "cd", "where it keeps its state"),
+    ("Daemon/AllowRemoteShutdown", "allow-remote-shutdown", "flag", False, "cd", "obey any host"),
+    ("Monitor/OnLockLoss", "on-lock-loss", "loss", "warn", "c", "warn, term or ignore"),
+    ("Monitor/KillAfter", "kill-after", "ms", 5000, "c", "ms from TERM to KILL"),
+    ("Monitor/Deadlock", "deadlock", "deadlock", "fail", "c", "fail or wait"),
+    ("Monitor/SetEnv", "set-env", "flag", True, "c", "export FLOM_RESOURCE and others"),
+    ("Monitor/ElementArgument", "element-argument", "flag", True, "c", "append it to COMMAND"),
+    ("Monitor/InheritConnection", "inherit-connection", "flag", True, "c", "for the command"),
+    ("Monitor/MinHold", "min-hold", "ms", 0, "c", "ms to keep the lock at least"),
+    ("Monitor/BusyStatus", "busy-status", "status", 98, "c", "status for busy and timeout"),)]
+
+
+class Settings:
+    """The settings by key, each with its origin; one that nobody has set has its default."""
+
+    def __init__(self, **defaults):
+        self.values, self.origins, self.warnings = {}, {}, []
+        self.defaults = dict({setting.key: setting.default for setting in SETTINGS}, **defaults)
+
+    def __getitem__(self, key):
+        return self.values.get(key, self.defaults[key])
+
+    def set(self, setting, texts, origin):
+        """Sets from texts (the last counts, all for a list); raises UsageError: origin and text."""
+        pattern, meaning, allowed = TYPES[setting.type]
+        values = [meaning(text) if re.fullmatch(pattern, text, re.ASCII | re.DOTALL) else None
+                  for text in texts]
+        if None in values:
+            raise UsageError(f"{origin}: {texts[values.index(None)]!r}: {allowed} is allowed")
+        self.values[setting.key] = tuple(values) if setting.default == () else values[-1]
+        self.origins[setting.key] = origin
+
+    def read_file(self, path, required=False):
+        """Takes over a file (FLoM's key file syntax; empty values are none); raises UsageError."""
+        try:
+            with open(path, encoding="utf-8", errors="surrogateescape") as file:
+                lines = file.read().split("\n")
+        except OSError as error:
+            if required or error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                raise UsageError(f"{path}: {error.strerror}")
+            return
+        group, known = None, {(setting.group, setting.key): setting for setting in SETTINGS}
+        for place, line in enumerate(lines, 1):
+            found = re.fullmatch(r"\[(.+)\]|([^=#]+?)\s*=\s*(.*)|#.*|", line.strip())
+            if not found:
+                raise UsageError(f"{path}:{place}: {line!r}: [Group] or Key=value is allowed")
+            group, key = found.group(1) or group, found.group(2)
+            origin = f"{path}:{place}: [{group}]/{key}"
+            if (group, key) in known and found.group(3):
+                self._set_line(known[group, key], found.group(3), origin, os.path.dirname(path))
+            elif key and (group, key) not in known:
+                self.warnings.append(f"{origin}: unknown key, ignored")
+
+    def _set_line(self, setting, text, origin, folder):
+        parts = [part for part in text.split(";") if part] if setting.default == () else [text]
+        texts = [re.sub(r"\\([sntr\\])", lambda found: " \n\t\r\\"["sntr\\".index(found.group(1))],
+                        part) for part in parts]
+        if setting.key.startswith("Tls") and os.path.exists(os.path.join(folder, text)):
+            texts = [os.path.join(folder, text)]
+        self.set(setting, texts, origin)
+
+    def lines(self):
+        """The settings as -V prints them."""
+        for setting in SETTINGS:
+            value = self[setting.key]
+            if setting.default == ():
+                value = ";".join(signal.Signals(number).name for number in sorted(value))
+            shown = f"{value:d}" if isinstance(value, int) else f"'{value or ''}'"
+            yield f"[{setting.group}]/{setting.key}={shown}"
+
+
+def machine_id():
+    """The id of this host, 32 hex digits; where it has none, one derived from its name."""
+    for path in ("/var/lib/dbus/machine-id", "/etc/machine-id"):
+        with contextlib.suppress(OSError, ValueError), open(path) as file:
+            return f"{int(file.read(), 16):032x}"
+    import hashlib
+    return hashlib.sha256(os.fsencode(os.uname().nodename)).hexdigest()[:32]
+
+
+def show_address(address):
+    """HOST:PORT or [HOST]:PORT of the address of a TCP or UDP socket."""
+    host = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
+    return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
+
+
+def tune(connection, idle, interval, probes):
+    """Sets TCP_NODELAY and keepalive (s, s, probes), as far as the platform has them."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_NODELAY", 1), ("TCP_KEEPIDLE", idle), ("TCP_KEEPINTVL", interval),
+                        ("TCP_KEEPCNT", probes)):
+        with contextlib.suppress(AttributeError, OSError):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+# ==== Shared with flom.py: end ====
+
+
+# --- Errors -------------------------------------------------------------------------------------
+
+
+class CannotServe(Exception):
+    """The daemon cannot serve: one line on stderr, status 1."""
+
+
+class SteppedBack(Exception):
+    """Another daemon serves the group: status 3, nothing on stderr."""
+
+
+# --- Lock engine --------------------------------------------------------------------------------
+# Requests, resources and the queue policy.  Pure: no socket, no clock, no log.  Every call is given
+# `now`, an object with mono (s, monotonic), wall (s since 1970), local() (µs of local time) and
+# format(text) (strftime of that moment), and what follows comes back as decisions.
+#
+# The queue policy.  A request is compatible with another when the two could be held together.
+# Under `fair` a request is granted when it is compatible with every holder and with every waiter
+# ahead of it, so whoever waits is overtaken only by those that cannot delay it, and nobody starves.
+# Under `first-fit`, FLoM's rule, the waiters ahead do not count.
+#
+# To grant without looking at every waiter, the waiters of a resource stand in lanes: all requests
+# of a lane are alike (the same mode; in a tree the same node, too), so if the first of a lane
+# cannot be granted none of it can.  Taking the lanes by the arrival of their first waiter, and each
+# lane until its first waiter must stay, visits exactly the waiters that are granted and one more
+# for each lane.  A waiter that stays because of one ahead of it remembers that one: as long as it
+# waits too, nothing has changed.
+#
+# One exception: a request does not wait for a waiter that itself waits, directly or not, for an
+# ancestor of the request, that is for a command that will not end before the request is granted.
+# Those nested requests are few; they are looked at one by one.
+
+NEW, PARKED, DEFERRED, QUEUED, HELD = "new", "parked", "deferred", "queued", "held"
+CONFLICTS = ((), (5,), (3, 4, 5), (2, 4, 5), (2, 3, 4, 5), (1, 2, 3, 4, 5))  # by mode
+LEAST_LIFESPAN = 2000  # ms that an idle resource stays at least; commands in a row rely on it
+
+Decision = collections.namedtuple("Decision", "session verdict element token position reason")
+Decision.__new__.__defaults__ = (None,) * 4
+
+
+class Request:
+    """What a session asks for: a waiter while it is queued, a holder once it is granted."""
+    __slots__ = ("session", "name", "mode", "quantity", "wait", "create", "lifespan", "ident",
+                 "parents", "patient", "reclaim", "element", "who", "resource", "serial", "state",
+                 "token", "since", "behind", "ancestors", "below", "key", "path")
+
+    def __init__(self, session, name, mode=0, quantity=1, wait=0, create=0, lifespan=0):
+        self.session, self.name, self.mode, self.quantity = session, name, mode, quantity
+        self.wait, self.create, self.lifespan = wait, create, lifespan  # lifespan in ms
+        self.ident = self.resource = self.token = self.behind = self.element = None
+        self.parents = self.ancestors = self.below = ()  # below: the queued requests under it
+        self.patient = False  # it ends by itself, or its user says so: never a deadlock
+        self.reclaim = None  # the token of a lock that the session says it has; element with it
+        self.who, self.state, self.serial, self.since = "", NEW, 0, 0
+        self.key = self.path = None  # the name of the resource, and the node in a tree
+
+    def copy(self):
+        """Another request of the same session, in no place yet and with nobody below it."""
+        other = copy.copy(self)
+        other.below, other.behind, other.state = (), None, NEW
+        return other
+
+    def same(self, other):
+        """Whether `other` repeats this request."""
+        return (self.name, self.mode, self.quantity) == (other.name, other.mode, other.quantity)
+
+
+class Resource:
+    """A resource: its holders, its waiters and the policy.  A kind is a class below this one."""
+
+    def __init__(self, name, first_fit):
+        self.name, self.first_fit = name, first_fit
+        self.holders = {}  # session: Request
+        self.lanes = {}  # lane: OrderedDict of session: Request, in order of arrival
+        self.waiting = 0
+        self.nested = collections.OrderedDict()  # the waiters with living ancestors
+        self.lifespan = LEAST_LIFESPAN  # ms
+        self.idle_since = self.due = None
+        self.last_token = 0
+
+    # What a kind says.
+
+    @classmethod
+    def accepts(cls, name):
+        """Whether a resource of this name can do its work at all."""
+        return True
+
+    def possible(self, request):
+        """Whether the request can be granted at all, ever."""
+        return True
+
+    def fits(self, request, now):
+        """Whether the request is compatible with the holders, at this time."""
+        raise NotImplementedError
+
+    def take(self, request, now):
+        """Books the request and returns its element, or None; a reclaim brings its element."""
+        raise NotImplementedError
+
+    def give_back(self, request, committed):
+        """Undoes take(); committed: the command of a transactional sequence succeeded."""
+        raise NotImplementedError
+
+    def lane(self, request):
+        """The lane of the request: waiters of one lane are alike."""
+        return None
+
+    def rivals(self, request):
+        """The lanes whose waiters are incompatible with the request."""
+        return self.lanes
+
+    def near(self, request):
+        """The lanes that may move when the request is gone."""
+        return self.lanes
+
+    def clash(self, one, other):
+        """Whether the two requests are incompatible."""
+        return True
+
+    def opponents(self, request):
+        """The holders that the request waits for."""
+        return [holder for holder in self.holders.values() if self.clash(request, holder)]
+
+    def retry_at(self, now):
+        """The time (monotonic) at which a waiter may fit without any release, or None."""
+        return None
+
+    def reclaimable(self, request):
+        """Whether no grant since the token of the reclaim can have conflicted with it."""
+        return self.last_token <= request.reclaim
+
+    def could_have(self, request):
+        """Whether the element of a reclaim is one of this resource."""
+        return True
+
+    @property
+    def stand_in(self):
+        """The kind that behaves like this one, the clock left aside."""
+        return type(self)
+
+    # The policy.
+
+    def admits(self, request, now):
+        """Whether the policy grants the request now (nested requests aside)."""
+        return self.fits(request, now) and (self.first_fit or not self.is_behind(request))
+
+    def is_behind(self, request):
+        """Whether an incompatible waiter is ahead of the request."""
+        if request.behind is not None and request.behind.state is QUEUED:
+            return True
+        for lane in self.rivals(request):
+            queue = self.lanes.get(lane)
+            if queue:
+                first = next(iter(queue.values()))
+                if first.serial < request.serial:
+                    request.behind = first
+                    return True
+        return False
+
+    def ahead(self, request):
+        """The waiters ahead of the request that it must wait for under the policy."""
+        if self.first_fit:
+            return []
+        return [other for queue in self.lanes.values() for other in queue.values()
+                if other.serial < request.serial and self.clash(request, other)]
+
+    def enqueue(self, request):
+        self.lanes.setdefault(self.lane(request), collections.OrderedDict())[
+            request.session] = request
+        self.waiting += 1
+        request.resource, request.state = self, QUEUED
+        for ancestor in request.ancestors:
+            ancestor.below = ancestor.below or set()
+            ancestor.below.add(request)
+        if request.ancestors:
+            self.nested[request.session] = request
+
+    def dequeue(self, request):
+        lane = self.lane(request)
+        del self.lanes[lane][request.session]
+        if not self.lanes[lane]:
+            del self.lanes[lane]
+        self.waiting -= 1
+        request.state, request.behind = NEW, None
+        self.nested.pop(request.session, None)
+        for ancestor in request.ancestors:
+            ancestor.below.discard(request)
+
+    def hold(self, request, now):
+        """Makes the request a holder."""
+        request.element = self.take(request, now)
+        request.resource, request.state = self, HELD
+        self.holders[request.session] = request
+
+    def walk(self, lanes, now):
+        """Makes holders, in queue order, of all waiters in `lanes` that the policy grants, and
+        yields them."""
+        heads = [(next(iter(self.lanes[lane].values())).serial, lane)
+                 for lane in lanes if lane in self.lanes]
+        heapq.heapify(heads)
+        while heads:
+            lane = heapq.heappop(heads)[1]
+            request = next(iter(self.lanes[lane].values()))
+            if self.admits(request, now):
+                self.dequeue(request)
+                self.hold(request, now)
+                yield request
+                if lane in self.lanes:
+                    heapq.heappush(heads, (next(iter(self.lanes[lane].values())).serial, lane))
+
+    def waiters(self):
+        """All waiters in order of arrival."""
+        return sorted((request for queue in self.lanes.values() for request in queue.values()),
+                      key=operator.attrgetter("serial"))
+
+    def key(self):
+        """The state as a hashable value: equal keys behave alike from here on."""
+        return (self.name, tuple(sorted((str(r.session), r.mode, r.quantity, r.element)
+                                        for r in self.holders.values())),
+                tuple((str(r.session), r.mode, r.quantity) for r in self.waiters()))
+
+
+# --- Kinds --------------------------------------------------------------------------------------
+# A kind says what fits, what a grant takes and what a release gives back; nothing about queues.
+
+
+class Simple(Resource):
+    """Locked as a whole, in one of six modes."""
+
+    def __init__(self, name, first_fit):
+        super().__init__(name, first_fit)
+        self.held = [0] * len(MODES)  # holders by mode
+        self.last_tokens = [0] * len(MODES)
+
+    def fits(self, request, now):
+        held = self.held
+        for mode in CONFLICTS[request.mode]:
+            if held[mode]:
+                return False
+        return True
+
+    def take(self, request, now):
+        self.held[request.mode] += 1
+
+    def give_back(self, request, committed):
+        self.held[request.mode] -= 1
+
+    def lane(self, request):
+        return request.mode
+
+    def rivals(self, request):
+        return CONFLICTS[request.mode]
+
+    def clash(self, one, other):
+        return other.mode in CONFLICTS[one.mode]
+
+    def reclaimable(self, request):
+        return all(self.last_tokens[mode] <= request.reclaim for mode in CONFLICTS[request.mode])
+
+
+class Numeric(Resource):
+    """A pool of units, of which a request takes some."""
+
+    def __init__(self, name, first_fit):
+        super().__init__(name, first_fit)
+        self.free = self.units = size_of(name)
+
+    def possible(self, request):
+        return request.quantity <= self.units
+
+    def fits(self, request, now):
+        return request.quantity <= self.free
+
+    def take(self, request, now):
+        self.free -= request.quantity
+
+    def give_back(self, request, committed):
+        self.free += request.quantity
+
+    def lane(self, request):
+        return request.quantity if self.first_fit else None
+
+    def opponents(self, request):
+        return [] if self.fits(request, None) else list(self.holders.values())
+
+
+class Set(Resource):
+    """Slots with labels; each grant takes one, the search beginning one further each time."""
+
+    def __init__(self, name, first_fit):
+        super().__init__(name, first_fit)
+        self.labels = name.split(".")
+        self.free = [True] * len(self.labels)
+        self.slots = {}  # session: index of its slot
+        self.next = 0
+
+    def _slot(self, request):
+        count = len(self.labels)
+        for index in (range(self.next, self.next + count)):
+            if self.free[index % count] and request.element in (None, self.labels[index % count]):
+                return index % count
+        return None
+
+    def fits(self, request, now):
+        return self._slot(request) is not None
+
+    def take(self, request, now):
+        slot = self._slot(request)
+        if request.reclaim is None:
+            self.next = (self.next + 1) % len(self.labels)
+        self.free[slot] = False
+        self.slots[request.session] = slot
+        return self.labels[slot]
+
+    def give_back(self, request, committed):
+        self.free[self.slots.pop(request.session)] = True
+
+    def opponents(self, request):
+        return [] if self.fits(request, None) else list(self.holders.values())
+
+    def key(self):
+        return super().key() + (self.next, tuple(self.free))
+
+
+class Node:
+    """A node of a tree that holders or waiters stand on or below: their numbers by mode."""
+    __slots__ = ("path", "children", "held", "held_below", "queued", "queued_below")
+
+    def __init__(self, path):
+        self.path, self.children = path, {}
+        self.held, self.held_below = [0] * len(MODES), [0] * len(MODES)
+        self.queued, self.queued_below = [0] * len(MODES), [0] * len(MODES)
+
+    def empty(self):
+        return not (self.children or any(self.held) or any(self.queued))
+
+
+class Hierarchical(Resource):
+    """A tree: a request must be compatible with those on its node, above it and below it.
+
+    Every node counts what is held and queued on it and below it, so a request is checked by
+    walking down its path; nodes that nobody uses are removed.
+    """
+
+    def __init__(self, name, first_fit):
+        super().__init__(name, first_fit)
+        self.root = Node(())
+        self.last_tokens = [0] * len(MODES)
+
+    @staticmethod
+    def _path(request):
+        if request.path is None:
+            request.path = tuple(request.name.split("/")[2:])
+        return request.path
+
+    def _nodes(self, path):
+        """Yields the nodes from the root to `path`, as far as they exist."""
+        node = self.root
+        yield node
+        for level in path:
+            node = node.children.get(level)
+            if node is None:
+                return
+            yield node
+
+    def _count(self, request, at, below, difference):
+        """Adds to the numbers of the request's node (`at`) and of those above it (`below`)."""
+        path, mode, node = self._path(request), request.mode, self.root
+        nodes = [node]
+        for depth, level in enumerate(path, 1):
+            getattr(node, below)[mode] += difference
+            if level not in node.children:
+                node.children[level] = Node(path[:depth])
+            node = node.children[level]
+            nodes.append(node)
+        getattr(node, at)[mode] += difference
+        while len(nodes) > 1 and nodes[-1].empty():
+            del nodes[-2].children[nodes.pop().path[-1]]
+
+    def fits(self, request, now):
+        path, conflicts, node = self._path(request), CONFLICTS[request.mode], None
+        depth = -1
+        for depth, node in enumerate(self._nodes(path)):
+            if any(node.held[mode] for mode in conflicts):
+                return False
+        return depth < len(path) or not any(node.held_below[mode] for mode in conflicts)
+
+    def take(self, request, now):
+        self._count(request, "held", "held_below", 1)
+
+    def give_back(self, request, committed):
+        self._count(request, "held", "held_below", -1)
+
+    def enqueue(self, request):
+        super().enqueue(request)
+        self._count(request, "queued", "queued_below", 1)
+
+    def dequeue(self, request):
+        super().dequeue(request)
+        self._count(request, "queued", "queued_below", -1)
+
+    def lane(self, request):
+        return self._path(request), request.mode
+
+    def _lanes(self, request, modes):
+        """Yields the lanes of these modes on the request's node, above it and below it."""
+        path, node, depth = self._path(request), None, -1
+        for depth, node in enumerate(self._nodes(path)):
+            yield from ((node.path, mode) for mode in modes if node.queued[mode])
+        below = list(node.children.values()) if depth == len(path) else []
+        while below:
+            node = below.pop()
+            yield from ((node.path, mode) for mode in modes if node.queued[mode])
+            if any(node.queued_below[mode] for mode in modes):
+                below.extend(node.children.values())
+
+    def rivals(self, request):
+        return self._lanes(request, CONFLICTS[request.mode])
+
+    def near(self, request):
+        return list(self._lanes(request, CONFLICTS[request.mode]))
+
+    def clash(self, one, other):
+        shorter = min(len(self._path(one)), len(self._path(other)))
+        return (other.mode in CONFLICTS[one.mode]
+                and one.path[:shorter] == other.path[:shorter])
+
+    def reclaimable(self, request):
+        # for the whole tree: nodes do not remember those that are gone
+        return all(self.last_tokens[mode] <= request.reclaim for mode in CONFLICTS[request.mode])
+
+
+class Pool(Resource):
+    """Places for a number of holders: what sequences and timestamps have in common."""
+
+    def __init__(self, name, first_fit):
+        super().__init__(name, first_fit)
+        self.places = size_of(name)
+
+    def fits(self, request, now):
+        return len(self.holders) < self.places
+
+    def take(self, request, now):
+        return request.element
+
+    def give_back(self, request, committed):
+        pass
+
+    def opponents(self, request):
+        return [] if Pool.fits(self, request, None) else list(self.holders.values())
+
+
+class Sequence(Pool):
+    """Each grant carries the next value; a transactional one gets back what was not committed."""
+    GREATEST = 2 ** 32 - 1
+
+    def __init__(self, name, first_fit):
+        super().__init__(name, first_fit)
+        self.transactional = name.startswith("_S_")
+        self.returned = collections.deque()
+        self.next = 1
+
+    def take(self, request, now):
+        if request.reclaim is not None:
+            self.next = max(self.next, int(request.element) % self.GREATEST + 1)
+            if request.element in self.returned:
+                self.returned.remove(request.element)
+            return request.element
+        if self.returned:
+            return self.returned.popleft()
+        value, self.next = self.next, self.next % self.GREATEST + 1
+        return str(value)
+
+    def give_back(self, request, committed):
+        if self.transactional and not committed:
+            self.returned.append(request.element)
+
+    def could_have(self, request):
+        value = request.element or ""
+        return bool(re.fullmatch("[1-9][0-9]{0,9}", value)) and int(value) <= self.GREATEST
+
+    def key(self):
+        return super().key() + (self.next, tuple(self.returned))
+
+
+class Timestamp(Pool):
+    """Each grant carries a time of its own, so it may have to wait for the clock."""
+    RESOLUTIONS = (("#ffffff", 1), ("#fffff", 10), ("#ffff", 100), ("#fff", 1000), ("#ff", 10 ** 4),
+                   ("#f", 10 ** 5), ("%c %r %s %S %T %X", 10 ** 6), ("%M %R", 60 * 10 ** 6),
+                   ("%H %I", 3600 * 10 ** 6))  # what the format contains: length in µs
+
+    def __init__(self, name, first_fit):
+        super().__init__(name, first_fit)
+        self.format = name[len("_t_"):name.rindex("[")]
+        self.resolution = self._resolution(name)
+        self.last = None  # the interval of the last grant
+
+    @classmethod
+    def _resolution(cls, name):
+        for tokens, length in cls.RESOLUTIONS:
+            if any(token in name for token in tokens.split()):
+                return length
+        return None
+
+    @classmethod
+    def accepts(cls, name):
+        """A format in which two grants could not be told apart is refused."""
+        return cls._resolution(name) is not None
+
+    stand_in = Pool
+
+    def fits(self, request, now):
+        return super().fits(request, now) and (
+            self.last is None or request.reclaim is not None
+            or now.local() // self.resolution > self.last)
+
+    def take(self, request, now):
+        self.last = max(now.local() // self.resolution, self.last or 0)
+        if request.reclaim is not None:
+            return request.element
+        text, micros = self.format, f"{now.local() % 10 ** 6:06d}"
+        for digits in range(6, 0, -1):
+            text = text.replace("#" + "f" * digits, "." + micros[:digits])
+        return now.format(text)
+
+    def retry_at(self, now):
+        """The start of the next interval, but a second from now at the latest: clocks are set."""
+        if not self.waiting or self.last is None or len(self.holders) >= self.places:
+            return None
+        wanted = (self.last + 1) * self.resolution - now.local()  # µs
+        return now.mono + min(max(wanted / 10 ** 6, 0), 1)
+
+
+KINDS = {"simple": Simple, "numeric": Numeric, "set": Set, "hierarchical": Hierarchical,
+         "sequence": Sequence, "timestamp": Timestamp}
+
+
+# --- Lock table ---------------------------------------------------------------------------------
+# All resources and all requests: creation, parked requests, idle life, reclaims, deadlocks.  Pure,
+# as the engine is.  A session has at most one request; it is in `requests` from its first answer
+# until it has been refused, released or is gone.
+#
+# Times: a resource that is idle, or whose waiters wait for the clock, has one entry in the heap
+# `_due` (perhaps an early one: when it comes up the resource is asked again).
+#
+# The recovery window.  A daemon that follows one that ended under its holders grants reclaims
+# alone for a while.  Others queue; one that would not wait is deferred, since neither "granted" nor
+# "busy" would be true yet.
+#
+# Deadlock.  A command under a lock that asks for another one keeps the first until it is granted
+# the second.  Whether a nested request can ever be granted is found by reduction: in a copy of the
+# part of the table that matters, every holder ends that has no queued request below it, what can
+# be granted then is granted, and so on.  If the request is never granted it is refused.  A mere
+# cycle would not do: of two holders of a pool one may be free to end.
+
+DEFER = 5  # s that a request without wait may be deferred
+DAY = 86400 << 32  # a day in tokens
+EPOCH = 1577836800  # tokens count seconds from 2020-01-01 UTC in their upper half
+
+
+class LockTable:
+    """Requests, releases and disconnects in, lists of decisions out."""
+
+    def __init__(self, first_fit=False, epoch=0, window_until=None, most_waiters=None):
+        self.first_fit, self.most_waiters = first_fit, most_waiters
+        self.resources = {}  # name, of a tree that of its first level: Resource
+        self.requests = {}  # session: Request
+        self.parked = {}  # name: OrderedDict of session: Request
+        self.deferred = collections.OrderedDict()  # session: time (monotonic)
+        self.window_until = window_until  # monotonic time at which the recovery window ends
+        self.holding = self.waiting = 0
+        self.last_token = epoch << 32
+        self._by_id = {}  # id: the holder with it
+        self._due = []
+        self._serial = 0
+
+    # What comes in.
+
+    def request(self, request, now):
+        """A session asks; it gets one decision, others may get more (those woken by it)."""
+        decisions, before = [], self.requests.get(request.session)
+        if before is not None:
+            if before.state is HELD or request.wait and request.same(before):
+                return [self._repeated(before, request)]
+            decisions = self._forget(before, now)
+        self._serial += 1
+        request.serial, request.since = self._serial, now.wall
+        self.requests[request.session] = request
+        request.ancestors = [self._by_id[ident] for ident in request.parents
+                             if ident in self._by_id]
+        return decisions + self._place(request, now)
+
+    def release(self, session, committed, now):
+        """The holder lets go; committed: its command succeeded."""
+        request = self.requests[session]
+        request.resource.give_back(request, committed)
+        return self._forget(request, now)
+
+    def gone(self, session, now):
+        """The session has ended, whatever it held or waited for."""
+        request = self.requests.get(session)
+        if request is None:
+            return []
+        if request.state is HELD:
+            return self.release(session, False, now)
+        return self._forget(request, now)
+
+    def expire(self, now):
+        """Does what is due at `now`."""
+        decisions = []
+        if self.window_until is not None and self.window_until <= now.mono:
+            decisions += self._end_window(now)
+        while self.deferred and next(iter(self.deferred.values())) <= now.mono:
+            session = next(iter(self.deferred))
+            decisions += self._refuse(self.requests[session], BUSY)
+        while self._due and self._due[0][0] <= now.mono:
+            when, _, resource = heapq.heappop(self._due)
+            if resource.due == when:
+                resource.due = None
+                decisions += self._settle(resource, list(resource.lanes), now)
+        return decisions
+
+    def next_deadline(self):
+        """The monotonic time at which expire() is to be called, or None."""
+        times = [when for when, _, _ in self._due[:1]]
+        times.extend(itertools.islice(self.deferred.values(), 1))
+        if self.window_until is not None:
+            times.append(self.window_until)
+        return min(times, default=None)
+
+    def empty(self):
+        """Whether nothing at all is left: no resource, not even an idle one, and no request."""
+        return not self.resources and not self.requests
+
+    # From the request to its place.
+
+    @staticmethod
+    def _repeated(before, request):
+        """The answer to a second request of a session that has one."""
+        if before.state is HELD:
+            if ((before.name, before.mode) == (request.name, request.mode)
+                    and request.quantity <= before.quantity):
+                return Decision(request.session, OK, before.element, before.token)
+            return Decision(request.session, BUSY)
+        verdict = WAIT_RESOURCE if before.state is PARKED else ENQUEUED
+        return Decision(request.session, verdict)
+
+    def _place(self, request, now):
+        """Finds or makes the resource of a new request and takes it there."""
+        kind = kind_of(request.name)
+        if kind is None or not KINDS[kind].accepts(request.name):
+            return self._refuse(request, INVALID_NAME)
+        name = request.name
+        request.key = "/" + name.split("/", 2)[1] if kind == "hierarchical" else name
+        resource = self.resources.get(request.key)
+        if resource is not None:
+            resource.lifespan = max(resource.lifespan, request.lifespan)
+            return self._admit(request, resource, now)
+        if request.reclaim is not None and self.window_until is None:
+            return self._refuse(request, BUSY, "nothing is known of it any more")
+        if not request.create:
+            return self._park(request, now)
+        resource = KINDS[kind](request.key, self.first_fit)
+        if not resource.possible(request):
+            return self._refuse(request, IMPOSSIBLE)
+        return self._create(request, resource, now)
+
+    def _create(self, request, resource, now):
+        """A new resource: its creator is the first, those that waited for it come next."""
+        resource.lifespan = max(LEAST_LIFESPAN, request.lifespan)
+        self.resources[request.key] = resource
+        decisions = self._admit(request, resource, now)
+        for other in self.parked.pop(request.key, {}).values():
+            self.waiting -= 1
+            other.state = NEW
+            resource.lifespan = max(resource.lifespan, other.lifespan)
+            decisions += self._admit(other, resource, now)
+        self._look_again(resource, now)
+        return decisions
+
+    def _park(self, request, now):
+        """The resource does not exist and the request must not create it."""
+        if not request.wait:
+            if self.window_until is not None:
+                return self._defer(request, now)
+            return self._refuse(request, CANT_WAIT)
+        if self._full():
+            return self._refuse(request, LIMIT)
+        request.state = PARKED
+        self.waiting += 1
+        self.parked.setdefault(request.key, collections.OrderedDict())[request.session] = request
+        return [Decision(request.session, WAIT_RESOURCE)]
+
+    def _admit(self, request, resource, now):
+        """Grants, queues or refuses a request for a resource that exists."""
+        if not resource.possible(request):
+            return self._refuse(request, IMPOSSIBLE)
+        if request.reclaim is not None:
+            return self._reclaim(request, resource, now)
+        if self.window_until is None:
+            if resource.admits(request, now) or self._may_pass(request, resource, now):
+                return [self._grant(request, resource, now)]
+            if not request.wait:
+                return self._refuse(request, BUSY)
+        elif not request.wait:
+            return self._defer(request, now)
+        if self._full():
+            return self._refuse(request, LIMIT)
+        return self._enqueue(request, resource, now)
+
+    def _enqueue(self, request, resource, now):
+        resource.enqueue(request)
+        self.waiting += 1
+        if self.window_until is None and self._hopeless(request, now):
+            return self._refuse(request, DEADLOCK, self._cycle(request))
+        self._look_again(resource, now)
+        return [Decision(request.session, ENQUEUED, position=resource.waiting)]
+
+    def _grant(self, request, resource, now):
+        resource.hold(request, now)
+        self.last_token += 1
+        return self._granted(request, self.last_token)
+
+    def _granted(self, request, token):
+        """Keeps the books of a new holder."""
+        resource = request.resource
+        request.token, resource.idle_since = token, None
+        resource.last_token = max(resource.last_token, token)
+        if hasattr(resource, "last_tokens"):
+            resource.last_tokens[request.mode] = max(resource.last_tokens[request.mode], token)
+        self.holding += 1
+        if request.ident and request.ident not in self._by_id:
+            self._by_id[request.ident] = request
+        return Decision(request.session, OK, request.element, token)
+
+    def _full(self):
+        return self.most_waiters is not None and self.waiting >= self.most_waiters
+
+    def _defer(self, request, now):
+        request.state = DEFERRED
+        self.deferred[request.session] = now.mono + DEFER
+        return []
+
+    def _refuse(self, request, verdict, reason=None):
+        """The final decision of a request that gets nothing."""
+        self._forget(request, None)
+        return [Decision(request.session, verdict, reason=reason)]
+
+    # Away again.
+
+    def _forget(self, request, now):
+        """Takes the request out of wherever it stands (what a holder took is given back already);
+        without `now` nobody can be waiting behind it."""
+        session, state, resource = request.session, request.state, request.resource
+        del self.requests[session]
+        if state is HELD:
+            del resource.holders[session]
+            self.holding -= 1
+            if self._by_id.get(request.ident) is request:
+                del self._by_id[request.ident]
+        elif state is QUEUED:
+            resource.dequeue(request)
+            self.waiting -= 1
+        elif state is PARKED:
+            del self.parked[request.key][session]
+            if not self.parked[request.key]:
+                del self.parked[request.key]
+            self.waiting -= 1
+        self.deferred.pop(session, None)
+        request.state = NEW
+        if state in (HELD, QUEUED) and now is not None:
+            return self._settle(resource, resource.near(request), now)
+        return []
+
+    def _settle(self, resource, lanes, now):
+        """Grants what can be granted in these lanes, and sees to the resource's next date."""
+        decisions = []
+        if self.window_until is None:
+            for request in resource.walk(lanes, now):
+                decisions.append(self._promoted(request))
+            for request in list(resource.nested.values()):
+                if self._may_pass(request, resource, now):
+                    resource.dequeue(request)
+                    resource.hold(request, now)
+                    decisions.append(self._promoted(request))
+        self._look_again(resource, now)
+        return decisions
+
+    def _promoted(self, request):
+        self.waiting -= 1
+        self.last_token += 1
+        return self._granted(request, self.last_token)
+
+    def _look_again(self, resource, now):
+        """Destroys the resource if its idle life is over, or sets the date for the next look."""
+        if resource.holders or resource.waiting:
+            resource.idle_since, when = None, resource.retry_at(now)
+        else:
+            if resource.idle_since is None:
+                resource.idle_since = now.mono
+            when = resource.idle_since + resource.lifespan / 1000
+            if when <= now.mono:
+                self.resources.pop(resource.name, None)
+                return
+        if when is not None and (resource.due is None or when < resource.due):
+            self._serial += 1
+            resource.due = when
+            heapq.heappush(self._due, (when, self._serial, resource))
+
+    # Reclaims and the recovery window.
+
+    def _reclaim(self, request, resource, now):
+        """A session that lost its daemon, or its connection, asks for the lock that it has."""
+        before = self._by_id.get(request.ident)
+        if before is not None and before.token == request.reclaim and request.same(before):
+            return self._take_over(request, before, now)
+        if request.reclaim > (int(now.wall) - EPOCH << 32) + DAY:
+            return self._refuse(request, BUSY, "its token lies in the future")
+        if self.window_until is None and not resource.reclaimable(request):
+            return self._refuse(request, BUSY, "it was granted to others since")
+        if not resource.could_have(request) or not resource.fits(request, now):
+            return self._refuse(request, BUSY, "it is held by others")
+        resource.hold(request, now)
+        self.last_token = max(self.last_token, request.reclaim)
+        return [self._granted(request, request.reclaim)]
+
+    def _take_over(self, request, before, now):
+        """The holder comes back on a new connection before its old one was seen to have ended."""
+        resource = before.resource
+        resource.give_back(before, False)
+        request.element = before.element
+        self._forget(before, None)
+        resource.hold(request, now)
+        return [self._granted(request, before.token), Decision(before.session, None)]
+
+    def _end_window(self, now):
+        self.window_until = None
+        decisions = []
+        for resource in list(self.resources.values()):
+            if resource.waiting:
+                decisions += self._settle(resource, list(resource.lanes), now)
+            for request in list(resource.nested.values()):
+                if self._hopeless(request, now):
+                    decisions += self._refuse(request, DEADLOCK, self._cycle(request))
+        for session in list(self.deferred):
+            del self.deferred[session]
+            decisions += self._place(self.requests[session], now)
+        return decisions
+
+    # Nested requests and deadlock.
+
+    def _may_pass(self, request, resource, now):
+        """Whether the request fits, and all that it would wait for wait for its ancestors."""
+        return bool(request.ancestors) and resource.fits(request, now) and all(
+            self._way(waiter, request.ancestors) for waiter in resource.ahead(request))
+
+    @staticmethod
+    def _way(start, goals):
+        """The shortest way, as a list of requests, on which `start` waits for one of `goals`: from
+        a waiter to the holders and waiters in its way, from a holder to the queued requests below
+        it.  Empty when there is none."""
+        came_from, todo = {start: None}, collections.deque([start])
+        while todo:
+            request = todo.popleft()
+            if request is not start and request in goals:
+                way = []
+                while request is not None:
+                    way.append(request)
+                    request = came_from[request]
+                return way[::-1]
+            if request.state is QUEUED:
+                beyond = request.resource.opponents(request) + request.resource.ahead(request)
+            else:
+                beyond = request.below
+            for other in beyond:
+                if other not in came_from:
+                    came_from[other] = request
+                    todo.append(other)
+        return []
+
+    def _hopeless(self, request, now):
+        """Whether a nested request can never be granted, as far as anybody knows."""
+        if not request.ancestors or request.patient:
+            return False
+        copy, shadows = self._copy_around(request, now)
+        ending = [holder for holder in copy.requests.values()
+                  if holder.state is HELD and not holder.below]
+        while ending:
+            for decision in copy.gone(ending.pop().session, now):
+                granted = copy.requests[decision.session]
+                if granted is shadows[request]:
+                    return False
+                ending.extend(holder for holder in [granted] + granted.ancestors
+                              if holder.state is HELD and not holder.below)
+        return True
+
+    def _copy_around(self, request, now):
+        """A table of copies of all resources and requests that can matter for the request; those
+        that end by themselves are left out.  Also returns the copy of each request."""
+        copy, shadows, todo, seen = LockTable(self.first_fit), {}, [request.resource], set()
+        while todo:
+            resource = todo.pop()
+            if resource in seen:
+                continue
+            seen.add(resource)
+            fresh = resource.stand_in(resource.name, self.first_fit)
+            copy.resources[resource.name] = fresh
+            for holder in resource.holders.values():
+                shadows[holder] = holder.copy()
+                fresh.hold(shadows[holder], now)
+                todo.extend(nested.resource for nested in holder.below or ())
+            for waiter in resource.waiters():
+                if not waiter.patient:
+                    shadows[waiter] = waiter.copy()
+                    fresh.enqueue(shadows[waiter])
+        for shadow in shadows.values():
+            shadow.ancestors = [shadows[other] for other in shadow.ancestors if other in shadows]
+            copy.requests[shadow.session] = shadow
+            for ancestor in shadow.ancestors:
+                if shadow.state is QUEUED:
+                    ancestor.below = ancestor.below or set()
+                    ancestor.below.add(shadow)
+                    shadow.resource.nested[shadow.session] = shadow
+        return copy, shadows
+
+    def _cycle(self, request):
+        """One line that names the resources and holders for which a hopeless request waits."""
+        way = self._way(request, request.ancestors)
+        links = [f"{holder.name} is held by {holder.who}" for holder in way if holder.state is HELD]
+        return (", which waits: ".join(links) + ", under which this command runs; a command in the "
+                "background may use --deadlock wait")
+
+
+# --- Session ------------------------------------------------------------------------------------
+# One client's connection as far as the protocol goes: bytes in and calls out, decisions in and
+# bytes out, without a socket.  What is not in the table of messages is out of place.
+#
+# A FLoM client takes every answer of step 24 but rc 1 for a grant, and knows no rc above 6: it is
+# told less, and where the truth cannot be told its connection is closed.
+
+LONGEST = 65536  # bytes of a message; FLoM's own limits, 511 and 1023, are the client's care
+FINAL = {CANT_WAIT, INVALID_NAME, DEADLOCK, LIMIT, STOPPED}  # the daemon half-closes after these
+
+
+class Session:
+    """The state of one connection in terms of the protocol.
+
+    calls() yields what the client wants as tuples: ("lock", Request), ("unlock", committed),
+    ("status",), ("shutdown", immediate), ("send", bytes), ("ignore",).
+    """
+    __slots__ = ("connection", "unread", "ours", "answered", "asked", "holds", "about")
+
+    def __init__(self, connection):
+        self.connection, self.unread = connection, b""
+        self.ours = self.answered = False  # a client of ours; the last lock 8 has had its answer
+        self.asked = self.holds = None  # names of resources
+        self.about = {}  # what a client of ours says of itself
+
+    def calls(self, data):
+        """Yields the calls in the bytes received so far; raises ProtocolError."""
+        self.unread += data
+        while True:
+            end = self.unread.find(END) + len(END)
+            if end < len(END):
+                end = len(self.unread) if len(self.unread) > LONGEST else 0
+            if end > LONGEST:
+                raise ProtocolError(f"a message of more than {LONGEST} bytes")
+            if not end:
+                return
+            message, self.unread = self.unread[:end], self.unread[end:]
+            elements = decode(message)
+            head = elements["msg"]
+            make_call = self._MESSAGES.get((head["verb"], head["step"]))
+            if make_call is None:
+                raise ProtocolError(f"message {head['verb']}/{head['step']} out of place")
+            yield make_call(self, elements)
+
+    def _lock(self, elements):
+        wanted = elements.get("resource", {})
+        if "name" not in wanted:
+            raise ProtocolError("a lock without a name")
+        self.answered, name = False, decode_name(wanted["name"])
+        if name == STATUS_RESOURCE:
+            return ("status",)
+        self.asked = name
+        request = Request(self, name, wanted.get("mode", 0), wanted.get("quantity", 1),
+                          wanted.get("wait", 0), wanted.get("create", 0), wanted.get("lifespan", 0))
+        about = elements.get("session", {})
+        if "client" in about:
+            self.ours, self.about = True, about
+            request.ident = about.get("id")
+            request.parents = tuple(about.get("parent", "").split(",")[:8])
+            request.patient = wanted.get("deadlock") == "wait"
+            request.reclaim, request.element = wanted.get("reclaim"), wanted.get("held")
+            if request.reclaim is None:
+                request.element = None
+        return "lock", request
+
+    def _unlock(self, elements):
+        name = elements.get("resource", {}).get("name")
+        if self.holds is None or name is None or decode_name(name) != self.holds:
+            raise ProtocolError("an unlock of what is not held")
+        self.holds = None
+        return "unlock", not elements["resource"].get("rollback", 0)
+
+    def _management(self, elements):
+        if "immediate" not in elements.get("shutdown", {}):
+            raise ProtocolError("a shutdown that does not say how")
+        return "shutdown", bool(elements["shutdown"]["immediate"])
+
+    def _ping(self, elements):
+        return "send", encode(PING, 16)
+
+    def _pong(self, elements):
+        return ("ignore",)
+
+    _MESSAGES = {(LOCK, 8): _lock, (UNLOCK, 8): _unlock, (PING, 8): _ping, (PING, 16): _pong,
+                 (MANAGEMENT, 8): _management}
+
+    def answer(self, decision):
+        """The bytes that tell the client of a decision, or None where it must not be told and its
+        connection be closed."""
+        _, verdict, granted, token, position, reason = decision
+        later = self.answered
+        if not self.ours and (verdict > IMPOSSIBLE or later and verdict not in (OK, ENQUEUED)):
+            return None
+        if verdict == OK:
+            self.holds = self.asked
+        self.answered = True
+        if self.ours:
+            answer = element("answer", ("rc", verdict), ("element", granted), ("token", token),
+                             ("position", position), ("reason", reason and printable(reason)))
+        elif granted is not None:
+            answer = element("answer", ("rc", verdict), ("element", granted))
+        else:
+            answer = f'<answer rc="{verdict}"/>'
+        head = self._LATER if later else self.first_to_ours if self.ours else self.first
+        return f"{head}{answer}</msg>".encode("ascii")
+
+    _LATER = encode(LOCK, 24)[:-len(END)].decode()
+
+    @classmethod
+    def introduce(cls, peer_id, daemon_id):
+        """Prepares the head of the first answers: the ids of this host and of this daemon."""
+        head = encode(LOCK, 16)[:-len(END)].decode()
+        cls.peer_id, cls.daemon_id = peer_id, daemon_id
+        cls.first = head + element("session", ("peerid", peer_id))
+        cls.first_to_ours = head + element("session", ("peerid", peer_id), ("daemon", daemon_id))
+
+
+def printable(text):
+    """What may travel in an attribute of ours: printable ASCII, at most 500 characters."""
+    return re.sub("[^ -~]", "?", text)[:500]
+
+
+# The status report, the answer to a lock of _STATUS.
+
+
+def report(table, introduction):
+    """Yields the pieces of the report: `introduction`, then one piece for each resource, then the
+    parked requests.  Pieces are made as they are sent, so a resource may be newer than another."""
+    yield introduction
+    for resource in list(table.resources.values()):
+        yield _resource_report(resource)
+    for queue in list(table.parked.values()):
+        for request in queue.values():
+            yield element("parked", ("name", encode_name(request.name)), *_who(request))
+    yield END.decode()
+
+
+def _resource_report(resource):
+    idle = -1 if resource.idle_since is None else resource.lifespan
+    kind = kind_of(resource.name)
+    opening = element("resource", ("name", encode_name(resource.name)), ("kind", kind),
+                      ("idle", idle), end=">")
+    holders = [element("holder", *_who(request), ("token", request.token))
+               for request in resource.holders.values()]
+    waiters = [element("waiter", *_who(request), ("position", position))
+               for position, request in enumerate(resource.waiters(), 1)]
+    return "".join([opening] + holders + waiters + ["</resource>"])
+
+
+def _who(request):
+    """The attributes that a holder, a waiter and a parked request have in common."""
+    about, kind = request.session.about, kind_of(request.name)
+    tree = kind == "hierarchical"
+    return (("id", request.ident), ("peer", printable(request.session.connection.peer)),
+            *((name, about.get(name)) for name in ("host", "pid", "user", "cmd")),
+            ("mode", request.mode if kind in ("simple", "hierarchical") else None),
+            ("quantity", request.quantity if kind == "numeric" else None),
+            ("element", request.element), ("since", int(request.since)),
+            ("node", encode_name(request.name) if tree else None))
+
+
+# --- Connections --------------------------------------------------------------------------------
+# A session's socket: reads what has come, writes what the client can take, keeps the rest.  It
+# never blocks.  Closing is idempotent and tells the lock table.
+
+MOST_UNREAD = 256 * 1024  # bytes that may wait for a slow reader
+PATIENCE = 10  # s for the first message, and for the end of a half-closed connection
+WOULD_BLOCK = (BlockingIOError, InterruptedError)
+
+
+class Connection:
+    """One client."""
+    __slots__ = ("daemon", "socket", "peer", "local", "session", "output", "report", "over",
+                 "surplus", "writing", "verified")
+
+    def __init__(self, daemon, connection, peer, surplus):
+        self.daemon, self.socket, self.peer = daemon, connection, peer
+        self.local = connection.family == socket.AF_UNIX
+        self.session = Session(self)
+        self.output = b""  # what the client has not taken yet
+        self.report = None  # iterator over the rest of a status report
+        self.over = False  # half-closed by us: nothing that comes counts any more
+        self.surplus = surplus  # beyond the limit of clients: to be refused
+        self.writing = False  # the selector waits until it can write
+        self.verified = False  # the peer has shown a certificate
+
+    def handle(self, events):
+        """What the selector has seen."""
+        if events & selectors.EVENT_WRITE and self.socket is not None:
+            self._flush()
+        if events & selectors.EVENT_READ and self.socket is not None:
+            self._read()
+
+    def _receive(self):
+        return self.socket.recv(8192)
+
+    def _read(self):
+        try:
+            data = self._receive()
+        except WOULD_BLOCK:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+        elif not self.over:
+            self._obey(data)
+
+    def _obey(self, data):
+        try:
+            for call in self.session.calls(data):
+                self.daemon.has_spoken(self)
+                self.daemon.perform(self, *call)
+                if self.socket is None or self.over:
+                    return
+        except ProtocolError as error:
+            self.daemon.log.limited(f"{self.peer}: {error}; connection closed")
+            self.close()
+
+    def send(self, data):
+        """Sends now what the client takes now, the rest when it can take more."""
+        if self.output or self.report:
+            self.output += data
+        else:
+            self.output = data
+            self._flush()
+        if len(self.output) > MOST_UNREAD:
+            self.daemon.log.limited(f"{self.peer}: does not read; connection closed")
+            self.close()
+
+    def send_report(self, pieces):
+        """Sends the pieces of a status report as the client takes them, then half-closes."""
+        self.report = pieces
+        self._flush()
+
+    def _flush(self):
+        """Writes what can be written; afterwards the selector knows whether something is left."""
+        try:
+            self._refill()
+            while self.output:
+                sent = self.socket.send(self.output)
+                self.output = self.output[sent:]
+                self._refill()
+        except WOULD_BLOCK:
+            pass
+        except OSError:
+            self.close()
+            return
+        if bool(self.output) != self.writing:
+            self.writing = not self.writing
+            self.daemon.watch(self)
+        if self.over and not self.output:
+            self._shut()
+
+    def _refill(self):
+        """Takes the next pieces of the report: a few hundred at a turn."""
+        if self.report is not None and len(self.output) < 65536:
+            pieces = list(itertools.islice(self.report, 300))
+            self.output += "".join(pieces).encode("ascii")
+            if not pieces:
+                self.report = None
+                self.finish()
+
+    def finish(self):
+        """Half-closes once everything is written; the client has PATIENCE to close its side."""
+        if self.socket is not None and not self.over:
+            self.over = True
+            self.daemon.leaving(self)
+            if not self.output and self.report is None:
+                self._shut()
+
+    def _shut(self):
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+
+    def tell(self, decision):
+        """Tells the client of a decision about its request."""
+        if self.socket is None:
+            return
+        answer = None if decision.verdict is None else self.session.answer(decision)
+        if answer is None:
+            self.close()
+            return
+        self.send(answer)
+        if decision.verdict in FINAL:
+            self.finish()
+
+    def close(self):
+        """Ends the connection; what it held or waited for goes on to others."""
+        if self.socket is not None:
+            self.daemon.forget(self)
+            self.socket.close()
+            self.socket = None
+            self.daemon.apply(self.daemon.table.gone(self.session, self.daemon.now))
+
+    def credentials(self):
+        """(pid, uid) of the peer on a local socket, (None, None) where the system cannot tell."""
+        if not self.local or not hasattr(socket, "SO_PEERCRED"):
+            return None, None
+        raw = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        pid, uid, _ = struct.unpack("3i", raw)
+        return pid, uid
+
+
+# --- Listeners ----------------------------------------------------------------------------------
+# The sockets on which clients arrive.  A UNIX socket is guarded by an flock on SOCKET.lock, taken
+# before anything else and kept until the process ends: of ten daemons started at once nine find it
+# taken, and whatever the path holds then is a leftover, or the socket of a daemon that does not
+# know the lock (FLoM's).  A TCP address is guarded by its bind.
+
+NO_MORE_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+BACKLOG = socket.SOMAXCONN
+PAUSE = 1  # s without accepting when no more files can be opened
+
+
+class Listener:
+    """A listening socket; `label` is how the status report names it."""
+
+    def __init__(self, daemon, listening, label, path=None):
+        self.daemon, self.socket, self.label, self.path = daemon, listening, label, path
+        self.resume_at = None
+        listening.setblocking(False)
+        listening.listen(BACKLOG)
+        daemon.selector.register(listening, selectors.EVENT_READ, self.handle)
+
+    def handle(self, events):
+        """Accepts those that have come, a batch at a time."""
+        for _ in range(64):
+            try:
+                connection, address = self.socket.accept()
+            except WOULD_BLOCK + (ConnectionError,):
+                return
+            except OSError as error:
+                if error.errno not in NO_MORE_FILES:
+                    raise
+                self._pause(error)
+                return
+            connection.setblocking(False)
+            self.daemon.welcome(connection, address)
+
+    def _pause(self, error):
+        """Waits until files are closed rather than being woken again and again."""
+        self.daemon.log.limited(f"cannot accept clients: {error.strerror}; trying again")
+        self.daemon.selector.unregister(self.socket)
+        self.resume_at = self.daemon.now.mono + PAUSE
+
+    def next_deadline(self):
+        return self.resume_at
+
+    def expire(self, now):
+        """Accepts again after a pause."""
+        if self.resume_at is not None and self.resume_at <= now.mono:
+            self.resume_at = None
+            self.daemon.selector.register(self.socket, selectors.EVENT_READ, self.handle)
+
+    def close(self, remove=True):
+        """Stops listening; removes the path of a UNIX socket that is its own."""
+        if self.resume_at is None:
+            self.daemon.selector.unregister(self.socket)
+        self.socket.close()
+        if self.path and remove:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+
+
+def unix_socket(path, mode):
+    """A bound UNIX socket at `path` with these permissions; its lock must be held already."""
+    _remove_stale(path)
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o777 & ~mode)
+    try:
+        bound.bind(path)
+    except OSError as error:
+        raise CannotServe(f"cannot create the socket {path}: {error.strerror}")
+    finally:
+        os.umask(before)
+    return bound
+
+
+def _remove_stale(path):
+    """Removes a socket on which nobody listens; raises CannotServe for anything else there."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise CannotServe(f"cannot use {path}: {error.strerror}")
+    if not stat.S_ISSOCK(found.st_mode):
+        raise CannotServe(f"{path} is there and is no socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            pass
+        except OSError as error:
+            if error.errno != errno.EAGAIN:
+                raise CannotServe(f"cannot use {path}: {error.strerror}")
+            raise CannotServe(f"another daemon serves {path}")
+        else:
+            raise CannotServe(f"another daemon serves {path}")
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise CannotServe(f"cannot remove the stale socket {path} of {owner(found.st_uid)}: "
+                          f"{error.strerror}")
+
+
+def owner(uid):
+    """The login name of a user, or the number where there is none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def tcp_socket(settings, host, port):
+    """A bound TCP socket at host and port (0: any port); raises CannotServe."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            host, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)[0]
+        if family == socket.AF_INET6 and not address[3] and settings["NetworkInterface"]:
+            address = address[:3] + (socket.if_nametoindex(settings["NetworkInterface"]),)
+        bound = socket.socket(family, kind)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen(BACKLOG)
+    except OSError as error:
+        raise CannotServe(f"cannot listen on {host} port {port}: {error.strerror}")
+    return bound
+
+
+def inherited_sockets():
+    """The listening sockets that an init system hands over (sd_listen_fds(3)), if any."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    first, count = 3, int(os.environ.get("LISTEN_FDS", "0"))
+    return [socket.socket(fileno=number) for number in range(first, first + count)]
+
+
+# --- Discovery and election ---------------------------------------------------------------------
+# The multicast group.  A daemon answers the questions of clients, and sees to it that it is alone.
+#
+# The election.  Before a daemon serves a group it is a candidate: it asks four times over 400 ms,
+# naming itself by the pair (start time, id).  A serving daemon answers, and the candidate steps
+# back.  Another candidate hears the question: the one with the lower pair stays, and repeats its
+# own question at once so that the other hears it and steps back.  The pair is an order and no
+# seniority: it only makes all candidates agree.  Datagrams get lost and networks are parted, so
+# the winner goes on asking, first often, then every 5 s.  When it finds that another daemon serves,
+# it connects to the address announced and asks for that daemon's id, so that a forged datagram has
+# no effect; then the one with the greater pair drains: no more answers, no new requests, its
+# waiters are sent away (and find the other daemon), its holders finish, it ends.  A daemon whose
+# answers carry no id is FLoM's, which cannot drain: ours does.
+
+CANDIDACY, QUESTIONS = 0.4, 4  # s, and questions in that time
+SOON = (0.5, 1, 2)  # s after the start at which the winner asks again
+OFTEN = 5  # s between questions from then on, a fifth more or less
+MULTICAST_ALL = {socket.AF_INET: (socket.IPPROTO_IP, 49),  # Linux; Python has no names for them
+                 socket.AF_INET6: (socket.IPPROTO_IPV6, 29)}
+
+
+class Group:
+    """This daemon's place in a multicast group.  `pair` is (started, id)."""
+
+    def __init__(self, settings, pair):
+        self.settings, self.pair = settings, pair
+        self.family, self.address, self.index = self._resolve()
+        self.port = self.address[1]
+        self.socket = self._member()
+        self.asker = self._asker()
+        self.own_port = None  # of the TCP listener, once it serves
+        self.next_question = None
+
+    def _resolve(self):
+        host, interface = self.settings["MulticastAddress"], self.settings["NetworkInterface"]
+        try:
+            index = socket.if_nametoindex(interface) if interface else 0
+            family, _, _, _, address = socket.getaddrinfo(
+                host, self.settings["MulticastPort"], 0, socket.SOCK_DGRAM)[0]
+        except OSError as error:
+            raise CannotServe(f"cannot use the group {host}: {error.strerror}")
+        if family == socket.AF_INET6:
+            index = index or address[3]
+            address = address[:3] + (index,)
+        return family, address, index
+
+    def _member(self):
+        """The UDP socket that hears the group's questions."""
+        member = socket.socket(self.family, socket.SOCK_DGRAM)
+        member.setblocking(False)
+        member.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):  # or it hears every group on this port
+            member.setsockopt(*MULTICAST_ALL[self.family], 0)
+        try:
+            if self.family == socket.AF_INET6:
+                member.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            member.bind(("", self.port))
+            self._join(member)
+        except OSError as error:
+            raise CannotServe(f"cannot join the group {self.address[0]} port {self.port}: "
+                              f"{error.strerror}")
+        return member
+
+    def _join(self, member):
+        """Joins on the interface asked for, else on all; raises OSError when none takes part."""
+        indexes = [self.index] if self.index else [0] + [
+            index for index, _ in socket.if_nameindex()]
+        failures = []
+        for index in indexes:
+            try:
+                if self.family == socket.AF_INET6:
+                    member.setsockopt(
+                        socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, struct.pack(
+                            "@16sI", socket.inet_pton(self.family, self.address[0].split("%")[0]),
+                            index))
+                else:
+                    member.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, struct.pack(
+                        "@4s4si", socket.inet_aton(self.address[0]), b"\0" * 4, index))
+            except OSError as error:
+                failures.append(error)
+        if len(failures) == len(indexes):
+            raise failures[-1]
+
+    def _asker(self):
+        """The UDP socket that asks and hears the answers: never from the group's port, since a
+        FLoM daemon there ends on an answer."""
+        asker = socket.socket(self.family, socket.SOCK_DGRAM)
+        asker.setblocking(False)
+        hops = self.settings["DiscoveryTTL"]
+        if self.family == socket.AF_INET6:
+            asker.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, hops)
+            asker.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, self.index)
+        else:
+            asker.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, hops)
+            if self.index:
+                asker.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF,
+                                 struct.pack("@4s4si", b"\0" * 4, b"\0" * 4, self.index))
+        return asker
+
+    def ask(self):
+        """Sends one question to the group; a network that is down is asked again later."""
+        with contextlib.suppress(OSError):
+            self.asker.sendto(encode(DISCOVER, 8, daemon=self.pair[1], started=self.pair[0]),
+                              self.address)
+
+    @staticmethod
+    def _datagrams(source, step):
+        """Yields (elements, sender) of the discovery messages of this step that have come."""
+        while True:
+            try:
+                data, sender = source.recvfrom(2048)
+            except WOULD_BLOCK:
+                return
+            except OSError:
+                continue  # an ICMP error for something sent before
+            with contextlib.suppress(ProtocolError):
+                elements = decode(data)
+                if (elements["msg"]["verb"], elements["msg"]["step"]) == (DISCOVER, step):
+                    yield elements, sender
+
+    @staticmethod
+    def _pair(elements):
+        """(started, id) of the daemon that sent the message, None when it is not one of ours."""
+        head = elements["msg"]
+        return (head["started"], head["daemon"]) if {"started", "daemon"} <= head.keys() else None
+
+    def elect(self):
+        """Returns when this daemon is to serve the group, raises SteppedBack when another is."""
+        begin = time.monotonic()
+        asked = 0
+        while time.monotonic() < begin + CANDIDACY:
+            if time.monotonic() >= begin + asked * CANDIDACY / QUESTIONS:
+                self.ask()
+                asked += 1
+            until = begin + asked * CANDIDACY / QUESTIONS
+            select.select([self.socket, self.asker], [], [], max(0, until - time.monotonic()))
+            for elements, _ in self._datagrams(self.asker, 16):
+                if self._pair(elements) != self.pair:
+                    raise SteppedBack("another daemon serves the group")
+            self._meet_candidates()
+
+    def _meet_candidates(self):
+        loses = False
+        for elements, _ in self._datagrams(self.socket, 8):
+            other = self._pair(elements)
+            if other and other < self.pair:
+                raise SteppedBack("another daemon is about to serve the group")
+            loses = loses or other is not None and other != self.pair
+        if loses:
+            self.ask()
+
+    def serve(self, daemon, port):
+        """Begins to answer: `port` is where the daemon listens."""
+        self.daemon, self.own_port = daemon, port
+        self.soon = list(SOON)
+        self.next_question = daemon.now.mono + self.soon.pop(0)
+        daemon.selector.register(self.socket, selectors.EVENT_READ, self.hear)
+        daemon.selector.register(self.asker, selectors.EVENT_READ, self.hear_answers)
+
+    def hear(self, events):
+        """Answers the questions that have come."""
+        for elements, sender in self._datagrams(self.socket, 8):
+            other = self._pair(elements)
+            if other == self.pair or sender[1] == self.port:
+                continue
+            network = element("network", ("address", self._announced()), ("port", self.own_port))
+            ours = {"daemon": self.pair[1], "started": self.pair[0]} if other else {}
+            with contextlib.suppress(OSError):
+                self.socket.sendto(encode(DISCOVER, 16, network, **ours), sender)
+
+    def _announced(self):
+        """The address configured, empty when the daemon listens on all: the asker knows then."""
+        return self.settings["UnicastAddress"] or ""
+
+    def hear_answers(self, events):
+        """Looks for other daemons in the answers to this one's own questions."""
+        for elements, sender in self._datagrams(self.asker, 16):
+            other, network = self._pair(elements), elements.get("network", {})
+            if other == self.pair or "port" not in network:
+                continue
+            host = network.get("address") or sender[0]
+            self.daemon.log.limited(f"another daemon answers for the group: {host} port "
+                                    f"{network['port']}", "error")
+            if other is None or other < self.pair:
+                self.daemon.verify(other, (host, network["port"]) + tuple(sender[2:]))
+
+    def next_deadline(self):
+        return self.next_question
+
+    def expire(self, now):
+        """Asks again, soon after the start and then from time to time."""
+        if self.next_question is not None and self.next_question <= now.mono:
+            self.ask()
+            pause = self.soon.pop(0) if self.soon else OFTEN * random.uniform(0.8, 1.2)
+            self.next_question = now.mono + pause
+
+    def close(self):
+        """Leaves the group: no more answers, no more questions."""
+        for member in (self.socket, self.asker):
+            if self.own_port is not None:
+                self.daemon.selector.unregister(member)
+            member.close()
+        self.own_port = self.next_question = None
+
+
+class Probe:
+    """Asks the daemon at an address for its id, as any client would, before this one drains."""
+
+    def __init__(self, daemon, pair, address):
+        self.daemon, self.pair, self.unread = daemon, pair, b""
+        self.deadline = daemon.now.mono + 5
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self.socket = socket.socket(family, socket.SOCK_STREAM)
+        self.socket.setblocking(False)
+        self.socket.connect_ex(address)
+        daemon.selector.register(self.socket, selectors.EVENT_WRITE, self.connected)
+
+    def connected(self, events):
+        """Sends the question."""
+        question = encode(LOCK, 8, element("session", ("peerid", machine_id()),
+                                           ("client", f"flomd.py/{VERSION}")),
+                          element("resource", ("name", encode_name(STATUS_RESOURCE)), ("mode", 0),
+                                  ("wait", 0), ("create", 0), ("lifespan", 0)))
+        try:
+            self.socket.send(question)
+        except OSError:
+            self.close()
+        else:
+            self.daemon.selector.modify(self.socket, selectors.EVENT_READ, self.answered)
+
+    def answered(self, events):
+        """Reads the beginning of the answer: the id of the daemon is in its first element."""
+        try:
+            data = self.socket.recv(4096)
+        except WOULD_BLOCK:
+            return
+        except OSError:
+            data = b""
+        self.unread += data
+        found = re.search(rb'<session [^>]*>', self.unread)
+        if found:
+            other = re.search(rb' daemon="([0-9a-f]+)"', found.group())
+            self.close()
+            if (other and other.group(1).decode()) == (self.pair and self.pair[1]):
+                self.daemon.drain()
+        elif not data or len(self.unread) > 4096:
+            self.close()
+
+    def next_deadline(self):
+        return self.deadline
+
+    def expire(self, now):
+        if self.deadline <= now.mono:
+            self.close()
+
+    def close(self):
+        self.daemon.selector.unregister(self.socket)
+        self.socket.close()
+        self.daemon.probe = None
+
+
+# --- Event loop ---------------------------------------------------------------------------------
+# One thread, one selector.  A turn: do what is due, wait for an event or the next date, handle the
+# events.  Everything that has dates answers next_deadline() and expire(now).
+
+RESERVE = 32  # files that are not for clients: listeners, logs, state, a few to refuse clients with
+
+
+class Moment:
+    """A point in time, as the engine wants it."""
+    __slots__ = ("mono", "wall")
+
+    def __init__(self):
+        self.mono, self.wall = time.monotonic(), time.time()
+
+    def local(self):
+        """µs since 1970 of local time, as a clock on the wall shows it."""
+        return int(self.wall * 10 ** 6) + time.localtime(self.wall).tm_gmtoff * 10 ** 6
+
+    def format(self, text):
+        """strftime of this moment in local time."""
+        return time.strftime(text, time.localtime(self.wall))
+
+
+class Daemon:
+    """Brings together the lock table, the connections, the listeners and the group."""
+
+    def __init__(self, settings, options, log, pair):
+        self.settings, self.log, self.pair = settings, log, pair
+        self.now = Moment()
+        self.selector = selectors.DefaultSelector()
+        self.connections = set()
+        # connections from which PATIENCE seconds are left to hear, in order, with their date
+        self.newcomers, self.leavers = collections.OrderedDict(), collections.OrderedDict()
+        self.listeners, self.group, self.probe, self.state = [], None, None, None
+        self.table = None  # made when it is known what the predecessor left
+        self.most_clients = options.max_clients or most_files() - RESERVE
+        self.ending = None  # a reason; "quiesce" and "drain" wait for those that are served
+        self.unused_since = self.now.mono
+        self._decisions, self._applying = collections.deque(), False
+
+    def run(self):
+        """Serves until it is told to end or nobody needs it."""
+        while not self._over():
+            self.now = Moment()
+            for part in self._parts():
+                part.expire(self.now)
+            self._expire()
+            wanted = self._next_deadline()
+            timeout = None if wanted is None else max(0, wanted - time.monotonic())
+            events = self.selector.select(timeout)
+            self.now = Moment()
+            for key, what in events:
+                self._dispatch(key.data, what)
+
+    def _dispatch(self, handle, what):
+        try:
+            handle(what)
+        except Exception:  # a bug: it may cost one connection, never the daemon
+            self.log.error(traceback.format_exc())
+            connection = getattr(handle, "__self__", None)
+            if isinstance(connection, Connection):
+                connection.close()
+
+    def _parts(self):
+        return [part for part in [*self.listeners, self.group, self.probe, self.state] if part]
+
+    def _next_deadline(self):
+        dates = [part.next_deadline() for part in self._parts()]
+        dates.append(self.table.next_deadline())
+        for queue in (self.newcomers, self.leavers):
+            dates.extend(itertools.islice(queue.values(), 1))
+        lifespan = self.settings["Lifespan"]
+        if self.unused_since is not None and lifespan >= 0:
+            dates.append(self.unused_since + lifespan / 1000)
+        return min((date for date in dates if date is not None), default=None)
+
+    def _expire(self):
+        self.apply(self.table.expire(self.now))
+        for queue in (self.newcomers, self.leavers):
+            while queue and next(iter(queue.values())) <= self.now.mono:
+                connection = next(iter(queue))
+                self.log.limited(f"{connection.peer}: silent; connection closed")
+                connection.close()
+        self.state.observe(self.table, self.now)
+
+    def _over(self):
+        """Whether the time to end has come."""
+        used = bool(self.connections) or not self.table.empty()
+        if used:
+            self.unused_since = None
+        elif self.unused_since is None:
+            self.unused_since = self.now.mono
+        if self.ending in ("quiesce", "drain"):
+            return not self.connections
+        lifespan = self.settings["Lifespan"]
+        return self.ending is not None or (
+            not used and 0 <= lifespan / 1000 <= time.monotonic() - self.unused_since)
+
+    # Connections come and go.
+
+    def welcome(self, accepted, address):
+        """A client has connected."""
+        if accepted.family == socket.AF_UNIX:
+            peer = "local"
+        else:
+            peer = show_address(address)
+            tune(accepted, self.settings["TcpKeepaliveTime"], self.settings["TcpKeepaliveIntvl"],
+                 self.settings["TcpKeepaliveProbes"])
+        connection = Connection(self, accepted, peer, len(self.connections) >= self.most_clients)
+        self.connections.add(connection)
+        self.newcomers[connection] = self.now.mono + PATIENCE
+        self.selector.register(accepted, selectors.EVENT_READ, connection.handle)
+
+    def has_spoken(self, connection):
+        """The first message of the connection is complete."""
+        self.newcomers.pop(connection, None)
+
+    def leaving(self, connection):
+        """The daemon's side of the connection is at its end."""
+        self.leavers[connection] = self.now.mono + PATIENCE
+
+    def watch(self, connection):
+        """Tells the selector whether the connection has something to write."""
+        self.selector.modify(connection.socket, selectors.EVENT_READ | (
+            selectors.EVENT_WRITE if connection.writing else 0), connection.handle)
+
+    def forget(self, connection):
+        """The connection is about to be closed."""
+        self.selector.unregister(connection.socket)
+        self.connections.discard(connection)
+        self.newcomers.pop(connection, None)
+        self.leavers.pop(connection, None)
+
+    # What clients want.
+
+    def perform(self, connection, call, *details):
+        """Does what a session calls for."""
+        self._CALLS[call](self, connection, *details)
+
+    def apply(self, decisions):
+        """Tells the sessions; closing one while telling may bring more decisions."""
+        self._decisions.extend(decisions)
+        if self._applying:
+            return
+        self._applying = True
+        try:
+            while self._decisions:
+                decision = self._decisions.popleft()
+                if decision.verdict == OK and not self.state.marked:
+                    self.state.mark()
+                decision.session.connection.tell(decision)
+        finally:
+            self._applying = False
+
+    def _lock(self, connection, request):
+        session = connection.session
+        if self.ending == "drain":
+            connection.close()
+        elif connection.surplus:
+            connection.tell(Decision(session, LIMIT, reason="the daemon has too many clients"))
+        else:
+            if session.ours:
+                self._complete(connection, session.about)
+            self.apply(self.table.request(request, self.now))
+
+    @staticmethod
+    def _complete(connection, about):
+        """On a local socket the system knows best who asks."""
+        pid, uid = connection.credentials()
+        if pid:
+            about.update(pid=str(pid), user=owner(uid))
+
+    def _unlock(self, connection, committed):
+        self.apply(self.table.release(connection.session, committed, self.now))
+
+    def _send(self, connection, data):
+        connection.send(data)
+
+    def _ignore(self, connection):
+        pass
+
+    def _status(self, connection):
+        listening = [listener.label for listener in self.listeners]
+        if self.group:
+            listening.append(f"udp:{self.group.address[0]}:{self.group.port}")
+        introduction = (Session.first_to_ours + '<answer rc="0"/>' + element(
+            "daemon", ("version", VERSION), ("since", self.pair[0] // 1000),
+            ("policy", self.settings["Policy"]), ("listening", " ".join(listening))))
+        connection.send_report(report(self.table, introduction))
+
+    def _shutdown(self, connection, immediate):
+        refusal = self._may_stop(connection)
+        if refusal:
+            self.log.limited(f"{connection.peer}: may not stop the daemon: {refusal}")
+            connection.send(encode(MANAGEMENT, 16, element("answer", ("rc", -1),
+                                                           ("reason", refusal))))
+            connection.finish()
+        elif immediate:
+            self.stop("its order to end came from " + connection.peer)
+        else:
+            self.ending = self.ending or "quiesce"
+            connection.close()
+
+    def _may_stop(self, connection):
+        """Why the peer of this connection may not stop the daemon, None when it may."""
+        if connection.local:
+            _, uid = connection.credentials()
+            allowed = uid in (None, 0, os.getuid())
+            return None if allowed else f"{owner(uid)} is neither {owner(os.getuid())} nor root"
+        here, there = (address[0].replace("::ffff:", "") for address in (
+            connection.socket.getsockname(), connection.socket.getpeername()))
+        if (self.settings["AllowRemoteShutdown"] or connection.verified or here == there
+                or there.startswith("127.") or there == "::1"):
+            return None
+        return "another host may not, without --allow-remote-shutdown on the daemon"
+
+    _CALLS = {"lock": _lock, "unlock": _unlock, "send": _send, "ignore": _ignore,
+              "status": _status, "shutdown": _shutdown}
+
+    # The end.
+
+    def stop(self, reason):
+        """Ends at once; clients of ours are told that it is by order."""
+        self.log.info(f"ending: {reason}")
+        self.ending = reason
+        for connection in list(self.connections):
+            if connection.session.ours and connection.socket is not None:
+                connection.session.answered = True
+                connection.tell(Decision(connection.session, STOPPED,
+                                         reason="the daemon ends: " + reason))
+
+    def quiesce(self):
+        """Ends when nobody is served any more; newcomers are served meanwhile."""
+        self.log.info("ending when the last client has gone")
+        self.ending = self.ending or "quiesce"
+
+    def verify(self, pair, address):
+        """Another daemon serves the group and goes before this one, so it says: is it there?"""
+        if self.probe is None and self.ending is None:
+            self.probe = Probe(self, pair, address)
+
+    def drain(self):
+        """Leaves the group to another daemon."""
+        self.log.error("draining: another daemon serves the group")
+        self.ending = "drain"
+        self.group.close()
+        self.group = None
+        for listener in self.listeners:
+            listener.close()
+        self.listeners = []
+        for connection in list(self.connections):
+            if connection.session.holds is None:
+                connection.close()
+
+    def close(self):
+        """Removes what the daemon has put into the file system and closes its sockets."""
+        for listener in self.listeners:
+            listener.close()
+        if self.group:
+            self.group.close()
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.socket.close()
+
+
+def most_files():
+    """The number of files that this process may open, raised as far as it can be."""
+    try:
+        import resource  # not in every minimal Python
+    except ImportError:
+        return 1024
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return 10 ** 6 if soft == resource.RLIM_INFINITY else soft
+
+
+# --- Signals and lifespan -----------------------------------------------------------------------
+# Handlers do nothing; Python writes the number of each signal to a socket that the loop reads.
+
+
+class Signals:
+    """TERM and INT end the daemon, USR1 lets it end when idle, HUP opens its log again."""
+
+    def __init__(self, daemon):
+        self.daemon = daemon
+        self.reader, self.writer = socket.socketpair()
+        self.reader.setblocking(False)
+        self.writer.setblocking(False)
+        self.actions = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop,
+                        signal.SIGUSR1: self._quiesce, signal.SIGHUP: self._reopen}
+        for number in self.actions:
+            signal.signal(number, lambda number, frame: None)
+        signal.set_wakeup_fd(self.writer.fileno())
+        daemon.selector.register(self.reader, selectors.EVENT_READ, self.handle)
+
+    def handle(self, events):
+        """Acts on the signals that have come."""
+        for number in self.reader.recv(64):
+            if number in self.actions:
+                self.actions[number](signal.Signals(number).name)
+
+    def _stop(self, name):
+        self.daemon.stop(f"it got {name}")
+
+    def _quiesce(self, name):
+        self.daemon.quiesce()
+
+    def _reopen(self, name):
+        self.daemon.log.open()
+
+
+# --- State on disk ------------------------------------------------------------------------------
+# What a successor must know: the epoch, which is the upper half of the tokens and grows with every
+# daemon; the boot of the system; and whether somebody held a lock when the daemon ended, however
+# it ended.  One record of fixed length, of which the mark alone is rewritten: set before the first
+# grant is told, cleared when nobody has held a lock for a second.
+#
+# The file is also the lock that keeps a second daemon from the same socket (see Listeners).
+
+RECORD = "flomd {epoch:010d} {boot:36.36} {held} {pid:010d}\n"
+MARK_AT = len(RECORD.format(epoch=0, boot="", held=0, pid=0)) - len(" 0000000000\n") - 1
+_record = re.compile(rb"flomd (\d{10}) (.{36}) ([01]) (\d{10})\n").match
+QUIET = 1  # s without any holder before the mark is cleared
+
+
+def open_state(path, shared):
+    """Opens the file, made if it is not there, or raises CannotServe; `shared`: anybody's."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    mode = 0o666 if shared else 0o600
+    before = os.umask(0)
+    try:
+        try:
+            number = os.open(path, flags)
+        except FileNotFoundError:
+            number = os.open(path, flags | os.O_CREAT, mode)
+    except OSError as error:
+        why = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+        raise CannotServe(f"cannot open {path}: {why}")
+    finally:
+        os.umask(before)
+    found = os.fstat(number)
+    if not stat.S_ISREG(found.st_mode) or not shared and found.st_uid != os.getuid():
+        os.close(number)
+        raise CannotServe(f"{path} is no file of {owner(os.getuid())}")
+    return number
+
+
+def lock_file(number, wait):
+    """Takes the flock of the file; returns whether it could be had."""
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except WOULD_BLOCK:
+        return False
+    return True
+
+
+class State:
+    """The record in the file `number` (None: there is none and nothing is remembered)."""
+
+    def __init__(self, number, durable):
+        self.number, self.durable = number, durable
+        found = number is not None and _record(os.pread(number, 128, 0))
+        epoch, boot, held, pid = found.groups() if found else (b"0", b"", b"0", b"0")
+        self.epoch, self.pid = int(epoch), int(pid)  # of the predecessor, until begin()
+        self.unclean, self.boot = held == b"1", boot.decode("ascii", "replace").strip()
+        self.marked, self.quiet_at = self.unclean, None
+
+    def begin(self):
+        """Writes this daemon's record and returns whether the system was booted since the last."""
+        try:
+            with open("/proc/sys/kernel/random/boot_id") as file:
+                boot = file.read().strip()
+        except OSError:
+            boot = ""
+        rebooted = self.boot != boot
+        self.epoch = max(int(time.time()) - EPOCH, self.epoch + 1)
+        if self.number is not None:
+            os.pwrite(self.number, RECORD.format(
+                epoch=self.epoch, boot=boot, held=int(self.unclean), pid=os.getpid()).encode(), 0)
+            if self.durable:
+                os.fsync(self.number)
+        return rebooted
+
+    def mark(self):
+        """Somebody is about to hold a lock."""
+        self.marked, self.quiet_at = True, None
+        self._write(b"1")
+
+    def _write(self, mark):
+        if self.number is not None:
+            os.pwrite(self.number, mark, MARK_AT)
+
+    def observe(self, table, now):
+        """Clears the mark once nobody has held a lock for a while."""
+        if table.holding or table.window_until is not None:
+            self.quiet_at = None
+        elif self.marked and self.quiet_at is None:
+            self.quiet_at = now.mono + QUIET
+
+    def next_deadline(self):
+        return self.quiet_at
+
+    def expire(self, now):
+        if self.quiet_at is not None and self.quiet_at <= now.mono:
+            self.marked, self.quiet_at = False, None
+            self._write(b"0")
+
+
+# --- Daemonize ----------------------------------------------------------------------------------
+# The process that is started forks twice, waits until its grandchild serves, and passes on the
+# status: so whoever starts a daemon knows when it ends that the daemon listens.  The grandchild
+# keeps nothing of the starter but stderr, and that until it serves, for the one line that says why
+# it cannot.
+
+
+def detach():
+    """Goes on in a detached process; returns the descriptor for report_ready()."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writer)
+        status = os.read(reader, 4)
+        os.waitpid(child, 0)
+        os._exit(int(status) if status else 1)
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    os.chdir("/")
+    os.umask(0o022)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    close_files(keep=writer)
+    return writer
+
+
+def close_files(keep):
+    """Closes every descriptor but 0, 1, 2 and `keep`."""
+    try:
+        numbers = [int(name) for name in os.listdir("/proc/self/fd")]
+    except OSError:
+        numbers = range(3, min(most_files(), 4096))
+    for number in numbers:
+        if number > 2 and number != keep:
+            with contextlib.suppress(OSError):
+                os.close(number)
+
+
+def report_ready(writer, status):
+    """Ends the starter with `status`, and lets go of its stderr."""
+    os.write(writer, str(status).encode())
+    os.close(writer)
+    os.dup2(0, 2)
+
+
+def forget_signals():
+    """Whatever the starter ignored or blocked, the daemon begins with the defaults."""
+    for number in range(1, signal.NSIG):
+        with contextlib.suppress(OSError, ValueError):
+            if signal.getsignal(number) == signal.SIG_IGN and number != signal.SIGPIPE:
+                signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def notify(text):
+    """Tells systemd (sd_notify(3)), where it waits to be told."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        with contextlib.suppress(OSError), socket.socket(
+                socket.AF_UNIX, socket.SOCK_DGRAM) as messenger:
+            messenger.sendto(text.encode(), "\0" + path[1:] if path[0] == "@" else path)
+
+
+# --- Log ----------------------------------------------------------------------------------------
+# Lines to syslog, to a file or to stderr.  Logging never blocks: syslog gets datagrams that may be
+# lost, and they are counted; stderr is written when it can take a line.
+
+LEVELS = {"error": 3, "warning": 4, "info": 6, "debug": 7}
+SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")
+FACILITY = 3 << 3  # daemon
+LIMITED, INTERVAL = 10, 10  # lines that peers may cause in so many s
+
+
+class Log:
+    """Where the daemon says what it does."""
+
+    def __init__(self, target, level, append=True):
+        self.target, self.level, self.append = target, LEVELS[level], append
+        self.socket = self.file = None
+        self.lost = self.count = self.begin = 0
+
+    def open(self):
+        """Opens the log, once more after it was moved away; raises CannotServe."""
+        if self.target == "stderr":
+            return
+        if self.target == "syslog":
+            self._open_syslog()
+            return
+        try:
+            opened = open(self.target, "a" if self.append else "w", 1, encoding="utf-8",
+                          errors="replace")
+        except OSError as error:
+            raise CannotServe(f"cannot write the log {self.target}: {error.strerror}")
+        if self.file:
+            self.file.close()
+        self.file, self.append = opened, True
+
+    def _open_syslog(self):
+        if self.socket:
+            self.socket.close()
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.setblocking(False)
+        for path in SYSLOG:
+            with contextlib.suppress(OSError):
+                self.socket.connect(path)
+                return
+
+    def error(self, text):
+        self._write("error", text)
+
+    def info(self, text):
+        self._write("info", text)
+
+    def limited(self, text, level="warning"):
+        """A line that a peer causes: no more than LIMITED of them in an INTERVAL."""
+        now = time.monotonic()
+        if now >= self.begin + INTERVAL:
+            if self.count > LIMITED:
+                self._write("warning", f"{self.count - LIMITED} lines like the last were left out")
+            self.begin, self.count = now, 0
+        self.count += 1
+        if self.count <= LIMITED:
+            self._write(level, text)
+
+    def _write(self, level, text):
+        if LEVELS[level] > self.level:
+            return
+        try:
+            if self.socket:
+                lost = f" ({self.lost} lines lost before)" if self.lost else ""
+                line = f"<{FACILITY + LEVELS[level]}>flomd[{os.getpid()}]: {text}{lost}"
+                self.socket.send(line.encode("utf-8", "replace")[:2000])
+                self.lost = 0
+            elif self.file:
+                self.file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} flomd[{os.getpid()}] "
+                                f"{level}: {text}\n")
+            elif select.select([], [2], [], 0)[1]:
+                os.write(2, f"flomd: {text}\n".encode("utf-8", "replace")[:4096])
+        except OSError:
+            self.lost += 1
+
+
+# --- Options ------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, with errors in one line."""
+
+    def _get_option_tuples(self, option_string):
+        # allow_abbrev=False would break bundled short options on 3.6 and 3.7
+        return [] if option_string.startswith("--") else super()._get_option_tuples(option_string)
+
+    def error(self, message):
+        raise UsageError(message)
+
+
+def make_parser():
+    """The parser of the settings that concern a daemon, and of what only the daemon has."""
+    parser = Parser(prog="flomd.py", description="The daemon that holds flom's locks.",
+                    add_help=False)
+    add = parser.add_argument
+    add("-h", "--help", action="help", help="print this and end")
+    add("-v", "--version", action="version", version=f"flomd.py {VERSION}",
+        help="print the version and end")
+    add("-f", "--foreground", action="store_true", help="do not detach, log to stderr")
+    add("-c", "--config-file", metavar="FILE", help="read after the system's and the user's file")
+    add("--no-files", action="store_true", help="read no configuration file")
+    add("--pid-file", metavar="FILE", help="where the pid is written")
+    add("--log", metavar="FILE|syslog|stderr", help="where to log (syslog, with -f stderr)")
+    add("--log-level", choices=list(LEVELS), default="info", help="error, warning, info or debug")
+    for name, what in (("clients", "connections"), ("waiters", "waiting requests")):
+        add(f"--max-{name}", metavar="N", type=_positive, help=f"limit of {what}")
+    for setting in SETTINGS:
+        if "d" in setting.users:
+            names = [f"-{setting.short}"] if setting.short else []
+            flag = {"action": "store_const", "const": "yes"} if setting.key in (
+                "Verbose", "AllowRemoteShutdown") else {"metavar": setting.type.upper()}
+            add(*names, f"--{setting.long}", dest=setting.key, help=setting.help, **flag)
+    return parser
+
+
+def _positive(text):
+    if not re.fullmatch("[1-9][0-9]{0,8}", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: a number from 1 is allowed")
+    return int(text)
+
+
+def read_options(arguments):
+    """(settings, options) from the command line and the files; raises UsageError."""
+    options = make_parser().parse_args(arguments)
+    settings = Settings(Lifespan=-1)
+    if not options.no_files:
+        for path in ("/etc/flom.conf", "/usr/local/etc/flom.conf", os.path.expanduser("~/.flom")):
+            settings.read_file(path)
+        if options.config_file:
+            settings.read_file(options.config_file, required=True)
+    for setting in SETTINGS:
+        text = getattr(options, setting.key, None)
+        if text is not None:
+            short = f"-{setting.short}/" if setting.short else ""
+            settings.set(setting, [text], f"{short}--{setting.long}")
+    if settings["SocketName"] and settings["MulticastAddress"]:
+        raise UsageError(f"{settings.origins['SocketName']} and "
+                         f"{settings.origins['MulticastAddress']} exclude each other")
+    files = ["TlsCertificate", "TlsPrivateKey", "TlsCaCertificate"]
+    if 0 < sum(bool(settings[key]) for key in files) < len(files):
+        raise UsageError("TLS needs all of --tls-certificate, --tls-private-key and "
+                         "--tls-ca-certificate")
+    return settings, options
+
+
+# --- Main ---------------------------------------------------------------------------------------
+
+
+def login():
+    """The name in the default paths: that of the user, or the number."""
+    return owner(os.getuid())
+
+
+def default_socket():
+    """The socket that a daemon without any address serves."""
+    return f"/tmp/flom-{login()}"
+
+
+def state_paths(settings):
+    """(path of the lock of the local socket or None, path of the state)."""
+    local = settings["SocketName"] or (
+        None if settings["UnicastAddress"] or settings["MulticastAddress"] else default_socket())
+    if local:
+        lock = state = local + ".lock"
+    else:
+        lock, state = None, "/tmp/flom-{}-{}-{}.lock".format(
+            login(), settings["UnicastAddress"] or settings["MulticastAddress"],
+            settings["UnicastPort" if settings["UnicastAddress"] else "MulticastPort"])
+    if settings["StateDir"]:
+        state = os.path.join(settings["StateDir"], os.path.basename(state))
+    return lock, state
+
+
+def open_states(settings, options, log):
+    """The State, its lock taken; raises CannotServe when another daemon has the local socket."""
+    lock, path = state_paths(settings)
+    durable, shared = bool(settings["StateDir"]), bool(settings["SocketName"])
+    if lock:
+        number = open_state(lock, shared)
+        if not lock_file(number, wait=False):
+            holder = State(number, False).pid
+            if not options.foreground:
+                raise CannotServe(f"another daemon (pid {holder}) serves {lock[:-len('.lock')]}")
+            log.info(f"waiting for the daemon with pid {holder} to end")
+            lock_file(number, wait=True)
+        if lock == path:
+            return State(number, False)
+    try:
+        number = open_state(path, shared)
+    except CannotServe as error:
+        if durable:
+            raise
+        log.error(f"{error}; nothing will be remembered")
+        return State(None, False)
+    if lock_file(number, wait=False):
+        return State(number, durable)
+    return State(None, False)  # another daemon's, elsewhere on the same file system
+
+
+def recovery_window(settings, state, rebooted):
+    """How long, in s, only former holders are granted; 0 for no window."""
+    if settings["RecoveryWindow"] is not None:
+        return settings["RecoveryWindow"] / 1000
+    if not state.unclean:
+        return 0
+    if not rebooted:
+        return 2
+    if settings["UnicastAddress"] or settings["MulticastAddress"]:
+        return settings["TcpKeepaliveTime"] + settings["TcpKeepaliveIntvl"]
+    return 0  # nobody on this host has survived its boot
+
+
+def open_listeners(daemon, settings):
+    """The daemon listens: on what it was given, else on its socket and its addresses."""
+    for given in inherited_sockets():
+        daemon.listeners.append(Listener(daemon, given, _label(given)))
+    if daemon.listeners:
+        return
+    local = settings["SocketName"]
+    if not (local or settings["UnicastAddress"] or settings["MulticastAddress"]):
+        local = default_socket()
+    if local:
+        mode = settings["SocketMode"]
+        if mode is None:
+            mode = 0o666 if settings["SocketName"] else 0o600
+        bound = unix_socket(local, mode)
+        daemon.listeners.append(Listener(daemon, bound, f"unix:{local}", path=local))
+    if settings["UnicastAddress"]:
+        bound = tcp_socket(settings, settings["UnicastAddress"], settings["UnicastPort"])
+        daemon.listeners.append(Listener(daemon, bound, _label(bound)))
+    elif settings["MulticastAddress"]:
+        everywhere = "::" if daemon.group.family == socket.AF_INET6 else "0.0.0.0"
+        bound = tcp_socket(settings, everywhere, 0)
+        daemon.listeners.append(Listener(daemon, bound, _label(bound)))
+
+
+def _label(listening):
+    if listening.family == socket.AF_UNIX:
+        return f"unix:{listening.getsockname()}"
+    return f"tcp:{show_address(listening.getsockname())}"
+
+
+def prepare(settings, options, log):
+    """A daemon that listens; raises CannotServe or SteppedBack."""
+    pair = (int(time.time() * 1000), f"{random.SystemRandom().getrandbits(64):016x}")
+    if not settings["SocketName"] and "," in (settings["UnicastAddress"] or ""):
+        raise CannotServe("a daemon has one address")
+    state = open_states(settings, options, log)
+    daemon = Daemon(settings, options, log, pair)
+    Session.introduce(machine_id(), pair[1])
+    if settings["MulticastAddress"]:
+        daemon.group = Group(settings, pair)
+        daemon.group.elect()
+    daemon.state = state
+    rebooted = state.begin()
+    if state.number is None:
+        time.sleep(1 - time.time() % 1)  # tokens of two daemons in one second would be the same
+    open_listeners(daemon, settings)
+    daemon.now = Moment()
+    window = recovery_window(settings, state, rebooted)
+    daemon.table = LockTable(settings["Policy"] == "first-fit", state.epoch,
+                             daemon.now.mono + window if window else None, options.max_waiters)
+    if daemon.group:
+        daemon.group.serve(daemon, daemon.listeners[-1].socket.getsockname()[1])
+    return daemon
+
+
+def write_pid_file(path):
+    """Writes the pid; raises CannotServe."""
+    try:
+        with open(path, "w") as file:
+            file.write(f"{os.getpid()}\n")
+    except OSError as error:
+        raise CannotServe(f"cannot write {path}: {error.strerror}")
+
+
+def make_log(settings, options):
+    """The log that the options ask for."""
+    target = options.log or settings["DaemonTraceFile"] or (
+        "stderr" if options.foreground else "syslog")
+    traced = target == settings["DaemonTraceFile"] and not options.log
+    return Log(target if target in ("syslog", "stderr") else os.path.abspath(target),
+               "debug" if traced else options.log_level,
+               append=settings["AppendTraceFile"] or not traced)
+
+
+def serve(settings, options):
+    """Runs the daemon to its end; returns the exit status."""
+    writer = None
+    log = make_log(settings, options)
+    if not options.foreground:
+        writer = detach()
+    try:
+        log.open()
+        daemon = prepare(settings, options, log)
+        if options.pid_file:
+            write_pid_file(options.pid_file)
+    except (CannotServe, SteppedBack) as error:
+        return _fail(writer, error, log)
+    Signals(daemon)
+    log.info("serving " + " ".join(listener.label for listener in daemon.listeners))
+    if writer is not None:
+        report_ready(writer, 0)
+    notify("READY=1")
+    try:
+        daemon.run()
+    finally:
+        notify("STOPPING=1")
+        daemon.close()
+        if options.pid_file:
+            with contextlib.suppress(OSError):
+                os.unlink(options.pid_file)
+    log.info("ended")
+    return 0
+
+
+def _fail(writer, error, log):
+    status = 3 if isinstance(error, SteppedBack) else 1
+    if status == 1:
+        os.write(2, f"flomd: {error}\n".encode("utf-8", "replace"))
+    else:
+        log.info(str(error))
+    if writer is not None:
+        report_ready(writer, status)
+    return status
+
+
+def name_process():
+    """Names the process `flomd`, as users of FLoM expect of ps and pgrep."""
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as file:
+        file.write("flomd")
+
+
+def main(arguments=None):
+    """The command flomd.py; returns the exit status."""
+    forget_signals()
+    name_process()
+    try:
+        settings, options = read_options(sys.argv[1:] if arguments is None else arguments)
+        for warning in settings.warnings:
+            sys.stderr.write(f"flomd: {warning}\n")
+        if settings["Verbose"]:
+            print("\n".join(settings.lines()), flush=True)
+        return serve(settings, options)
+    except UsageError as error:
+        sys.stderr.write(f"flomd: {error}\n")
+        return 99
+    except CannotServe as error:
+        sys.stderr.write(f"flomd: {error}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
