@@ -20,15 +20,16 @@ import contextlib
 import copy
 import errno
 import fcntl
+import functools
 import heapq
 import itertools
+import math
 import operator
 import os
 import pwd
 import random
 import re
 import select
-import selectors
 import signal
 import socket
 import stat
@@ -385,19 +386,19 @@ Decision.__new__.__defaults__ = (None,) * 4
 
 class Request:
     """What a session asks for: a waiter while it is queued, a holder once it is granted."""
-    __slots__ = ("session", "name", "mode", "quantity", "wait", "create", "lifespan", "ident",
-                 "parents", "patient", "reclaim", "element", "who", "resource", "serial", "state",
-                 "token", "since", "behind", "ancestors", "below", "key", "path")
+    ident = None  # of the client's lock, for nested requests and reclaims
+    parents = ancestors = ()  # ids of the locks it is nested in; those that are held, as requests
+    below = ()  # the queued requests nested in this one
+    patient = False  # it ends by itself, or its user says so: never a deadlock
+    reclaim = element = None  # the token and the element of a lock that the session says it has
+    key = path = resource = None  # name of the resource, node in a tree, the resource itself
+    token = behind = None  # behind: the waiter found to be in its way
+    serial = since = 0  # order of arrival, s since 1970
 
     def __init__(self, session, name, mode=0, quantity=1, wait=0, create=0, lifespan=0):
         self.session, self.name, self.mode, self.quantity = session, name, mode, quantity
         self.wait, self.create, self.lifespan = wait, create, lifespan  # lifespan in ms
-        self.ident = self.resource = self.token = self.behind = self.element = None
-        self.parents = self.ancestors = self.below = ()  # below: the queued requests under it
-        self.patient = False  # it ends by itself, or its user says so: never a deadlock
-        self.reclaim = None  # the token of a lock that the session says it has; element with it
-        self.who, self.state, self.serial, self.since = "", NEW, 0, 0
-        self.key = self.path = None  # the name of the resource, and the node in a tree
+        self.state = NEW
 
     def copy(self):
         """Another request of the same session, in no place yet and with nobody below it."""
@@ -992,12 +993,15 @@ class LockTable:
 
     def _place(self, request, now):
         """Finds or makes the resource of a new request and takes it there."""
-        kind = kind_of(request.name)
-        if kind is None or not KINDS[kind].accepts(request.name):
-            return self._refuse(request, INVALID_NAME)
-        name = request.name
-        request.key = "/" + name.split("/", 2)[1] if kind == "hierarchical" else name
-        resource = self.resources.get(request.key)
+        name = request.key = request.name
+        resource = self.resources.get(name)
+        if resource is None:
+            kind = kind_of(name)
+            if kind is None or not KINDS[kind].accepts(name):
+                return self._refuse(request, INVALID_NAME)
+            if kind == "hierarchical":
+                request.key = "/" + name.split("/", 2)[1]
+                resource = self.resources.get(request.key)
         if resource is not None:
             resource.lifespan = max(resource.lifespan, request.lifespan)
             return self._admit(request, resource, now)
@@ -1120,7 +1124,7 @@ class LockTable:
     def _settle(self, resource, lanes, now):
         """Grants what can be granted in these lanes, and sees to the resource's next date."""
         decisions = []
-        if self.window_until is None:
+        if resource.waiting and self.window_until is None:
             for request in resource.walk(lanes, now):
                 decisions.append(self._promoted(request))
             for request in list(resource.nested.values()):
@@ -1287,6 +1291,17 @@ LONGEST = 65536  # bytes of a message; FLoM's own limits, 511 and 1023, are the 
 FINAL = {CANT_WAIT, INVALID_NAME, DEADLOCK, LIMIT, STOPPED}  # the daemon half-closes after these
 
 
+@functools.lru_cache(256)
+def _decode_short(message):
+    return decode(message)
+
+
+def decode_again(message):
+    """decode() for messages that come again and again: clients that ask for the same resource and
+    say no more of themselves than FLoM's send the same bytes.  The result is not to be changed."""
+    return decode(message) if len(message) > 511 else _decode_short(message)
+
+
 class Session:
     """The state of one connection in terms of the protocol.
 
@@ -1303,17 +1318,17 @@ class Session:
 
     def calls(self, data):
         """Yields the calls in the bytes received so far; raises ProtocolError."""
-        self.unread += data
+        data, start = self.unread + data, 0
         while True:
-            end = self.unread.find(END) + len(END)
-            if end < len(END):
-                end = len(self.unread) if len(self.unread) > LONGEST else 0
-            if end > LONGEST:
+            end = data.find(END, start) + len(END)
+            whole = end >= len(END)
+            if (end if whole else len(data)) - start > LONGEST:
                 raise ProtocolError(f"a message of more than {LONGEST} bytes")
-            if not end:
+            if not whole:
+                self.unread = data[start:]
                 return
-            message, self.unread = self.unread[:end], self.unread[end:]
-            elements = decode(message)
+            elements = decode_again(data[start:end])
+            start, self.unread = end, b""
             head = elements["msg"]
             make_call = self._MESSAGES.get((head["verb"], head["step"]))
             if make_call is None:
@@ -1332,7 +1347,7 @@ class Session:
                           wanted.get("wait", 0), wanted.get("create", 0), wanted.get("lifespan", 0))
         about = elements.get("session", {})
         if "client" in about:
-            self.ours, self.about = True, about
+            self.ours, self.about = True, dict(about)
             request.ident = about.get("id")
             request.parents = tuple(about.get("parent", "").split(",")[:8])
             request.patient = wanted.get("deadlock") == "wait"
@@ -1345,7 +1360,7 @@ class Session:
         name = elements.get("resource", {}).get("name")
         if self.holds is None or name is None or decode_name(name) != self.holds:
             raise ProtocolError("an unlock of what is not held")
-        self.holds = None
+        self.asked = self.holds = None
         return "unlock", not elements["resource"].get("rollback", 0)
 
     def _management(self, elements):
@@ -1443,6 +1458,7 @@ def _who(request):
 
 MOST_UNREAD = 256 * 1024  # bytes that may wait for a slow reader
 PATIENCE = 10  # s for the first message, and for the end of a half-closed connection
+READABLE, WRITABLE = select.POLLIN, select.POLLOUT  # the numbers that epoll uses, too
 WOULD_BLOCK = (BlockingIOError, InterruptedError)
 
 
@@ -1459,30 +1475,30 @@ class Connection:
         self.report = None  # iterator over the rest of a status report
         self.over = False  # half-closed by us: nothing that comes counts any more
         self.surplus = surplus  # beyond the limit of clients: to be refused
-        self.writing = False  # the selector waits until it can write
+        self.writing = False  # the poller waits until it can write
         self.verified = False  # the peer has shown a certificate
 
     def handle(self, events):
-        """What the selector has seen."""
-        if events & selectors.EVENT_WRITE and self.socket is not None:
+        """What the poller has seen."""
+        if events & WRITABLE and self.socket is not None:
             self._flush()
-        if events & selectors.EVENT_READ and self.socket is not None:
+        if events & ~WRITABLE and self.socket is not None and self._read():
             self._read()
 
-    def _receive(self):
-        return self.socket.recv(8192)
-
     def _read(self):
+        """Reads and obeys; returns whether more is likely to be there: the end, after an unlock."""
         try:
-            data = self._receive()
+            data = self.socket.recv(4096)
         except WOULD_BLOCK:
-            return
+            return False
         except OSError:
             data = b""
         if not data:
             self.close()
-        elif not self.over:
+            return False
+        if not self.over:
             self._obey(data)
+        return self.session.asked is None and self.socket is not None
 
     def _obey(self, data):
         try:
@@ -1512,7 +1528,7 @@ class Connection:
         self._flush()
 
     def _flush(self):
-        """Writes what can be written; afterwards the selector knows whether something is left."""
+        """Writes what can be written; afterwards the poller knows whether something is left."""
         try:
             self._refill()
             while self.output:
@@ -1526,7 +1542,7 @@ class Connection:
             return
         if bool(self.output) != self.writing:
             self.writing = not self.writing
-            self.daemon.watch(self)
+            self.daemon.poller.change(self.socket, self.handle, self.writing)
         if self.over and not self.output:
             self._shut()
 
@@ -1596,10 +1612,9 @@ class Listener:
 
     def __init__(self, daemon, listening, label, path=None):
         self.daemon, self.socket, self.label, self.path = daemon, listening, label, path
-        self.resume_at = None
         listening.setblocking(False)
         listening.listen(BACKLOG)
-        daemon.selector.register(listening, selectors.EVENT_READ, self.handle)
+        daemon.poller.add(listening, self.handle)
 
     def handle(self, events):
         """Accepts those that have come, a batch at a time."""
@@ -1619,24 +1634,18 @@ class Listener:
     def _pause(self, error):
         """Waits until files are closed rather than being woken again and again."""
         self.daemon.log.limited(f"cannot accept clients: {error.strerror}; trying again")
-        self.daemon.selector.unregister(self.socket)
-        self.resume_at = self.daemon.now.mono + PAUSE
+        self.daemon.poller.remove(self.socket)
+        self.daemon.dates[self._resume] = self.daemon.now.mono + PAUSE
 
-    def next_deadline(self):
-        return self.resume_at
+    def _resume(self):
+        self.daemon.poller.add(self.socket, self.handle)
 
-    def expire(self, now):
-        """Accepts again after a pause."""
-        if self.resume_at is not None and self.resume_at <= now.mono:
-            self.resume_at = None
-            self.daemon.selector.register(self.socket, selectors.EVENT_READ, self.handle)
-
-    def close(self, remove=True):
+    def close(self):
         """Stops listening; removes the path of a UNIX socket that is its own."""
-        if self.resume_at is None:
-            self.daemon.selector.unregister(self.socket)
+        if self.daemon.dates.pop(self._resume, None) is None:
+            self.daemon.poller.remove(self.socket)
         self.socket.close()
-        if self.path and remove:
+        if self.path:
             with contextlib.suppress(OSError):
                 os.unlink(self.path)
 
@@ -1749,7 +1758,6 @@ class Group:
         self.socket = self._member()
         self.asker = self._asker()
         self.own_port = None  # of the TCP listener, once it serves
-        self.next_question = None
 
     def _resolve(self):
         host, interface = self.settings["MulticastAddress"], self.settings["NetworkInterface"]
@@ -1872,10 +1880,10 @@ class Group:
     def serve(self, daemon, port):
         """Begins to answer: `port` is where the daemon listens."""
         self.daemon, self.own_port = daemon, port
-        self.soon = list(SOON)
-        self.next_question = daemon.now.mono + self.soon.pop(0)
-        daemon.selector.register(self.socket, selectors.EVENT_READ, self.hear)
-        daemon.selector.register(self.asker, selectors.EVENT_READ, self.hear_answers)
+        self.pauses = list(SOON)
+        daemon.dates[self._ask_again] = daemon.now.mono + self.pauses.pop(0)
+        daemon.poller.add(self.socket, self.hear)
+        daemon.poller.add(self.asker, self.hear_answers)
 
     def hear(self, events):
         """Answers the questions that have come."""
@@ -1904,23 +1912,17 @@ class Group:
             if other is None or other < self.pair:
                 self.daemon.verify(other, (host, network["port"]) + tuple(sender[2:]))
 
-    def next_deadline(self):
-        return self.next_question
-
-    def expire(self, now):
-        """Asks again, soon after the start and then from time to time."""
-        if self.next_question is not None and self.next_question <= now.mono:
-            self.ask()
-            pause = self.soon.pop(0) if self.soon else OFTEN * random.uniform(0.8, 1.2)
-            self.next_question = now.mono + pause
+    def _ask_again(self):
+        self.ask()
+        pause = self.pauses.pop(0) if self.pauses else OFTEN * random.uniform(0.8, 1.2)
+        self.daemon.dates[self._ask_again] = self.daemon.now.mono + pause
 
     def close(self):
         """Leaves the group: no more answers, no more questions."""
+        self.daemon.dates.pop(self._ask_again, None)
         for member in (self.socket, self.asker):
-            if self.own_port is not None:
-                self.daemon.selector.unregister(member)
+            self.daemon.poller.remove(member)
             member.close()
-        self.own_port = self.next_question = None
 
 
 class Probe:
@@ -1928,12 +1930,12 @@ class Probe:
 
     def __init__(self, daemon, pair, address):
         self.daemon, self.pair, self.unread = daemon, pair, b""
-        self.deadline = daemon.now.mono + 5
+        daemon.dates[self.close] = daemon.now.mono + PATIENCE
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.socket = socket.socket(family, socket.SOCK_STREAM)
         self.socket.setblocking(False)
         self.socket.connect_ex(address)
-        daemon.selector.register(self.socket, selectors.EVENT_WRITE, self.connected)
+        daemon.poller.add(self.socket, self.connected, writing=True)
 
     def connected(self, events):
         """Sends the question."""
@@ -1946,7 +1948,7 @@ class Probe:
         except OSError:
             self.close()
         else:
-            self.daemon.selector.modify(self.socket, selectors.EVENT_READ, self.answered)
+            self.daemon.poller.change(self.socket, self.answered, writing=False)
 
     def answered(self, events):
         """Reads the beginning of the answer: the id of the daemon is in its first element."""
@@ -1966,24 +1968,53 @@ class Probe:
         elif not data or len(self.unread) > 4096:
             self.close()
 
-    def next_deadline(self):
-        return self.deadline
-
-    def expire(self, now):
-        if self.deadline <= now.mono:
-            self.close()
-
     def close(self):
-        self.daemon.selector.unregister(self.socket)
+        """The question is answered, or will not be."""
+        self.daemon.dates.pop(self.close, None)
+        self.daemon.poller.remove(self.socket)
         self.socket.close()
         self.daemon.probe = None
 
 
 # --- Event loop ---------------------------------------------------------------------------------
-# One thread, one selector.  A turn: do what is due, wait for an event or the next date, handle the
-# events.  Everything that has dates answers next_deadline() and expire(now).
+# One thread, one loop: do what is due, wait for an event or the next date, handle the events.
+# `dates` has one date for each purpose, a function to be called then; times of which there may be
+# thousands stand in queues or heaps of their own, of which the first is a date.
+#
+# epoll, or poll where that is missing, and not `selectors`: a connection lives for two messages,
+# and the bookkeeping of selectors would take a quarter of its time.
 
 RESERVE = 32  # files that are not for clients: listeners, logs, state, a few to refuse clients with
+
+
+class Poller:
+    """Which function to call when a socket can be read, or written."""
+
+    def __init__(self):
+        self._handlers = {}
+        self._poll = select.epoll() if hasattr(select, "epoll") else select.poll()
+        self._unit = 1 if hasattr(select, "epoll") else 1000
+
+    def add(self, watched, handler, writing=False):
+        """handler(events) is called when `watched` can be read (and, if writing, written)."""
+        self._handlers[watched.fileno()] = handler
+        self._poll.register(watched.fileno(), READABLE | (WRITABLE if writing else 0))
+
+    def change(self, watched, handler, writing):
+        """As add(), for a socket that is watched already."""
+        self._handlers[watched.fileno()] = handler
+        self._poll.modify(watched.fileno(), READABLE | (WRITABLE if writing else 0))
+
+    def remove(self, watched):
+        """To be called before `watched` is closed."""
+        self._poll.unregister(watched.fileno())
+        del self._handlers[watched.fileno()]
+
+    def wait(self, timeout):
+        """(handler, events) of what has happened, after `timeout` s (None: no limit) at most."""
+        # rounded up to ms, so that a date has come when poll returns
+        timeout = -1 if timeout is None else math.ceil(timeout * 1000) * self._unit / 1000
+        return [(self._handlers[number], events) for number, events in self._poll.poll(timeout)]
 
 
 class Moment:
@@ -2008,74 +2039,83 @@ class Daemon:
     def __init__(self, settings, options, log, pair):
         self.settings, self.log, self.pair = settings, log, pair
         self.now = Moment()
-        self.selector = selectors.DefaultSelector()
+        self.poller, self.dates = Poller(), {}
         self.connections = set()
         # connections from which PATIENCE seconds are left to hear, in order, with their date
         self.newcomers, self.leavers = collections.OrderedDict(), collections.OrderedDict()
         self.listeners, self.group, self.probe, self.state = [], None, None, None
         self.table = None  # made when it is known what the predecessor left
         self.most_clients = options.max_clients or most_files() - RESERVE
-        self.ending = None  # a reason; "quiesce" and "drain" wait for those that are served
-        self.unused_since = self.now.mono
+        self.ending = None  # why; "quiesce" and "drain" wait for those that are served
         self._decisions, self._applying = collections.deque(), False
 
     def run(self):
         """Serves until it is told to end or nobody needs it."""
         while not self._over():
+            self._plan()
+            first = min(self.dates.values(), default=None)
+            events = self.poller.wait(None if first is None else max(0, first - time.monotonic()))
             self.now = Moment()
-            for part in self._parts():
-                part.expire(self.now)
-            self._expire()
-            wanted = self._next_deadline()
-            timeout = None if wanted is None else max(0, wanted - time.monotonic())
-            events = self.selector.select(timeout)
-            self.now = Moment()
-            for key, what in events:
-                self._dispatch(key.data, what)
+            for handle, what in events:
+                self._call(handle, what)
+            if first is not None and first <= self.now.mono:
+                for purpose in [key for key, when in self.dates.items() if when <= self.now.mono]:
+                    del self.dates[purpose]
+                    self._call(purpose)
 
-    def _dispatch(self, handle, what):
+    def _call(self, function, *details):
         try:
-            handle(what)
+            function(*details)
         except Exception:  # a bug: it may cost one connection, never the daemon
             self.log.error(traceback.format_exc())
-            connection = getattr(handle, "__self__", None)
-            if isinstance(connection, Connection):
-                connection.close()
+            if isinstance(function.__self__, Connection):
+                function.__self__.close()
 
-    def _parts(self):
-        return [part for part in [*self.listeners, self.group, self.probe, self.state] if part]
+    def _plan(self):
+        """Sets the dates that depend on what happened in this turn."""
+        self._set_date(self._expire_table, self.table.next_deadline())
+        for queue, purpose in ((self.newcomers, self._expire_newcomers),
+                               (self.leavers, self._expire_leavers)):
+            if queue and purpose not in self.dates:
+                self.dates[purpose] = next(iter(queue.values()))
+        used = self.connections or not self.table.empty()
+        if used or self.settings["Lifespan"] < 0:
+            self.dates.pop(self._end_of_life, None)
+        elif self._end_of_life not in self.dates:
+            self.dates[self._end_of_life] = self.now.mono + self.settings["Lifespan"] / 1000
+        if self.state.marked and (self.table.holding or self.table.window_until is not None):
+            self.dates.pop(self.state.clear, None)
+        elif self.state.marked and self.state.clear not in self.dates:
+            self.dates[self.state.clear] = self.now.mono + QUIET
 
-    def _next_deadline(self):
-        dates = [part.next_deadline() for part in self._parts()]
-        dates.append(self.table.next_deadline())
-        for queue in (self.newcomers, self.leavers):
-            dates.extend(itertools.islice(queue.values(), 1))
-        lifespan = self.settings["Lifespan"]
-        if self.unused_since is not None and lifespan >= 0:
-            dates.append(self.unused_since + lifespan / 1000)
-        return min((date for date in dates if date is not None), default=None)
+    def _set_date(self, purpose, when):
+        if when is None:
+            self.dates.pop(purpose, None)
+        else:
+            self.dates[purpose] = when
 
-    def _expire(self):
+    def _expire_table(self):
         self.apply(self.table.expire(self.now))
-        for queue in (self.newcomers, self.leavers):
-            while queue and next(iter(queue.values())) <= self.now.mono:
-                connection = next(iter(queue))
-                self.log.limited(f"{connection.peer}: silent; connection closed")
-                connection.close()
-        self.state.observe(self.table, self.now)
+
+    def _expire_newcomers(self):
+        self._close_silent(self.newcomers)
+
+    def _expire_leavers(self):
+        self._close_silent(self.leavers)
+
+    def _close_silent(self, queue):
+        while queue and next(iter(queue.values())) <= self.now.mono:
+            connection = next(iter(queue))
+            self.log.limited(f"{connection.peer}: silent; connection closed")
+            connection.close()
+
+    def _end_of_life(self):
+        self.ending = "nobody needs it"
 
     def _over(self):
-        """Whether the time to end has come."""
-        used = bool(self.connections) or not self.table.empty()
-        if used:
-            self.unused_since = None
-        elif self.unused_since is None:
-            self.unused_since = self.now.mono
         if self.ending in ("quiesce", "drain"):
             return not self.connections
-        lifespan = self.settings["Lifespan"]
-        return self.ending is not None or (
-            not used and 0 <= lifespan / 1000 <= time.monotonic() - self.unused_since)
+        return self.ending is not None
 
     # Connections come and go.
 
@@ -2090,7 +2130,7 @@ class Daemon:
         connection = Connection(self, accepted, peer, len(self.connections) >= self.most_clients)
         self.connections.add(connection)
         self.newcomers[connection] = self.now.mono + PATIENCE
-        self.selector.register(accepted, selectors.EVENT_READ, connection.handle)
+        self.poller.add(accepted, connection.handle)
 
     def has_spoken(self, connection):
         """The first message of the connection is complete."""
@@ -2100,14 +2140,9 @@ class Daemon:
         """The daemon's side of the connection is at its end."""
         self.leavers[connection] = self.now.mono + PATIENCE
 
-    def watch(self, connection):
-        """Tells the selector whether the connection has something to write."""
-        self.selector.modify(connection.socket, selectors.EVENT_READ | (
-            selectors.EVENT_WRITE if connection.writing else 0), connection.handle)
-
     def forget(self, connection):
         """The connection is about to be closed."""
-        self.selector.unregister(connection.socket)
+        self.poller.remove(connection.socket)
         self.connections.discard(connection)
         self.newcomers.pop(connection, None)
         self.leavers.pop(connection, None)
@@ -2224,6 +2259,7 @@ class Daemon:
         """Leaves the group to another daemon."""
         self.log.error("draining: another daemon serves the group")
         self.ending = "drain"
+        self.dates.pop(self._end_of_life, None)
         self.group.close()
         self.group = None
         for listener in self.listeners:
@@ -2274,7 +2310,7 @@ class Signals:
         for number in self.actions:
             signal.signal(number, lambda number, frame: None)
         signal.set_wakeup_fd(self.writer.fileno())
-        daemon.selector.register(self.reader, selectors.EVENT_READ, self.handle)
+        daemon.poller.add(self.reader, self.handle)
 
     def handle(self, events):
         """Acts on the signals that have come."""
@@ -2346,7 +2382,7 @@ class State:
         epoch, boot, held, pid = found.groups() if found else (b"0", b"", b"0", b"0")
         self.epoch, self.pid = int(epoch), int(pid)  # of the predecessor, until begin()
         self.unclean, self.boot = held == b"1", boot.decode("ascii", "replace").strip()
-        self.marked, self.quiet_at = self.unclean, None
+        self.marked = self.unclean
 
     def begin(self):
         """Writes this daemon's record and returns whether the system was booted since the last."""
@@ -2366,27 +2402,17 @@ class State:
 
     def mark(self):
         """Somebody is about to hold a lock."""
-        self.marked, self.quiet_at = True, None
+        self.marked = True
         self._write(b"1")
+
+    def clear(self):
+        """Nobody has held a lock for a while."""
+        self.marked = False
+        self._write(b"0")
 
     def _write(self, mark):
         if self.number is not None:
             os.pwrite(self.number, mark, MARK_AT)
-
-    def observe(self, table, now):
-        """Clears the mark once nobody has held a lock for a while."""
-        if table.holding or table.window_until is not None:
-            self.quiet_at = None
-        elif self.marked and self.quiet_at is None:
-            self.quiet_at = now.mono + QUIET
-
-    def next_deadline(self):
-        return self.quiet_at
-
-    def expire(self, now):
-        if self.quiet_at is not None and self.quiet_at <= now.mono:
-            self.marked, self.quiet_at = False, None
-            self._write(b"0")
 
 
 # --- Daemonize ----------------------------------------------------------------------------------
