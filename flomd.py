@@ -978,6 +978,10 @@ class LockTable:
         """Whether nothing at all is left: no resource, not even an idle one, and no request."""
         return not self.resources and not self.requests
 
+    def resource_of(self, name):
+        """The resource to which a name belongs, None when there is none."""
+        return self.resources.get("/" + name.split("/")[1] if name[:1] == "/" else name)
+
     # From the request to its place.
 
     @staticmethod
@@ -1275,7 +1279,7 @@ class LockTable:
     def _cycle(self, request):
         """One line that names the resources and holders for which a hopeless request waits."""
         way = self._way(request, request.ancestors)
-        links = [f"{holder.name} is held by {holder.who}" for holder in way if holder.state is HELD]
+        links = [f"{holder.name} is held by {holder.session}" for holder in way if holder.state is HELD]
         return (", which waits: ".join(links) + ", under which this command runs; a command in the "
                 "background may use --deadlock wait")
 
@@ -1287,6 +1291,7 @@ class LockTable:
 # A FLoM client takes every answer of step 24 but rc 1 for a grant, and knows no rc above 6: it is
 # told less, and where the truth cannot be told its connection is closed.
 
+TLS_RECORD = b"\x16"  # the first byte of a handshake, never that of a message
 LONGEST = 65536  # bytes of a message; FLoM's own limits, 511 and 1023, are the client's care
 FINAL = {CANT_WAIT, INVALID_NAME, DEADLOCK, LIMIT, STOPPED}  # the daemon half-closes after these
 
@@ -1308,17 +1313,28 @@ class Session:
     calls() yields what the client wants as tuples: ("lock", Request), ("unlock", committed),
     ("status",), ("shutdown", immediate), ("send", bytes), ("ignore",).
     """
-    __slots__ = ("connection", "unread", "ours", "answered", "asked", "holds", "about")
+    __slots__ = ("connection", "unread", "ours", "answered", "asked", "holds", "about", "peer_id",
+                 "place")
 
     def __init__(self, connection):
         self.connection, self.unread = connection, b""
         self.ours = self.answered = False  # a client of ours; the last lock 8 has had its answer
         self.asked = self.holds = None  # names of resources
         self.about = {}  # what a client of ours says of itself
+        self.peer_id = None  # of the client's host
+        self.place = None  # in the queue, as the client knows it
+
+    def __str__(self):
+        """Who it is, as people see it."""
+        if not self.ours:
+            return self.connection.peer
+        return "{}:{} '{}'".format(*(self.about.get(key, "?") for key in ("host", "pid", "cmd")))
 
     def calls(self, data):
         """Yields the calls in the bytes received so far; raises ProtocolError."""
         data, start = self.unread + data, 0
+        if data[:1] == TLS_RECORD:
+            raise ProtocolError("TLS, where the daemon is configured without")
         while True:
             end = data.find(END, start) + len(END)
             whole = end >= len(END)
@@ -1346,6 +1362,7 @@ class Session:
         request = Request(self, name, wanted.get("mode", 0), wanted.get("quantity", 1),
                           wanted.get("wait", 0), wanted.get("create", 0), wanted.get("lifespan", 0))
         about = elements.get("session", {})
+        self.peer_id = about.get("peerid")
         if "client" in about:
             self.ours, self.about = True, dict(about)
             request.ident = about.get("id")
@@ -1403,7 +1420,6 @@ class Session:
     def introduce(cls, peer_id, daemon_id):
         """Prepares the head of the first answers: the ids of this host and of this daemon."""
         head = encode(LOCK, 16)[:-len(END)].decode()
-        cls.peer_id, cls.daemon_id = peer_id, daemon_id
         cls.first = head + element("session", ("peerid", peer_id))
         cls.first_to_ours = head + element("session", ("peerid", peer_id), ("daemon", daemon_id))
 
@@ -1414,6 +1430,17 @@ def printable(text):
 
 
 # The status report, the answer to a lock of _STATUS.
+
+
+def held_by(resource, now):
+    """Who holds the resource, in one line."""
+    if not resource.holders:
+        return "held by nobody"
+    first = next(iter(resource.holders.values()))
+    seconds = int(max(0, now.wall - first.since))
+    others = f" and {len(resource.holders) - 1} more" if len(resource.holders) > 1 else ""
+    return (f"held by {first.session} for "
+            f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}{others}")
 
 
 def report(table, introduction):
@@ -1465,7 +1492,7 @@ WOULD_BLOCK = (BlockingIOError, InterruptedError)
 class Connection:
     """One client."""
     __slots__ = ("daemon", "socket", "peer", "local", "session", "output", "report", "over",
-                 "surplus", "writing", "verified")
+                 "surplus", "writing", "name")
 
     def __init__(self, daemon, connection, peer, surplus):
         self.daemon, self.socket, self.peer = daemon, connection, peer
@@ -1476,7 +1503,7 @@ class Connection:
         self.over = False  # half-closed by us: nothing that comes counts any more
         self.surplus = surplus  # beyond the limit of clients: to be refused
         self.writing = False  # the poller waits until it can write
-        self.verified = False  # the peer has shown a certificate
+        self.name = None  # the common name of the peer's certificate
 
     def handle(self, events):
         """What the poller has seen."""
@@ -1485,10 +1512,16 @@ class Connection:
         if events & ~WRITABLE and self.socket is not None and self._read():
             self._read()
 
+    def _receive(self):
+        return self.socket.recv(4096)
+
+    def _transmit(self):
+        return self.socket.send(self.output)
+
     def _read(self):
         """Reads and obeys; returns whether more is likely to be there: the end, after an unlock."""
         try:
-            data = self.socket.recv(4096)
+            data = self._receive()
         except WOULD_BLOCK:
             return False
         except OSError:
@@ -1532,7 +1565,7 @@ class Connection:
         try:
             self._refill()
             while self.output:
-                sent = self.socket.send(self.output)
+                sent = self._transmit()
                 self.output = self.output[sent:]
                 self._refill()
         except WOULD_BLOCK:
@@ -1594,6 +1627,88 @@ class Connection:
         raw = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         pid, uid, _ = struct.unpack("3i", raw)
         return pid, uid
+
+
+# TLS.  The handshake is steps of the loop as everything else is; `ssl` is loaded only where it is
+# configured, so its errors are named by the functions that find them.
+
+TLS_FILES = ("TlsCertificate", "TlsPrivateKey", "TlsCaCertificate")
+
+
+def tls_context(settings, server):
+    """The context for one side of mutual TLS 1.2 or newer; raises CannotServe."""
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False  # FLoM's certificates bear no host names
+    context.verify_mode = ssl.CERT_REQUIRED
+    if hasattr(context, "minimum_version"):
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    else:  # 3.6
+        context.options |= ssl.OP_NO_SSLv3 | ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    certificate, key, authority = (os.path.abspath(settings[name]) for name in TLS_FILES)
+    reading = f"{certificate} with {key}"
+    try:
+        context.load_cert_chain(certificate, key, password=lambda: "")
+        reading = authority
+        context.load_verify_locations(authority)
+    except (OSError, ValueError) as error:
+        raise CannotServe(f"cannot use {reading} for TLS: {error}")
+    return context
+
+
+def common_name(connection):
+    """The common name in the certificate that the peer of a TLS socket has shown."""
+    subject = connection.getpeercert().get("subject", ())
+    return dict(pair for part in subject for pair in part).get("commonName")
+
+
+class TlsConnection(Connection):
+    """One client behind TLS."""
+    __slots__ = ("shaking", "want_read", "want_write")
+
+    def __init__(self, daemon, connection, peer, surplus, context):
+        import ssl
+        self.want_read, self.want_write = ssl.SSLWantReadError, ssl.SSLWantWriteError
+        super().__init__(daemon, context.wrap_socket(
+            connection, server_side=True, do_handshake_on_connect=False), peer, surplus)
+        self.shaking = True
+
+    def handle(self, events):
+        if self.shaking:
+            self._shake()
+        if not self.shaking:
+            super().handle(events | READABLE)
+            while self.socket is not None and self.socket.pending():
+                self._read()
+
+    def _shake(self):
+        writing = False
+        try:
+            self.socket.do_handshake()
+            self.shaking, self.name = False, common_name(self.socket)
+        except self.want_read:
+            pass
+        except self.want_write:
+            writing = True
+        except OSError as error:
+            self.daemon.log.limited(f"{self.peer}: no TLS: {error}")
+            self.close()
+            return
+        if writing != self.writing:
+            self.writing = writing
+            self.daemon.poller.change(self.socket, self.handle, writing)
+
+    def _receive(self):
+        try:
+            return self.socket.recv(4096)
+        except (self.want_read, self.want_write):
+            raise BlockingIOError
+
+    def _transmit(self):
+        try:
+            return self.socket.send(self.output)
+        except (self.want_read, self.want_write):
+            raise BlockingIOError
 
 
 # --- Listeners ----------------------------------------------------------------------------------
@@ -1930,36 +2045,52 @@ class Probe:
 
     def __init__(self, daemon, pair, address):
         self.daemon, self.pair, self.unread = daemon, pair, b""
-        daemon.dates[self.close] = daemon.now.mono + PATIENCE
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.socket = socket.socket(family, socket.SOCK_STREAM)
         self.socket.setblocking(False)
         self.socket.connect_ex(address)
-        daemon.poller.add(self.socket, self.connected, writing=True)
+        daemon.poller.add(self.socket, self._connected, writing=True)
+        daemon.dates[self.close] = daemon.now.mono + PATIENCE
 
-    def connected(self, events):
-        """Sends the question."""
-        question = encode(LOCK, 8, element("session", ("peerid", machine_id()),
-                                           ("client", f"flomd.py/{VERSION}")),
-                          element("resource", ("name", encode_name(STATUS_RESOURCE)), ("mode", 0),
-                                  ("wait", 0), ("create", 0), ("lifespan", 0)))
+    def _connected(self, events):
+        if self.daemon.tls:
+            self.daemon.poller.remove(self.socket)
+            self.socket = tls_context(self.daemon.settings, server=False).wrap_socket(
+                self.socket, do_handshake_on_connect=False)
+            self.daemon.poller.add(self.socket, self._shake, writing=True)
+        self._shake(events)
+
+    def _shake(self, events):
+        """Goes on with the handshake, if there is one, and then sends the question."""
         try:
-            self.socket.send(question)
-        except OSError:
-            self.close()
-        else:
-            self.daemon.poller.change(self.socket, self.answered, writing=False)
+            if self.daemon.tls:
+                self.socket.do_handshake()
+            self.socket.send(encode(
+                LOCK, 8, element("session", ("peerid", machine_id()),
+                                 ("client", f"flomd.py/{VERSION}")),
+                element("resource", ("name", encode_name(STATUS_RESOURCE)), ("mode", 0),
+                        ("wait", 0), ("create", 0), ("lifespan", 0))))
+        except OSError as error:
+            if type(error).__name__ not in ("SSLWantReadError", "SSLWantWriteError"):
+                self.close()
+            else:
+                self.daemon.poller.change(self.socket, self._shake,
+                                          type(error).__name__ == "SSLWantWriteError")
+            return
+        self.daemon.poller.change(self.socket, self._answered, writing=False)
 
-    def answered(self, events):
+    def _answered(self, events):
         """Reads the beginning of the answer: the id of the daemon is in its first element."""
         try:
             data = self.socket.recv(4096)
         except WOULD_BLOCK:
             return
-        except OSError:
+        except OSError as error:
+            if type(error).__name__ == "SSLWantReadError":
+                return
             data = b""
         self.unread += data
-        found = re.search(rb'<session [^>]*>', self.unread)
+        found = re.search(rb"<session [^>]*>", self.unread)
         if found:
             other = re.search(rb' daemon="([0-9a-f]+)"', found.group())
             self.close()
@@ -2045,8 +2176,10 @@ class Daemon:
         self.newcomers, self.leavers = collections.OrderedDict(), collections.OrderedDict()
         self.listeners, self.group, self.probe, self.state = [], None, None, None
         self.table = None  # made when it is known what the predecessor left
+        self.tls = tls_context(settings, server=True) if settings["TlsCertificate"] else None
         self.most_clients = options.max_clients or most_files() - RESERVE
         self.ending = None  # why; "quiesce" and "drain" wait for those that are served
+        self.curious = set()  # sessions that want to know their place
         self._decisions, self._applying = collections.deque(), False
 
     def run(self):
@@ -2067,7 +2200,7 @@ class Daemon:
         try:
             function(*details)
         except Exception:  # a bug: it may cost one connection, never the daemon
-            self.log.error(traceback.format_exc())
+            self.log.limited(traceback.format_exc(), "error")
             if isinstance(function.__self__, Connection):
                 function.__self__.close()
 
@@ -2127,10 +2260,14 @@ class Daemon:
             peer = show_address(address)
             tune(accepted, self.settings["TcpKeepaliveTime"], self.settings["TcpKeepaliveIntvl"],
                  self.settings["TcpKeepaliveProbes"])
-        connection = Connection(self, accepted, peer, len(self.connections) >= self.most_clients)
+        surplus = len(self.connections) >= self.most_clients
+        if self.tls:
+            connection = TlsConnection(self, accepted, peer, surplus, self.tls)
+        else:
+            connection = Connection(self, accepted, peer, surplus)
         self.connections.add(connection)
         self.newcomers[connection] = self.now.mono + PATIENCE
-        self.poller.add(accepted, connection.handle)
+        self.poller.add(connection.socket, connection.handle)
 
     def has_spoken(self, connection):
         """The first message of the connection is complete."""
@@ -2164,9 +2301,38 @@ class Daemon:
                 decision = self._decisions.popleft()
                 if decision.verdict == OK and not self.state.marked:
                     self.state.mark()
+                if decision.verdict in (ENQUEUED, BUSY) and "progress" in decision.session.about:
+                    decision = self._explained(decision)
                 decision.session.connection.tell(decision)
         finally:
             self._applying = False
+
+    def _explained(self, decision):
+        """The decision for a session that wants to know why it waits, and how that changes."""
+        session = decision.session
+        resource = self.table.resource_of(session.asked)
+        reason = decision.reason or resource and held_by(resource, self.now)
+        if decision.verdict == ENQUEUED:
+            session.place = decision.position
+            self.curious.add(session)
+            self.dates.setdefault(self._tell_places, self.now.mono + 1)
+        return decision._replace(reason=reason)
+
+    def _tell_places(self):
+        """Once a second: tells those that want to know it of a new place in the queue."""
+        wanted = {}
+        for session in list(self.curious):
+            request = self.table.requests.get(session)
+            if request is not None and request.state is QUEUED:
+                wanted.setdefault(request.resource, set()).add(session)
+            else:
+                self.curious.discard(session)
+        for resource, sessions in wanted.items():
+            for position, request in enumerate(resource.waiters(), 1):
+                if request.session in sessions and request.session.place != position:
+                    self.apply([Decision(request.session, ENQUEUED, position=position)])
+        if self.curious:
+            self.dates[self._tell_places] = self.now.mono + 1
 
     def _lock(self, connection, request):
         session = connection.session
@@ -2174,6 +2340,10 @@ class Daemon:
             connection.close()
         elif connection.surplus:
             connection.tell(Decision(session, LIMIT, reason="the daemon has too many clients"))
+        elif self.settings["TlsCheckPeerId"] and connection.name != session.peer_id:
+            reason = f"the certificate is that of {connection.name}, not of {session.peer_id}"
+            self.log.limited(f"{connection.peer}: {reason}; refused")
+            connection.tell(Decision(session, LIMIT, reason=reason))
         else:
             if session.ours:
                 self._complete(connection, session.about)
@@ -2225,7 +2395,7 @@ class Daemon:
             return None if allowed else f"{owner(uid)} is neither {owner(os.getuid())} nor root"
         here, there = (address[0].replace("::ffff:", "") for address in (
             connection.socket.getsockname(), connection.socket.getpeername()))
-        if (self.settings["AllowRemoteShutdown"] or connection.verified or here == there
+        if (self.settings["AllowRemoteShutdown"] or connection.name or here == there
                 or there.startswith("127.") or there == "::1"):
             return None
         return "another host may not, without --allow-remote-shutdown on the daemon"
@@ -2621,8 +2791,7 @@ def read_options(arguments):
     if settings["SocketName"] and settings["MulticastAddress"]:
         raise UsageError(f"{settings.origins['SocketName']} and "
                          f"{settings.origins['MulticastAddress']} exclude each other")
-    files = ["TlsCertificate", "TlsPrivateKey", "TlsCaCertificate"]
-    if 0 < sum(bool(settings[key]) for key in files) < len(files):
+    if 0 < sum(bool(settings[key]) for key in TLS_FILES) < len(TLS_FILES):
         raise UsageError("TLS needs all of --tls-certificate, --tls-private-key and "
                          "--tls-ca-certificate")
     return settings, options
