@@ -35,6 +35,7 @@ import socket
 import stat
 import struct
 import sys
+import threading
 import time
 import traceback
 
@@ -413,6 +414,7 @@ class Request:
 
 class Resource:
     """A resource: its holders, its waiters and the policy.  A kind is a class below this one."""
+    has_modes = False
 
     def __init__(self, name, first_fit):
         self.name, self.first_fit = name, first_fit
@@ -422,7 +424,7 @@ class Resource:
         self.nested = collections.OrderedDict()  # the waiters with living ancestors
         self.lifespan = LEAST_LIFESPAN  # ms
         self.idle_since = self.due = None
-        self.last_token = 0
+        self.last_tokens = [0] * len(MODES)  # of the last grant in each mode
 
     # What a kind says.
 
@@ -435,9 +437,13 @@ class Resource:
         """Whether the request can be granted at all, ever."""
         return True
 
-    def fits(self, request, now):
-        """Whether the request is compatible with the holders, at this time."""
+    def has_room(self, request):
+        """Whether the request is compatible with the holders."""
         raise NotImplementedError
+
+    def fits(self, request, now):
+        """Whether the request has room, and its time has come."""
+        return self.has_room(request)
 
     def take(self, request, now):
         """Books the request and returns its element, or None; a reclaim brings its element."""
@@ -465,7 +471,8 @@ class Resource:
 
     def opponents(self, request):
         """The holders that the request waits for."""
-        return [holder for holder in self.holders.values() if self.clash(request, holder)]
+        return [] if self.has_room(request) else [
+            holder for holder in self.holders.values() if self.clash(request, holder)]
 
     def retry_at(self, now):
         """The time (monotonic) at which a waiter may fit without any release, or None."""
@@ -473,7 +480,8 @@ class Resource:
 
     def reclaimable(self, request):
         """Whether no grant since the token of the reclaim can have conflicted with it."""
-        return self.last_token <= request.reclaim
+        modes = CONFLICTS[request.mode] if self.has_modes else range(len(MODES))
+        return all(self.last_tokens[mode] <= request.reclaim for mode in modes)
 
     def could_have(self, request):
         """Whether the element of a reclaim is one of this resource."""
@@ -559,12 +567,6 @@ class Resource:
         return sorted((request for queue in self.lanes.values() for request in queue.values()),
                       key=operator.attrgetter("serial"))
 
-    def key(self):
-        """The state as a hashable value: equal keys behave alike from here on."""
-        return (self.name, tuple(sorted((str(r.session), r.mode, r.quantity, r.element)
-                                        for r in self.holders.values())),
-                tuple((str(r.session), r.mode, r.quantity) for r in self.waiters()))
-
 
 # --- Kinds --------------------------------------------------------------------------------------
 # A kind says what fits, what a grant takes and what a release gives back; nothing about queues.
@@ -572,13 +574,13 @@ class Resource:
 
 class Simple(Resource):
     """Locked as a whole, in one of six modes."""
+    has_modes = True
 
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
         self.held = [0] * len(MODES)  # holders by mode
-        self.last_tokens = [0] * len(MODES)
 
-    def fits(self, request, now):
+    def has_room(self, request):
         held = self.held
         for mode in CONFLICTS[request.mode]:
             if held[mode]:
@@ -600,9 +602,6 @@ class Simple(Resource):
     def clash(self, one, other):
         return other.mode in CONFLICTS[one.mode]
 
-    def reclaimable(self, request):
-        return all(self.last_tokens[mode] <= request.reclaim for mode in CONFLICTS[request.mode])
-
 
 class Numeric(Resource):
     """A pool of units, of which a request takes some."""
@@ -614,7 +613,7 @@ class Numeric(Resource):
     def possible(self, request):
         return request.quantity <= self.units
 
-    def fits(self, request, now):
+    def has_room(self, request):
         return request.quantity <= self.free
 
     def take(self, request, now):
@@ -625,9 +624,6 @@ class Numeric(Resource):
 
     def lane(self, request):
         return request.quantity if self.first_fit else None
-
-    def opponents(self, request):
-        return [] if self.fits(request, None) else list(self.holders.values())
 
 
 class Set(Resource):
@@ -647,7 +643,7 @@ class Set(Resource):
                 return index % count
         return None
 
-    def fits(self, request, now):
+    def has_room(self, request):
         return self._slot(request) is not None
 
     def take(self, request, now):
@@ -660,12 +656,6 @@ class Set(Resource):
 
     def give_back(self, request, committed):
         self.free[self.slots.pop(request.session)] = True
-
-    def opponents(self, request):
-        return [] if self.fits(request, None) else list(self.holders.values())
-
-    def key(self):
-        return super().key() + (self.next, tuple(self.free))
 
 
 class Node:
@@ -685,13 +675,14 @@ class Hierarchical(Resource):
     """A tree: a request must be compatible with those on its node, above it and below it.
 
     Every node counts what is held and queued on it and below it, so a request is checked by
-    walking down its path; nodes that nobody uses are removed.
+    walking down its path; nodes that nobody uses are removed.  The tokens of the last grants are
+    those of the whole tree, so a reclaim may be refused that could have been granted.
     """
+    has_modes = True
 
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
         self.root = Node(())
-        self.last_tokens = [0] * len(MODES)
 
     @staticmethod
     def _path(request):
@@ -723,7 +714,7 @@ class Hierarchical(Resource):
         while len(nodes) > 1 and nodes[-1].empty():
             del nodes[-2].children[nodes.pop().path[-1]]
 
-    def fits(self, request, now):
+    def has_room(self, request):
         path, conflicts, node = self._path(request), CONFLICTS[request.mode], None
         depth = -1
         for depth, node in enumerate(self._nodes(path)):
@@ -771,10 +762,6 @@ class Hierarchical(Resource):
         return (other.mode in CONFLICTS[one.mode]
                 and one.path[:shorter] == other.path[:shorter])
 
-    def reclaimable(self, request):
-        # for the whole tree: nodes do not remember those that are gone
-        return all(self.last_tokens[mode] <= request.reclaim for mode in CONFLICTS[request.mode])
-
 
 class Pool(Resource):
     """Places for a number of holders: what sequences and timestamps have in common."""
@@ -783,7 +770,7 @@ class Pool(Resource):
         super().__init__(name, first_fit)
         self.places = size_of(name)
 
-    def fits(self, request, now):
+    def has_room(self, request):
         return len(self.holders) < self.places
 
     def take(self, request, now):
@@ -791,9 +778,6 @@ class Pool(Resource):
 
     def give_back(self, request, committed):
         pass
-
-    def opponents(self, request):
-        return [] if Pool.fits(self, request, None) else list(self.holders.values())
 
 
 class Sequence(Pool):
@@ -825,9 +809,6 @@ class Sequence(Pool):
         value = request.element or ""
         return bool(re.fullmatch("[1-9][0-9]{0,9}", value)) and int(value) <= self.GREATEST
 
-    def key(self):
-        return super().key() + (self.next, tuple(self.returned))
-
 
 class Timestamp(Pool):
     """Each grant carries a time of its own, so it may have to wait for the clock."""
@@ -856,7 +837,7 @@ class Timestamp(Pool):
     stand_in = Pool
 
     def fits(self, request, now):
-        return super().fits(request, now) and (
+        return self.has_room(request) and (
             self.last is None or request.reclaim is not None
             or now.local() // self.resolution > self.last)
 
@@ -1078,9 +1059,7 @@ class LockTable:
         """Keeps the books of a new holder."""
         resource = request.resource
         request.token, resource.idle_since = token, None
-        resource.last_token = max(resource.last_token, token)
-        if hasattr(resource, "last_tokens"):
-            resource.last_tokens[request.mode] = max(resource.last_tokens[request.mode], token)
+        resource.last_tokens[request.mode] = max(resource.last_tokens[request.mode], token)
         self.holding += 1
         if request.ident and request.ident not in self._by_id:
             self._by_id[request.ident] = request
@@ -1311,7 +1290,7 @@ class Session:
     """The state of one connection in terms of the protocol.
 
     calls() yields what the client wants as tuples: ("lock", Request), ("unlock", committed),
-    ("status",), ("shutdown", immediate), ("send", bytes), ("ignore",).
+    ("status",), ("shutdown", immediate), ("send", bytes).
     """
     __slots__ = ("connection", "unread", "ours", "answered", "asked", "holds", "about", "peer_id",
                  "place")
@@ -1389,7 +1368,7 @@ class Session:
         return "send", encode(PING, 16)
 
     def _pong(self, elements):
-        return ("ignore",)
+        return "send", b""
 
     _MESSAGES = {(LOCK, 8): _lock, (UNLOCK, 8): _unlock, (PING, 8): _ping, (PING, 16): _pong,
                  (MANAGEMENT, 8): _management}
@@ -1536,7 +1515,7 @@ class Connection:
     def _obey(self, data):
         try:
             for call in self.session.calls(data):
-                self.daemon.has_spoken(self)
+                self.daemon.silent.pop(self, None)
                 self.daemon.perform(self, *call)
                 if self.socket is None or self.over:
                     return
@@ -1592,7 +1571,7 @@ class Connection:
         """Half-closes once everything is written; the client has PATIENCE to close its side."""
         if self.socket is not None and not self.over:
             self.over = True
-            self.daemon.leaving(self)
+            self.daemon.expect(self)
             if not self.output and self.report is None:
                 self._shut()
 
@@ -2040,71 +2019,26 @@ class Group:
             member.close()
 
 
-class Probe:
-    """Asks the daemon at an address for its id, as any client would, before this one drains."""
-
-    def __init__(self, daemon, pair, address):
-        self.daemon, self.pair, self.unread = daemon, pair, b""
-        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.socket = socket.socket(family, socket.SOCK_STREAM)
-        self.socket.setblocking(False)
-        self.socket.connect_ex(address)
-        daemon.poller.add(self.socket, self._connected, writing=True)
-        daemon.dates[self.close] = daemon.now.mono + PATIENCE
-
-    def _connected(self, events):
-        if self.daemon.tls:
-            self.daemon.poller.remove(self.socket)
-            self.socket = tls_context(self.daemon.settings, server=False).wrap_socket(
-                self.socket, do_handshake_on_connect=False)
-            self.daemon.poller.add(self.socket, self._shake, writing=True)
-        self._shake(events)
-
-    def _shake(self, events):
-        """Goes on with the handshake, if there is one, and then sends the question."""
-        try:
-            if self.daemon.tls:
-                self.socket.do_handshake()
-            self.socket.send(encode(
-                LOCK, 8, element("session", ("peerid", machine_id()),
-                                 ("client", f"flomd.py/{VERSION}")),
-                element("resource", ("name", encode_name(STATUS_RESOURCE)), ("mode", 0),
-                        ("wait", 0), ("create", 0), ("lifespan", 0))))
-        except OSError as error:
-            if type(error).__name__ not in ("SSLWantReadError", "SSLWantWriteError"):
-                self.close()
-            else:
-                self.daemon.poller.change(self.socket, self._shake,
-                                          type(error).__name__ == "SSLWantWriteError")
-            return
-        self.daemon.poller.change(self.socket, self._answered, writing=False)
-
-    def _answered(self, events):
-        """Reads the beginning of the answer: the id of the daemon is in its first element."""
-        try:
-            data = self.socket.recv(4096)
-        except WOULD_BLOCK:
-            return
-        except OSError as error:
-            if type(error).__name__ == "SSLWantReadError":
-                return
-            data = b""
-        self.unread += data
-        found = re.search(rb"<session [^>]*>", self.unread)
-        if found:
-            other = re.search(rb' daemon="([0-9a-f]+)"', found.group())
-            self.close()
-            if (other and other.group(1).decode()) == (self.pair and self.pair[1]):
-                self.daemon.drain()
-        elif not data or len(self.unread) > 4096:
-            self.close()
-
-    def close(self):
-        """The question is answered, or will not be."""
-        self.daemon.dates.pop(self.close, None)
-        self.daemon.poller.remove(self.socket)
-        self.socket.close()
-        self.daemon.probe = None
+def daemon_at(address, context):
+    """The id of the daemon at a TCP address, None when it is FLoM's; it asks as a client would,
+    and blocks.  Raises OSError or LookupError when there is no lock daemon."""
+    question = encode(
+        LOCK, 8, element("session", ("peerid", machine_id()), ("client", f"flomd.py/{VERSION}")),
+        element("resource", ("name", encode_name(STATUS_RESOURCE)), ("mode", 0), ("wait", 0),
+                ("create", 0), ("lifespan", 0)))
+    with contextlib.ExitStack() as stack:
+        asking = stack.enter_context(socket.create_connection(address[:2], PATIENCE))
+        if context:
+            asking = stack.enter_context(context.wrap_socket(asking))
+        asking.sendall(question)
+        answer = b""
+        while True:
+            answer += asking.recv(4096)
+            found = re.search(rb"<session (?:[^>]* daemon=.([0-9a-f]+))?[^>]*>", answer)
+            if found:
+                return found.group(1) and found.group(1).decode()
+            if not answer or len(answer) > 8192:
+                raise LookupError("no lock daemon")
 
 
 # --- Event loop ---------------------------------------------------------------------------------
@@ -2172,9 +2106,9 @@ class Daemon:
         self.now = Moment()
         self.poller, self.dates = Poller(), {}
         self.connections = set()
-        # connections from which PATIENCE seconds are left to hear, in order, with their date
-        self.newcomers, self.leavers = collections.OrderedDict(), collections.OrderedDict()
-        self.listeners, self.group, self.probe, self.state = [], None, None, None
+        # connections that must begin, or end, within PATIENCE seconds: their dates, in order
+        self.silent = collections.OrderedDict()
+        self.listeners, self.group, self.state, self.probing = [], None, None, False
         self.table = None  # made when it is known what the predecessor left
         self.tls = tls_context(settings, server=True) if settings["TlsCertificate"] else None
         self.most_clients = options.max_clients or most_files() - RESERVE
@@ -2206,11 +2140,12 @@ class Daemon:
 
     def _plan(self):
         """Sets the dates that depend on what happened in this turn."""
-        self._set_date(self._expire_table, self.table.next_deadline())
-        for queue, purpose in ((self.newcomers, self._expire_newcomers),
-                               (self.leavers, self._expire_leavers)):
-            if queue and purpose not in self.dates:
-                self.dates[purpose] = next(iter(queue.values()))
+        for purpose, when in ((self._expire_table, self.table.next_deadline()),
+                              (self._close_silent, next(iter(self.silent.values()), None))):
+            if when is not None:
+                self.dates[purpose] = when
+            else:
+                self.dates.pop(purpose, None)
         used = self.connections or not self.table.empty()
         if used or self.settings["Lifespan"] < 0:
             self.dates.pop(self._end_of_life, None)
@@ -2221,24 +2156,12 @@ class Daemon:
         elif self.state.marked and self.state.clear not in self.dates:
             self.dates[self.state.clear] = self.now.mono + QUIET
 
-    def _set_date(self, purpose, when):
-        if when is None:
-            self.dates.pop(purpose, None)
-        else:
-            self.dates[purpose] = when
-
     def _expire_table(self):
         self.apply(self.table.expire(self.now))
 
-    def _expire_newcomers(self):
-        self._close_silent(self.newcomers)
-
-    def _expire_leavers(self):
-        self._close_silent(self.leavers)
-
-    def _close_silent(self, queue):
-        while queue and next(iter(queue.values())) <= self.now.mono:
-            connection = next(iter(queue))
+    def _close_silent(self):
+        while self.silent and next(iter(self.silent.values())) <= self.now.mono:
+            connection = next(iter(self.silent))
             self.log.limited(f"{connection.peer}: silent; connection closed")
             connection.close()
 
@@ -2266,23 +2189,19 @@ class Daemon:
         else:
             connection = Connection(self, accepted, peer, surplus)
         self.connections.add(connection)
-        self.newcomers[connection] = self.now.mono + PATIENCE
+        self.expect(connection)
         self.poller.add(connection.socket, connection.handle)
 
-    def has_spoken(self, connection):
-        """The first message of the connection is complete."""
-        self.newcomers.pop(connection, None)
-
-    def leaving(self, connection):
-        """The daemon's side of the connection is at its end."""
-        self.leavers[connection] = self.now.mono + PATIENCE
+    def expect(self, connection):
+        """The client must say its first word, or close its side, within PATIENCE seconds."""
+        self.silent.pop(connection, None)
+        self.silent[connection] = self.now.mono + PATIENCE
 
     def forget(self, connection):
         """The connection is about to be closed."""
         self.poller.remove(connection.socket)
         self.connections.discard(connection)
-        self.newcomers.pop(connection, None)
-        self.leavers.pop(connection, None)
+        self.silent.pop(connection, None)
 
     # What clients want.
 
@@ -2362,9 +2281,6 @@ class Daemon:
     def _send(self, connection, data):
         connection.send(data)
 
-    def _ignore(self, connection):
-        pass
-
     def _status(self, connection):
         listening = [listener.label for listener in self.listeners]
         if self.group:
@@ -2384,7 +2300,7 @@ class Daemon:
         elif immediate:
             self.stop("its order to end came from " + connection.peer)
         else:
-            self.ending = self.ending or "quiesce"
+            self.quiesce()
             connection.close()
 
     def _may_stop(self, connection):
@@ -2400,8 +2316,8 @@ class Daemon:
             return None
         return "another host may not, without --allow-remote-shutdown on the daemon"
 
-    _CALLS = {"lock": _lock, "unlock": _unlock, "send": _send, "ignore": _ignore,
-              "status": _status, "shutdown": _shutdown}
+    _CALLS = {"lock": _lock, "unlock": _unlock, "send": _send, "status": _status,
+              "shutdown": _shutdown}
 
     # The end.
 
@@ -2421,9 +2337,24 @@ class Daemon:
         self.ending = self.ending or "quiesce"
 
     def verify(self, pair, address):
-        """Another daemon serves the group and goes before this one, so it says: is it there?"""
-        if self.probe is None and self.ending is None:
-            self.probe = Probe(self, pair, address)
+        """Another daemon serves the group and goes before this one, so it says: is it there?  To
+        connect may take its time, so a thread does it and wakes the loop with the result."""
+        if not self.probing and self.ending is None:
+            self.probing = True
+            threading.Thread(target=self._probe, args=(pair, address), daemon=True).start()
+
+    def _probe(self, pair, address):
+        context = tls_context(self.settings, server=False) if self.tls else None
+        confirmed = False
+        with contextlib.suppress(OSError, LookupError):
+            confirmed = daemon_at(address, context) == (pair and pair[1])
+        self.waker.send(b"\xff" if confirmed else b"\xfe")
+
+    def probed(self, confirmed):
+        """The thread of verify() has ended."""
+        self.probing = False
+        if confirmed and self.group:
+            self.drain()
 
     def drain(self):
         """Leaves the group to another daemon."""
@@ -2464,38 +2395,31 @@ def most_files():
 
 
 # --- Signals and lifespan -----------------------------------------------------------------------
-# Handlers do nothing; Python writes the number of each signal to a socket that the loop reads.
+# Handlers do nothing; Python writes the number of each signal to a socket that the loop reads, and
+# the thread that looks for another daemon writes 255 or 254 there: yes or no.
 
 
 class Signals:
     """TERM and INT end the daemon, USR1 lets it end when idle, HUP opens its log again."""
 
     def __init__(self, daemon):
-        self.daemon = daemon
-        self.reader, self.writer = socket.socketpair()
+        self.reader, daemon.waker = socket.socketpair()
         self.reader.setblocking(False)
-        self.writer.setblocking(False)
-        self.actions = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop,
-                        signal.SIGUSR1: self._quiesce, signal.SIGHUP: self._reopen}
-        for number in self.actions:
+        daemon.waker.setblocking(False)
+        self.actions = {signal.SIGTERM: lambda: daemon.stop("it got SIGTERM"),
+                        signal.SIGINT: lambda: daemon.stop("it got SIGINT"),
+                        signal.SIGUSR1: daemon.quiesce, signal.SIGHUP: daemon.log.open,
+                        255: lambda: daemon.probed(True), 254: lambda: daemon.probed(False)}
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, lambda number, frame: None)
-        signal.set_wakeup_fd(self.writer.fileno())
+        signal.set_wakeup_fd(daemon.waker.fileno())
         daemon.poller.add(self.reader, self.handle)
 
     def handle(self, events):
         """Acts on the signals that have come."""
         for number in self.reader.recv(64):
             if number in self.actions:
-                self.actions[number](signal.Signals(number).name)
-
-    def _stop(self, name):
-        self.daemon.stop(f"it got {name}")
-
-    def _quiesce(self, name):
-        self.daemon.quiesce()
-
-    def _reopen(self, name):
-        self.daemon.log.open()
+                self.actions[number]()
 
 
 # --- State on disk ------------------------------------------------------------------------------
