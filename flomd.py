@@ -15,6 +15,7 @@ option or configuration file.
 """
 import argparse
 import binascii
+import bisect
 import collections
 import contextlib
 import copy
@@ -2109,6 +2110,7 @@ class Daemon:
         # connections that must begin, or end, within PATIENCE seconds: their dates, in order
         self.silent = collections.OrderedDict()
         self.listeners, self.group, self.state, self.probing = [], None, None, False
+        self.publisher = None
         self.table = None  # made when it is known what the predecessor left
         self.tls = tls_context(settings, server=True) if settings["TlsCertificate"] else None
         self.most_clients = options.max_clients or most_files() - RESERVE
@@ -2199,6 +2201,9 @@ class Daemon:
 
     def forget(self, connection):
         """The connection is about to be closed."""
+        if self.publisher:
+            self.publisher.lost += connection.session.holds is not None
+            self.publisher.changed()
         self.poller.remove(connection.socket)
         self.connections.discard(connection)
         self.silent.pop(connection, None)
@@ -2220,6 +2225,8 @@ class Daemon:
                 decision = self._decisions.popleft()
                 if decision.verdict == OK and not self.state.marked:
                     self.state.mark()
+                if self.publisher:
+                    self.publisher.note(decision)
                 if decision.verdict in (ENQUEUED, BUSY) and "progress" in decision.session.about:
                     decision = self._explained(decision)
                 decision.session.connection.tell(decision)
@@ -2276,6 +2283,8 @@ class Daemon:
             about.update(pid=str(pid), user=owner(uid))
 
     def _unlock(self, connection, committed):
+        if self.publisher:
+            self.publisher.changed()
         self.apply(self.table.release(connection.session, committed, self.now))
 
     def _send(self, connection, data):
@@ -2376,6 +2385,8 @@ class Daemon:
             listener.close()
         if self.group:
             self.group.close()
+        if self.publisher:
+            self.publisher.close()
         for connection in list(self.connections):
             with contextlib.suppress(OSError):
                 connection.socket.close()
@@ -2507,6 +2518,166 @@ class State:
     def _write(self, mark):
         if self.number is not None:
             os.pwrite(self.number, mark, MARK_AT)
+
+
+# What others may watch: the tree of -m, in FLoM's layout, and the text of --metrics for Prometheus.
+# Both are written by a forked child, which sees the table as it was at that moment: the loop waits
+# for no disk.  The tree is built anew beside the old one; `status` is a link that is moved over.
+
+TREE_PAUSE, METRICS_PAUSE = 1, 15  # s between two versions
+WAITS = (0.001, 0.01, 0.1, 1, 10, 60, 600)  # s, the upper bounds of the histogram
+REFUSED = {BUSY: "busy", CANT_WAIT: "cannot_wait", IMPOSSIBLE: "impossible", DEADLOCK: "deadlock",
+           LIMIT: "limit", INVALID_NAME: "invalid_name"}
+
+
+class Publisher:
+    """Publishes the state of the daemon while somebody watches it."""
+
+    def __init__(self, daemon, mount, metrics):
+        self.daemon, self.mount, self.metrics = daemon, mount, metrics
+        self.verdicts, self.lost, self.version = collections.Counter(), 0, 0
+        self.waits, self.waited = [0] * (len(WAITS) + 1), 0.0
+        if mount:
+            self.write_tree()
+        if metrics:
+            self._write_metrics()
+
+    def note(self, decision):
+        """Counts a decision."""
+        self.verdicts[decision.verdict] += 1
+        request = self.daemon.table.requests.get(decision.session)
+        if decision.verdict == OK and request is not None:
+            waited = max(0.0, self.daemon.now.wall - request.since)
+            self.waits[bisect.bisect_left(WAITS, waited)] += 1
+            self.waited += waited
+        self.changed()
+
+    def changed(self):
+        """The tree is to be written again, but not more often than it may."""
+        if self.mount:
+            self.daemon.dates.setdefault(self.write_tree, self.daemon.now.mono + TREE_PAUSE)
+
+    def write_tree(self):
+        self.version += 1
+        self._in_child(self._write_tree)
+
+    def _write_metrics(self):
+        self.daemon.dates[self._write_metrics] = self.daemon.now.mono + METRICS_PAUSE
+        self._in_child(self._write_text)
+
+    @staticmethod
+    def _in_child(write):
+        child = os.fork()
+        if not child:
+            try:
+                close_files(keep=-1)  # or clients would wait for this process, too
+                write()
+            finally:
+                os._exit(0)
+
+    def _write_tree(self):
+        new, link = f".status-{self.version}", os.path.join(self.mount, ".status-link")
+        for path, text in self._tree():
+            path = os.path.join(self.mount, new, path)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+                file.write(f"{text}\n")
+        os.makedirs(os.path.join(self.mount, new), exist_ok=True)
+        os.symlink(new, link)
+        os.replace(link, os.path.join(self.mount, "status"))
+        self._remove_but(new)
+
+    def _remove_but(self, kept):
+        for name in os.listdir(self.mount):
+            if name.startswith(".status-") and name != kept:
+                remove_tree(os.path.join(self.mount, name))
+
+    def _tree(self):
+        """Yields (path, content) of the files."""
+        table = self.daemon.table
+        for number, resource in enumerate(table.resources.values(), 1):
+            folder = f"lockers/{number}"
+            yield f"{folder}/resource_name", resource.name
+            yield f"{folder}/resource_type", kind_of(resource.name)
+            for role, requests in (("holders", resource.holders.values()),
+                                   ("waitings", resource.waiters())):
+                for place, request in enumerate(requests, 1):
+                    for key, value in self._details(request, resource):
+                        yield f"{folder}/{role}/{place}/{key}", value
+        parked = [request for queue in table.parked.values() for request in queue.values()]
+        for number, request in enumerate(parked, 1):
+            yield f"incubator/{number}/peer_name", request.session
+            yield f"incubator/{number}/resource_name", request.name
+            yield f"incubator/{number}/resource_type", kind_of(request.name)
+
+    @staticmethod
+    def _details(request, resource):
+        kind = kind_of(resource.name)
+        yield "peer_name", request.session
+        if resource.has_modes:
+            yield "lock_mode", MODES[request.mode]
+        elif kind == "numeric":
+            yield "quantity", request.quantity
+        elif request.element and kind in ("sequence", "timestamp"):
+            yield f"{kind}_value", request.element
+
+    def _write_text(self):
+        part = f"{self.metrics}.{os.getpid()}"
+        with open(part, "w") as file:
+            file.write("".join(self._text()))
+        os.chmod(part, 0o644)
+        os.replace(part, self.metrics)
+
+    def _text(self):
+        """Yields the lines of the metrics in Prometheus' text format."""
+        table = self.daemon.table
+        kinds = collections.Counter(kind_of(name) for name in table.resources)
+        refused = {REFUSED[verdict]: self.verdicts[verdict] for verdict in REFUSED}
+        for name, kind, what, values in (
+                ("sessions", "gauge", "Open connections.", {"": len(self.daemon.connections)}),
+                ("resources", "gauge", "Resources by kind.", {
+                    f'{{kind="{kind}"}}': kinds[kind] for kind in KINDS}),
+                ("holders", "gauge", "Sessions that hold a lock.", {"": table.holding}),
+                ("waiters", "gauge", "Sessions that wait for a lock.", {"": table.waiting}),
+                ("grants_total", "counter", "Locks granted.", {"": self.verdicts[OK]}),
+                ("refusals_total", "counter", "Requests refused, by reason.", {
+                    f'{{reason="{reason}"}}': count for reason, count in refused.items()}),
+                ("lost_sessions_total", "counter", "Connections that ended while they held a "
+                 "lock.", {"": self.lost}),
+                ("epoch", "gauge", "The upper half of the fencing tokens.", {
+                    "": self.daemon.state.epoch})):
+            yield f"# HELP flomd_{name} {what}\n# TYPE flomd_{name} {kind}\n"
+            for labels, value in values.items():
+                yield f"flomd_{name}{labels} {value}\n"
+        yield ("# HELP flomd_wait_seconds Time from the request to the grant.\n"
+               "# TYPE flomd_wait_seconds histogram\n")
+        bounds = [f"{bound:g}" for bound in WAITS] + ["+Inf"]
+        for bound, count in zip(bounds, itertools.accumulate(self.waits)):
+            yield f'flomd_wait_seconds_bucket{{le="{bound}"}} {count}\n'
+        yield (f"flomd_wait_seconds_sum {self.waited:.6f}\n"
+               f"flomd_wait_seconds_count {sum(self.waits)}\n")
+
+    def close(self):
+        """Removes what it has published."""
+        with contextlib.suppress(OSError):
+            if self.metrics:
+                os.unlink(self.metrics)
+            if self.mount:
+                os.unlink(os.path.join(self.mount, "status"))
+                self._remove_but(None)
+
+
+def remove_tree(path):
+    """Removes a folder, or a link, with all that is in it."""
+    if not os.path.islink(path):
+        for folder, folders, files in os.walk(path, topdown=False):
+            for name in files:
+                os.unlink(os.path.join(folder, name))
+            for name in folders:
+                os.rmdir(os.path.join(folder, name))
+        os.rmdir(path)
+    else:
+        os.unlink(path)
 
 
 # --- Daemonize ----------------------------------------------------------------------------------
@@ -2679,6 +2850,7 @@ def make_parser():
     add("-c", "--config-file", metavar="FILE", help="read after the system's and the user's file")
     add("--no-files", action="store_true", help="read no configuration file")
     add("--pid-file", metavar="FILE", help="where the pid is written")
+    add("--metrics", metavar="FILE", help="where to write figures for Prometheus")
     add("--log", metavar="FILE|syslog|stderr", help="where to log (syslog, with -f stderr)")
     add("--log-level", choices=list(LEVELS), default="info", help="error, warning, info or debug")
     for name, what in (("clients", "connections"), ("waiters", "waiting requests")):
@@ -2702,6 +2874,9 @@ def read_options(arguments):
     """(settings, options) from the command line and the files; raises UsageError."""
     options = make_parser().parse_args(arguments)
     settings = Settings(Lifespan=-1)
+    for name in ("pid_file", "metrics"):
+        if getattr(options, name):
+            setattr(options, name, os.path.abspath(getattr(options, name)))
     if not options.no_files:
         for path in ("/etc/flom.conf", "/usr/local/etc/flom.conf", os.path.expanduser("~/.flom")):
             settings.read_file(path)
@@ -2840,6 +3015,9 @@ def prepare(settings, options, log):
                              daemon.now.mono + window if window else None, options.max_waiters)
     if daemon.group:
         daemon.group.serve(daemon, daemon.listeners[-1].socket.getsockname()[1])
+    if settings["MountPointVFS"] or options.metrics:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the publisher's children
+        daemon.publisher = Publisher(daemon, settings["MountPointVFS"], options.metrics)
     return daemon
 
 
