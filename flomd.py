@@ -497,7 +497,8 @@ class Resource:
 
     def admits(self, request, now):
         """Whether the policy grants the request now (nested requests aside)."""
-        return self.fits(request, now) and (self.first_fit or not self.is_behind(request))
+        return self.fits(request, now) and (
+            not self.waiting or self.first_fit or not self.is_behind(request))
 
     def is_behind(self, request):
         """Whether an incompatible waiter is ahead of the request."""
@@ -950,11 +951,11 @@ class LockTable:
 
     def next_deadline(self):
         """The monotonic time at which expire() is to be called, or None."""
-        times = [when for when, _, _ in self._due[:1]]
-        times.extend(itertools.islice(self.deferred.values(), 1))
-        if self.window_until is not None:
-            times.append(self.window_until)
-        return min(times, default=None)
+        due = self._due[0][0] if self._due else None
+        if self.window_until is None and not self.deferred:
+            return due
+        times = [due, self.window_until, next(iter(self.deferred.values()), None)]
+        return min(when for when in times if when is not None)
 
     def empty(self):
         """Whether nothing at all is left: no resource, not even an idle one, and no request."""
@@ -1276,15 +1277,17 @@ LONGEST = 65536  # bytes of a message; FLoM's own limits, 511 and 1023, are the 
 FINAL = {CANT_WAIT, INVALID_NAME, DEADLOCK, LIMIT, STOPPED}  # the daemon half-closes after these
 
 
-@functools.lru_cache(256)
-def _decode_short(message):
-    return decode(message)
+def read_message(data):
+    """decode(), with the name of the resource decoded too."""
+    elements = decode(data)
+    if "name" in elements.get("resource", ()):
+        elements["resource"]["name"] = decode_name(elements["resource"]["name"])
+    return elements
 
 
-def decode_again(message):
-    """decode() for messages that come again and again: clients that ask for the same resource and
-    say no more of themselves than FLoM's send the same bytes.  The result is not to be changed."""
-    return decode(message) if len(message) > 511 else _decode_short(message)
+# Clients that ask for the same resource and say no more of themselves than FLoM's send the same
+# bytes again and again.  The result is not to be changed.
+read_known_message = functools.lru_cache(256)(read_message)
 
 
 class Session:
@@ -1323,7 +1326,8 @@ class Session:
             if not whole:
                 self.unread = data[start:]
                 return
-            elements = decode_again(data[start:end])
+            read = read_known_message if end - start < 512 else read_message
+            elements = read(data[start:end])
             start, self.unread = end, b""
             head = elements["msg"]
             make_call = self._MESSAGES.get((head["verb"], head["step"]))
@@ -1335,7 +1339,7 @@ class Session:
         wanted = elements.get("resource", {})
         if "name" not in wanted:
             raise ProtocolError("a lock without a name")
-        self.answered, name = False, decode_name(wanted["name"])
+        self.answered, name = False, wanted["name"]
         if name == STATUS_RESOURCE:
             return ("status",)
         self.asked = name
@@ -1355,7 +1359,7 @@ class Session:
 
     def _unlock(self, elements):
         name = elements.get("resource", {}).get("name")
-        if self.holds is None or name is None or decode_name(name) != self.holds:
+        if self.holds is None or name != self.holds:
             raise ProtocolError("an unlock of what is not held")
         self.asked = self.holds = None
         return "unlock", not elements["resource"].get("rollback", 0)
@@ -1465,6 +1469,7 @@ def _who(request):
 
 MOST_UNREAD = 256 * 1024  # bytes that may wait for a slow reader
 PATIENCE = 10  # s for the first message, and for the end of a half-closed connection
+LOCAL = "local"  # the peer on a UNIX socket
 READABLE, WRITABLE = select.POLLIN, select.POLLOUT  # the numbers that epoll uses, too
 WOULD_BLOCK = (BlockingIOError, InterruptedError)
 
@@ -1476,7 +1481,7 @@ class Connection:
 
     def __init__(self, daemon, connection, peer, surplus):
         self.daemon, self.socket, self.peer = daemon, connection, peer
-        self.local = connection.family == socket.AF_UNIX
+        self.local = peer == LOCAL
         self.session = Session(self)
         self.output = b""  # what the client has not taken yet
         self.report = None  # iterator over the rest of a status report
@@ -1595,10 +1600,10 @@ class Connection:
     def close(self):
         """Ends the connection; what it held or waited for goes on to others."""
         if self.socket is not None:
-            self.daemon.forget(self)
+            self.daemon.poller.remove(self.socket)
             self.socket.close()
             self.socket = None
-            self.daemon.apply(self.daemon.table.gone(self.session, self.daemon.now))
+            self.daemon.gone(self)
 
     def credentials(self):
         """(pid, uid) of the peer on a local socket, (None, None) where the system cannot tell."""
@@ -1707,6 +1712,7 @@ class Listener:
 
     def __init__(self, daemon, listening, label, path=None):
         self.daemon, self.socket, self.label, self.path = daemon, listening, label, path
+        self.local = listening.family == socket.AF_UNIX
         listening.setblocking(False)
         listening.listen(BACKLOG)
         daemon.poller.add(listening, self.handle)
@@ -1724,7 +1730,7 @@ class Listener:
                 self._pause(error)
                 return
             connection.setblocking(False)
-            self.daemon.welcome(connection, address)
+            self.daemon.welcome(connection, LOCAL if self.local else show_address(address))
 
     def _pause(self, error):
         """Waits until files are closed rather than being woken again and again."""
@@ -2116,23 +2122,43 @@ class Daemon:
         self.most_clients = options.max_clients or most_files() - RESERVE
         self.ending = None  # why; "quiesce" and "drain" wait for those that are served
         self.curious = set()  # sessions that want to know their place
+        self.quiet_since = self.now.mono  # when the last lock was released
         self._decisions, self._applying = collections.deque(), False
 
     def run(self):
         """Serves until it is told to end or nobody needs it."""
+        self._rest()
         while not self._over():
-            self._plan()
-            first = min(self.dates.values(), default=None)
+            first = self._first_date()
             events = self.poller.wait(None if first is None else max(0, first - time.monotonic()))
             self.now = Moment()
             for handle, what in events:
                 self._call(handle, what)
             if first is not None and first <= self.now.mono:
-                for purpose in [key for key, when in self.dates.items() if when <= self.now.mono]:
-                    del self.dates[purpose]
-                    self._call(purpose)
+                self._call(self._do_what_is_due)
+
+    def _first_date(self):
+        dates = list(self.dates.values())
+        due = self.table.next_deadline()
+        if due is not None:
+            dates.append(due)
+        if self.silent:
+            dates.append(next(iter(self.silent.values())))
+        return min(dates, default=None)
+
+    def _do_what_is_due(self):
+        self.apply(self.table.expire(self.now))
+        while self.silent and next(iter(self.silent.values())) <= self.now.mono:
+            connection = next(iter(self.silent))
+            self.log.limited(f"{connection.peer}: silent; connection closed")
+            connection.close()
+        self._rest()
+        for purpose in [key for key, when in self.dates.items() if when <= self.now.mono]:
+            if self.dates.pop(purpose, None) is not None:
+                self._call(purpose)
 
     def _call(self, function, *details):
+        """Calls what an event or a date is for."""
         try:
             function(*details)
         except Exception:  # a bug: it may cost one connection, never the daemon
@@ -2140,32 +2166,11 @@ class Daemon:
             if isinstance(function.__self__, Connection):
                 function.__self__.close()
 
-    def _plan(self):
-        """Sets the dates that depend on what happened in this turn."""
-        for purpose, when in ((self._expire_table, self.table.next_deadline()),
-                              (self._close_silent, next(iter(self.silent.values()), None))):
-            if when is not None:
-                self.dates[purpose] = when
-            else:
-                self.dates.pop(purpose, None)
-        used = self.connections or not self.table.empty()
-        if used or self.settings["Lifespan"] < 0:
-            self.dates.pop(self._end_of_life, None)
-        elif self._end_of_life not in self.dates:
-            self.dates[self._end_of_life] = self.now.mono + self.settings["Lifespan"] / 1000
-        if self.state.marked and (self.table.holding or self.table.window_until is not None):
-            self.dates.pop(self.state.clear, None)
-        elif self.state.marked and self.state.clear not in self.dates:
-            self.dates[self.state.clear] = self.now.mono + QUIET
-
-    def _expire_table(self):
-        self.apply(self.table.expire(self.now))
-
-    def _close_silent(self):
-        while self.silent and next(iter(self.silent.values())) <= self.now.mono:
-            connection = next(iter(self.silent))
-            self.log.limited(f"{connection.peer}: silent; connection closed")
-            connection.close()
+    def _rest(self):
+        """Begins the last part of the daemon's life once nobody uses it."""
+        if not self.connections and self.table.empty() and self.settings["Lifespan"] >= 0:
+            self.dates.setdefault(self._end_of_life,
+                                  self.now.mono + self.settings["Lifespan"] / 1000)
 
     def _end_of_life(self):
         self.ending = "nobody needs it"
@@ -2177,12 +2182,9 @@ class Daemon:
 
     # Connections come and go.
 
-    def welcome(self, accepted, address):
+    def welcome(self, accepted, peer):
         """A client has connected."""
-        if accepted.family == socket.AF_UNIX:
-            peer = "local"
-        else:
-            peer = show_address(address)
+        if peer != LOCAL:
             tune(accepted, self.settings["TcpKeepaliveTime"], self.settings["TcpKeepaliveIntvl"],
                  self.settings["TcpKeepaliveProbes"])
         surplus = len(self.connections) >= self.most_clients
@@ -2191,6 +2193,7 @@ class Daemon:
         else:
             connection = Connection(self, accepted, peer, surplus)
         self.connections.add(connection)
+        self.dates.pop(self._end_of_life, None)
         self.expect(connection)
         self.poller.add(connection.socket, connection.handle)
 
@@ -2199,14 +2202,34 @@ class Daemon:
         self.silent.pop(connection, None)
         self.silent[connection] = self.now.mono + PATIENCE
 
-    def forget(self, connection):
-        """The connection is about to be closed."""
+    def gone(self, connection):
+        """A connection has ended; what it held or waited for goes on to others."""
         if self.publisher:
             self.publisher.lost += connection.session.holds is not None
             self.publisher.changed()
-        self.poller.remove(connection.socket)
         self.connections.discard(connection)
         self.silent.pop(connection, None)
+        decisions = self.table.gone(connection.session, self.now)
+        self._released()
+        self.apply(decisions)
+        if not self.connections:
+            self._rest()
+
+    def _released(self):
+        """The mark on disk may be cleared when nobody has held a lock for a while."""
+        if not self.table.holding and self.state.marked:
+            self.quiet_since = self.now.mono
+            if self.clear_mark not in self.dates:
+                self.dates[self.clear_mark] = self.now.mono + QUIET
+
+    def clear_mark(self):
+        """Clears the mark on disk, unless it is too early."""
+        if self.quiet_since + QUIET > self.now.mono:
+            self.dates[self.clear_mark] = self.quiet_since + QUIET
+        elif self.table.window_until is not None:
+            self.dates[self.clear_mark] = self.table.window_until
+        elif not self.table.holding:
+            self.state.clear()
 
     # What clients want.
 
@@ -2216,6 +2239,8 @@ class Daemon:
 
     def apply(self, decisions):
         """Tells the sessions; closing one while telling may bring more decisions."""
+        if not decisions:
+            return
         self._decisions.extend(decisions)
         if self._applying:
             return
@@ -2285,7 +2310,9 @@ class Daemon:
     def _unlock(self, connection, committed):
         if self.publisher:
             self.publisher.changed()
-        self.apply(self.table.release(connection.session, committed, self.now))
+        decisions = self.table.release(connection.session, committed, self.now)
+        self._released()
+        self.apply(decisions)
 
     def _send(self, connection, data):
         connection.send(data)
@@ -3013,6 +3040,8 @@ def prepare(settings, options, log):
     window = recovery_window(settings, state, rebooted)
     daemon.table = LockTable(settings["Policy"] == "first-fit", state.epoch,
                              daemon.now.mono + window if window else None, options.max_waiters)
+    if state.marked:
+        daemon.dates[daemon.clear_mark] = daemon.now.mono + window + QUIET
     if daemon.group:
         daemon.group.serve(daemon, daemon.listeners[-1].socket.getsockname()[1])
     if settings["MountPointVFS"] or options.metrics:
