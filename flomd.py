@@ -1759,6 +1759,7 @@ def unix_socket(path, mode):
     try:
         bound.bind(path)
     except OSError as error:
+        bound.close()
         raise CannotServe(f"cannot create the socket {path}: {error.strerror}")
     finally:
         os.umask(before)
@@ -1806,17 +1807,19 @@ def owner(uid):
 
 def tcp_socket(settings, host, port):
     """A bound TCP socket at host and port (0: any port); raises CannotServe."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(
-            host, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)[0]
-        if family == socket.AF_INET6 and not address[3] and settings["NetworkInterface"]:
-            address = address[:3] + (socket.if_nametoindex(settings["NetworkInterface"]),)
-        bound = socket.socket(family, kind)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-        bound.listen(BACKLOG)
-    except OSError as error:
-        raise CannotServe(f"cannot listen on {host} port {port}: {error.strerror}")
+    with contextlib.ExitStack() as on_failure:
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(
+                host, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)[0]
+            if family == socket.AF_INET6 and not address[3] and settings["NetworkInterface"]:
+                address = address[:3] + (socket.if_nametoindex(settings["NetworkInterface"]),)
+            bound = on_failure.enter_context(socket.socket(family, kind))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+            bound.listen(BACKLOG)
+        except OSError as error:
+            raise CannotServe(f"cannot listen on {host} port {port}: {error.strerror}")
+        on_failure.pop_all()
     return bound
 
 
@@ -1886,6 +1889,7 @@ class Group:
             member.bind(("", self.port))
             self._join(member)
         except OSError as error:
+            member.close()
             raise CannotServe(f"cannot join the group {self.address[0]} port {self.port}: "
                               f"{error.strerror}")
         return member
@@ -3047,6 +3051,12 @@ def prepare(settings, options, log):
     if settings["MountPointVFS"] or options.metrics:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the publisher's children
         daemon.publisher = Publisher(daemon, settings["MountPointVFS"], options.metrics)
+    if options.pid_file:
+        try:
+            write_pid_file(options.pid_file)
+        except CannotServe:
+            daemon.close()
+            raise
     return daemon
 
 
@@ -3078,8 +3088,6 @@ def serve(settings, options):
     try:
         log.open()
         daemon = prepare(settings, options, log)
-        if options.pid_file:
-            write_pid_file(options.pid_file)
     except (CannotServe, SteppedBack) as error:
         return _fail(writer, error, log)
     Signals(daemon)
