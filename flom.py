@@ -1,0 +1,1750 @@
+#!/usr/bin/env python3
+"""flom: run a command under a lock that is shared by processes, users and hosts.
+
+    flom.py [OPTION]... [--] COMMAND [ARG]...
+
+    flom.py -- make install                        one at a time, per user
+    flom.py -r backup -o 0 -- backup.sh            not at all while another one runs
+    flom.py -r 'licence[5]' -q 2 -- simulate       two of five units
+    flom.py -r /srv/db -l PR -- report.sh          readers together, writers alone
+    flom.py -A 239.255.0.1 -r deploy -- deploy.sh  one at a time, on all hosts of the network
+
+A daemon (flomd.py) keeps the locks; it is started when none is found.  In Python:
+
+    with flom.Lock("backup", mode="PR", timeout=5) as lock:
+        print(lock.token)
+
+Exit status: that of COMMAND, 128 + n when signal n killed it; of flom, with a line on stderr:
+
+    94  deadlock: COMMAND would wait for a lock that it runs under
+    95  the lock was lost while COMMAND ran
+    96  the resource does not exist, and waiting or creating it was not wanted
+    97  no command, or it cannot be executed
+    98  busy, or the time is over (--busy-status changes it)
+    99  anything else: a wrong option or file, no daemon, a request that can never be granted
+"""
+import argparse
+import binascii
+import collections
+import contextlib
+import errno
+import fcntl
+import functools
+import os
+import re
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+
+
+# --- Shared with flomd.py -------------------------------------------------------------------------
+# ==== Shared with flomd.py: begin ====
+VERSION = "1.0"
+LOCK, UNLOCK, PING, DISCOVER, MANAGEMENT = 1, 2, 3, 4, 5  # verbs
+OK, ENQUEUED, WAIT_RESOURCE, BUSY, CANT_WAIT, IMPOSSIBLE = 0, 1, 2, 4, 5, 6  # rc of an answer
+DEADLOCK, STOPPED, LIMIT, INVALID_NAME = 7, 8, 9, -14  # 7, 8 and 9 to clients of ours only
+MODES = "NL CR CW PR PW EX".split()
+LONG_MODES = ["NullLock", "ConcurrentRead", "ConcurrentWrite", "ProtectedRead", "ProtectedWrite",
+              "Exclusive"]
+DEFAULT_RESOURCE, STATUS_RESOURCE = "_RESOURCE", "_STATUS"
+MOST, WIDEST = 2 ** 31 - 1, 2 ** 63 - 1  # greatest number in FLoM's messages, and in ours
+
+
+class UsageError(Exception):
+    """A wrong option, file or name: one line on stderr, status 99, nothing is run."""
+
+
+class ProtocolError(Exception):
+    """The peer broke the protocol: its connection is closed."""
+
+
+# A message is an XML element `msg`; its end is the bytes </msg>.  The reader takes what FLoM's
+# takes, less comments, CDATA and DOCTYPE: one expression cuts tags, one finds their attributes.
+END = b"</msg>"
+HEADER = '<?xml version="1.0" encoding="UTF-8" ?>'
+_PAIR = r"""([A-Za-z_][-\w.]*)\s*=\s*(?:"([^"<]*)"|'([^'<]*)')"""
+_start = re.compile(r"\s*(?:<\?xml\s[^<>?]*\?>)?", re.ASCII).match
+_tag = re.compile(r"\s*<(/?)([A-Za-z_][-\w.]*)((?:\s+%s)*)\s*(/?)>"
+                  % re.sub(r"\((?!\?)", "(?:", _PAIR), re.ASCII).match
+_pairs = re.compile(_PAIR, re.ASCII).findall
+_entity = re.compile(r"&(?:#([0-9]{1,7})|#x([0-9A-Fa-f]{1,6})|(amp|lt|gt|quot|apos));|&")
+_ENTITIES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'"}
+_ESCAPES = {ord(char): f"&{name};" for name, char in _ENTITIES.items() if char != "'"}
+_ELEMENTS = {"msg", "session", "resource", "answer", "network", "shutdown"}
+_NUMBERS = {  # the attributes that are numbers: least, greatest
+    "level": (3, 3), "verb": (1, 5), "step": (0, 99), "mode": (0, 5), "wait": (0, 1),
+    "create": (0, 1), "lifespan": (0, MOST), "quantity": (1, MOST), "rollback": (0, 1),
+    "rc": (-MOST, MOST), "port": (1, 65535), "immediate": (0, 1), "progress": (0, 1),
+    "position": (0, MOST), "token": (0, WIDEST), "reclaim": (0, WIDEST), "started": (0, WIDEST)}
+
+
+def element(tag, *attributes, end="/>"):
+    """The text of one element; attributes are pairs (name, value), None leaves one out."""
+    return f"<{tag}" + "".join([f' {name}="{str(value).translate(_ESCAPES)}"'
+                                for name, value in attributes if value is not None]) + end
+
+
+def encode(verb, step, *elements, **attributes):
+    """The bytes of a message of these elements; `attributes` (ours) go on `msg` itself."""
+    ours = element("", *attributes.items(), end="")[1:]
+    text = f'{HEADER}<msg level="3" verb="{verb}" step="{step}"{ours}>{"".join(elements)}</msg>'
+    return text.encode("ascii")
+
+
+def decode(data):
+    """The elements of a message, {tag: {attribute: value}}, numbers as int, or ProtocolError."""
+    elements, inside = {}, []
+    for closing, tag, attributes, empty in tags(data):
+        if closing:
+            if attributes or empty or not inside or inside.pop() != tag:
+                raise ProtocolError(f"misplaced </{tag}>")
+            continue
+        if tag in elements or (tag == "msg") == bool(inside):
+            raise ProtocolError(f"misplaced <{tag}>")
+        if tag in _ELEMENTS:
+            elements[tag] = attributes
+        elif attributes:
+            raise ProtocolError(f"unknown element <{tag}> with attributes")
+        if not empty:
+            inside.append(tag)
+        for name in _NUMBERS.keys() & attributes.keys():
+            value, (least, greatest) = attributes[name], _NUMBERS[name]
+            if not re.fullmatch("-?[0-9]{1,19}", value) or not least <= int(value) <= greatest:
+                raise ProtocolError(f"{name}={value[:40]!r}, not from {least} to {greatest}")
+            attributes[name] = int(value)
+    if inside or not {"verb", "step"} <= elements.get("msg", {}).keys():
+        raise ProtocolError("not a whole message")
+    return elements
+
+
+def tags(data):
+    """Yields (closing, name, {attribute: text}, empty) for each tag; raises ProtocolError."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ProtocolError("not UTF-8")
+    position = _start(text).end()
+    while position < len(text):
+        found = _tag(text, position)
+        if not found:
+            raise ProtocolError(f"unreadable: {text[position:position + 20]!r}")
+        closing, name, inner, empty = found.groups()
+        pairs = _pairs(inner) if inner else ()
+        attributes = {key: _entity.sub(_character, one or other) for key, one, other in pairs}
+        if len(attributes) < len(pairs):
+            raise ProtocolError(f"<{name}> repeats an attribute")
+        yield closing, name, attributes, empty
+        position = found.end()
+
+
+def _character(found):
+    decimal, hexadecimal, name = found.groups()
+    code = int(decimal or hexadecimal or "0", 10 if decimal else 16)
+    if not name and (not 0 < code < 0x110000 or 0xD800 <= code < 0xE000):
+        raise ProtocolError(f"unknown entity {found.group()}")
+    return _ENTITIES[name] if name else chr(code)
+
+
+def encode_name(name):
+    """A resource name in base64; bytes that are not UTF-8 travel as they came (surrogateescape)."""
+    return binascii.b2a_base64(name.encode("utf-8", "surrogateescape"), newline=False).decode()
+
+
+def decode_name(text):
+    """The name whose base64 is `text`; raises ProtocolError."""
+    if len(text) % 4 or not re.fullmatch("[A-Za-z0-9+/]*={0,2}", text):
+        raise ProtocolError(f"{text[:40]!r} is no base64")
+    return binascii.a2b_base64(text).decode("utf-8", "surrogateescape")
+
+
+# The kinds of resource, told apart by name (the whole name, where FLoM looks at each line).
+_WORD = "[A-Za-z][A-Za-z0-9]*"
+_kind = re.compile(
+    rf"(?P<simple>_RESOURCE|{_WORD})|(?P<numeric>{_WORD}\[[0-9]+\])|(?P<set>{_WORD}(?:\.{_WORD})+)|"
+    rf"(?P<hierarchical>(?:/[^/\\\n]+)+)|(?P<sequence>_[sS]_{_WORD}\[[0-9]+\])|"
+    r"(?P<timestamp>_t_[%#A-Za-z][%#.:A-Za-z0-9]*\[[0-9]+\])").fullmatch
+
+
+def kind_of(name):
+    """The kind of the resource `name`, None when it is no resource name."""
+    kind = _kind(name) and _kind(name).lastgroup
+    if kind in ("numeric", "sequence", "timestamp"):  # [0] is the name of a numeric one, of no use
+        return kind if len(name) < 400 and (kind != "numeric") <= size_of(name) <= MOST else None
+    return kind
+
+
+def size_of(name):
+    """The number in the brackets of a numeric, sequence or timestamp name."""
+    return int(name[name.rindex("[") + 1:-1])
+
+
+def _number(least, greatest, meaning=int):
+    def convert(value):
+        result = meaning(int(value, 16 if "x" in value.lower() else 10))
+        return result if least <= result <= greatest else None
+    return "[+-]?[0-9]{1,20}|0[xX][0-9a-fA-F]{1,16}", convert, f"one of {least} to {greatest}"
+
+
+# The types of settings: the form of the text, what it means (None: it is wrong), what is allowed.
+_NAMES = [name.upper() for name in MODES + LONG_MODES]
+_SIGNALS = {word: int(s) for s in signal.Signals for word in (s.name, s.name[3:], str(int(s)))}
+TYPES = {
+    "text": (".+", str, "a text that is not empty"),
+    "flag": ("(?i)yes|y|true|1|on|no|n|false|0|off",
+             lambda value: value.lower() in ("yes", "y", "true", "1", "on"),
+             "yes or no (y n true false 1 0 on off)"),
+    "name": (".+", lambda name: name if kind_of(name) and name != DEFAULT_RESOURCE else None,
+             f"NAME NAME[N] A.B.C /A/B _s_NAME[N] _S_NAME[N] _t_FORMAT[N], N from 1 to {MOST},"),
+    "mode": ("(?i)" + "|".join(_NAMES), lambda value: _NAMES.index(value.upper()) % len(MODES),
+             "one of " + " ".join(MODES + LONG_MODES)),
+    "socket": (".+", lambda value: os.path.abspath(value) if len(
+        os.fsencode(os.path.abspath(value))) < 108 else None, "a path of at most 107 bytes"),
+    "signal": (".+", lambda value: _SIGNALS.get(value.upper()), "what --signal-list lists"),
+    "octal": ("0?[0-7]{3}", lambda value: int(value, 8), "an octal mode such as 0600"),
+    "policy": ("fair|first-fit", str, "fair or first-fit"),
+    "loss": ("warn|term|ignore", str, "warn, term or ignore"),
+    "deadlock": ("fail|wait", str, "fail or wait"), "any": _number(-MOST, MOST),
+    "ms": _number(0, MOST), "size": _number(0, MOST, abs), "port": _number(1, 65535),
+    "count": _number(1, MOST, lambda value: abs(value) or 1), "hops": _number(0, 255),
+    "units": _number(1, MOST, lambda value: value or 1), "s": _number(1, 32767),
+    "probes": _number(1, 127), "status": _number(0, 255)}
+
+# One row for each setting, in the order of -V.  Users: c, options of flom.py; d, options of
+# flomd.py, handed on to a daemon that flom.py starts.
+Setting = collections.namedtuple("Setting", "group key short long type default users help")
+SETTINGS = [Setting(*path.split("/"), *(" " + options).split(" ")[-2:], *rest)
+            for path, options, *rest in (
+    ("Trace/DaemonTraceFile", "t daemon-trace-file", "text", None, "cd", "log of the daemon"),
+    ("Trace/CommandTraceFile", "T command-trace-file", "text", None, "c", "log of this command"),
+    ("Trace/AppendTraceFile", "append-trace-file", "flag", False, "cd", "append to the logs"),
+    ("Trace/Verbose", "V verbose", "flag", False, "cd", "print settings and events"),
+    ("Resource/Name", "r resource-name", "name", DEFAULT_RESOURCE, "c", "what to lock"),
+    ("Resource/Timeout", "o resource-timeout", "any", -1, "c", "ms to wait; 0: none, -1: for ever"),
+    ("Resource/Quantity", "q resource-quantity", "units", 1, "c", "units of a numeric resource"),
+    ("Resource/LockMode", "l lock-mode", "mode", 5, "c", "NL CR CW PR PW EX"),
+    ("Resource/Create", "e resource-create", "flag", True, "c", "create the resource"),
+    ("Resource/IdleLifespan", "i resource-idle-lifespan", "size", 0, "c", "ms to outlive users"),
+    ("Daemon/SocketName", "s socket-name", "socket", None, "cd", "UNIX socket of the daemon"),
+    ("Daemon/Lifespan", "d daemon-lifespan", "any", 5000, "cd", "ms unused; -1: ever, 0: no start"),
+    ("Daemon/UnicastAddress", "a unicast-address", "text", None, "cd", "of the daemon; or several"),
+    ("Daemon/UnicastPort", "p unicast-port", "port", 28015, "cd", "TCP port of the daemon"),
+    ("Daemon/MulticastAddress", "A multicast-address", "text", None, "cd", "group of the daemon"),
+    ("Daemon/MulticastPort", "P multicast-port", "port", 28015, "cd", "UDP port of the group"),
+    ("Daemon/MountPointVFS", "m mount-point-vfs", "text", None, "cd", "where its state is shown"),
+    ("Monitor/IgnoredSignals", "ignore-signal", "signal", (), "c", "signal to ignore; repeatable"),
+    ("Network/NetworkInterface", "n network-interface", "text", None, "cd", "for multicast"),
+    ("Network/DiscoveryAttempts", "D discovery-attempts", "count", 2, "cd", "number of questions"),
+    ("Network/DiscoveryTimeout", "I discovery-timeout", "size", 500, "cd", "ms for an answer"),
+    ("Network/DiscoveryTTL", "discovery-ttl", "hops", 1, "cd", "hops that questions go"),
+    ("Network/TcpKeepaliveTime", "tcp-keepalive-time", "s", 60, "cd", "s to the first probe"),
+    ("Network/TcpKeepaliveIntvl", "tcp-keepalive-intvl", "s", 10, "cd", "s between probes"),
+    ("Network/TcpKeepaliveProbes", "tcp-keepalive-probes", "probes", 6, "cd", "probes in vain"),
+    ("TLS/TlsCertificate", "tls-certificate", "text", None, "cd", "PEM file of the certificate"),
+    ("TLS/TlsPrivateKey", "tls-private-key", "text", None, "cd", "PEM file of its key"),
+    ("TLS/TlsCaCertificate", "tls-ca-certificate", "text", None, "cd", "PEM file of the CA"),
+    ("TLS/TlsCheckPeerId", "tls-check-peer-id", "flag", False, "cd", "peer's CN is its id"),
+    ("Daemon/SocketMode", "socket-mode", "octal", None, "d", "mode of the UNIX socket"),
+    ("Daemon/Policy", "policy", "policy", "fair", "cd", "fair or first-fit"),
+    ("Daemon/RecoveryWindow", "recovery-window", "ms", None, "cd", "ms for former holders"),
+    ("Daemon/StateDir", "state-dir", "text", None, "cd", "where it keeps its state"),
+    ("Daemon/AllowRemoteShutdown", "allow-remote-shutdown", "flag", False, "cd", "obey any host"),
+    ("Monitor/OnLockLoss", "on-lock-loss", "loss", "warn", "c", "warn, term or ignore"),
+    ("Monitor/KillAfter", "kill-after", "ms", 5000, "c", "ms from TERM to KILL"),
+    ("Monitor/Deadlock", "deadlock", "deadlock", "fail", "c", "fail or wait"),
+    ("Monitor/SetEnv", "set-env", "flag", True, "c", "export FLOM_RESOURCE and others"),
+    ("Monitor/ElementArgument", "element-argument", "flag", True, "c", "append it to COMMAND"),
+    ("Monitor/InheritConnection", "inherit-connection", "flag", True, "c", "for the command"),
+    ("Monitor/MinHold", "min-hold", "ms", 0, "c", "ms to keep the lock at least"),
+    ("Monitor/BusyStatus", "busy-status", "status", 98, "c", "status for busy and timeout"),)]
+
+
+class Settings:
+    """The settings by key, each with its origin; one that nobody has set has its default."""
+
+    def __init__(self, **defaults):
+        self.values, self.origins, self.warnings = {}, {}, []
+        self.defaults = dict({setting.key: setting.default for setting in SETTINGS}, **defaults)
+
+    def __getitem__(self, key):
+        return self.values.get(key, self.defaults[key])
+
+    def set(self, setting, texts, origin):
+        """Sets from texts (the last counts, all for a list); raises UsageError: origin and text."""
+        pattern, meaning, allowed = TYPES[setting.type]
+        values = [meaning(text) if re.fullmatch(pattern, text, re.ASCII | re.DOTALL) else None
+                  for text in texts]
+        if None in values:
+            raise UsageError(f"{origin}: {texts[values.index(None)]!r}: {allowed} is allowed")
+        self.values[setting.key] = tuple(values) if setting.default == () else values[-1]
+        self.origins[setting.key] = origin
+
+    def read_file(self, path, required=False):
+        """Takes over a file (FLoM's key file syntax; empty values are none); raises UsageError."""
+        try:
+            with open(path, encoding="utf-8", errors="surrogateescape") as file:
+                lines = file.read().split("\n")
+        except OSError as error:
+            if required or error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                raise UsageError(f"{path}: {error.strerror}")
+            return
+        group, known = None, {(setting.group, setting.key): setting for setting in SETTINGS}
+        for place, line in enumerate(lines, 1):
+            found = re.fullmatch(r"\[(.+)\]|([^=#]+?)\s*=\s*(.*)|#.*|", line.strip())
+            if not found:
+                raise UsageError(f"{path}:{place}: {line!r}: [Group] or Key=value is allowed")
+            group, key = found.group(1) or group, found.group(2)
+            origin = f"{path}:{place}: [{group}]/{key}"
+            if (group, key) in known and found.group(3):
+                self._set_line(known[group, key], found.group(3), origin, os.path.dirname(path))
+            elif key and (group, key) not in known:
+                self.warnings.append(f"{origin}: unknown key, ignored")
+
+    def _set_line(self, setting, text, origin, folder):
+        parts = [part for part in text.split(";") if part] if setting.default == () else [text]
+        texts = [re.sub(r"\\([sntr\\])", lambda found: " \n\t\r\\"["sntr\\".index(found.group(1))],
+                        part) for part in parts]
+        if setting.key.startswith("Tls") and os.path.exists(os.path.join(folder, text)):
+            texts = [os.path.join(folder, text)]
+        self.set(setting, texts, origin)
+
+    def lines(self):
+        """The settings as -V prints them."""
+        for setting in SETTINGS:
+            value = self[setting.key]
+            if setting.default == ():
+                value = ";".join(signal.Signals(number).name for number in sorted(value))
+            shown = f"{value:d}" if isinstance(value, int) else f"'{value or ''}'"
+            yield f"[{setting.group}]/{setting.key}={shown}"
+
+
+def machine_id():
+    """The id of this host, 32 hex digits; where it has none, one derived from its name."""
+    for path in ("/var/lib/dbus/machine-id", "/etc/machine-id"):
+        with contextlib.suppress(OSError, ValueError), open(path) as file:
+            return f"{int(file.read(), 16):032x}"
+    import hashlib
+    return hashlib.sha256(os.fsencode(os.uname().nodename)).hexdigest()[:32]
+
+
+def show_address(address):
+    """HOST:PORT or [HOST]:PORT of the address of a TCP or UDP socket."""
+    host = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
+    return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
+
+
+def tune(connection, idle, interval, probes):
+    """Sets TCP_NODELAY and keepalive (s, s, probes), as far as the platform has them."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_NODELAY", 1), ("TCP_KEEPIDLE", idle), ("TCP_KEEPINTVL", interval),
+                        ("TCP_KEEPCNT", probes)):
+        with contextlib.suppress(AttributeError, OSError):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+# ==== Shared with flomd.py: end ====
+
+
+# --- Errors and exit statuses ---------------------------------------------------------------------
+# What can be wrong is a class: its status is flom's exit status, its prefix opens the line on
+# stderr (FLoM's own messages have none).  Whatever the daemon refuses is a row of REFUSALS.
+NOT_RUN, WRONG = 97, 99
+
+
+class LockError(Exception):
+    """There is no lock; `reason` is what the daemon had to say about it, if anything."""
+    status, prefix, reason = WRONG, "flom: ", None
+
+
+class Busy(LockError):
+    """The resource is locked, and waiting was not wanted."""
+    status, prefix = 98, ""
+
+
+class Timeout(LockError):
+    """The lock was not granted in time."""
+    status, prefix = 98, ""
+
+
+class CannotWait(LockError):
+    """The resource does not exist, and neither creating it nor waiting for it was wanted."""
+    status, prefix = 96, ""
+
+
+class Impossible(LockError):
+    """The request can never be granted: more units than the pool has."""
+    prefix = ""
+
+
+class Deadlock(LockError):
+    """The lock is held by a command that this one runs under; `reason` names the cycle."""
+    status = 94
+
+
+class LockLost(LockError):
+    """The daemon has vanished, and the lock could not be reclaimed."""
+    status = 95
+
+
+class DaemonUnavailable(LockError):
+    """No daemon, and none could be started; or one that does not serve."""
+
+
+class _Gone(Exception):
+    """The connection ended: the daemon has ended, crashed, or drains."""
+
+
+REFUSALS = {  # rc: the error, its text
+    BUSY: (Busy, "Resource already locked, the lock cannot be obtained"),
+    CANT_WAIT: (
+        CannotWait, "The resource could be available in the future, but the requester can't wait"),
+    IMPOSSIBLE: (
+        Impossible, "Resource will never satisfy the request, the lock cannot be obtained"),
+    INVALID_NAME: (LockError, "the daemon does not accept the name of this resource"),
+    DEADLOCK: (Deadlock, "deadlock: {reason}"),
+    STOPPED: (DaemonUnavailable, "the daemon is ending: {reason}"),
+    LIMIT: (DaemonUnavailable, "the daemon refuses: {reason}")}
+TOO_LATE = "The lock was not obtained because timeout ({ms} milliseconds) expired"
+
+
+def refusal(error_class, text, reason, verbose):
+    """An error of that class; the reason stands where `text` wants it, with -V at its end."""
+    text += ": {reason}" if verbose and reason and "{reason}" not in text else ""
+    error = error_class(text.replace("{reason}", reason or "no reason given"))
+    error.reason = reason
+    return error
+
+
+# --- Options and settings -------------------------------------------------------------------------
+# The parser is made from SETTINGS.  argparse reads, Settings.set checks, so that a value is judged
+# alike on the command line, in a file and as a keyword.  Each setting knows where it comes from.
+FILES = ("/etc/flom.conf", "/usr/local/etc/flom.conf", "~/.flom")
+TLS_FILES = ("TlsCertificate", "TlsPrivateKey", "TlsCaCertificate")
+PATHS = TLS_FILES + ("DaemonTraceFile", "MountPointVFS", "StateDir")
+SWITCHES = ("Verbose", "AllowRemoteShutdown")  # options without a value
+ACTION_OPTIONS = (
+    ("-x --quiesce-exit", "quiesce", "stop the daemon when nobody uses it any more"),
+    ("-X --immediate-exit", "immediate", "stop the daemon now"),
+    ("--status", "status", "show who holds and who waits"),
+    ("--check-config", "check", "read the configuration, report every problem"),
+    ("--signal-list", "signals", "list the signals"),
+    ("--unique-id", "id", "print the id of this host"))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, and with errors as UsageError."""
+
+    def error(self, message):
+        raise UsageError(message)
+
+    def _get_option_tuples(self, option_string):
+        # allow_abbrev=False would break bundles such as -xV on Python 3.6 and 3.7.
+        long = option_string.startswith("--")
+        return [] if long else super()._get_option_tuples(option_string)
+
+
+def option_names(setting):
+    """-s and --long of a setting, as far as it has them."""
+    return ([f"-{setting.short}"] if setting.short else []) + [f"--{setting.long}"]
+
+
+def read_arguments(arguments):
+    """What the command line says: a namespace with `command`, `action` and texts of settings."""
+    parser = Parser(
+        prog="flom", usage="flom [OPTION]... [--] COMMAND [ARG]...", add_help=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 32, 99))  # else it asks shutil
+    other = parser.add_argument_group("Actions and reports")
+    other.add_argument("-c", "--config-file", metavar="FILE", help="read after the other files")
+    other.add_argument("-h", "--help", action="help", help="show this and end")
+    other.add_argument("-v", "--version", action="version", version=f"flom.py {VERSION}")
+    other.add_argument("--json", action="store_true", help="status as JSON")
+    other.add_argument("--watch", action="store_true", help="status, every second")
+    for names, action, text in ACTION_OPTIONS:
+        other.add_argument(*names.split(), dest="action", action="store_const", const=action,
+                           default="run", help=text)
+    groups = collections.defaultdict(lambda: parser.add_argument_group(setting.group))
+    for setting in (setting for setting in SETTINGS if "c" in setting.users):
+        shape = ({"action": "append_const", "const": "yes"} if setting.key in SWITCHES else
+                 {"action": "append", "metavar": setting.type.upper()})
+        groups[setting.group].add_argument(*option_names(setting), dest=setting.key,
+                                           help=setting.help, **shape)
+    parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    options.command = options.command[options.command[:1] == ["--"]:]
+    return options
+
+
+def read_settings(settings, given, files=FILES, extra=None):
+    """Fills `settings` from files and from `given`, [(setting, texts, origin)]; UsageError."""
+    for path in files:
+        settings.read_file(os.path.expanduser(path))
+    if extra is not None:
+        settings.read_file(extra, required=True)
+    for setting, texts, origin in given:
+        settings.set(setting, texts, origin)
+    origins, tls = settings.origins, [key for key in TLS_FILES if settings[key]]
+    for partner in ("UnicastAddress", "MulticastAddress"):
+        if settings["SocketName"] and settings[partner]:
+            raise UsageError(f"{origins['SocketName']}: not together with {origins[partner]}: "
+                             "a daemon is local or in the network")
+    if len(tls) in (1, 2):
+        raise UsageError(f"{origins[tls[0]]}: TLS wants all of --tls-certificate, "
+                         "--tls-private-key and --tls-ca-certificate")
+    return settings
+
+
+def option_settings(options, settings):
+    """Settings from the files and the command line."""
+    return read_settings(settings, [
+        (setting, getattr(options, setting.key), "/".join(option_names(setting)))
+        for setting in SETTINGS if getattr(options, setting.key, None)], extra=options.config_file)
+
+
+def keyword_settings(keywords, files):
+    """Settings from files and from keywords named as the long options, with `_` for `-`."""
+    rows = {setting.long.replace("-", "_"): setting for setting in SETTINGS}
+    return read_settings(Settings(), [(rows[word], [str(value)], f"{word}=") for word, value
+                                      in keywords.items() if value is not None], files)
+
+
+def put(text, stream):
+    """Writes a line, whatever the stream's encoding; a closed stream takes nothing."""
+    if stream:
+        encoding = stream.encoding or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+
+class Diary:
+    """Tells what happens: with -V on the terminal, with -T in a file; otherwise nothing."""
+
+    def __init__(self, settings):
+        self.verbose, self.path = settings["Verbose"], settings["CommandTraceFile"]
+        try:
+            if self.path:
+                open(self.path, "a" if settings["AppendTraceFile"] else "w").close()
+        except OSError as error:
+            raise UsageError(f"{settings.origins['CommandTraceFile']}: {self.path!r}: "
+                             f"{error.strerror}")
+
+    def say(self, text, stream=None):
+        """Notes a line; with -V it goes to `stream`, stderr when none is given."""
+        if self.verbose:
+            put(text, stream or sys.stderr)
+        if self.path:
+            with contextlib.suppress(OSError), open(self.path, "a", errors="replace") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} flom[{os.getpid()}] {text}\n")
+
+
+# --- Discovery ------------------------------------------------------------------------------------
+# Where is the daemon?  On a socket, at an address, or wherever the group's answer says.
+#
+# Here and below, whatever may take time is a generator of *steps*: it yields what it waits for,
+# (descriptor or None, poll events, seconds or None), and is resumed when that has come, when the
+# time is over, or earlier; so it looks again each time.  `finish` runs one to its end and sleeps in
+# poll(); a Command resumes one between two signals, which thus are never kept waiting.
+clock = time.monotonic
+READ, WRITE = select.POLLIN, select.POLLOUT
+
+
+def finish(steps, until=None, otherwise=None):
+    """Runs steps to their end and returns their result; `otherwise` when `until` comes first."""
+    try:
+        while until is None or clock() < until:
+            descriptor, events, seconds = next(steps)
+            poll = select.poll()
+            if descriptor is not None:
+                poll.register(descriptor, events)
+            poll.poll(None if seconds is None else max(0, seconds) * 1000)
+    except StopIteration as end:
+        return end.value
+    steps.close()
+    return otherwise
+
+
+def interface_index(settings):
+    """The index of the network interface wanted, 0 for none; raises UsageError."""
+    name = settings["NetworkInterface"]
+    try:
+        return socket.if_nametoindex(name) if name else 0
+    except OSError:
+        raise UsageError(f"{settings.origins['NetworkInterface']}: {name!r}: "
+                         "the name of a network interface of this host is allowed")
+
+
+def resolve(host, port, kind, scope):
+    """[(family, address)] of a host; `scope` is for link-local addresses without one."""
+    try:
+        found = socket.getaddrinfo(host, port, type=kind)
+    except (socket.gaierror, UnicodeError) as error:
+        raise DaemonUnavailable(f"cannot resolve {host!r}: {getattr(error, 'strerror', error)}")
+    return [(family, address if family == socket.AF_INET else address[:3] + (address[3] or scope,))
+            for family, _, _, _, address in found if family in (socket.AF_INET, socket.AF_INET6)]
+
+
+def discovering(settings, diary):
+    """Steps to [(family, address)] of the group's daemon, [] when none answers; UsageError."""
+    name, index = settings["MulticastAddress"], interface_index(settings)
+    question, seconds = encode(DISCOVER, 8), settings["DiscoveryTimeout"] / 1000
+    family, group = resolve(name, settings["MulticastPort"], socket.SOCK_DGRAM, index)[0]
+    first = socket.inet_pton(family, group[0].partition("%")[0])[0]
+    if not (first == 0xFF if family == socket.AF_INET6 else 224 <= first < 240):
+        raise UsageError(f"{settings.origins['MulticastAddress']}: {name!r}: "
+                         "224.0.0.0 to 239.255.255.255 or ff00::/8 is allowed")
+    name = f"{name}/{settings['MulticastPort']}"
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as asker:
+            _aim(asker, settings["DiscoveryTTL"], index)
+            for _ in range(settings["DiscoveryAttempts"]):
+                diary.say(f"sending UDP multicast datagram to {name} ('{question.decode()}')",
+                          sys.stdout)
+                asker.sendto(question, group)
+                data, found = yield from _hearing(asker, clock() + seconds)
+                if found:
+                    diary.say(f"reply from {name} is '{data.decode()}'", sys.stdout)
+                    return found
+    except OSError as error:
+        raise DaemonUnavailable(f"multicast group {name}: {error.strerror}")
+    diary.say(f"no reply from {name}", sys.stdout)
+    return []
+
+
+def _aim(asker, ttl, index):
+    asker.setblocking(False)
+    if asker.family == socket.AF_INET6:
+        asker.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, ttl)
+        asker.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, index)
+    else:  # struct ip_mreqn
+        asker.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, ttl)
+        asker.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, struct.pack("=8xi", index))
+
+
+def _hearing(asker, until):
+    """Steps to (datagram, addresses) of the first valid answer, (None, []) when time is over."""
+    while True:
+        with contextlib.suppress(BlockingIOError, ProtocolError, DaemonUnavailable):
+            data, source = asker.recvfrom(65536)
+            return data, announced(data, source)
+        if clock() >= until:
+            return None, []
+        yield asker.fileno(), READ, until - clock()
+
+
+def announced(data, source):
+    """The addresses that a discover 16 from `source` names; an empty one means `source` itself."""
+    message = decode(data)
+    network = message.get("network", {})
+    if (message["msg"]["verb"], message["msg"]["step"]) != (DISCOVER, 16) or "port" not in network:
+        raise ProtocolError("no answer to a question")
+    host = network.get("address") or source[0].partition("%")[0]
+    return resolve(host, network["port"], socket.SOCK_STREAM, source[3] if source[3:] else 0)
+
+
+# --- Starting the daemon --------------------------------------------------------------------------
+# flomd detaches itself: the process started here ends with 0 when the daemon listens, 1 when it
+# cannot serve (often since another came first), 3 when it left the group to another daemon.  What
+# it has to say is kept, for the case that in the end nobody serves.
+CANNOT_SERVE = 1
+RECOVERY_WINDOW = 2000  # ms in which a new daemon grants only to those who held before
+
+
+def which(name):
+    """The path of an executable file in PATH, None if there is none."""
+    paths = [os.path.join(folder, name) for folder in os.get_exec_path()]
+    return next((path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)), None)
+
+
+def daemon_program():
+    """[program] or [python, script] of flomd; raises DaemonUnavailable: where it was looked for."""
+    folder, named = os.path.dirname(os.path.realpath(__file__)), os.environ.get("FLOMD")
+    for path in [named] if named else [os.path.join(folder, "flomd.py"), os.path.join(
+            folder, "flomd"), which("flomd"), which("flomd.py")]:
+        if path and os.path.isfile(path):
+            return [sys.executable, path] if path.endswith(".py") else [path]
+    looked = f"$FLOMD ({named})" if named else f"{folder} and PATH"
+    raise DaemonUnavailable(f"flomd.py is not in {looked}; put it beside flom.py, or start it "
+                            "by hand and use -d 0")
+
+
+def daemon_options(settings, recovering):
+    """The options that hand on to the daemon what has been set, and only that."""
+    values = dict(settings.values, Lifespan=settings["Lifespan"])
+    if recovering:
+        values.setdefault("RecoveryWindow", RECOVERY_WINDOW)
+    yield "--no-files"
+    for setting in SETTINGS:
+        if "d" in setting.users and setting.key in values and setting.key not in SWITCHES:
+            value = values[setting.key]
+            text = (os.path.abspath(value) if setting.key in PATHS else
+                    f"{value:04o}" if setting.type == "octal" else
+                    ("no", "yes")[value] if setting.type == "flag" else value)
+            yield f"--{setting.long}={text}"
+    if settings["AllowRemoteShutdown"]:
+        yield "--allow-remote-shutdown"
+
+
+def starting(settings, recovering, until):
+    """Steps that start a daemon and end with (exit status, what it said); None: still starting."""
+    argv, said, status = daemon_program() + [*daemon_options(settings, recovering)], b"", None
+    reading, writing = os.pipe()
+    try:
+        pid = os.fork()
+        if not pid:
+            _become_daemon(argv, writing)
+        done = 0
+        while not done and clock() < until:
+            yield None, 0, 0.005
+            done, status = os.waitpid(pid, os.WNOHANG)
+        os.set_blocking(reading, False)
+        with contextlib.suppress(BlockingIOError):
+            said = os.read(reading, 4096)
+        return os.WEXITSTATUS(status) if done else None, said.decode("utf-8", "replace").strip()
+    except ChildProcessError:  # a program that ignores SIGCHLD has no statuses
+        return 0, ""
+    except OSError as error:
+        return CANNOT_SERVE, f"cannot start flomd: {error.strerror}"
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def _become_daemon(argv, writing):
+    """In the child: flomd, with nothing of ours but a pipe for what it has to say."""
+    try:
+        os.dup2(writing, 2)
+        os.set_inheritable(2, True)
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        os.execve(argv[0], argv, {
+            name: value for name, value in os.environ.items()
+            if not name.startswith(("FLOM_", "LISTEN_")) and name != "NOTIFY_SOCKET"})
+    except OSError as error:
+        os.write(2, f"cannot execute {argv[0]}: {error.strerror}".encode())
+    finally:
+        os._exit(CANNOT_SERVE)
+
+
+# --- Session (the client's side of the protocol, pure: no sockets) --------------------------------
+# One session is one request: bytes in, answers out.  It is ASKING until the step 16, WAITING while
+# it is queued, HOLDING after rc 0, whatever the step.  What is not in NEXT is illegal.
+#
+# Additions of ours travel as attributes that FLoM ignores.  A FLoM daemon drops a message longer
+# than 511 bytes, and dies of a byte that is not UTF-8: so ours are ASCII, and give way.
+ASKING, WAITING, HOLDING, REFUSED, ENDING = "asking", "waiting", "holding", "refused", "ending"
+_OUTCOMES = {OK: HOLDING, ENQUEUED: WAITING, WAIT_RESOURCE: WAITING,
+             **dict.fromkeys(REFUSALS, REFUSED)}
+NEXT = {  # (state, step): {rc: next state}
+    (ASKING, 16): _OUTCOMES, (WAITING, 24): _OUTCOMES, (WAITING, 32): _OUTCOMES,
+    (HOLDING, 24): {STOPPED: ENDING}}
+LONGEST, ENDLESS = 511, 65536  # bytes: of a message sent, of one received
+CHAIN = 8  # ids of FLOM_SESSION that are told and handed on
+WITH_MODE, WITH_ELEMENT = ("simple", "hierarchical"), ("set", "sequence", "timestamp")
+Answer = collections.namedtuple("Answer", "rc element token position reason daemon peerid")
+
+
+def lock_message(settings, about, wait, reclaim=None, held=None):
+    """The lock 8 for what `settings` want; `reclaim`, `held`: token and element of a lost lock.
+
+    `about`: id, parent, pid, user, host, cmd and progress, as far as they are to be told.
+    """
+    kind, patient = kind_of(settings["Name"]), settings["Timeout"] < 0
+    resource = element(
+        "resource", ("name", encode_name(settings["Name"])),
+        ("mode", settings["LockMode"] if kind in WITH_MODE else None), ("wait", int(wait)),
+        ("quantity", settings["Quantity"] if kind == "numeric" else None),
+        ("create", int(settings["Create"] or reclaim is not None)),
+        ("lifespan", settings["IdleLifespan"]), ("reclaim", reclaim), ("held", held),
+        ("deadlock", None if not wait or patient and settings["Deadlock"] == "fail" else "wait"))
+    ours = {"peerid": machine_id(), "client": f"flom.py/{VERSION}", **about}
+    for shorter in ("", "host", "user", "cmd", "client") + ("parent",) * CHAIN:
+        ancestors = (ours.get("parent") or "").rpartition(",")[0] or None
+        ours.update({shorter: {"client": "flom.py", "parent": ancestors}.get(shorter)} if shorter
+                    else {})
+        message = encode(LOCK, 8, element("session", *ours.items()), resource)
+        if len(message) <= LONGEST:
+            break
+    return message
+
+
+def unlock_message(name, rollback):
+    """The unlock 8; `rollback`: the command did not succeed."""
+    return encode(UNLOCK, 8, element("resource", ("name", encode_name(name)),
+                                     ("rollback", int(rollback)), end=" />"))
+
+
+def plain(text, length):
+    """`text` as printable ASCII, cut to a length."""
+    return re.sub("[^ -~]", "?", text)[:length]
+
+
+class Session:
+    """A request's life: `receive` takes bytes, returns answers, keeps `state`."""
+
+    def __init__(self):
+        self.state, self.replies, self._buffer = ASKING, b"", b""
+
+    def receive(self, data):
+        """The answers complete with `data`, b"" for the end of the stream; raises ProtocolError.
+
+        `replies` is what is to be sent back.
+        """
+        *messages, self._buffer = (self._buffer + data).split(END)
+        answers = [self._take(decode(message + END)) for message in messages]
+        start = self._buffer.lstrip()[:20]
+        if start and (not data or start[:1] != b"<" or len(self._buffer) > ENDLESS):
+            raise ProtocolError(f"it says {plain(repr(start), 60)}")
+        return [answer for answer in answers if answer]
+
+    def _take(self, message):
+        verb, step = message["msg"]["verb"], message["msg"]["step"]
+        if (verb, step) == (PING, 8):
+            self.replies += encode(PING, 16)
+            return None
+        answer, session = message.get("answer"), message.get("session", {})
+        outcomes = NEXT.get((self.state, step), {})
+        if verb != LOCK or answer is None or answer.setdefault("rc", 0) not in outcomes:
+            raise ProtocolError(f"verb {verb} step {step} {answer} while {self.state}")
+        self.state = outcomes[answer["rc"]]
+        return Answer(*map(answer.get, Answer._fields[:5]), *map(session.get, Answer._fields[5:]))
+
+
+# --- Connection -----------------------------------------------------------------------------------
+# A non-blocking stream to the daemon, with TLS where three files say so, and the session on it.
+# Connecting and the first answer have PATIENCE: a daemon that says nothing is an error.
+PATIENCE, GOODBYE = 10, 5  # s: for a first answer, for the daemon's EOF after ours
+NOBODY = {errno.ENOENT, errno.ECONNREFUSED}  # connect: nobody listens there
+NOT_YET = {errno.EINPROGRESS, errno.EALREADY, errno.EINTR, errno.EAGAIN}
+KEEPALIVE = (15, 5, 3)  # s, s, probes: a holder is to learn of a dead network before the daemon
+
+
+def login():
+    """The name of this process's user, its number where it has no name."""
+    import pwd
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
+def place(settings):
+    """Where a daemon is looked for, in words; a path when it is local."""
+    for kind, words in (("Unicast", ""), ("Multicast", "multicast group ")):
+        if settings[f"{kind}Address"]:
+            return f"{words}{settings[f'{kind}Address']}, port {settings[f'{kind}Port']}"
+    return settings["SocketName"] or f"/tmp/flom-{login()}"
+
+
+def connecting(settings, diary, context):
+    """Steps to a Connection, None when nobody listens; raises DaemonUnavailable."""
+    hosts, nobody, failure, found = settings["UnicastAddress"], False, None, []
+    if not hosts and settings["MulticastAddress"]:
+        found = yield from discovering(settings, diary)
+    elif not hosts:
+        found = [(socket.AF_UNIX, place(settings))]
+    for host in hosts.split(",") if hosts else ():
+        try:
+            found += resolve(host.strip(), settings["UnicastPort"], socket.SOCK_STREAM,
+                             interface_index(settings))
+        except DaemonUnavailable as error:
+            failure = str(error)
+    for left, (family, address) in zip(range(len(found), 0, -1), found):
+        connection = Connection(family, address)
+        try:
+            with connection:
+                yield from connection.opening(clock() + PATIENCE / left, context)
+                if family == socket.AF_UNIX and not settings["SocketName"]:
+                    connection.check_owner()
+                return connection
+        except OSError as error:
+            nobody = nobody or error.errno in NOBODY
+            failure = f"cannot connect to {connection.where}: {connection.explain(error)}"
+    if failure and not nobody:
+        raise DaemonUnavailable(failure)
+    return None
+
+
+def tls_context(settings):
+    """The TLS context for the three files, None without them; raises UsageError."""
+    certificate, key, authority = (settings[key] for key in TLS_FILES)
+    if not certificate:
+        return None
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False  # who may talk is said by the CA, and by the peer id
+    if hasattr(context, "minimum_version"):
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    else:  # Python 3.6
+        context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    names = f"{certificate!r} with {key!r}"
+    try:
+        context.load_cert_chain(certificate, key, password=b"")  # b"": do not ask for one
+        names = repr(authority)
+        context.load_verify_locations(authority)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise UsageError(f"{settings.origins['TlsCertificate']}: {names}: {why}")
+    return context
+
+
+class Connection:
+    """A stream to a daemon and the session on it; a `with` block closes it on an error only."""
+
+    def __init__(self, family, address):
+        self.family, self.address, self.session, self.sock = family, address, Session(), None
+        self.where = address if family == socket.AF_UNIX else show_address(address)
+        self._again = (BlockingIOError,)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error_class, error, traceback):
+        if error_class:
+            self.close()
+
+    def opening(self, until, context):
+        """Steps that connect, with TLS where there is a context; raises OSError."""
+        self.sock = socket.socket(self.family, socket.SOCK_STREAM)
+        self.sock.setblocking(False)
+        if self.family != socket.AF_UNIX:
+            tune(self.sock, *KEEPALIVE)
+        code = self.sock.connect_ex(self.address)
+        while code in NOT_YET and clock() < until:
+            # EAGAIN: the backlog of a local daemon is full, which no event tells.
+            yield ((None, 0, 0.01) if code == errno.EAGAIN else
+                   (self.sock.fileno(), WRITE, until - clock()))
+            code = self.sock.connect_ex(self.address)
+        if code in (0, errno.EISCONN):  # TCP can connect to itself
+            code = errno.ECONNREFUSED if self.sock.getsockname() == self.address else 0
+        if code:
+            code = errno.ETIMEDOUT if code in NOT_YET else code
+            raise OSError(code, os.strerror(code))
+        if context:
+            yield from self._securing(until, context)
+
+    def _securing(self, until, context):
+        import ssl
+        self._again = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+        self.sock = context.wrap_socket(self.sock, do_handshake_on_connect=False)
+        while clock() < until:
+            try:
+                return self.sock.do_handshake()
+            except ssl.SSLWantReadError:
+                yield self.sock.fileno(), READ, until - clock()
+            except ssl.SSLWantWriteError:
+                yield self.sock.fileno(), WRITE, until - clock()
+        raise OSError(errno.ETIMEDOUT, "it does not answer the TLS handshake")
+
+    def explain(self, error):
+        """What an OSError of this connection means."""
+        reason = getattr(error, "reason", None)  # of an SSLError
+        if not reason:
+            return error.strerror or str(error)
+        if reason in ("WRONG_VERSION_NUMBER", "UNEXPECTED_MESSAGE", "UNEXPECTED_EOF_WHILE_READING"):
+            return "TLS: it does not speak TLS, or refuses to"
+        ours = "it refuses our certificate" if "ALERT" in reason else "its certificate"
+        return f"TLS: {ours}: {getattr(error, 'verify_message', None) or reason}"
+
+    def check_name(self, peerid):
+        """Refuses a daemon whose certificate has another CN than its peer id."""
+        subject = self.sock.getpeercert()["subject"]
+        name = dict(pair for names in subject for pair in names).get("commonName")
+        if name != peerid:
+            raise DaemonUnavailable(f"{self.where}: the CN of its certificate is {name!r}, "
+                                    f"but its peer id is {peerid!r}")
+
+    def peer(self):
+        """(pid, uid) of a local daemon, (None, None) where the kernel does not tell."""
+        if self.family != socket.AF_UNIX or not hasattr(socket, "SO_PEERCRED"):
+            return None, None
+        return struct.unpack("=3i", self.sock.getsockopt(
+            socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[:2]
+
+    def check_owner(self):
+        """Refuses a stranger's daemon on this user's own socket: it could grant anything."""
+        for owner in (self.peer()[1], os.stat(self.address).st_uid):
+            if owner not in (None, 0, os.getuid()):
+                raise DaemonUnavailable(f"{self.where} belongs to user {owner}: refused; remove "
+                                        "it, or name another socket with -s")
+
+    def send(self, data):
+        """Sends a message in one write, for which a socket always has room; raises _Gone."""
+        try:
+            self.sock.send(data)
+        except OSError as error:
+            raise self._ended(error)
+
+    def take(self):
+        """The bytes that have come, None when none have; _Gone at the end."""
+        try:
+            data = self.sock.recv(65536)
+        except self._again:
+            return None
+        except OSError as error:
+            raise self._ended(error)
+        if not data:
+            raise _Gone("it closed the connection")
+        return data
+
+    def _ended(self, error):
+        text = self.explain(error)
+        refused = text.startswith("TLS: it refuses")  # TLS 1.3 tells it after the handshake
+        return DaemonUnavailable(f"{self.where}: {text}") if refused else _Gone(text)
+
+    def receive(self):
+        """The next answers, [] when none have come; a ping is answered.  _Gone, ProtocolError."""
+        answers, data = [], True
+        while data and not answers:
+            try:
+                data = self.take()
+            except _Gone:
+                self.session.receive(b"")
+                raise
+            answers = self.session.receive(data) if data else []
+        if self.session.replies:
+            self.send(self.session.replies)
+            self.session.replies = b""
+        return answers
+
+    def answering(self, until):
+        """Steps to the next answers, [] when there are none before `until` (None: for ever)."""
+        try:
+            answers = self.receive()
+            while not answers and (until is None or clock() < until):
+                yield self.sock.fileno(), READ, None if until is None else until - clock()
+                answers = self.receive()
+            return answers
+        except ProtocolError as error:
+            raise DaemonUnavailable(f"{self.where} is no lock daemon: {error}")
+
+    def asking(self, message, until):
+        """Steps that send a last message, half-close and read: b"" for EOF, None: time is over."""
+        data = b""
+        try:
+            self.send(message)
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                self.sock.unwrap()  # TLS says goodbye, too
+            self.sock.shutdown(socket.SHUT_WR)
+            while clock() < until and END not in data:
+                data += self.take() or b""
+                yield self.sock.fileno(), READ, until - clock()
+            return data or None
+        except (_Gone, OSError):
+            return data
+        finally:
+            self.close()
+
+    def close(self):
+        """Ends it, also for copies of the descriptor that a command has inherited."""
+        if self.sock:
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
+            self.sock.close()
+
+
+# --- Lock (the Python API) ------------------------------------------------------------------------
+# flom's command line is built on this class.  A lock is one request on one connection; when the
+# daemon vanishes, a waiter asks again and a holder *reclaims*: it asks the next daemon, with the
+# token and the element of its grant, for the same lock, without waiting.  The daemon grants that
+# only if nobody else can have been granted since; a FLoM daemon takes it for an ordinary request,
+# whose grant is as good where it carries no element.  EOF alone means a crash, after which a
+# daemon may be started; rc STOPPED means that somebody wanted it to end: then none is started,
+# and flom watches for one that somebody else starts.
+AGAIN, RESTART, HURRY = 0.02, 1, 2  # s: between two tries, two starts; how long to try that often
+LATECOMER = 5  # s for another's daemon to listen, when ours came too late or cannot serve
+
+
+class Lock:
+    """A lock on a resource: `with flom.Lock("backup", mode="PR", timeout=5) as lock: ...`
+
+    Leaving the block releases it, by an exception as a rollback; `@flom.Lock("name")` decorates.
+    name, mode ("EX"), timeout (seconds; 0: do not wait, negative: wait for ever) and quantity are
+    those of the command line, other settings are keywords named as its long options
+    (unicast_address="db1"); what is not given comes from the configuration files, with
+    config=False from nowhere.  A daemon is started only with start_daemon=True.
+
+    `element` and `token` are those of the grant.  Use one Lock per thread; a process made by fork
+    does not share it, and does not release it.  Raises UsageError for wrong settings.
+    """
+
+    def __init__(self, name=None, mode=None, timeout=None, quantity=None, *, start_daemon=False,
+                 config=True, settings=None, command=None, **options):
+        self.settings = settings or keyword_settings(dict(
+            options, resource_name=name, lock_mode=mode, resource_quantity=quantity,
+            resource_timeout=None if timeout is None else round(timeout * 1000)),
+            FILES if config else ())
+        self.command = command or os.path.basename(sys.argv[0] or "python")
+        self.diary, self.name = Diary(self.settings), self.settings["Name"]
+        self.start_daemon, self._start_after = start_daemon, 0
+        self.connection = self._owner = self._context = None
+        self._forget()
+
+    def _forget(self):
+        """Forgets an earlier grant; `chain` is the id of the next and those it is asked under."""
+        self.element = self.token = self.loss = self._stopped = None
+        self.chain = [os.urandom(8).hex()] + re.findall(
+            "[0-9a-f]{16}", os.environ.get("FLOM_SESSION", ""))[:CHAIN - 1]
+
+    def __enter__(self):
+        return self.acquire()
+
+    def __exit__(self, error_class, error, traceback):
+        self.release(rollback=error is not None)
+
+    def __call__(self, function):
+        @functools.wraps(function)
+        def locked(*args, **kwargs):
+            with Lock(settings=self.settings, start_daemon=self.start_daemon,
+                      command=self.command):
+                return function(*args, **kwargs)
+        return locked
+
+    def acquire(self, started=None):
+        """Waits for the lock and returns self; the timeout counts from `started` (monotonic s).
+
+        Raises Busy, Timeout, CannotWait, Impossible, Deadlock or DaemonUnavailable.
+        """
+        if self._owner == os.getpid():
+            raise RuntimeError(f"{self.name} is held already")
+        timeout, started = self.settings["Timeout"], clock() if started is None else started
+        self._forget()
+        self._context = tls_context(self.settings)
+        self._about = {
+            "id": self.chain[0], "parent": ",".join(self.chain[1:]) or None, "pid": os.getpid(),
+            "user": plain(login(), 32), "host": plain(os.uname().nodename, 64),
+            "cmd": plain(self.command, 32), "progress": 1 if self.diary.verbose else None}
+        answer = finish(self._acquiring(started + timeout / 1000 if timeout >= 0 else None))
+        self.element, self.token, self._owner = answer.element, answer.token, os.getpid()
+        return self
+
+    def release(self, rollback=False):
+        """Releases the lock; takes at most 5 s.  A lost lock is forgotten, without an error."""
+        connection, owner, self.connection, self._owner = self.connection, self._owner, None, None
+        if connection and owner == os.getpid():
+            finish(connection.asking(unlock_message(self.name, rollback), clock() + GOODBYE))
+        elif connection:
+            connection.sock.close()  # the parent's: shutdown() would end that one, too
+
+    def rollback(self):
+        """Releases the lock; the value of a transactional sequence will be granted again."""
+        self.release(rollback=True)
+
+    @property
+    def lost(self):
+        """True when the lock was granted, not released, and its daemon has vanished."""
+        return self._owner == os.getpid() and not self.look()
+
+    def check(self):
+        """Returns when the lock is held; reclaims it if its daemon vanished, else LockLost."""
+        if self.lost:
+            reason = finish(self.reclaiming(), clock() + RECOVERY_WINDOW / 1000, self.loss)
+            if reason:
+                raise LockLost(f"the lock on {self.name} is lost: {reason}")
+
+    def look(self):
+        """Reads what the holder's daemon has sent; False when the daemon has vanished."""
+        try:
+            answers = self.connection
+            while answers:
+                answers = self.connection.receive()
+                if self.connection.session.state == ENDING:
+                    self._stopped = "it was stopped"
+        except (_Gone, ProtocolError, DaemonUnavailable) as error:
+            self.loss = f"{self.connection.where}: {self._stopped or error}"
+            self.connection.close()
+            self.connection = None
+        return self.connection is not None
+
+    def _acquiring(self, deadline):
+        """Steps to the granting answer; `deadline` None: wait for ever."""
+        vanished = False
+        while True:
+            wait = deadline is None or clock() < deadline
+            connection, answer = yield from self._asking(vanished, vanished, wait=wait)
+            try:
+                with connection:
+                    answer = yield from self._waiting(connection, answer, deadline)
+                self.connection = connection
+                return answer
+            except _Gone as gone:
+                vanished = True
+                self.diary.say(f"waiting for {self.name}: {connection.where}: {gone}; asking again")
+
+    def _waiting(self, connection, answer, deadline):
+        """Steps from the first answer to the granting one; raises the refusal, or Timeout."""
+        verbose, too_late = self.diary.verbose, TOO_LATE.format(ms=self.settings["Timeout"])
+        while connection.session.state == WAITING:
+            where = "" if answer.position is None else f", place {answer.position}"
+            why = "nobody has created it" if answer.rc == WAIT_RESOURCE else answer.reason
+            self.diary.say(f"waiting for {self.name}{where}" + (f", {why}" if why else ""))
+            answers = yield from connection.answering(deadline)
+            if not answers:
+                raise refusal(Timeout, too_late, answer.reason, verbose)
+            answer = answers[-1]
+        if answer.rc == BUSY and self.settings["Timeout"] > 0:
+            raise refusal(Timeout, too_late, answer.reason, verbose)
+        if answer.rc != OK:
+            raise refusal(*REFUSALS[answer.rc], answer.reason, verbose)
+        return answer
+
+    def _asking(self, recovering, patient, **request):
+        """Steps to (connection, first answer).
+
+        A daemon that ends before it has answered is asked for again.  `recovering`: one that
+        served this lock has crashed; `patient`: go on where there is none and none may be started.
+        """
+        until = clock() + PATIENCE
+        while True:
+            connection = yield from self._reaching(until, recovering, patient)
+            try:
+                with connection:
+                    return connection, (yield from self._first_answer(connection, request))
+            except _Gone as gone:
+                if clock() >= until:
+                    hint = "" if self._context else "; it may want TLS"
+                    raise DaemonUnavailable(f"{connection.where} does not answer: {gone}{hint}")
+            patient = True
+            yield None, 0, AGAIN
+
+    def _first_answer(self, connection, request):
+        until = clock() + PATIENCE
+        connection.send(lock_message(self.settings, self._about, **request))
+        answers = yield from connection.answering(until)
+        if not answers:
+            raise DaemonUnavailable(f"{connection.where} does not answer within {PATIENCE} s: "
+                                    "stopped, or no lock daemon")
+        if self._context and self.settings["TlsCheckPeerId"]:
+            connection.check_name(answers[0].peerid)
+        return answers[-1]
+
+    def _reaching(self, until, recovering, patient):
+        """Steps to a connection with the daemon, which is started where that is allowed."""
+        complaint = ""
+        while True:
+            connection = yield from connecting(self.settings, self.diary, self._context)
+            if connection:
+                return connection
+            obstacle = self._may_not_start()
+            if clock() >= until or obstacle and not patient:
+                why = f": {complaint}" if complaint else f" (and {obstacle})" if obstacle else ""
+                raise DaemonUnavailable(f"no daemon at {place(self.settings)}{why}")
+            if obstacle or clock() < self._start_after:
+                yield None, 0, AGAIN
+                continue
+            status, said = yield from starting(self.settings, recovering, until)
+            complaint = said or complaint
+            if status == CANNOT_SERVE:  # mostly another client's daemon came first: it will listen
+                self._start_after = clock() + RESTART
+                until = min(until, clock() + LATECOMER)
+
+    def _may_not_start(self):
+        """Why no daemon may be started here, None when one may."""
+        host = self.settings["UnicastAddress"]
+        obstacles = (
+            (self.settings["Lifespan"] == 0, "-d 0 forbids starting one"),
+            (not self.start_daemon, "start_daemon=True is not given"),
+            (self._stopped, "it was stopped"),
+            (host and "," in host, "with several addresses none is started"))
+        return next((text for applies, text in obstacles if applies), None)
+
+    def reclaiming(self):
+        """Steps that reclaim a lost lock: None when it is held again, or why it is lost for good.
+
+        They go on trying until there is a daemon that can tell.
+        """
+        hurry, has_element = clock() + HURRY, kind_of(self.name) in WITH_ELEMENT
+        while True:
+            try:
+                connection, answer = yield from self._asking(
+                    True, False, wait=False, reclaim=self.token, held=self.element)
+                known = answer.daemon and answer.element == self.element
+                if answer.rc == OK and (known or not has_element):
+                    self.connection, self._stopped = connection, None
+                    return None
+                rollback = unlock_message(self.name, True) if answer.rc == OK else b""
+                yield from connection.asking(rollback, clock() + GOODBYE)
+                if answer.rc not in (STOPPED, LIMIT):
+                    return answer.reason or "it was granted to somebody else"
+            except LockError as error:
+                self.diary.say(f"reclaiming {self.name}: {error}")
+            yield None, 0, AGAIN if clock() < hurry else AGAIN * 25
+
+
+# --- Command (running it, signals, loss) ----------------------------------------------------------
+# Nothing may slip between the grant and the end of the command: no signal lost, none delivered
+# twice, no command without its lock.  So there are no handlers.
+#
+# * From before the fork on, the signals are blocked: they stay pending until the loop in `run`
+#   takes them, one at a time, with sigtimedwait, which also tells who sent them.  What comes
+#   before the fork is passed on after it; what is passed on before the exec stays pending in the
+#   child until the child has restored the dispositions and the mask that flom found, in that order,
+#   and then does to it what it would do to the command.  SIGCHLD says that the command ended,
+#   SIGIO that the daemon said something, the time-out that something is due.
+# * What the terminal sends (the kernel sent it: si_code) goes to the whole process group, so the
+#   command has it already.  Only what was sent to flom is passed on.
+# * TSTP stops flom as well: it raises it again and unblocks it for a moment.  A CONT that came
+#   meanwhile must not be answered by stopping for good, hence the look at what is pending.
+# * A failing exec is told through a pipe that a successful one closes; it is read only when the
+#   child has ended, so that flom never waits for a child that is not there yet.
+# * The command inherits the connection: if flom is killed by KILL the lock stays until the command
+#   has ended, too.  The unlock and the half-close at the end count for every copy of it, so a
+#   process that the command left in the background keeps nothing.
+# * A lock that is lost is a Loss: it reclaims, step by step between two signals, and knows what is
+#   due when: a notice, the end of the recovery window, KILL.
+PASSED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1,
+          signal.SIGUSR2, signal.SIGTSTP, signal.SIGCONT}
+TYPED = {signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGHUP}  # the terminal sends these
+ENDING_HOLD = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
+SI_USER_BSD = 0x10001  # FreeBSD's SI_USER is positive, as if the kernel had sent the signal
+INHERITED, NOTICE, TICK = 64, 0.2, 0.02  # descriptor; s until a loss is told, between two looks
+
+
+def settle_signals(ignored):
+    """Default actions for INT and CHLD, none for `ignored`; returns the dispositions found.
+
+    Python itself has set INT, PIPE and XFSZ; the command gets them as default actions.
+    """
+    found = {number: signal.getsignal(number) or signal.SIG_DFL
+             for number in PASSED | {signal.SIGCHLD, signal.SIGIO} | set(ignored)}
+    found.update({signal.SIGPIPE: signal.SIG_DFL, signal.SIGXFSZ: signal.SIG_DFL})
+    for number in {signal.SIGKILL, signal.SIGSTOP}.intersection(ignored):
+        put(f"flom: warning: {signal.Signals(number).name} cannot be ignored", sys.stderr)
+        del found[number]
+    for number in found.keys() & set(ignored):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return found
+
+
+class Signals:
+    """Blocks signals from now on and hands them out one at a time."""
+
+    def __init__(self):
+        passed = {number for number in PASSED if signal.getsignal(number) != signal.SIG_IGN}
+        self.numbers = passed | {signal.SIGCHLD, signal.SIGIO}
+        leader = os.getsid(0) == os.getpid()  # a hang-up is told to the session's leader only
+        self.typed = TYPED - {signal.SIGHUP} if leader else TYPED
+        self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, self.numbers)
+        signal.signal(signal.SIGIO, signal.SIG_DFL)
+
+    def watch(self, connection):
+        """SIGIO is to tell when something comes in on a connection."""
+        fcntl.fcntl(connection.sock, fcntl.F_SETOWN, os.getpid())
+        flags = fcntl.fcntl(connection.sock, fcntl.F_GETFL)
+        fcntl.fcntl(connection.sock, fcntl.F_SETFL, flags | os.O_ASYNC)
+
+    def wait(self, seconds):
+        """(number, typed at the terminal) of the next, (None, False) after `seconds` (or never)."""
+        if not hasattr(signal, "sigtimedwait"):
+            return self._wait_by_looking(seconds)
+        info = (signal.sigwaitinfo(self.numbers) if seconds is None else
+                signal.sigtimedwait(self.numbers, max(0, seconds)))
+        if not info:
+            return None, False
+        by_kernel = info.si_code > 0 and info.si_code != SI_USER_BSD
+        return info.si_signo, by_kernel and info.si_signo in self.typed
+
+    def _wait_by_looking(self, seconds):
+        """For macOS, which also does not tell who sent a signal: in the foreground it was typed."""
+        until = None if seconds is None else clock() + seconds
+        while not signal.sigpending() & self.numbers:
+            if until is not None and clock() >= until:
+                return None, False
+            time.sleep(TICK)
+        number = signal.sigwait(signal.sigpending() & self.numbers)
+        with contextlib.suppress(OSError), open("/dev/tty") as terminal:
+            return number, number in self.typed and os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+        return number, False
+
+    def stop(self):
+        """Stops this process by TSTP with its default action; returns when it is continued."""
+        if signal.SIGCONT not in signal.sigpending():
+            handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTSTP)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTSTP])
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTSTP])
+            signal.signal(signal.SIGTSTP, handler)
+
+
+def execute(argv, environment):
+    """Becomes a program found in PATH, /bin/sh for a script without #!; raises OSError."""
+    if not argv[0]:
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+    try:
+        os.execvpe(argv[0], argv, environment)
+    except OSError as error:
+        if error.errno != errno.ENOEXEC:
+            raise
+    path = argv[0] if "/" in argv[0] else which(argv[0])
+    os.execve("/bin/sh", ["sh", path] + argv[1:], environment)
+
+
+def command_environment(lock):
+    """The environment of the command: FLOM_* tell of this lock and of no outer one."""
+    environment = dict(os.environ)
+    mode = MODES[lock.settings["LockMode"]] if kind_of(lock.name) in WITH_MODE else None
+    for name, value in (("RESOURCE", lock.name), ("MODE", mode), ("ELEMENT", lock.element),
+                        ("TOKEN", lock.token), ("SESSION", ",".join(lock.chain))):
+        if lock.settings["SetEnv"]:
+            environment.pop(f"FLOM_{name}", None)
+            environment.update({} if value is None else {f"FLOM_{name}": str(value)})
+    return environment
+
+
+class Command:
+    """A command that runs under a lock; `status` is its exit status, 128 + n after signal n."""
+
+    def __init__(self, argv, lock, found):
+        """`found`: the signal dispositions that the command is to have."""
+        self.argv, self.lock, self.found = list(argv), lock, found
+        self.status = self.killed_by = self.failure = self.loss = self.pid = None
+        if lock.element is not None and lock.settings["ElementArgument"]:
+            self.argv.append(lock.element)
+
+    def run(self):
+        """Runs it and returns flom's status; the lock is still held then, unless it was lost."""
+        until = clock() + self.lock.settings["MinHold"] / 1000
+        self.signals = Signals()
+        self._start()
+        while self.status is None:
+            self._watch_lock()
+            number, typed = self.signals.wait(self.loss.due() if self.loss else None)
+            self._reap()
+            if number in PASSED and not typed:
+                self.kill(number)
+            if number == signal.SIGTSTP:
+                self.signals.stop()
+        if self.failure:
+            put(f"flom: cannot execute {self.argv[0]!r}: {self.failure}", sys.stderr)
+            return NOT_RUN
+        self._watch_lock()
+        while clock() < until and self.signals.wait(until - clock())[0] not in ENDING_HOLD:
+            continue
+        return self.loss.verdict(self.status) if self.loss else self.status
+
+    def kill(self, number):
+        """Sends the command a signal, unless it has ended."""
+        if self.status is None:
+            os.kill(self.pid, number)
+
+    def _start(self):
+        environment, (self._report, writing) = command_environment(self.lock), os.pipe()
+        try:
+            self.signals.watch(self.lock.connection)
+            self.pid = os.fork()
+            if not self.pid:
+                self._become(environment, writing)
+        except OSError as error:
+            self.status, self.failure = NOT_RUN, f"no process for it: {error.strerror}"
+        finally:
+            os.close(writing)
+
+    def _become(self, environment, writing):
+        """In the child: the command, with signals, mask and descriptors as flom found them."""
+        try:
+            if self.lock.settings["InheritConnection"]:
+                with contextlib.suppress(OSError):  # EINVAL: descriptors end below 64
+                    fcntl.fcntl(self.lock.connection.sock, fcntl.F_DUPFD, INHERITED)
+            for number, disposition in self.found.items():
+                signal.signal(number, disposition)
+            signal.pthread_sigmask(signal.SIG_SETMASK, self.signals.mask)
+            execute(self.argv, environment)
+        except (OSError, ValueError) as error:
+            os.write(writing, (getattr(error, "strerror", None) or str(error)).encode())
+        finally:
+            os._exit(NOT_RUN)
+
+    def _reap(self):
+        ended, status = os.waitpid(self.pid, os.WNOHANG)
+        if ended and os.WIFSIGNALED(status):
+            self.killed_by = os.WTERMSIG(status)
+            self.status = 128 + self.killed_by
+        elif ended:
+            self.status, self.failure = os.WEXITSTATUS(status), os.read(self._report, 999).decode()
+
+    def _watch_lock(self):
+        """Looks whether the lock is still held; goes on with reclaiming it when it is not."""
+        if self.lock.settings["OnLockLoss"] == "ignore":
+            return
+        if not self.loss and not self.lock.look():
+            self.loss = Loss(self)
+        if self.loss and self.loss.go_on():
+            self.loss = None
+            self.signals.watch(self.lock.connection)
+            self._watch_lock()
+
+
+class Loss:
+    """A lock that is lost, from the moment in which flom sees it."""
+
+    def __init__(self, command):
+        self.command, self.lock, self.since = command, command.lock, clock()
+        self.steps, self.wake, self.reason = self.lock.reclaiming(), 0, None
+        self.told = self.terminated = False
+
+    def due(self):
+        """Seconds until `go_on` wants to be called, None when nothing is due any more."""
+        return None if self.wake is None else max(0, self.wake - clock())
+
+    def go_on(self):
+        """Does what is due; True when the lock is reclaimed."""
+        if self.wake is None or clock() < self.wake:
+            return False
+        if self.terminated:
+            self.command.kill(signal.SIGKILL)
+            self.wake = None
+            return False
+        try:
+            descriptor, _, seconds = next(self.steps)
+            self.wake = clock() + (seconds if descriptor is None else TICK)
+        except StopIteration as end:
+            self.wake, self.reason = None, end.value
+            if self.reason is None:
+                return True
+        self._judge(clock() - self.since)
+        return False
+
+    def _judge(self, age):
+        if self.reason or age >= NOTICE:
+            self._tell()
+        overdue = self.reason or age >= RECOVERY_WINDOW / 1000
+        if overdue and self.lock.settings["OnLockLoss"] == "term":
+            self.terminated = True
+            self.command.kill(signal.SIGTERM)
+            self.wake = clock() + self.lock.settings["KillAfter"] / 1000
+
+    def _tell(self):
+        if not self.told:
+            why = self.reason or self.lock.loss
+            put(f"flom: the lock on {self.lock.name} is lost: {why}", sys.stderr)
+        self.told = True
+
+    def verdict(self, status):
+        """flom's exit status after the command's: a lost lock is told, but hides no failure."""
+        self.steps.close()
+        if status and not self.terminated:
+            return status
+        self._tell()
+        return LockLost.status
+
+
+# --- Status report --------------------------------------------------------------------------------
+# The daemon answers a lock 8 for _STATUS with one large message, whose entries follow the resource
+# that they belong to.  A FLoM daemon refuses the name.  JSON: numbers are numbers, but a token is
+# a string, since many readers would lose its last digits.
+COLUMNS = ("RESOURCE", "KIND", "STATE", "HOST", "PID", "USER", "COMMAND", "HOW", "FOR")
+INTEGERS = ("pid", "since", "position", "quantity", "idle")
+
+
+def fetch_report(settings):
+    """Steps to the report of the daemon as {"daemon", "resources", "parked"}; starts nothing."""
+    connection = yield from connecting(settings, Diary(settings), tls_context(settings))
+    if not connection:
+        raise DaemonUnavailable(f"no daemon at {place(settings)}")
+    parts, until = [], clock() + PATIENCE
+    question = encode(LOCK, 8, element("session", ("peerid", machine_id())), element(
+        "resource", ("name", encode_name(STATUS_RESOURCE)), ("mode", 0), ("wait", 0),
+        ("create", 0), ("lifespan", 0)))
+    try:
+        connection.send(question)
+        while END not in b"".join(parts[-2:]):
+            data = connection.take()
+            if data:
+                parts, until = parts + [data], clock() + PATIENCE
+            elif clock() >= until:
+                raise DaemonUnavailable(f"{connection.where} gives no report in {PATIENCE} s")
+            else:
+                yield connection.sock.fileno(), READ, until - clock()
+        return arrange_report(b"".join(parts))
+    except (_Gone, ProtocolError) as error:
+        raise DaemonUnavailable(f"{connection.where} gives no report: {error}")
+    finally:
+        connection.close()
+
+
+def arrange_report(data):
+    """The report as dictionaries from its message; raises ProtocolError, DaemonUnavailable."""
+    report = {"daemon": None, "resources": [], "parked": []}
+    entries = {"resource": report["resources"], "parked": report["parked"]}
+    for closing, tag, attributes, _ in tags(data):
+        if closing:
+            continue
+        for name in INTEGERS:
+            if attributes.get(name, "").lstrip("-").isdigit():
+                attributes[name] = int(attributes[name])
+        if "mode" in attributes:
+            attributes["mode"] = MODES[int(attributes["mode"]) % len(MODES)]
+        if "name" in attributes:
+            attributes["name"] = decode_name(attributes["name"])
+        if tag == "resource":
+            attributes.update(holders=[], waiters=[])
+            entries.update(holder=attributes["holders"], waiter=attributes["waiters"])
+        if tag == "daemon":
+            report["daemon"] = attributes
+        elif tag in entries:
+            entries[tag].append(attributes)
+    if report["daemon"] is None:
+        raise DaemonUnavailable("this daemon cannot report: it is not flomd.py")
+    return report
+
+
+def report_rows(report, now):
+    """The rows of the table: who holds, who waits in which order, who is parked, what is idle."""
+    yield COLUMNS
+    parked = [dict(entry, holders=[], waiters=[entry]) for entry in report["parked"]]
+    for resource in report["resources"] + parked:
+        head = (resource.get("name", ""), resource.get("kind", ""))
+        states = [("holds", entry) for entry in resource["holders"]] + [
+            (f"waits {entry.get('position', 'for it')}", entry) for entry in resource["waiters"]]
+        for state, entry in states or [("idle", {})]:
+            how = [str(entry[key]) for key in ("mode", "quantity", "element") if key in entry]
+            seconds = max(0, int(now) - entry["since"]) if "since" in entry else 0
+            duration = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+            yield head + (state, entry.get("host") or entry.get("peer", ""),
+                          str(entry.get("pid", "")), entry.get("user", ""), entry.get("cmd", ""),
+                          " ".join(how), duration if "since" in entry else "")
+
+
+def report_table(report, width):
+    """The text of the table, columns aligned, cut to `width` (None: not cut)."""
+    rows = list(report_rows(report, time.time()))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip()[:width] for row in rows]
+    return "\n".join(lines if rows[1:] else ["nobody holds or awaits a lock"])
+
+
+# --- Main -----------------------------------------------------------------------------------------
+# One action a run; each is a row of ACTIONS and returns the exit status.
+def show_status(options, settings):
+    """--status, with --json or --watch."""
+    terminal = bool(sys.stdout) and sys.stdout.isatty()
+    while True:
+        report = finish(fetch_report(settings))
+        if "Name" in settings.values:
+            for part in ("resources", "parked"):
+                report[part] = [entry for entry in report[part]
+                                if entry.get("name") == settings["Name"]]
+        if options.watch and terminal:
+            put("\033[H\033[J" + time.strftime("%H:%M:%S"), sys.stdout)
+        width = os.get_terminal_size(sys.stdout.fileno()).columns if terminal else None
+        if options.json:
+            import json
+        put(json.dumps(report) if options.json else report_table(report, width), sys.stdout)
+        if not options.watch:
+            return 0
+        time.sleep(1)
+
+
+def show_signals(options, settings):
+    """--signal-list, four in a line."""
+    known = {int(number): number.name for number in signal.Signals}
+    put("".join(f"{number}) {known[number]}\t" + "\n" * (number % 4 == 0)
+                for number in range(1, 32) if number in known), sys.stdout)
+
+
+def check_configuration(options, settings):
+    """--check-config: every problem of the files and options is a line, 99 if there is one."""
+    problems, set_value, read_file = [], settings.set, settings.read_file
+
+    def attempt(function, *arguments, **keywords):
+        try:
+            function(*arguments, **keywords)
+        except UsageError as error:
+            problems.append(str(error))
+    settings.set = functools.partial(attempt, set_value)  # goes on where it would stop
+    settings.read_file = functools.partial(attempt, read_file)
+    for check in (functools.partial(option_settings, options), interface_index, tls_context):
+        attempt(check, settings)
+    for line in problems + settings.warnings:
+        put(f"flom: {line}", sys.stderr)
+    return WRONG if problems else 0
+
+
+def stop_daemon(options, settings):
+    """-x and -X: obeyed is EOF, refused is an answer with a reason."""
+    put(f"Starting FLoM daemon {options.action} shutdown...", sys.stdout)
+    connection = finish(connecting(settings, Diary(settings), tls_context(settings)))
+    if not connection:
+        raise DaemonUnavailable(f"no daemon at {place(settings)}")
+    pid, immediate = connection.peer()[0], options.action == "immediate"
+    message = encode(MANAGEMENT, 8, element("session", ("peerid", machine_id())),
+                     element("shutdown", ("immediate", int(immediate))))
+    data = finish(connection.asking(message, clock() + PATIENCE))
+    if data is None:
+        raise DaemonUnavailable(f"{connection.where} does not answer within {PATIENCE} s")
+    if data:
+        with contextlib.suppress(ProtocolError):
+            data = decode(data).get("answer", {}).get("reason")
+        raise DaemonUnavailable(f"{connection.where} refuses: {data or 'it gives no reason'}")
+    until = clock() + 1
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        while immediate and pid and clock() < until:
+            os.kill(pid, 0)
+            time.sleep(0.01)
+    return 0
+
+
+def run_command(options, settings):
+    """The main job: lock, run, unlock."""
+    found = settle_signals(settings["IgnoredSignals"])
+    if not options.command:
+        put("No command to execute!", sys.stderr)
+        return NOT_RUN
+    lock = Lock(settings=settings, start_daemon=True, command=os.path.basename(options.command[0]))
+    for key, kinds, what in (("LockMode", WITH_MODE, "modes"), ("Quantity", "numeric", "quantity")):
+        kind, default = kind_of(lock.name), settings.defaults[key]
+        if settings[key] != default and kind not in kinds:
+            lock.diary.say(f"{settings.origins[key]}: a {kind} resource has no {what}; ignored")
+    lock.acquire(options.started)
+    if lock.element is not None:
+        lock.diary.say(f"Locked element is '{lock.element}'", sys.stdout)
+    command = Command(options.command, lock, found)
+    status = command.run()
+    lock.release(rollback=command.status != 0)
+    if command.killed_by == signal.SIGINT and status == command.status:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's loop is to end, too
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    return status
+
+
+ACTIONS = {  # each takes the options and the settings and returns the exit status, None for 0
+    "run": run_command, "status": show_status, "check": check_configuration,
+    "signals": show_signals, "quiesce": stop_daemon, "immediate": stop_daemon,
+    "id": lambda options, settings: put(machine_id(), sys.stdout)}
+
+
+def perform(arguments, settings):
+    """Does what the arguments say; returns the exit status, or raises its reason."""
+    started = clock()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ^C ends flom as any C program
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as comm:
+        comm.write("flom")
+    options = read_arguments(arguments)
+    options.started = started
+    if options.action != "check":
+        option_settings(options, settings)
+        interface_index(settings)
+    for warning in settings.warnings:
+        put(f"flom: warning: {warning}", sys.stderr)
+    if settings["Verbose"]:
+        put("\n".join(settings.lines()), sys.stdout)
+    return ACTIONS[options.action](options, settings)
+
+
+def main():
+    """Runs flom with the arguments of this process; returns its exit status."""
+    settings = Settings()
+    try:
+        return perform(sys.argv[1:], settings)
+    except LockError as error:
+        put(f"{error.prefix}{error}", sys.stderr)
+        return settings["BusyStatus"] if isinstance(error, (Busy, Timeout)) else error.status
+    except (UsageError, ImportError) as error:  # a small Python lacks json or ssl
+        put(f"flom: {error}", sys.stderr)
+        return WRONG
+
+
+if __name__ == "__main__":
+    sys.exit(main())
