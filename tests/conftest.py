@@ -1,0 +1,88 @@
+"""Fixtures: `box`, one host's folder and processes; `hosts(n)`, several hosts; see world.py."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+from network import Host, Network, Unavailable  # noqa: E402
+from world import Boxes  # noqa: E402
+
+
+@pytest.fixture
+def boxes():
+    boxes = Boxes()
+    yield boxes
+    boxes.close()
+
+
+@pytest.fixture
+def box(boxes):
+    return boxes.make()
+
+
+@pytest.fixture
+def hosts(boxes):
+    """hosts(n): a list of n hosts of a network of their own; their log of events is one."""
+    networks = []
+
+    def make(size):
+        try:
+            networks.append(Network(size))
+        except Unavailable as reason:
+            lack = f"network namespaces cannot be had: {reason}"
+            (pytest.fail if os.environ.get("FLOM_REQUIRE_NETNS") == "1" else pytest.skip)(lack)
+        made = [boxes.make(f"h{n}", of=Host, network=networks[-1], n=n)
+                for n in range(1, size + 1)]
+        for host in made:
+            host.log = made[0].log
+        return made
+
+    yield make
+    boxes.close()
+    for network in networks:
+        network.close()
+
+
+def found_interpreters():
+    """The minor versions of the Pythons 3.x in PATH, lowest first."""
+    found = {sys.version_info[1]}
+    for minor in range(6, 30):
+        command = [f"python3.{minor}", "-c", ""]
+        try:
+            silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            if subprocess.call(command, **silent) == 0:
+                found.add(minor)
+        except OSError:
+            pass
+    return sorted(found)
+
+
+def is_between():
+    """In a matrix of interpreters: is this one neither the oldest nor the newest?"""
+    if os.environ.get("FLOM_MATRIX") != "1":
+        return False
+    found = found_interpreters()
+    return found[0] < sys.version_info[1] < found[-1]
+
+
+def pytest_configure(config):
+    config.flom_is_between = is_between()
+
+
+def pytest_report_header(config):
+    without = ", without other processes" if config.flom_is_between else ""
+    return f"flom: the whole suite{without}, user {os.geteuid()}"
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if {"boxes", "box", "hosts"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.processes)
+    if config.flom_is_between:
+        dropped = [item for item in items if item.get_closest_marker("processes")]
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]

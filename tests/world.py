@@ -1,0 +1,346 @@
+"""The world of the tests: boxes in which real processes run, hosts, counts, waiting.
+
+A Box is a short folder under /tmp, the HOME of all that runs in it; by that variable its processes
+are found again.  What a test has started must have ended when it ends, idle daemons aside, which
+end with the box; a process or a socket left behind fails the test.
+"""
+import collections
+import os
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+FLOM, FLOMD = os.path.join(ROOT, "flom.py"), os.path.join(ROOT, "flomd.py")
+PYTHON = [sys.executable, "-W", "error"]
+DATA = os.path.join(ROOT, "tests", "data")
+
+# How often the tests do what they repeat.
+Count = collections.namedtuple("Count", "rounds kills heals messages")
+SOAK = os.environ.get("FLOM_SOAK") == "1"
+COUNT = Count(20, 200, 20, 500000) if SOAK else Count(3, 8, 2, 5000)
+
+Result = collections.namedtuple("Result", "status out err")
+
+
+def wait_until(predicate, seconds=10):
+    """The first true value of predicate(), asked until then; AssertionError after the deadline."""
+    deadline, pause = time.monotonic() + seconds, 0.001
+    while True:
+        value = predicate()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"not within {seconds} s: {predicate}"
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+
+
+def pass_time(seconds):
+    """Lets a lifespan pass; not for the order of processes."""
+    end = time.monotonic() + seconds
+    wait_until(lambda: time.monotonic() >= end, seconds + 10)
+
+
+class Process(subprocess.Popen):
+    """A process in a box.  Its output goes to files, `out` and `err`, unless a test pipes it."""
+
+    def __init__(self, box, argv, **options):
+        self.paths = [box.path(f"{len(box.processes)}.{name}") for name in ("out", "err")]
+        options.setdefault("stdin", subprocess.DEVNULL)
+        options["env"] = box.environment(options.pop("env", {}))
+        files = [open(path, "wb") for path in self.paths]
+        options.setdefault("stdout", files[0])
+        options.setdefault("stderr", files[1])
+        try:
+            super().__init__(box.prefix + argv, **options)
+        finally:
+            for file in files:
+                file.close()
+        box.processes.append(self)
+
+    @property
+    def out(self):
+        return read(self.paths[0])
+
+    @property
+    def err(self):
+        return read(self.paths[1])
+
+    def end(self, seconds=20):
+        """Waits for its end and returns (status, out, err)."""
+        return Result(self.wait(timeout=seconds), self.out, self.err)
+
+
+class Gate:
+    """A command that logs `NAME start ELEMENT`, waits until the gate is opened, logs `NAME end`."""
+
+    SCRIPT = 'echo "$0" start $3 >>"$1"; read _ <"$2"; echo "$0" end >>"$1"'
+
+    def __init__(self, box, name):
+        self.box, self.name, self.fifo = box, name, box.path(f"gate.{name}")
+        os.mkfifo(self.fifo)
+        self.command = ["/bin/sh", "-c", self.SCRIPT, name, box.log, self.fifo]
+
+    def started(self):
+        return any(line.split()[:2] == [self.name, "start"] for line in self.box.events())
+
+    def wait(self, seconds=10):
+        """Waits until the command has started."""
+        wait_until(self.started, seconds)
+
+    def open(self):
+        """Lets the command end, after it has started."""
+        wait_until(self._unblock)
+
+    def _unblock(self):
+        try:
+            os.close(os.open(self.fifo, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:  # ENXIO: nobody reads yet
+            return False
+        return True
+
+
+class Box:
+    """A private folder with its HOME, socket, log of events and processes."""
+
+    def __init__(self, folder, address=None, prefix=()):
+        self.folder, self.prefix, self.processes = folder, list(prefix), []
+        self.socket, self.log = self.path("s"), self.path("log")
+        self.address = ("-s", self.socket) if address is None else address
+        self.foreground, self.forgiven = [], set()
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def write(self, name, text):
+        """Writes a file into the box and returns its path."""
+        with open(self.path(name), "w", encoding="utf-8") as file:
+            file.write(text)
+        return self.path(name)
+
+    def environment(self, more=()):
+        """The environment of the box: nothing of FLOM_* or PYTHON*, HOME in the box."""
+        keep = {key: os.environ[key] for key in ("PATH", "TERM", "TZ") if key in os.environ}
+        return dict(keep, HOME=self.folder, LANG="C.UTF-8", LC_ALL="C.UTF-8", **dict(more))
+
+    # What runs in it
+
+    def start(self, *argv, **options):
+        return Process(self, list(argv), **options)
+
+    def flom(self, *args, **options):
+        """Starts flom.py; `address` (its first options) is the box's own unless given."""
+        address = options.pop("address", self.address)
+        return self.start(*PYTHON, FLOM, *address, *args, **options)
+
+    def run(self, *args, **options):
+        """Runs flom.py to its end: (status, out, err)."""
+        seconds = options.pop("seconds", 20)
+        return self.flom(*args, **options).end(seconds)
+
+    def flomd(self, *args, **options):
+        """Starts flomd.py with these options and no others."""
+        return self.start(*PYTHON, FLOMD, *args, **options)
+
+    def daemon(self, *args, **options):
+        """Starts `flomd.py -f` and waits until it accepts connections."""
+        address = options.pop("address", self.address)
+        daemon = self.flomd("-f", "--no-files", *address, *args, **options)
+        self.foreground.append(daemon)
+        wait_until(lambda: daemon.poll() is not None or can_connect(address))
+        assert daemon.poll() is None, f"flomd.py ended with {daemon.poll()}: {daemon.err}"
+        return daemon
+
+    def hold(self, name, *options, **more):
+        """Starts a command under a lock and waits until it runs: (process, its gate)."""
+        gate = self.gate(name)
+        holder = self.flom(*options, "--", *gate.command, **more)
+        wait_until(lambda: gate.started() or holder.poll() is not None)
+        assert gate.started(), holder.end()
+        return holder, gate
+
+    def note(self, word):
+        """A command that adds a line to the log."""
+        return ["/bin/sh", "-c", 'echo "$0" >>"$1"', word, self.log]
+
+    def waiter(self, *args, **options):
+        """Starts `flom.py -V` and waits until it says that it waits."""
+        waiter = self.flom("-V", *args, **options)
+        wait_until(lambda: "waiting for" in waiter.err or waiter.poll() is not None)
+        assert waiter.poll() is None, waiter.end()
+        return waiter
+
+    def gate(self, name):
+        return Gate(self, name)
+
+    # What happens in it
+
+    def events(self):
+        """The lines of the log so far."""
+        return read(self.log).splitlines() if os.path.exists(self.log) else []
+
+    def running(self):
+        """{pid: command line} of all processes of this box."""
+        mark, found = f"HOME={self.folder}".encode(), {}
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{pid}/environ", "rb") as environ:
+                    if mark in environ.read().split(b"\0"):
+                        found[int(pid)] = read(f"/proc/{pid}/cmdline").replace("\0", " ")
+            except OSError:  # it has ended, or is another user's
+                pass
+        return found
+
+    def daemons(self):
+        """The pids of the daemons of this box."""
+        return sorted(pid for pid in self.running() if comm(pid) == "flomd")
+
+    def the_daemon(self):
+        """The pid of the one daemon of this box."""
+        wait_until(lambda: len(self.daemons()) == 1)
+        return self.daemons()[0]
+
+    def kill(self, pid, number=signal.SIGKILL):
+        """Kills a process of this box; it need not remove its socket."""
+        assert pid in self.running(), f"{pid} is no process of this box"
+        if comm(pid) == "flomd":
+            self.forgiven.update(self.sockets())
+        os.kill(pid, number)
+        for process in self.processes:
+            if process.pid == pid:
+                process.wait(timeout=10)
+        wait_until(lambda: pid not in self.running())
+
+    def sockets(self):
+        return {os.path.join(folder, name) for folder, _, names in os.walk(self.folder)
+                for name in names if is_socket(os.path.join(folder, name))}
+
+    # Its end
+
+    def close(self):
+        """Ends all that runs; returns what should not have been there any more, as lines."""
+        wrong = [f"still running: {process.args}" for process in self.processes
+                 if process.poll() is None and process not in self.foreground]
+        if not wrong:
+            wrong += self._strangers()
+        wrong += [line for pid in self.daemons() for line in self._end_daemon(pid)]
+        for pid in self.running():
+            os.kill(pid, signal.SIGKILL)
+        for process in self.processes:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout, process.stderr):
+                if pipe:
+                    pipe.close()
+        return wrong + [f"socket left: {path}" for path in self.sockets() - self.forgiven]
+
+    def _strangers(self):
+        """Processes that the test did not start itself and that are no daemons."""
+        def strangers():
+            return {pid: line for pid, line in self.running().items()
+                    if comm(pid) != "flomd" and "flomd" not in line}
+        try:
+            wait_until(lambda: not strangers(), seconds=2)
+        except AssertionError:
+            return [f"left: {pid} {line}" for pid, line in strangers().items()]
+        return []
+
+    def _end_daemon(self, pid):
+        try:
+            os.kill(pid, signal.SIGTERM)
+            mine = [process for process in self.processes if process.pid == pid]
+            if mine:
+                mine[0].wait(timeout=10)
+            wait_until(lambda: pid not in self.running())
+        except ProcessLookupError:
+            pass
+        except (AssertionError, subprocess.TimeoutExpired):
+            self.forgiven.update(self.sockets())
+            return [f"daemon {pid} did not end on TERM within 10 s"]
+        return []
+
+
+class Boxes:
+    """Makes boxes, and ends them together."""
+
+    def __init__(self):
+        self.boxes, self.folders = [], []
+
+    def make(self, name=None, of=Box, **options):
+        """A box in a folder of its own, or, with a name, in one below the first folder."""
+        if name is None or not self.folders:
+            self.folders.append(tempfile.mkdtemp(prefix="f", dir="/tmp"))
+        folder = os.path.join(self.folders[0], name) if name else self.folders[-1]
+        os.makedirs(folder, exist_ok=True)
+        self.boxes.append(of(folder, **options))
+        return self.boxes[-1]
+
+    def close(self):
+        wrong = [line for box in self.boxes for line in box.close()]
+        for folder in self.folders:
+            shutil.rmtree(folder)
+        self.boxes, self.folders = [], []
+        assert not wrong, "\n".join(wrong)
+
+
+# Small things
+
+def read(path):
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        return file.read()
+
+
+def comm(pid):
+    """The name of a process, empty when there is none."""
+    try:
+        return read(f"/proc/{pid}/comm").strip()
+    except OSError:
+        return ""
+
+
+def is_socket(path):
+    try:
+        return stat.S_ISSOCK(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
+def endpoint(address):
+    """(family, address) for a socket of what the options -s, or -a and -p, name."""
+    options = dict(zip(address[::2], address[1::2]))
+    if "-s" in options:
+        return socket.AF_UNIX, options["-s"]
+    family = socket.AF_INET6 if ":" in options["-a"] else socket.AF_INET
+    return family, (options["-a"], int(options.get("-p", 28015)))
+
+
+def peer_pid(path):
+    """The pid of the process that listens on a UNIX socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.connect(path)
+        credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return struct.unpack("3i", credentials)[0]
+
+
+def can_connect(address):
+    family, name = endpoint(address)
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(name)
+        except OSError:
+            return False
+    return True
+
+
+def free_port(host="127.0.0.1"):
+    """A TCP port that nobody listens on."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
