@@ -1,0 +1,339 @@
+"""The command line of flom.py: argv, stdout, stderr, status.
+
+What is refused or only printed is tried inside this process, what runs a command in a box.
+"""
+import os
+import re
+import signal
+import sys
+
+import flom
+import pytest
+from test_settings import VERBOSE
+from world import FLOM, read
+
+BAD = {  # for each type of setting, texts that are wrong
+    "text": [""], "flag": ["", "maybe", "2"], "name": ["", "a b", "_x", "_RESOURCE", "/", "a[2147483648]"],
+    "mode": ["", "XX", "5"], "socket": ["", "/" + "x" * 107], "signal": ["", "SIGNO", "0", "99"],
+    "octal": ["", "9", "rw"], "policy": ["", "best"], "loss": ["", "kill"], "deadlock": ["", "no"],
+    "any": ["", "x", "5x", "1.5", "2147483648", "-2147483648"], "ms": ["", "x", "-1", "2147483648"],
+    "size": ["", "x", "0x", "2147483648"], "port": ["", "0", "65536", "-1", "http"],
+    "count": ["", "x", "2147483648"], "hops": ["", "-1", "256"], "units": ["", "-1", "2147483648"],
+    "s": ["", "0", "-1", "32768"], "probes": ["", "0", "128"], "status": ["", "-1", "256"]}
+CLIENTS = [setting for setting in flom.SETTINGS if "c" in setting.users]
+VALUED = [setting for setting in CLIENTS if setting.key not in ("Verbose", "AllowRemoteShutdown")]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run(*argv): (status, stdout, stderr) of flom's main, here; HOME is an empty folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    name, mask = comm(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    handlers = {number: signal.getsignal(number) for number in signal.Signals}
+    monkeypatch.setattr(flom, "Lock", no_lock)
+
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["flom"] + list(argv))
+        try:
+            status = flom.main() or 0
+        except SystemExit as end:
+            status = end.code
+        return (status,) + tuple(capsys.readouterr())
+
+    yield run
+    for number in handlers:
+        if signal.getsignal(number) is not handlers[number]:
+            signal.signal(number, handlers[number])
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    comm(name)
+
+
+def no_lock(*_, **__):
+    raise AssertionError("flom would run the command")
+
+
+def comm(name=None):
+    """The name of this process, which flom changes."""
+    try:
+        with open("/proc/self/comm", "w" if name else "r") as file:
+            return file.write(name) if name else file.read().strip()
+    except OSError:
+        return None
+
+
+def is_usage_error(result, *words):
+    """One line on stderr that holds these words, nothing on stdout, status 99."""
+    status, out, err = result
+    assert (status, out, err.count("\n")) == (99, "", 1) and err.startswith("flom: "), result
+    for word in words:
+        assert word in err, result
+    return True
+
+
+# What is wrong
+
+@pytest.mark.parametrize("setting, text", [
+    pytest.param(setting, text, id=f"{setting.long}={text[:20]}")
+    for setting in VALUED for text in BAD[setting.type]])
+def test_a_bad_value_names_option_value_and_what_is_allowed(run, setting, text):
+    command = ["--", "touch", "ran"]
+    assert is_usage_error(run(f"--{setting.long}={text}", *command),
+                          f"--{setting.long}: {text!r}: ", " is allowed")
+    if setting.short and text:
+        assert is_usage_error(run(f"-{setting.short}", text, *command), f"-{setting.short}/--",
+                              repr(text), " is allowed")
+    assert not os.path.exists("ran")
+
+
+@pytest.mark.parametrize("setting, text", [
+    pytest.param(setting, text, id=f"{setting.key}={text[:20]}")
+    for setting in VALUED for text in BAD[setting.type] if text])
+def test_a_bad_value_in_a_file_names_file_line_and_key(run, setting, text):
+    with open("conf", "w") as file:
+        file.write(f"# first\n[{setting.group}]\n{setting.key}={text}\n")
+    with open(".flom", "w") as file:
+        file.write("[Resource]\nName=fine\n")
+    assert is_usage_error(run("-c", "conf", "--", "touch", "ran"),
+                          f"conf:3: [{setting.group}]/{setting.key}: {text!r}: ", " is allowed")
+    os.rename("conf", ".flom")
+    assert is_usage_error(run("--", "touch", "ran"), f"{os.getcwd()}/.flom:3: ", repr(text))
+    assert not os.path.exists("ran")
+
+
+WRONG = [
+    (["--no-such-option", "--", "true"], "--no-such-option"),
+    (["-Z", "--", "true"], "-Z"),
+    (["--resource-na=a", "--", "true"], "--resource-na"),
+    (["--resource-tim", "5", "--", "true"], "--resource-tim"),
+    (["--verb", "--", "true"], "--verb"),
+    (["--verbose=1", "--", "true"], "--verbose"),
+    (["-o"], "-o"), (["--resource-name"], "--resource-name"), (["-c"], "-c"),
+    (["-c", "none", "--", "true"], "none: No such file or directory"),
+    (["-c", "", "--", "true"], ""),
+    (["-s", "/tmp/x", "-a", "127.0.0.1", "--", "true"], "-s/--socket-name", "-a/--unicast-address"),
+    (["-A", "239.255.0.1", "-s", "/tmp/x", "--", "true"], "-s/--socket-name", "-A/--multicast"),
+    (["-n", "nosuch0", "--", "true"], "-n/--network-interface", "'nosuch0'"),
+    (["--tls-certificate", "/x", "--", "true"], "--tls-certificate", "--tls-private-key"),
+    (["--tls-private-key=/x", "--tls-ca-certificate=/y", "--", "true"], "--tls-"),
+    (["-q", "5", "-q", "x", "--", "true"], "-q/--resource-quantity", "'x'"),
+]
+
+
+@pytest.mark.parametrize("argv", [pytest.param(row, id=" ".join(row[0])) for row in WRONG])
+def test_wrong_command_lines(run, argv):
+    assert is_usage_error(run(*argv[0]), *argv[1:])
+
+
+@pytest.mark.parametrize("group", ["10.0.0.1", "::1", "127.0.0.1", "255.255.255.255"])
+def test_what_is_no_group(box, group):
+    done = box.run("-A", group, "--", "echo", "x", address=())
+    assert is_usage_error(done, "-A/--multicast-address", repr(group))
+
+
+@pytest.mark.parametrize("first, second", [("~", "-c"), ("~", "argv"), ("-c", "argv")])
+def test_socket_and_address_exclude_each_other_wherever_they_come_from(run, first, second):
+    argv = ["--", "true"]
+    for place, (key, option, value) in ((first, ("SocketName", "-s", "/tmp/x")),
+                                        (second, ("UnicastAddress", "-a", "127.0.0.1"))):
+        if place == "argv":
+            argv = [option, value] + argv
+            continue
+        with open(".flom" if place == "~" else "conf", "w") as file:
+            file.write(f"[Daemon]\n{key}={value}\n")
+        argv = argv if place == "~" else ["-c", "conf"] + argv
+    assert is_usage_error(run(*argv), "SocketName" if first != "argv" else "-s")
+
+
+def test_no_command(run):
+    for argv in ([], ["-r", "a"], ["--"], ["-V"], ["-o", "5", "--"]):
+        status, out, err = run(*argv)
+        assert (status, err) == (97, "No command to execute!\n") and ("-V" in argv) == bool(out)
+
+
+# What is printed
+
+def test_version_and_help(run):
+    assert run("--version") == run("-v") == (0, f"flom.py {flom.VERSION}\n", "")
+    status, out, err = run("--help")
+    assert (status, err) == (0, "") and run("-h") == (0, out, "")
+    for setting in CLIENTS:
+        assert f"--{setting.long}" in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_signal_list(run):
+    status, out, err = run("--signal-list")
+    assert (status, err) == (0, "") and out.endswith("\n")
+    lines = out.split("\n")
+    assert lines[0] == "1) SIGHUP\t2) SIGINT\t3) SIGQUIT\t4) SIGILL\t"
+    numbers = [int(number) for number in re.findall(r"(\d+)\) SIG[A-Z0-9]+\t", out)]
+    assert numbers == sorted(numbers) and numbers[0] == 1 and numbers[-1] == 31
+    for number in numbers:
+        assert f"{number}) {signal.Signals(number).name}\t" in out
+    assert all(line.count("\t") == 4 for line in lines[:7])
+
+
+def test_unique_id(run):
+    assert run("--unique-id") == (0, flom.machine_id() + "\n", "")
+
+
+def shown(run, *argv):
+    """What -V prints of the settings, {path: text}; nothing else is printed, nothing run."""
+    status, out, err = run("-V", *argv)
+    assert (status, err) == (97, "No command to execute!\n"), err
+    return dict(line.split("=", 1) for line in out.splitlines())
+
+
+def test_verbose_prints_the_configuration_first(run):
+    lines = run("-V")[1].splitlines()
+    expected = [line.replace("Verbose=0", "Verbose=1") for line in VERBOSE]
+    assert lines[:len(expected)] == expected
+    assert len(lines) == len(flom.SETTINGS) and run("--verbose")[1].splitlines() == lines
+
+
+ACCEPTED = [
+    (["-o", "5"], "[Resource]/Timeout", "5"), (["-o5"], "[Resource]/Timeout", "5"),
+    (["--resource-timeout=5"], "[Resource]/Timeout", "5"),
+    (["--resource-timeout", "5"], "[Resource]/Timeout", "5"),
+    (["-o", "-1"], "[Resource]/Timeout", "-1"), (["-o-7"], "[Resource]/Timeout", "-7"),
+    (["-o", "0x1F"], "[Resource]/Timeout", "31"), (["-d", "-1"], "[Daemon]/Lifespan", "-1"),
+    (["--daemon-lifespan", "-1"], "[Daemon]/Lifespan", "-1"),
+    (["-o", "1", "-o", "2"], "[Resource]/Timeout", "2"), (["-q", "0"], "[Resource]/Quantity", "1"),
+    (["-D", "0"], "[Network]/DiscoveryAttempts", "1"),
+    (["-D", "-3"], "[Network]/DiscoveryAttempts", "3"),
+    (["-I", "-250"], "[Network]/DiscoveryTimeout", "250"),
+    (["-i", "-9"], "[Resource]/IdleLifespan", "9"), (["-l", "pw"], "[Resource]/LockMode", "4"),
+    (["-l", "ConcurrentRead"], "[Resource]/LockMode", "1"), (["-e", "no"], "[Resource]/Create", "0"),
+    (["-e", "OFF"], "[Resource]/Create", "0"), (["-r", "/a b/\xe9"], "[Resource]/Name", "'/a b/\xe9'"),
+    (["-s", "x"], "[Daemon]/SocketName", None), (["-p", "65535"], "[Daemon]/UnicastPort", "65535"),
+    (["--ignore-signal", "TERM", "--ignore-signal=1"], "[Monitor]/IgnoredSignals",
+     "'SIGHUP;SIGTERM'"),
+    (["--ignore-signal", "sigusr1"], "[Monitor]/IgnoredSignals", "'SIGUSR1'"),
+    (["-m", "/x"], "[Daemon]/MountPointVFS", "'/x'"), (["-t", "x"], "[Trace]/DaemonTraceFile", "'x'"),
+    (["--busy-status", "0"], "[Monitor]/BusyStatus", "0"),
+    (["--allow-remote-shutdown"], "[Daemon]/AllowRemoteShutdown", "1"),
+]
+
+
+@pytest.mark.parametrize("argv, path, text", [
+    pytest.param(*row, id=" ".join(row[0])) for row in ACCEPTED])
+def test_what_options_mean(run, argv, path, text):
+    assert shown(run, *argv)[path] == (text or f"'{os.getcwd()}/x'")
+
+
+def test_each_source_overrides_the_one_before(run):
+    with open(".flom", "w") as file:
+        file.write("[Resource]\nName=home\nTimeout=1\nQuantity=1\nIdleLifespan=1\n")
+    with open("conf", "w") as file:
+        file.write("[Resource]\nTimeout=2\nQuantity=2\nIdleLifespan=2\n")
+    found = shown(run, "-c", "conf", "-q", "3", "-i", "0")
+    assert [found[f"[Resource]/{key}"] for key in (
+        "Name", "Timeout", "Quantity", "IdleLifespan")] == ["'home'", "2", "3", "0"]
+
+
+def test_an_unknown_key_is_a_warning_that_names_file_and_line(run):
+    with open(".flom", "w") as file:
+        file.write("[Resource]\n\nNmae=x\n")
+    status, _, err = run()
+    warning, last = err.splitlines()
+    assert (status, last) == (97, "No command to execute!")
+    assert warning.startswith("flom: warning: ") and ".flom:3: " in warning and "Nmae" in warning
+
+
+# What runs a command
+
+ARGUMENTS = [
+    (["echo", "-n", "-o", "5"], "-o 5"), (["--", "echo", "-r", "a"], "-r a\n"),
+    (["--", "echo", "--", "x", "--"], "-- x --\n"), (["echo", "--", "-V"], "-- -V\n"),
+    (["-r", "a", "echo", "-r", "b"], "-r b\n"), (["--lock-mode", "PR", "echo", "-V"], "-V\n"),
+    (["-V", "-r", "a", "--", "echo", "tail"], None)]
+
+
+@pytest.mark.parametrize("argv, out", [pytest.param(*row, id=" ".join(row[0])) for row in ARGUMENTS])
+def test_the_command_is_untouched(box, argv, out):
+    status, printed, err = box.run(*argv)
+    assert (status, err) == (0, "")
+    assert printed == out if out else printed.splitlines()[-1] == "tail"
+
+
+def test_every_file_in_its_place(box):
+    """stdin, stdout, stderr, working directory and umask are the command's."""
+    code = "cat; pwd; umask; echo oops >&2"
+    with open(box.write("input", "text\n")) as file:
+        done = box.run("--", "sh", "-c", code, stdin=file, cwd="/usr",
+                       preexec_fn=lambda: os.umask(0o027))
+    assert done == (0, "text\n/usr\n0027\n", "oops\n")
+
+
+def test_the_environment_of_the_command(box):
+    show = ["sh", "-c", 'env | grep ^FLOM_ | sort']
+    status, out, err = box.run("-r", "R1", "-l", "PR", "--", *show, env={"FLOM_ELEMENT": "outer"})
+    found = dict(line.split("=", 1) for line in out.splitlines())
+    assert (status, err, sorted(found)) == (
+        0, "", ["FLOM_MODE", "FLOM_RESOURCE", "FLOM_SESSION", "FLOM_TOKEN"])
+    assert found["FLOM_RESOURCE"] == "R1" and found["FLOM_MODE"] == "PR"
+    assert int(found["FLOM_TOKEN"]) > 2 ** 32 and re.fullmatch("[0-9a-f]{16}", found["FLOM_SESSION"])
+    assert box.run("--set-env", "no", "--", *show).out == ""
+
+
+def test_statuses_pass_through(box):
+    box.daemon()
+    for number in (0, 1, 94, 99, 127, 255):
+        assert box.run("--", "sh", "-c", f"exit {number}") == (number, "", "")
+    for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGSEGV, signal.SIGPIPE):
+        assert box.run("--", "sh", "-c", f"kill -{int(number)} $$") == (128 + number, "", "")
+
+
+def test_a_command_that_died_of_int_makes_flom_die_of_int(box):
+    assert box.run("--", "sh", "-c", "kill -2 $$") == (-signal.SIGINT, "", "")
+
+
+NOT_RUN = [("nosuchcommand", "No such file or directory"), ("/nonexistent/x", "No such file or directory"),
+           ("/etc/passwd", "Permission denied"), ("/", "Permission denied"), ("", "No such file or directory")]
+
+
+@pytest.mark.parametrize("command, why", NOT_RUN)
+def test_what_cannot_be_executed(box, command, why):
+    assert box.run("--", command, "x") == (97, "", f"flom: cannot execute {command!r}: {why}\n")
+    assert box.run("-o", "0", "--", "echo", "free") == (0, "free\n", "")
+
+
+def test_the_daemon_is_looked_for_and_the_two_ways_out_are_named(box):
+    copy = box.write("flom.py", read(FLOM))
+    done = box.start(sys.executable, copy, *box.address, "--", "echo", "x",
+                     env={"PATH": "/usr/bin:/bin"}).end()
+    assert done[:2] == (99, "") and done.err.count("\n") == 1 and box.folder in done.err
+    assert "PATH" in done.err
+    named = box.start(sys.executable, copy, *box.address, "--", "echo", "x",
+                      env={"FLOMD": "/nonexistent/flomd.py"}).end()
+    assert named[:2] == (99, "") and "/nonexistent/flomd.py" in named.err
+
+
+def test_a_link_to_flom_finds_the_daemon_beside_the_file(box):
+    os.symlink(FLOM, box.path("flom"))
+    done = box.start(sys.executable, box.path("flom"), *box.address, "--", "echo", "x").end()
+    assert done == (0, "x\n", "")
+
+
+@pytest.mark.parametrize("flag", ["-xV", "-Vx"])
+def test_flags_bundle(box, flag):
+    box.daemon()
+    status, out, err = box.run(flag)
+    assert (status, err) == (0, "") and out.startswith("[Trace]/DaemonTraceFile=''\n")
+    assert out.endswith("Starting FLoM daemon quiesce shutdown...\n")
+
+
+def test_verbose_tells_who_is_waited_for(box):
+    holder, gate = box.hold("a", "-r", "R1", "-l", "PR")
+    first = box.waiter("-r", "R1", "--", "true")
+    second = box.waiter("-r", "R1", "--", "true")
+    assert first.err.startswith("waiting for R1, place 1") and "place 2" in second.err
+    gate.open()
+    assert [process.end().status for process in (holder, first, second)] == [0, 0, 0]
+
+
+def test_ignored_options_warn_with_verbose(box):
+    done = box.run("-V", "-r", "R1", "-q", "2", "--", "true")
+    assert done.status == 0 and "-q/--resource-quantity" in done.err
+    assert box.run("-r", "R1", "-q", "2", "--", "true") == (0, "", "")

@@ -1,0 +1,593 @@
+"""contrib/: init scripts start and stop a daemon, completions complete, man pages tell the truth.
+
+What the shells and man pages say of options and exit statuses is compared with the programs.  A
+tool that is not installed skips its test; the same files are also read without it.
+"""
+import glob
+import hashlib
+import os
+import plistlib
+import re
+import shlex
+import shutil
+import signal
+import socket
+import stat
+
+import flom
+import flomd
+import pytest
+
+from world import FLOM, FLOMD, PYTHON, ROOT, can_connect, comm, read, wait_until
+
+CONTRIB = os.path.join(ROOT, "contrib")
+MODES = set(flom.MODES + flom.LONG_MODES)
+
+
+def contrib(*names):
+    return os.path.join(CONTRIB, *names)
+
+
+def need(*programs):
+    """Skips the test unless all are installed."""
+    for program in programs:
+        if not shutil.which(program):
+            pytest.skip(f"{program} is not installed")
+
+
+def flom_options(capsys):
+    with pytest.raises(SystemExit):
+        flom.read_arguments(["--help"])
+    columns = re.findall("^  (-.*?)(?:  |$)", capsys.readouterr().out, re.MULTILINE)
+    return set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", " ".join(columns)))
+
+
+def flomd_options():
+    return {name for action in flomd.make_parser()._actions for name in action.option_strings}
+
+
+@pytest.fixture
+def options(capsys):
+    """{program: its options}."""
+    return {"flom": flom_options(capsys), "flomd": flomd_options()}
+
+
+# The annotated configuration file
+
+EXAMPLE = contrib("examples", "flom.conf")
+
+
+def test_the_example_sets_nothing():
+    settings = flom.Settings()
+    settings.read_file(EXAMPLE, required=True)
+    assert settings.values == {} and settings.warnings == []
+
+
+def test_every_line_of_the_example_is_a_default(tmp_path):
+    text = re.sub(r"^#(?=[A-Z]\w*=)", "", read(EXAMPLE), flags=re.MULTILINE)
+    path = tmp_path / "flom.conf"
+    path.write_text(text)
+    settings = flom.Settings()
+    settings.read_file(str(path), required=True)
+    assert settings.warnings == []
+    assert settings.values == {
+        setting.key: setting.default for setting in flom.SETTINGS
+        if setting.default not in (None, (), flom.DEFAULT_RESOURCE)}
+    assert sorted(keys_by_group(text)) == sorted((s.group, s.key) for s in flom.SETTINGS)
+
+
+def keys_by_group(text):
+    group = None
+    for head, key in re.findall(r"^(?:\[(\w+)\]|(\w+)=.*)$", text, re.MULTILINE):
+        group = head or group
+        if key:
+            yield group, key
+
+
+# The man pages
+
+PAGES = sorted(glob.glob(contrib("man", "*")))
+
+
+def page(name):
+    return read(contrib("man", name)).replace(r"\-", "-").replace(r"\&", "")
+
+
+def section(text, title):
+    return re.search(rf"^\.Sh {title}\n(.*?)(?=^\.Sh |\Z)", text, re.MULTILINE | re.DOTALL).group(1)
+
+
+def items(text):
+    """(what is described, its description) of the items of all lists."""
+    return re.findall(r"^\.It (.*)\n((?:(?!\.It |\.El).*\n)*)", text, re.MULTILINE)
+
+
+def flags(text):
+    return {f"-{name}" for name in re.findall(r"\bFl (-?[A-Za-z][\w-]*)", text)}
+
+
+def test_there_are_four_pages():
+    names = [os.path.basename(path) for path in PAGES]
+    assert names == ["flom-protocol.7", "flom.1", "flom.conf.5", "flomd.8"]
+
+
+@pytest.mark.parametrize("name, program", [("flom.1", "flom"), ("flomd.8", "flomd")])
+def test_a_page_describes_the_options_that_there_are(options, name, program):
+    described = [flag for head, _ in items(section(page(name), "OPTIONS")) for flag in flags(head)]
+    assert sorted(described) == sorted(options[program])
+
+
+def test_pages_name_no_option_that_is_not_there(options):
+    for path in PAGES:
+        assert flags(page(os.path.basename(path))) <= options["flom"] | options["flomd"]
+
+
+def test_the_pages_describe_the_exit_statuses():
+    statuses = {kind.status for kind in flom.LockError.__subclasses__()} | {
+        flom.NOT_RUN, flom.WRONG}
+    described = [int(head) for head, _ in items(section(page("flom.1"), "EXIT STATUS"))]
+    assert sorted(described) == sorted(statuses)
+    told = re.findall(r"\b\d+\b", flomd.__doc__.split("Exit status:")[1])
+    described = [head for head, _ in items(section(page("flomd.8"), "EXIT STATUS"))]
+    assert sorted(described) == sorted(told)
+
+
+def test_the_configuration_page_describes_the_settings():
+    found = []
+    for group, text in re.findall(r"^\.Ss Group (\w+)\n(.*?)(?=^\.S)", page("flom.conf.5"),
+                                  re.MULTILINE | re.DOTALL):
+        found += [(group, head[len("Li "):]) for head, _ in items(text)]
+    assert sorted(found) == sorted((s.group, s.key) for s in flom.SETTINGS)
+
+
+@pytest.mark.parametrize("name, marks", [
+    ("flom.1", {s.key: f"--{s.long}" for s in flom.SETTINGS if "c" in s.users}),
+    ("flom.conf.5", {s.key: s.key for s in flom.SETTINGS})])
+def test_the_pages_tell_the_numbers_that_are_defaults(name, marks):
+    texts = {}
+    for head, text in items(page(name)):
+        texts.update(dict.fromkeys(flags(head) | {head[len("Li "):]}, text))
+    for setting in flom.SETTINGS:
+        number = type(setting.default) is int and setting.type != "mode"
+        if number and setting.key in marks:
+            assert re.search(rf"(?<![\w-]){setting.default}\b", texts[marks[setting.key]]), setting
+
+
+def test_the_protocol_page_knows_all_codes_and_numbers():
+    text = page("flom-protocol.7")
+    codes = {int(code) for code in re.findall(r"^\.It (-?\d+) Ta", text, re.MULTILINE)}
+    assert codes == {flom.OK, flom.ENQUEUED, flom.WAIT_RESOURCE, flom.BUSY, flom.CANT_WAIT,
+                     flom.IMPOSSIBLE, flom.INVALID_NAME, flom.DEADLOCK, flom.STOPPED, flom.LIMIT}
+    assert [name for name in flom._NUMBERS if not re.search(rf"\b{name}\b", text)] == []
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("path", PAGES, ids=os.path.basename)
+def test_the_pages_are_well_formed(box, path):
+    """mandoc's complaint about pages that are not installed here is not about this page."""
+    if shutil.which("mandoc"):
+        done = box.start("mandoc", "-T", "lint", path).end()
+        wrong = [line for line in done.out.splitlines() if "referenced manual not found" not in line]
+        assert wrong == []
+    else:
+        need("groff")
+        done = box.start("groff", "-ww", "-mandoc", "-Tascii", path).end()
+        assert (done.status, done.err) == (0, "")
+
+
+# Completion
+
+def long_options(text):
+    return set(re.findall(r"(?<![\w$-])--[a-z][a-z-]+", text))
+
+
+@pytest.mark.parametrize("name", ["bash/flom", "zsh/_flom", "fish/flom.fish"])
+def test_a_completion_has_the_options_that_there_are(options, name):
+    text = read(contrib("completion", *name.split("/")))
+    text = re.sub(r"\s-l ", " --", text).replace("--do-complete", "")
+    assert long_options(text) == long_options(" ".join(options["flom"] | options["flomd"]))
+
+
+BASH = """
+. "$1"; shift
+compopt() { :; }
+for line; do
+    read -ra COMP_WORDS <<<"${line//=/ = }"
+    [[ $line == *[\\ =] ]] && COMP_WORDS+=('')
+    [[ $line == *= ]] && unset "COMP_WORDS[${#COMP_WORDS[@]}-1]"
+    COMP_CWORD=$((${#COMP_WORDS[@]} - 1)) COMP_LINE=$line COMP_POINT=${#line} COMPREPLY=()
+    "_${COMP_WORDS[0]}"
+    printf '[%s]\\n' "$line"
+    printf '%s\\n' "${COMPREPLY[@]}"
+done
+"""
+# A second zsh, at a terminal of its own, completes; what it finds is caught at compadd.
+ZSH = r"""
+zmodload zsh/zpty
+folder=$1 out=$HOME/zsh.out; shift
+cat >$HOME/zsh.setup <<X
+PS1= PS2= fpath=($folder \$fpath)
+autoload -Uz compinit && compinit -u -D
+compadd() {
+    local -a found
+    if [[ " \${argv[1,(i)--]} " == *' '-[OAD]* ]]; then builtin compadd "\$@"; return; fi
+    builtin compadd -A found "\$@"
+    (( \$#found )) && print -rl -- \$found >>$out
+    return \$(( ! \$#found ))
+}
+ready() { comppostfuncs=(ready); print -r -- 'this is ''done' }
+comppostfuncs=(ready)
+bindkey '^I' complete-word
+bindkey '^U' kill-whole-line
+print 'this is ''done'
+X
+zpty z zsh -f -i
+zpty -w z "source $HOME/zsh.setup"
+zpty -r z chunk '*this is done*'
+for line; do
+    print -r -- "[$line]" >>$out
+    zpty -w -n z $'\C-u'"$line"$'\t'
+    zpty -r z chunk '*this is done*'
+done
+zpty -d z
+cat $out
+"""
+FISH = """
+source $argv[1]
+for line in $argv[2..-1]
+    echo "[$line]"
+    complete "--do-complete=$line" | string split -f1 \\t
+end
+"""
+SHELLS = {"bash": (["bash", "--norc", "-c", BASH, "bash"], "bash/flom"),
+          "zsh": (["zsh", "-f", "-c", ZSH, "zsh"], "zsh"),
+          "fish": (["fish", "-c", FISH], "fish/flom.fish")}
+
+
+def complete(box, shell, lines):
+    """{line: the words that the shell offers for its end, of paths the last part}."""
+    need(shell)
+    argv, file = SHELLS[shell]
+    done = box.start(*argv, contrib("completion", *file.split("/")), *lines).end()
+    assert (done.status, done.err) == (0, "")
+    found = {}
+    for text in done.out.splitlines():
+        if text[:1] + text[-1:] == "[]" and text[1:-1] in lines:
+            offered = found[text[1:-1]] = set()
+        elif text:
+            offered.add(os.path.basename(text.rstrip("/")))
+    return found
+
+
+@pytest.mark.parametrize("shell", sorted(SHELLS))
+def test_options_are_completed(box, options, shell):
+    found = complete(box, shell, ["flom -", "flomd -", "flom.py --sta", "flom -V --sta"])
+    assert found["flom -"] == options["flom"]
+    assert found["flomd -"] == options["flomd"]
+    assert found["flom -V --sta"] == {"--status", "--state-dir"}
+    assert found["flom.py --sta"] == {"--status", "--state-dir"} or shell == "bash"
+
+
+@pytest.mark.parametrize("shell", sorted(SHELLS))
+def test_values_are_completed(box, shell):
+    path = box.write("a.conf", "")
+    os.mkdir(box.path("a.folder"))
+    found = complete(box, shell, [
+        "flom -l ", "flom -Vl ", "flom --lock-mode=Ex", "flom --ignore-signal SIGTER", "flom -n ",
+        f"flom -c {path[:-3]}", f"flom --state-dir {box.path('a.f')}", "flom -o ",
+        "flom --on-lock-loss ", "flom --deadlock ", "flom --policy ", "flom -e ", "flomd --log sy",
+        "flomd --log-level ", f"flomd -f --pid-file {path[:-3]}"])
+    loopback = {name for _, name in socket.if_nameindex()}
+    assert [found[line] for line in sorted(found)] == [words for _, words in sorted({
+        "flom -l ": MODES, "flom -Vl ": MODES, "flom -n ": loopback, "flom -o ": set(),
+        "flom --lock-mode=Ex": {("--lock-mode=" if shell == "fish" else "") + "Exclusive"},
+        "flom --ignore-signal SIGTER": {"SIGTERM"}, f"flom -c {path[:-3]}": {"a.conf"},
+        f"flom --state-dir {box.path('a.f')}": {"a.folder"}, "flom -e ": {"yes", "no"},
+        "flom --on-lock-loss ": {"warn", "term", "ignore"}, "flom --deadlock ": {"fail", "wait"},
+        "flom --policy ": {"fair", "first-fit"}, "flomd --log sy": {"syslog"},
+        "flomd --log-level ": set(flomd.LEVELS), f"flomd -f --pid-file {path[:-3]}": {"a.conf"},
+    }.items())]
+
+
+@pytest.mark.parametrize("shell", sorted(SHELLS))
+def test_the_command_is_completed(box, shell):
+    path = box.write("a.conf", "")
+    first = ["flom touc", "flom -- touc", "flom -V -o 5 touc", "flom -o5 --set-env=no -- touc"]
+    files = [f"flom cat {path[:-3]}", f"flom -r x -- cat {path[:-3]}"]
+    found = complete(box, shell, first + files + ["flom cat --statu", "flom -- cat --statu"])
+    assert all("touch" in found[line] for line in first)
+    assert [found[line] for line in files] == [{"a.conf"}] * 2
+    assert not found["flom cat --statu"] | found["flom -- cat --statu"]
+
+
+# Shell scripts
+
+SCRIPTS = ["sysvinit/flomd", "openrc/flomd", "runit/flomd/run", "runit/flomd/finish",
+           "runit/flomd/log/run", "checksums.sh"]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("shell", ["sh", "bash", "dash", "busybox sh"])
+def test_the_scripts_are_for_every_shell(box, shell):
+    need(shell.split()[0])
+    for script in SCRIPTS:
+        path = contrib(*script.split("/"))
+        assert os.stat(path).st_mode & stat.S_IXUSR
+        assert box.start(*shell.split(), "-n", path).end() == (0, "", "")
+
+
+def test_the_checksums_are_what_sha256sum_checks(box):
+    expected = ""
+    for path in (FLOM, FLOMD):
+        with open(path, "rb") as file:
+            digest = hashlib.sha256(file.read()).hexdigest()
+        expected += f"{digest}  {os.path.basename(path)}\n"
+    assert box.start(contrib("checksums.sh")).end() == (0, expected, "")
+    for name in ("sed", "python3", "dirname"):
+        os.symlink(shutil.which(name), box.path(name))
+    poor = box.start("/bin/sh", contrib("checksums.sh"), ROOT, env={"PATH": box.folder})
+    assert poor.end() == (0, expected, "")
+
+
+# Init scripts and units, with the paths of a box
+
+class Service:
+    """The daemon of a box, as an init system starts it."""
+
+    def __init__(self, box):
+        self.box, self.run_dir = box, box.path("run")
+        self.address = ("-s", os.path.join(self.run_dir, "s"))
+        self.program = box.write("flomd", "#!/bin/sh\nexec {} \"$@\"\n".format(
+            " ".join(shlex.quote(word) for word in PYTHON + [FLOMD])))
+        os.chmod(self.program, 0o755)
+
+    def defaults(self, name, **more):
+        """Writes the variables of the init scripts into a file, by default as for a box."""
+        variables = dict({
+            "FLOMD": self.program, "FLOMD_OPTIONS": "--no-files " + " ".join(self.address),
+            "FLOMD_USER": "", "RUN_DIR": self.run_dir, "STATE_DIR": self.box.folder}, **more)
+        return self.box.write(name, "".join(
+            f"{key}={shlex.quote(value)}\n" for key, value in variables.items()))
+
+    def can_lock(self):
+        done = self.box.run("-d", "0", "--", "echo", "locked", address=self.address)
+        return done == (0, "locked\n", "")
+
+    def words(self, text):
+        """Words of a unit: its paths become those of the box."""
+        for old, new in (("/usr/local/bin/flomd", self.program), ("/run/flom/", self.run_dir + "/"),
+                         ("/usr/local/var/flom/state", self.box.folder),
+                         ("/usr/local/var/flom/", self.run_dir + "/"),
+                         ("/socket", "/s"), ("%S/flom", self.box.folder)):
+            text = text.replace(old, new)
+        os.makedirs(self.run_dir, exist_ok=True)
+        return shlex.split(text) + ["--no-files"]
+
+
+@pytest.fixture
+def service(box):
+    return Service(box)
+
+
+def start_by(user, tool):
+    """The user and the program that the sysvinit script is to start the daemon by."""
+    if user and os.geteuid():
+        pytest.skip("only root can become another user")
+    if tool:
+        need(tool)
+    return {"FLOMD_USER": user, "START_STOP_DAEMON": "start-stop-daemon" if tool != "su" else "-"}
+
+
+@pytest.mark.parametrize("user, tool", [("", None), ("root", "start-stop-daemon"), ("root", "su")])
+def test_sysvinit(box, service, user, tool):
+    defaults = service.defaults("defaults", **start_by(user, tool))
+
+    def call(word):
+        return box.start(contrib("sysvinit", "flomd"), word, env={"FLOMD_DEFAULTS": defaults}).end()
+
+    assert call("status") == (3, "flomd: is not running\n", "")
+    assert call("stop").status == 0
+    assert call("start") == (0, "flomd: started\n", "")
+    pid = box.the_daemon()
+    assert call("start") == call("status")._replace(
+        out=f"flomd: is running already, pid {pid}\n") and service.can_lock()
+    assert call("status") == (0, f"flomd: is running, pid {pid}\n", "")
+    assert call("reload") == (0, "", "") and box.the_daemon() == pid
+    assert call("restart") == (0, "flomd: stopped\nflomd: started\n", "")
+    second = box.the_daemon()
+    assert second != pid and service.can_lock()
+    box.kill(second)
+    assert call("status").status == 1
+    assert call("try-restart").status == 0 and box.daemons() == []
+    assert call("start").status == 0 and service.can_lock()
+    assert call("stop") == (0, "flomd: stopped\n", "")
+    assert box.daemons() == [] and not can_connect(service.address)
+    assert call("reload").status == 7 and call("status").status == 3
+
+
+def test_sysvinit_says_what_is_wrong(box, service):
+    for word, change, status, text in [
+            ("start", {"FLOMD": "/nonexistent/flomd"}, 5, "/nonexistent/flomd"),
+            ("start", {"FLOMD_OPTIONS": "--nonsense"}, 1, "--nonsense"),
+            ("nonsense", {}, 3, "usage:")]:
+        defaults = service.defaults("defaults", **change)
+        done = box.start(contrib("sysvinit", "flomd"), word,
+                         env={"FLOMD_DEFAULTS": defaults}).end()
+        assert done.status == status and text in done.err and done.out == ""
+
+
+def test_sysvinit_stops_nothing_but_its_daemon(box, service):
+    """The pid file belongs to the daemon's user, who may have written another pid into it."""
+    service.defaults("defaults")
+    victim = box.start("sleep", "60")
+    os.mkdir(service.run_dir)
+    box.write("run/flomd.pid", f"{victim.pid}\n")
+    done = box.start(contrib("sysvinit", "flomd"), "stop",
+                     env={"FLOMD_DEFAULTS": box.path("defaults")}).end()
+    assert done == (0, "flomd: is not running\n", "") and victim.poll() is None
+    box.kill(victim.pid)
+
+
+def test_the_lsb_header():
+    header = re.search("### BEGIN INIT INFO\n(.*)### END INIT INFO\n",
+                       read(contrib("sysvinit", "flomd")), re.DOTALL).group(1)
+    assert {"Provides", "Required-Start", "Required-Stop", "Default-Start", "Default-Stop",
+            "Short-Description"} <= set(re.findall(r"^# ([\w-]+): +\S", header, re.MULTILINE))
+
+
+def test_openrc(box, service):
+    """The functions that openrc-run calls, with stand-ins for its own."""
+    script = """
+        checkpath() { mkdir -p "$(eval echo "\\${$#}")"; }
+        ebegin() { :; }; eend() { return "$1"; }; service_set_value() { :; }; use() { :; }
+        after() { :; }
+        . "$1"; . "$2"
+        depend && start_pre && $command $command_args $command_args_background && start_post &&
+        reload && stop_pre && echo "$procname $retry" && kill "$(cat "$pidfile")"
+    """
+    done = box.start("/bin/sh", "-euc", script, "sh", service.defaults("conf"),
+                     contrib("openrc", "flomd")).end()
+    assert done == (0, "flomd TERM/10/KILL/5\n", "")
+    wait_until(lambda: not box.daemons())
+
+
+@pytest.fixture
+def runit(box, service):
+    """A copy of the service directory, with its settings."""
+    folder = box.path("flomd.sv")
+    shutil.copytree(contrib("runit", "flomd"), folder)
+    service.defaults("flomd.sv/conf")
+    box.write("flomd.sv/log/conf", f"LOG_DIR={box.path('svlog')}\n")
+    return folder
+
+
+def test_the_run_script_of_runit(box, service, runit):
+    """It becomes the daemon, so that runsv, or any other supervisor, supervises that."""
+    daemon = box.start("./run", cwd=runit)
+    wait_until(lambda: can_connect(service.address))
+    assert comm(daemon.pid) == "flomd" and service.can_lock()
+    box.kill(daemon.pid, signal.SIGTERM)
+    assert daemon.returncode == 0 and "serving" in daemon.out
+
+
+def test_runit(box, service, runit):
+    need("runsv", "sv", "svlogd")
+    supervisor = box.start("runsv", runit)
+    wait_until(lambda: os.path.exists(os.path.join(runit, "supervise", "ok")))
+    wait_until(lambda: can_connect(service.address))
+    first = box.the_daemon()
+    assert service.can_lock() and box.start("sv", "status", runit).end().status == 0
+    box.kill(first)
+    wait_until(lambda: can_connect(service.address))
+    assert box.the_daemon() != first and service.can_lock()
+    assert box.start("sv", "down", runit).end().status == 0 and box.daemons() == []
+    service.defaults("flomd.sv/conf", FLOMD_OPTIONS="--nonsense")
+    box.start("sv", "up", runit).end()
+    wait_until(lambda: "--nonsense" in read(box.path("svlog/current")))
+    wait_until(lambda: box.start("sv", "status", runit).end().out.startswith("down:"))
+    assert box.start("sv", "exit", runit).end().status == 0
+    assert supervisor.end().status == 0
+
+
+def test_launchd(box, service):
+    with open(contrib("launchd", "org.flom.flomd.plist"), "rb") as file:
+        job = plistlib.load(file)
+    assert job["Label"] == "org.flom.flomd" and job["RunAtLoad"]
+    assert job["KeepAlive"] == {"SuccessfulExit": False}
+    daemon = box.start(*service.words(" ".join(job["ProgramArguments"])))
+    wait_until(lambda: can_connect(service.address))
+    assert service.can_lock()
+    box.kill(daemon.pid, signal.SIGTERM)
+    assert daemon.returncode == 0
+
+
+# systemd
+
+def unit(name):
+    """{key: [values]} of a unit."""
+    keys = {}
+    for key, value in re.findall("^([A-Za-z]+)=(.*)$", read(contrib("systemd", name)), re.MULTILINE):
+        keys.setdefault(key, []).append(value)
+    return keys
+
+
+@pytest.fixture
+def units(box, service):
+    """Copies of the units, with a program that is there."""
+    os.mkdir(box.path("units"))
+    paths = []
+    for name in ("flomd.service", "flomd.socket"):
+        text = read(contrib("systemd", name)).replace("/usr/local/bin/flomd", service.program)
+        paths.append(box.write(f"units/{name}", text))
+    return paths
+
+
+def test_systemd_verifies_the_units(box, units):
+    need("systemd-analyze")
+    done = box.start("systemd-analyze", "--man=no", "verify", *units).end()
+    assert done == (0, "", "")
+
+
+def test_the_service_is_hardened(box, units):
+    need("systemd-analyze")
+    done = box.start("systemd-analyze", "security", "--offline=true", "--no-pager", units[0]).end()
+    if "unrecognized option" in done.err or "Unknown" in done.err:
+        pytest.skip("this systemd-analyze cannot judge a unit offline")
+    assert float(re.search(r"exposure level for \S+: ([\d.]+)", done.out).group(1)) <= 2.0
+
+
+def service_words(service):
+    """The command of the service, as systemd would make it."""
+    keys = unit("flomd.service")
+    options = re.fullmatch('"FLOMD_OPTIONS=(.*)"', keys["Environment"][0]).group(1)
+    return service.words(keys["ExecStart"][0].replace("$FLOMD_OPTIONS", options))
+
+
+def test_the_service_tells_systemd_when_it_is_ready(box, service):
+    assert unit("flomd.service")["Type"] == ["notify"]
+    path = box.path("notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(path)
+        systemd.settimeout(10)
+        daemon = box.start(*service_words(service), env={"NOTIFY_SOCKET": path})
+        assert systemd.recv(4096) == b"READY=1" and service.can_lock()
+        daemon.terminate()
+        assert systemd.recv(4096) == b"STOPPING=1" and daemon.end().status == 0
+    os.unlink(path)
+
+
+def test_the_service_is_started_by_its_socket(box, service):
+    """systemd holds the socket; the daemon uses it and leaves it there."""
+    need("systemd-socket-activate")
+    words, path = service_words(service), service.address[1]
+    assert unit("flomd.socket")["ListenStream"][0].replace("/run/flom/socket", path) == path
+    daemon = box.start("systemd-socket-activate", "-l", path, *words)
+    wait_until(lambda: os.path.exists(path))
+    assert service.can_lock() and comm(daemon.pid) == "flomd"
+    box.kill(daemon.pid, signal.SIGTERM)
+    assert daemon.returncode == 0 and box.sockets() == {path}
+    os.unlink(path)
+
+
+def test_sysusers_and_tmpfiles(box):
+    need("systemd-sysusers", "systemd-tmpfiles")
+    if os.geteuid():
+        pytest.skip("only root can give directories away")
+    root = box.path("root")
+    os.makedirs(os.path.join(root, "etc"))
+    conf = [contrib("systemd", f"{kind}.d", "flomd.conf") for kind in ("sysusers", "tmpfiles")]
+    assert box.start("systemd-sysusers", f"--root={root}", conf[0]).end().status == 0
+    name, _, uid = read(os.path.join(root, "etc/passwd")).split(":")[:3]
+    keys = unit("flomd.service")
+    assert [name] == keys["User"] == keys["Group"]
+    assert box.start("systemd-tmpfiles", f"--root={root}", "--create", conf[1]).end().status == 0
+    for folder, mode in (("run/flom", 0o755), ("var/lib/flom", 0o700)):
+        made = os.stat(os.path.join(root, folder))
+        assert (made.st_uid, made.st_mode & 0o777) == (int(uid), mode)
+
+
+def test_the_daemon_outlives_the_lifespan_that_keeps_clients_from_starting_one():
+    """/etc/flom.conf has Lifespan=0 for clients, and the daemon reads that file, too."""
+    for words in (unit("flomd.service")["ExecStart"][0], read(contrib("openrc", "flomd")),
+                  read(contrib("sysvinit", "flomd")), read(contrib("runit", "flomd", "run"))):
+        assert re.search("(flomd|FLOMD\"|args=\"|-f) .*?-d -1", words)

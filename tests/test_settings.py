@@ -1,0 +1,281 @@
+"""The settings table: types and bounds, files and their order, origins, the lines of -V."""
+import os
+import signal
+
+import flom
+import pytest
+
+BY_KEY = {setting.key: setting for setting in flom.SETTINGS}
+
+
+def value_of(key, *texts):
+    settings = flom.Settings()
+    settings.set(BY_KEY[key], texts, "here")
+    return settings[key]
+
+
+GOOD = [
+    ("Timeout", "-1", -1), ("Timeout", "0", 0), ("Timeout", "+5", 5), ("Timeout", "0x10", 16),
+    ("Timeout", "2147483647", 2147483647), ("Lifespan", "-1", -1), ("Lifespan", "0", 0),
+    ("Quantity", "0", 1), ("Quantity", "3", 3), ("Quantity", "2147483647", 2147483647),
+    ("IdleLifespan", "-5", 5), ("IdleLifespan", "0", 0), ("DiscoveryAttempts", "-4", 4),
+    ("DiscoveryAttempts", "0", 1), ("DiscoveryTimeout", "-250", 250), ("DiscoveryTTL", "0", 0),
+    ("DiscoveryTTL", "255", 255), ("UnicastPort", "1", 1), ("MulticastPort", "65535", 65535),
+    ("TcpKeepaliveTime", "1", 1), ("TcpKeepaliveIntvl", "32767", 32767),
+    ("TcpKeepaliveProbes", "127", 127), ("BusyStatus", "0", 0), ("BusyStatus", "255", 255),
+    ("RecoveryWindow", "0", 0), ("KillAfter", "1", 1), ("MinHold", "0", 0),
+    ("Name", "R1", "R1"), ("Name", "/srv/\xe9", "/srv/\xe9"), ("Name", "a[5]", "a[5]"),
+    ("LockMode", "NL", 0), ("LockMode", "cr", 1), ("LockMode", "Cw", 2), ("LockMode", "PR", 3),
+    ("LockMode", "PW", 4), ("LockMode", "EX", 5), ("LockMode", "NullLock", 0),
+    ("LockMode", "CONCURRENTREAD", 1), ("LockMode", "concurrentwrite", 2),
+    ("LockMode", "ProtectedRead", 3), ("LockMode", "ProtectedWrite", 4),
+    ("LockMode", "exclusive", 5), ("SocketName", "/tmp/x", "/tmp/x"),
+    ("SocketName", "/" + "x" * 106, "/" + "x" * 106), ("SocketMode", "0600", 0o600),
+    ("SocketMode", "666", 0o666), ("Policy", "fair", "fair"), ("Policy", "first-fit", "first-fit"),
+    ("OnLockLoss", "term", "term"), ("Deadlock", "wait", "wait"),
+    ("UnicastAddress", "db1,db2", "db1,db2"), ("CommandTraceFile", "a\nb", "a\nb"),
+]
+YES, NO = ["yes", "Y", "true", "1", "On"], ["no", "N", "FALSE", "0", "off"]
+GOOD += [("Create", text, True) for text in YES] + [("Create", text, False) for text in NO]
+
+
+@pytest.mark.parametrize("key, text, value", GOOD)
+def test_good_values(key, text, value):
+    assert value_of(key, text) == value
+
+
+def test_a_relative_socket_is_made_absolute():
+    assert value_of("SocketName", "x/../y") == os.path.join(os.getcwd(), "y")
+
+
+def test_the_last_text_counts():
+    assert value_of("Timeout", "1", "2") == 2
+
+
+@pytest.mark.parametrize("texts, numbers", [
+    (["SIGTERM"], {15}), (["15", "TERM", "sigterm"], {15}), (["hup", "SIGUSR1"], {1, 10})])
+def test_signals_are_a_list(texts, numbers):
+    assert set(value_of("IgnoredSignals", *texts)) == numbers
+
+
+BAD = [(key, text) for keys, texts in (
+    (("Timeout", "Lifespan", "Quantity", "IdleLifespan", "DiscoveryAttempts", "DiscoveryTimeout",
+      "DiscoveryTTL", "UnicastPort", "MulticastPort", "TcpKeepaliveTime", "TcpKeepaliveIntvl",
+      "TcpKeepaliveProbes", "BusyStatus", "RecoveryWindow", "KillAfter", "MinHold"),
+     ("", "x", "5x", "5 ", " 5", "1.5", "1e3", "0x", "-0x5", "--5", "2147483648", "9" * 30,
+      "\u0665", "5\n", "0b1", "1_000")),
+    (("Quantity", "DiscoveryTTL", "UnicastPort", "TcpKeepaliveTime", "TcpKeepaliveProbes",
+      "BusyStatus", "RecoveryWindow", "MinHold"), ("-1",)),
+    (("UnicastPort", "MulticastPort"), ("0", "65536")), (("DiscoveryTTL", "BusyStatus"), ("256",)),
+    (("TcpKeepaliveTime", "TcpKeepaliveIntvl"), ("0", "32768")),
+    (("TcpKeepaliveProbes",), ("0", "128")), (("Timeout",), ("-2147483648",)),
+    (("Create", "SetEnv", "AppendTraceFile", "TlsCheckPeerId"), ("", "2", "yess", "ja", "yes\n")),
+    (("LockMode",), ("", "XX", "5", "EXX", "EX ", "Null")),
+    (("Name",), ("", "_RESOURCE", "_STATUS", "9", "a b", "a-b", "a\n", "/", "/a/", "a[0]x")),
+    (("SocketName",), ("", "/" + "x" * 107, "/" + "\xe9" * 60)),
+    (("IgnoredSignals",), ("", "0", "99", "SIGNO", "-1", "SIG", "15x")),
+    (("SocketMode",), ("", "8", "999", "0o600", "12345", "600x")),
+    (("Policy", "OnLockLoss", "Deadlock"), ("", "x", "Fair", "fair ")),
+    (("UnicastAddress", "TlsCertificate", "StateDir"), ("",)),
+) for key in keys for text in texts]
+
+
+@pytest.mark.parametrize("key, text", BAD, ids=ascii)
+def test_a_bad_value_is_an_error_that_names_origin_text_and_what_is_allowed(key, text):
+    settings = flom.Settings()
+    with pytest.raises(flom.UsageError) as error:
+        settings.set(BY_KEY[key], [text], "the origin")
+    message = str(error.value)
+    assert message.startswith(f"the origin: {text!r}: ") and message.endswith(" is allowed")
+    assert settings[key] == BY_KEY[key].default and key not in settings.origins
+
+
+def test_what_nobody_sets_has_its_default_and_no_origin():
+    settings = flom.Settings(Lifespan=-1)
+    assert settings["Lifespan"] == -1 and settings["Timeout"] == -1 and settings["Quantity"] == 1
+    assert settings.origins == {} and settings.values == {}
+
+
+def test_a_value_equal_to_the_default_is_set_all_the_same(tmp_path):
+    settings = flom.Settings()
+    read(settings, tmp_path, "[Resource]\nTimeout=7\n")
+    settings.set(BY_KEY["Timeout"], ["-1"], "-o")
+    assert settings["Timeout"] == -1 and settings.origins["Timeout"] == "-o"
+
+
+# Files
+
+def read(settings, tmp_path, text, name="flom.conf"):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
+    settings.read_file(str(path), required=True)
+    return str(path)
+
+
+def test_the_syntax_of_files(tmp_path):
+    settings = flom.Settings()
+    path = read(settings, tmp_path, "\n".join([
+        "# comment", "", "[Resource]", "Name=R1", "  Timeout =  20 ", "\tQuantity\t=\t4", "Create=no",
+        "[Daemon]", r"SocketName=/tmp/a\sb\t\n\r\\", "[Trace]", 'DaemonTraceFile="50%"', "\r",
+        "[Monitor]", "IgnoredSignals=SIGTERM;2;;hup;", "[Resource]", "Timeout=30", "LockMode=",
+        "[Network]", "NetworkInterface=a=b;c"]))
+    assert [settings[key] for key in ("Name", "Timeout", "Quantity", "Create", "LockMode")] == [
+        "R1", 30, 4, False, 5]
+    assert settings["SocketName"] == "/tmp/a b\t\n\r\\"
+    assert settings["DaemonTraceFile"] == '"50%"'
+    assert set(settings["IgnoredSignals"]) == {15, 2, 1}
+    assert settings["NetworkInterface"] == "a=b;c"
+    assert settings.origins["Timeout"] == f"{path}:16: [Resource]/Timeout"
+    assert "LockMode" not in settings.values and settings.warnings == []
+
+
+def test_each_file_overrides_the_one_before(tmp_path):
+    settings = flom.Settings()
+    read(settings, tmp_path, "[Resource]\nName=a\nTimeout=1\n", "1")
+    read(settings, tmp_path, "[Resource]\nName=b\n", "2")
+    assert (settings["Name"], settings["Timeout"]) == ("b", 1)
+
+
+def test_every_key_can_stand_in_a_file(tmp_path):
+    examples = {"text": "x", "name": "R1", "mode": "PR", "socket": "/tmp/x",
+                "signal": "TERM", "octal": "0600", "policy": "first-fit", "loss": "term",
+                "deadlock": "wait"}
+    for setting in flom.SETTINGS:
+        settings, flag = flom.Settings(), "no" if setting.default else "yes"
+        value = flag if setting.type == "flag" else examples.get(setting.type, "9")
+        read(settings, tmp_path, f"[{setting.group}]\n{setting.key}={value}\n")
+        assert setting.key in settings.values, setting
+        assert settings[setting.key] != setting.default and settings.warnings == []
+
+
+def test_the_documented_keys_are_there():
+    documented = {
+        "Trace": "DaemonTraceFile CommandTraceFile AppendTraceFile Verbose",
+        "Resource": "Name Timeout Quantity LockMode Create IdleLifespan",
+        "Daemon": "SocketName Lifespan UnicastAddress UnicastPort MulticastAddress MulticastPort "
+                  "MountPointVFS SocketMode Policy RecoveryWindow StateDir AllowRemoteShutdown",
+        "Monitor": "IgnoredSignals OnLockLoss KillAfter Deadlock SetEnv ElementArgument MinHold "
+                   "BusyStatus",
+        "Network": "NetworkInterface DiscoveryAttempts DiscoveryTimeout DiscoveryTTL "
+                   "TcpKeepaliveTime TcpKeepaliveIntvl TcpKeepaliveProbes",
+        "TLS": "TlsCertificate TlsPrivateKey TlsCaCertificate TlsCheckPeerId"}
+    pairs = {(group, key) for group, keys in documented.items() for key in keys.split()}
+    assert pairs <= {(setting.group, setting.key) for setting in flom.SETTINGS}
+
+
+def test_no_option_and_no_key_twice():
+    for words in ([setting.short for setting in flom.SETTINGS if setting.short],
+                  [setting.long for setting in flom.SETTINGS], list(BY_KEY)):
+        assert len(set(words)) == len(words)
+
+
+@pytest.mark.parametrize("text, line", [
+    ("[Resource]\nTimeout=x\n", 2), ("[Resource]\nName=_x\n", 2), ("# a\n\n[Daemon]\nLifespan=1s", 4),
+    ("[Monitor]\nIgnoredSignals=TERM;SIGNO\n", 2), ("[Resource]\nTimeout\n", 2), ("[Resource\n", 1),
+    ("[Resource]\nTimeout=1\n=5\n", 3), ("[Resource]\nCreate=maybe\n", 2)])
+def test_what_is_wrong_in_a_file_names_file_and_line(tmp_path, text, line):
+    with pytest.raises(flom.UsageError) as error:
+        read(flom.Settings(), tmp_path, text)
+    assert str(error.value).startswith(f"{tmp_path / 'flom.conf'}:{line}: ")
+    assert str(error.value).endswith(" is allowed")
+
+
+@pytest.mark.parametrize("text", ["[Resource]\nTimeOut=5\n", "[Daemon]\nName=a\n", "Timeout=5\n",
+                                  "[Mine]\nx=y\n"])
+def test_an_unknown_key_is_a_warning(tmp_path, text):
+    settings = flom.Settings()
+    path = read(settings, tmp_path, text)
+    assert len(settings.warnings) == 1 and settings.values == {}
+    assert settings.warnings[0].startswith(f"{path}:{text.count(chr(10))}: ")
+
+
+def test_bytes_that_are_not_utf8_come_through(tmp_path):
+    settings = flom.Settings()
+    read(settings, tmp_path, b"[Resource]\nName=/a\xff\n# \xfe\n")
+    assert os.fsencode(settings["Name"]) == b"/a\xff"
+
+
+def test_a_missing_file_is_an_error_only_where_it_is_required(tmp_path):
+    settings = flom.Settings()
+    settings.read_file(str(tmp_path / "none"))
+    settings.read_file(str(tmp_path / "none" / "none"))
+    with pytest.raises(flom.UsageError) as error:
+        settings.read_file(str(tmp_path / "none"), required=True)
+    assert str(error.value) == f"{tmp_path / 'none'}: No such file or directory"
+
+
+def test_a_directory_is_no_file(tmp_path):
+    with pytest.raises(flom.UsageError):
+        flom.Settings().read_file(str(tmp_path))
+
+
+def test_tls_files_are_relative_to_the_file_that_names_them(tmp_path):
+    (tmp_path / "here.pem").write_text("")
+    settings = flom.Settings()
+    read(settings, tmp_path, "[TLS]\nTlsCertificate=here.pem\nTlsPrivateKey=there.pem\n")
+    assert settings["TlsCertificate"] == str(tmp_path / "here.pem")
+    assert settings["TlsPrivateKey"] == "there.pem"
+
+
+# -V
+
+VERBOSE = """\
+[Trace]/DaemonTraceFile=''
+[Trace]/CommandTraceFile=''
+[Trace]/AppendTraceFile=0
+[Trace]/Verbose=0
+[Resource]/Name='_RESOURCE'
+[Resource]/Timeout=-1
+[Resource]/Quantity=1
+[Resource]/LockMode=5
+[Resource]/Create=1
+[Resource]/IdleLifespan=0
+[Daemon]/SocketName=''
+[Daemon]/Lifespan=5000
+[Daemon]/UnicastAddress=''
+[Daemon]/UnicastPort=28015
+[Daemon]/MulticastAddress=''
+[Daemon]/MulticastPort=28015
+[Daemon]/MountPointVFS=''
+[Monitor]/IgnoredSignals=''
+[Network]/NetworkInterface=''
+[Network]/DiscoveryAttempts=2
+[Network]/DiscoveryTimeout=500
+[Network]/DiscoveryTTL=1
+[Network]/TcpKeepaliveTime=60
+[Network]/TcpKeepaliveIntvl=10
+[Network]/TcpKeepaliveProbes=6
+[TLS]/TlsCertificate=''
+[TLS]/TlsPrivateKey=''
+[TLS]/TlsCaCertificate=''
+[TLS]/TlsCheckPeerId=0
+""".splitlines()
+
+
+def test_the_lines_of_verbose_are_floms_and_then_ours():
+    lines = list(flom.Settings().lines())
+    assert lines[:len(VERBOSE)] == VERBOSE
+    assert "[Daemon]/Policy='fair'" in lines[len(VERBOSE):]
+
+
+def test_signals_are_shown_in_the_order_of_their_numbers():
+    settings = flom.Settings()
+    numbers = [str(int(number)) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)]
+    settings.set(BY_KEY["IgnoredSignals"], numbers, "--ignore-signal")
+    assert "[Monitor]/IgnoredSignals='SIGHUP;SIGUSR1;SIGTERM'" in list(settings.lines())
+
+
+def test_what_is_set_is_shown():
+    settings = flom.Settings()
+    for key, text in (("Name", "R1"), ("LockMode", "pr"), ("Timeout", "-7"), ("Create", "no")):
+        settings.set(BY_KEY[key], [text], "here")
+    shown = {"[Resource]/Name='R1'", "[Resource]/LockMode=3", "[Resource]/Timeout=-7",
+             "[Resource]/Create=0"}
+    assert shown <= set(settings.lines())
+
+
+# The machine's id and addresses
+
+def test_the_machine_id_is_32_hex_digits_and_stays():
+    first = flom.machine_id()
+    assert len(first) == 32 and set(first) <= set("0123456789abcdef") and flom.machine_id() == first

@@ -1,0 +1,244 @@
+"""What makes flom fast is counted, not timed: imports, system calls, objects left, wake-ups."""
+import os
+import shutil
+import signal
+import socket
+import sys
+
+import pytest
+
+from world import FLOM, FLOMD, ROOT, pass_time, read, wait_until
+
+# All that may be imported on the common path, and by a daemon's start.  Whatever else an
+# interpreter loads must come with these by itself.  A name that is used no more is to go from here.
+OF_FLOM = ("argparse binascii collections contextlib errno fcntl functools os pwd re select signal "
+           "socket struct sys time").split()
+OF_FLOMD = OF_FLOM + ("bisect copy heapq itertools math operator random resource stat threading "
+                      "traceback").split()
+DEAR = {"asyncio", "base64", "configparser", "ctypes", "datetime", "getpass", "hashlib", "http",
+        "inspect", "ipaddress", "json", "logging", "pathlib", "platform", "queue", "shlex",
+        "shutil", "ssl", "subprocess", "syslog", "tempfile", "typing", "urllib", "uuid", "xml",
+        "zlib"}
+BARE = [sys.executable, "-I", "-S", "-B"]  # no site: nobody's .pth files
+RUN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+sys.argv = sys.argv[2:]
+status = __import__(sys.argv[0]).main()
+print(status, *sys.modules)
+"""
+
+# One cycle is connect, lock, unlock, close.  For the daemon, at worst (each step of the client
+# finds it asleep): accept twice, ioctl, close; epoll_ctl twice; recv 4 times, send; and 4 waits.
+CALLS_PER_CYCLE = 15
+SLACK = 40  # timers, writing of the mark, attaching and detaching
+
+# A daemon that tells on USR2 what it has in memory; its resources do not live on.
+COUNTING = """
+import gc, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import flomd
+
+def count(number, frame):
+    gc.collect()
+    with open(COUNTS + ".new", "w") as file:
+        file.write("%d %d" % (len(gc.get_objects()), sys.getallocatedblocks()))
+    os.rename(COUNTS + ".new", COUNTS)
+
+COUNTS, sys.argv = sys.argv[2], sys.argv[2:]
+signal.signal(signal.SIGUSR2, count)
+flomd.LEAST_LIFESPAN = flomd.QUIET = 0.02
+sys.exit(flomd.main())
+"""
+CYCLES = 10000
+OBJECTS, BLOCKS = 100, 1000  # caches still filling: 1 in 100 cycles, 1 in 10
+
+HEAD = b'<?xml version="1.0" encoding="UTF-8" ?>'
+LOCK = HEAD + (b'<msg level="3" verb="1" step="8"><session peerid="0"/><resource name="%s" '
+               b'mode="5" wait="1" quantity="1" create="1" lifespan="0"/></msg>')
+UNLOCK = HEAD + b'<msg level="3" verb="2" step="8"><resource name="%s" rollback="0" /></msg>'
+IDLE = 3  # s
+
+
+def name_of(number):
+    """The base64 of a resource name of six letters for each number below 10 ** 6."""
+    import binascii
+    word = "".join(chr(ord("a") + int(digit)) for digit in f"{number:06d}")
+    return binascii.b2a_base64(word.encode()).strip()
+
+
+class Client:
+    """As small a client as there can be."""
+
+    def __init__(self, path, name):
+        self.name, self.socket = name, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.settimeout(10)
+        self.socket.connect(path)
+        self.socket.sendall(LOCK % name)
+
+    def expect(self, rc):
+        answer = self.socket.recv(4096)
+        assert b'rc="%d"' % rc in answer and answer.count(b"</msg>") == 1, answer
+
+    def unlock(self):
+        self.socket.sendall(UNLOCK % self.name)
+        self.socket.close()
+
+
+def cycle(path, name):
+    client = Client(path, name)
+    client.expect(0)
+    client.unlock()
+
+
+def modules(process):
+    """The modules that a driver printed, with those of packages, without itself."""
+    status, out, err = process.end()
+    words = out.split()
+    assert (status, words[:1]) == (0, ["0"]), err
+    return set(words[1:]) - {"flom", "flomd"}
+
+
+def baseline(box, allowed):
+    """What the interpreter loads for these modules by itself."""
+    text = f"import {', '.join(allowed)}, sys; print(0, *sys.modules)"
+    return modules(box.start(*BARE, "-c", text))
+
+
+def switches(pid):
+    """How often the process has gone to sleep, or was put aside."""
+    return [int(line.split()[1]) for line in read(f"/proc/{pid}/status").splitlines()
+            if "ctxt_switches" in line]
+
+
+def settle(pid):
+    """Waits until the process has nothing more to do."""
+    def quiet():
+        before = switches(pid)
+        pass_time(0.2)
+        return switches(pid) == before
+    wait_until(quiet)
+
+
+# Imports
+
+def test_modules_of_the_client(box):
+    box.daemon()
+    command = ["-s", box.socket, "--", "true"]
+    used = modules(box.start(*BARE, "-c", RUN, os.path.dirname(FLOM), "flom", *command))
+    allowed = baseline(box, OF_FLOM)
+    assert used - allowed == set()
+    assert used & DEAR == set()
+
+
+def test_modules_of_the_daemon(box):
+    options = ["-f", "--no-files", "-s", box.socket, "-d", "1"]
+    used = modules(box.start(*BARE, "-c", RUN, os.path.dirname(FLOMD), "flomd", *options))
+    allowed = baseline(box, OF_FLOMD)
+    assert used - allowed == set()
+    assert used & DEAR <= baseline(box, ["random"])
+
+
+# System calls
+
+@pytest.fixture
+def traced(box):
+    """(socket of a daemon, a function that ends the trace and returns its calls by name)."""
+    if not shutil.which("strace"):
+        pytest.skip("no strace in PATH")
+    pid, counts = box.daemon().pid, box.path("counts")
+    strace = box.start("strace", "-c", "-f", "-o", counts, "-p", str(pid))
+    wait_until(lambda: "attached" in strace.err or strace.poll() is not None)
+    if strace.poll() is not None:
+        pytest.skip(f"strace may not look at a process: {strace.err.strip()}")
+
+    def calls():
+        strace.send_signal(signal.SIGINT)
+        strace.end()
+        rows = [line.split() for line in read(counts).splitlines()]
+        return {row[-1]: int(row[3]) for row in rows if row[3:4] and row[3].isdigit()
+                and row[-1] != "total"}
+    yield box.socket, calls
+    strace.kill()
+    strace.wait()
+
+
+def test_system_calls_of_a_cycle(traced):
+    path, calls = traced
+    for number in range(200):
+        cycle(path, name_of(number % 20))
+    found = calls()
+    print(found)
+    assert found.get("close", 0) >= 200
+    assert sum(found.values()) <= 200 * CALLS_PER_CYCLE + SLACK, found
+
+
+# Memory
+
+class Counted:
+    """A daemon whose objects are counted."""
+
+    def __init__(self, box):
+        self.box, self.counts = box, box.path("counts")
+        options = ["-f", "--no-files", "-s", box.socket]
+        self.daemon = box.start(*BARE, "-c", COUNTING, ROOT, self.counts, *options)
+        box.foreground.append(self.daemon)
+        wait_until(lambda: os.path.exists(box.socket) or self.daemon.poll() is not None)
+        assert self.daemon.poll() is None, self.daemon.err
+
+    def count(self):
+        """(objects, blocks of memory)"""
+        self.daemon.send_signal(signal.SIGUSR2)
+        wait_until(lambda: os.path.exists(self.counts))
+        found = tuple(map(int, read(self.counts).split()))
+        os.unlink(self.counts)
+        return found
+
+    def work(self, first, last):
+        """Cycles on a resource each; in every 50th two more clients wait: one leaves, one gets."""
+        path = self.box.socket
+        for number in range(first, last):
+            if number % 50:
+                cycle(path, name_of(number))
+                continue
+            holder, leaver, heir = [Client(path, name_of(number)) for _ in range(3)]
+            holder.expect(0)
+            leaver.expect(1)
+            leaver.socket.close()
+            heir.expect(1)
+            holder.unlock()
+            heir.expect(0)
+            heir.unlock()
+
+
+def test_objects_left_after_cycles(box):
+    counted = Counted(box)
+    counted.work(0, 600)
+    settle(counted.daemon.pid)
+    before = counted.count()
+    counted.work(600, 600 + CYCLES)
+
+    def left():
+        after = counted.count()
+        more = [now - then for now, then in zip(after, before)]
+        return more[0] <= OBJECTS and more[1] <= BLOCKS
+    wait_until(left)
+
+
+# Wake-ups
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc")
+def test_an_idle_daemon_sleeps(boxes):
+    """Of two daemons one has no clients, one has 200 that hold what they hold."""
+    alone, used = boxes.make(), boxes.make()
+    pids = [box.daemon().pid for box in (alone, used)]
+    clients = [Client(used.socket, name_of(number)) for number in range(200)]
+    for client in clients:
+        client.expect(0)
+    for pid in pids:
+        settle(pid)
+    before = [switches(pid) for pid in pids]
+    pass_time(IDLE)
+    assert [switches(pid) for pid in pids] == before
+    for client in clients:
+        client.unlock()

@@ -1,0 +1,187 @@
+"""The published use cases of FLoM on one host: real clients, a real daemon, order proven by a log.
+
+Those of several hosts are in test_multi_host.py.
+"""
+import os
+import shutil
+import signal
+
+import pytest
+from world import FLOM, FLOMD, pass_time, wait_until
+
+BUSY = "Resource already locked, the lock cannot be obtained\n"
+
+
+def end(*processes):
+    for process in processes:
+        assert process.end()[::2] == (0, ""), process.args
+
+
+def test_1_one_command_after_another(box):
+    sleep, gate = box.hold("sleep")
+    ls = box.waiter("--", *box.note("ls"))
+    assert box.events() == ["sleep start"]
+    gate.open()
+    end(sleep)
+    assert ls.end().status == 0
+    assert box.events() == ["sleep start", "sleep end", "ls"]
+
+
+def test_2_independent_resources(box):
+    sleep1, gate1 = box.hold("R1", "-r", "R1")
+    ls = box.waiter("-r", "R1", "--", *box.note("ls"))
+    sleep2, gate2 = box.hold("R2", "-r", "R2")
+    hello = box.waiter("-r", "R2", "--", *box.note("Hello"))
+    gate2.open()
+    end(sleep2)
+    assert hello.end().status == 0
+    assert ls.poll() is None
+    gate1.open()
+    end(sleep1)
+    assert ls.end().status == 0
+    assert box.events() == ["R1 start", "R2 start", "R2 end", "Hello", "R1 end", "ls"]
+
+
+def test_3_do_not_wait(box):
+    sleep, gate = box.hold("sleep")
+    assert box.run("--resource-timeout=0", "--", "echo", "x") == (98, "", BUSY)
+    assert box.run("-o", "0", "--busy-status", "7", "--", "echo", "x") == (7, "", BUSY)
+    gate.open()
+    end(sleep)
+    assert box.run("--resource-timeout=0", "--", "echo", "x") == (0, "x\n", "")
+
+
+def test_4_wait_for_a_limited_time(box):
+    sleep, gate = box.hold("sleep")
+    expired = "The lock was not obtained because timeout (400 milliseconds) expired\n"
+    assert box.run("--resource-timeout=400", "--", "echo", "x") == (98, "", expired)
+    patient = box.waiter("--resource-timeout=60000", "--", *box.note("patient"))
+    gate.open()
+    end(sleep)
+    assert patient.end().status == 0
+    assert box.events() == ["sleep start", "sleep end", "patient"]
+
+
+def test_5_shared_modes(box):
+    reader, gate = box.hold("reader", "--lock-mode=PR")
+    assert box.run("--lock-mode=PR", "--", "echo", "x") == (0, "x\n", "")
+    writer = box.waiter("--", *box.note("writer"))
+    gate.open()
+    end(reader)
+    assert writer.end().status == 0
+    assert box.events() == ["reader start", "reader end", "writer"]
+
+
+def test_5_a_writer_is_not_overtaken_and_readers_go_together(box):
+    reader, gate = box.hold("reader", "-l", "PR")
+    writer_gate, late_gates = box.gate("writer"), [box.gate(name) for name in ("one", "two")]
+    writer = box.waiter("-l", "EX", "--", *writer_gate.command)
+    late = [box.waiter("-l", "PR", "--", *gate.command) for gate in late_gates]
+    gate.open()
+    end(reader)
+    writer_gate.wait()
+    assert box.events() == ["reader start", "reader end", "writer start"]
+    writer_gate.open()
+    for gate in late_gates:
+        gate.wait()  # both have started, none has ended
+    for gate in late_gates:
+        gate.open()
+    assert [process.end().status for process in [writer] + late] == [0, 0, 0]
+    assert box.events().index("writer end") == 3
+
+
+@pytest.fixture
+def users(boxes):
+    """Two boxes of two users, who run copies of the scripts that both can read."""
+    python = shutil.which("python3", path=os.defpath)
+    if os.geteuid() != 0:
+        pytest.skip("only root can be two users")
+    if python is None:
+        pytest.skip(f"no python3 in {os.defpath} that every user can run")
+    users = [boxes.make(), boxes.make()]
+    for number, user in zip((64001, 64002), users):
+        os.chmod(user.folder, 0o777)
+        os.chown(user.folder, number, number)
+
+        def become(number=number):
+            os.setgroups([])
+            os.setgid(number)
+            os.setuid(number)
+
+        def flom(*args, user=user, become=become):
+            return user.start(python, users[0].path("flom.py"), *args, preexec_fn=become)
+
+        user.flom_as = flom
+    for script in (FLOM, FLOMD):
+        shutil.copy(script, users[0].folder)
+    return users
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_6_several_users(users, shared):
+    """With one socket they wait for each other; the default socket is each user's own."""
+    a, b = users
+    address = ("--socket-name=" + a.socket,) if shared else ()
+    gate = a.gate("a")
+    os.chmod(gate.fifo, 0o666)
+    first = a.flom_as(*address, "-d", "500", "--", *gate.command)
+    wait_until(lambda: gate.started() or first.poll() is not None)
+    assert gate.started(), first.end()
+    second = b.flom_as(*address, "-d", "500", "-o", "0", "--", "echo", "x").end()
+    assert second == ((98, "", BUSY) if shared else (0, "x\n", ""))
+    gate.open()
+    end(first)
+    assert b.flom_as(*address, "-d", "500", "-o", "0", "--", "echo", "x").end() == (0, "x\n", "")
+    for name in ("/tmp/flom-64001", "/tmp/flom-64002"):
+        for user in users:
+            for pid in user.daemons():
+                user.kill(pid, signal.SIGTERM)
+        assert not os.path.exists(name)
+        if os.path.exists(name + ".lock"):
+            assert not shared
+            os.unlink(name + ".lock")
+
+
+def test_14_files_as_simple_names(box):
+    sleep, gate = box.hold("sleep", "-r", "foobar")
+    other, other_gate = box.hold("other", "-r", "foobaz")
+    ls = box.waiter("-r", "foobar", "--", *box.note("ls"))
+    gate.open()
+    end(sleep)
+    assert ls.end().status == 0
+    other_gate.open()
+    end(other)
+    assert box.events() == ["sleep start", "other start", "sleep end", "ls", "other end"]
+
+
+def test_16_wait_for_something_not_yet_started(box):
+    box.daemon()
+    late = box.waiter("--resource-create=no", "--", *box.note("late"))
+    early, gate = box.hold("early")
+    gate.open()
+    end(early)
+    assert late.end().status == 0
+    assert box.events() == ["early start", "early end", "late"]
+
+
+def test_16_in_reverse(box):
+    """While the resource lives (2 s after its last use) create=no runs, then it waits."""
+    assert box.run("--", *box.note("creator")).status == 0
+    assert box.run("--resource-create=no", "--", *box.note("next")).status == 0
+    late = box.flom("--resource-create=no", "-o", "4000", "--", *box.note("late"))
+    assert late.end().status == 0
+    assert box.run("-e", "no", "-o", "0", "-r", "R1", "--", "true")[:2] == (96, "")
+
+
+def test_17_a_resource_that_outlives_its_users(box):
+    """2.2 s later only the one with a longer idle lifespan is left; a use prolongs it."""
+    assert box.run("--resource-idle-lifespan=3000", "-r", "R1", "--", "true").status == 0
+    assert box.run("-r", "R2", "--", "true").status == 0
+    pass_time(2.2)
+    absent = ("--resource-create=no", "-o", "0")
+    assert box.run(*absent, "-r", "R2", "--", "true").status == 96
+    assert box.run(*absent, "-r", "R1", "--", "true").status == 0
+    pass_time(3.2)
+    expired = "The lock was not obtained because timeout (50 milliseconds) expired\n"
+    late = box.run("--resource-create=no", "-o", "50", "-r", "R1", "--", "echo", "x")
+    assert late == (98, "", expired)
