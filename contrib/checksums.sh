@@ -1,0 +1,20 @@
+#!/bin/sh
+# The SHA-256 sums of the two scripts, for hosts to which they are copied without pip:
+#
+#   contrib/checksums.sh >flom.sha256
+#   scp flom.py flomd.py flom.sha256 host:/usr/local/lib/flom/
+#   ssh host 'cd /usr/local/lib/flom && sha256sum -c flom.sha256'
+set -eu
+cd "${1:-$(dirname "$0")/..}"
+for program in sha256sum gsha256sum 'shasum -a 256' 'openssl dgst -sha256 -r'; do
+    if command -v "${program%% *}" >/dev/null; then
+        $program flom.py flomd.py | sed 's/ \*/  /'
+        exit
+    fi
+done
+python3 - flom.py flomd.py <<'PYTHON'
+import hashlib, sys
+for name in sys.argv[1:]:
+    with open(name, "rb") as file:
+        print(f"{hashlib.sha256(file.read()).hexdigest()}  {name}")
+PYTHON

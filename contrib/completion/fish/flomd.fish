@@ -1,0 +1,1 @@
+source (path dirname (status filename))/flom.fish
