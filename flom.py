@@ -1367,16 +1367,21 @@ class Signals:
 
 
 def execute(argv, environment):
-    """Becomes a program found in PATH, /bin/sh for a script without #!; raises OSError."""
-    if not argv[0]:
-        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
-    try:
-        os.execvpe(argv[0], argv, environment)
-    except OSError as error:
-        if error.errno != errno.ENOEXEC:
-            raise
-    path = argv[0] if "/" in argv[0] else which(argv[0])
-    os.execve("/bin/sh", ["sh", path] + argv[1:], environment)
+    """Becomes a program found in PATH, /bin/sh for a script without #!; raises OSError.
+
+    os.execvpe would pass over such a script and look further.
+    """
+    failure = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    named = "/" in argv[0] or not argv[0]
+    for path in argv[:1] if named else [os.path.join(way, argv[0]) for way in os.get_exec_path()]:
+        try:
+            os.execve(path, argv, environment)
+        except OSError as error:
+            if error.errno == errno.ENOEXEC:
+                os.execve("/bin/sh", ["sh", path] + argv[1:], environment)
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                failure = error
+    raise failure
 
 
 def command_environment(lock):

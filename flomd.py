@@ -380,6 +380,7 @@ class SteppedBack(Exception):
 
 NEW, PARKED, DEFERRED, QUEUED, HELD = "new", "parked", "deferred", "queued", "held"
 CONFLICTS = ((), (5,), (3, 4, 5), (2, 4, 5), (2, 3, 4, 5), (1, 2, 3, 4, 5))  # by mode
+DEEPEST = 255  # levels of a hierarchical name; FLoM's messages have room for some 120
 LEAST_LIFESPAN = 2000  # ms that an idle resource stays at least; commands in a row rely on it
 
 Decision = collections.namedtuple("Decision", "session verdict element token position reason")
@@ -685,6 +686,10 @@ class Hierarchical(Resource):
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
         self.root = Node(())
+
+    @classmethod
+    def accepts(cls, name):
+        return name.count("/") <= DEEPEST
 
     @staticmethod
     def _path(request):
@@ -1730,7 +1735,8 @@ class Listener:
                 self._pause(error)
                 return
             connection.setblocking(False)
-            self.daemon.welcome(connection, LOCAL if self.local else show_address(address))
+            with contextlib.suppress(OSError):  # TLS: it has gone already
+                self.daemon.welcome(connection, LOCAL if self.local else show_address(address))
 
     def _pause(self, error):
         """Waits until files are closed rather than being woken again and again."""
@@ -1828,7 +1834,15 @@ def inherited_sockets():
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []
     first, count = 3, int(os.environ.get("LISTEN_FDS", "0"))
-    return [socket.socket(fileno=number) for number in range(first, first + count)]
+    return [_adopt(socket.socket(fileno=number)) for number in range(first, first + count)]
+
+
+def _adopt(given):
+    """The same socket with its family, which Python 3.6 does not find out by itself."""
+    name = given.getsockname()
+    family = socket.AF_UNIX if isinstance(name, (str, bytes)) else (
+        socket.AF_INET6 if len(name) == 4 else socket.AF_INET)
+    return socket.socket(family, socket.SOCK_STREAM, fileno=given.detach())
 
 
 # --- Discovery and election ---------------------------------------------------------------------
@@ -1846,7 +1860,7 @@ def inherited_sockets():
 # answers carry no id is FLoM's, which cannot drain: ours does.
 
 CANDIDACY, QUESTIONS = 0.4, 4  # s, and questions in that time
-SOON = (0.5, 1, 2)  # s after the start at which the winner asks again
+SOON = (0.5, 0.5, 1)  # s between the winner's first questions
 OFTEN = 5  # s between questions from then on, a fifth more or less
 MULTICAST_ALL = {socket.AF_INET: (socket.IPPROTO_IP, 49),  # Linux; Python has no names for them
                  socket.AF_INET6: (socket.IPPROTO_IPV6, 29)}
@@ -1938,8 +1952,9 @@ class Group:
 
     @staticmethod
     def _datagrams(source, step):
-        """Yields (elements, sender) of the discovery messages of this step that have come."""
-        while True:
+        """Yields (elements, sender) of the discovery messages of this step that have come: a batch
+        of them, since a flood has no end."""
+        for _ in range(64):
             try:
                 data, sender = source.recvfrom(2048)
             except WOULD_BLOCK:
@@ -1959,18 +1974,16 @@ class Group:
 
     def elect(self):
         """Returns when this daemon is to serve the group, raises SteppedBack when another is."""
-        begin = time.monotonic()
-        asked = 0
-        while time.monotonic() < begin + CANDIDACY:
-            if time.monotonic() >= begin + asked * CANDIDACY / QUESTIONS:
-                self.ask()
-                asked += 1
-            until = begin + asked * CANDIDACY / QUESTIONS
-            select.select([self.socket, self.asker], [], [], max(0, until - time.monotonic()))
-            for elements, _ in self._datagrams(self.asker, 16):
-                if self._pair(elements) != self.pair:
-                    raise SteppedBack("another daemon serves the group")
-            self._meet_candidates()
+        for _ in range(QUESTIONS):
+            self.ask()
+            left, until = CANDIDACY, time.monotonic() + CANDIDACY / QUESTIONS
+            while left > 0:
+                left = until - time.monotonic()
+                select.select([self.socket, self.asker], [], [], max(0, left))
+                for elements, _ in self._datagrams(self.asker, 16):
+                    if self._pair(elements) != self.pair:
+                        raise SteppedBack("another daemon serves the group")
+                self._meet_candidates()
 
     def _meet_candidates(self):
         loses = False
@@ -2012,7 +2025,7 @@ class Group:
             if other == self.pair or "port" not in network:
                 continue
             host = network.get("address") or sender[0]
-            self.daemon.log.limited(f"another daemon answers for the group: {host} port "
+            self.daemon.log.limited(f"another daemon answers for the group: {host!r} port "
                                     f"{network['port']}", "error")
             if other is None or other < self.pair:
                 self.daemon.verify(other, (host, network["port"]) + tuple(sender[2:]))
@@ -2037,13 +2050,19 @@ def daemon_at(address, context):
         LOCK, 8, element("session", ("peerid", machine_id()), ("client", f"flomd.py/{VERSION}")),
         element("resource", ("name", encode_name(STATUS_RESOURCE)), ("mode", 0), ("wait", 0),
                 ("create", 0), ("lifespan", 0)))
+    until, answer = time.monotonic() + PATIENCE, b""
+    family, kind, _, _, found = socket.getaddrinfo(*address[:2], 0, socket.SOCK_STREAM)[0]
+    if family == socket.AF_INET6 and address[3:]:  # the scope of a link-local address
+        found = found[:3] + (found[3] or address[3],)
     with contextlib.ExitStack() as stack:
-        asking = stack.enter_context(socket.create_connection(address[:2], PATIENCE))
+        asking = stack.enter_context(socket.socket(family, kind))
+        asking.settimeout(PATIENCE)
+        asking.connect(found)
         if context:
             asking = stack.enter_context(context.wrap_socket(asking))
         asking.sendall(question)
-        answer = b""
         while True:
+            asking.settimeout(max(0.001, until - time.monotonic()))
             answer += asking.recv(4096)
             found = re.search(rb"<session (?:[^>]* daemon=.([0-9a-f]+))?[^>]*>", answer)
             if found:
@@ -2067,30 +2086,30 @@ class Poller:
     """Which function to call when a socket can be read, or written."""
 
     def __init__(self):
-        self._handlers = {}
+        self.handlers = {}
         self._poll = select.epoll() if hasattr(select, "epoll") else select.poll()
         self._unit = 1 if hasattr(select, "epoll") else 1000
 
     def add(self, watched, handler, writing=False):
         """handler(events) is called when `watched` can be read (and, if writing, written)."""
-        self._handlers[watched.fileno()] = handler
+        self.handlers[watched.fileno()] = handler
         self._poll.register(watched.fileno(), READABLE | (WRITABLE if writing else 0))
 
     def change(self, watched, handler, writing):
         """As add(), for a socket that is watched already."""
-        self._handlers[watched.fileno()] = handler
+        self.handlers[watched.fileno()] = handler
         self._poll.modify(watched.fileno(), READABLE | (WRITABLE if writing else 0))
 
     def remove(self, watched):
         """To be called before `watched` is closed."""
         self._poll.unregister(watched.fileno())
-        del self._handlers[watched.fileno()]
+        del self.handlers[watched.fileno()]
 
     def wait(self, timeout):
-        """(handler, events) of what has happened, after `timeout` s (None: no limit) at most."""
+        """(descriptor, events) of what has happened, after `timeout` s (None: no limit) at most."""
         # rounded up to ms, so that a date has come when poll returns
         timeout = -1 if timeout is None else math.ceil(timeout * 1000) * self._unit / 1000
-        return [(self._handlers[number], events) for number, events in self._poll.poll(timeout)]
+        return self._poll.poll(timeout)
 
 
 class Moment:
@@ -2136,8 +2155,9 @@ class Daemon:
             first = self._first_date()
             events = self.poller.wait(None if first is None else max(0, first - time.monotonic()))
             self.now = Moment()
-            for handle, what in events:
-                self._call(handle, what)
+            for number, what in events:
+                if number in self.poller.handlers:  # or an event before this one closed it
+                    self._call(self.poller.handlers[number], what)
             if first is not None and first <= self.now.mono:
                 self._call(self._do_what_is_due)
 
@@ -2291,12 +2311,12 @@ class Daemon:
 
     def _lock(self, connection, request):
         session = connection.session
-        if self.ending == "drain":
+        if self.ending == "drain" and session.holds is None:
             connection.close()
         elif connection.surplus:
             connection.tell(Decision(session, LIMIT, reason="the daemon has too many clients"))
-        elif self.settings["TlsCheckPeerId"] and connection.name != session.peer_id:
-            reason = f"the certificate is that of {connection.name}, not of {session.peer_id}"
+        elif self.tls and self.settings["TlsCheckPeerId"] and connection.name != session.peer_id:
+            reason = f"the certificate is that of {connection.name!r}, not of {session.peer_id!r}"
             self.log.limited(f"{connection.peer}: {reason}; refused")
             connection.tell(Decision(session, LIMIT, reason=reason))
         else:
@@ -2351,7 +2371,7 @@ class Daemon:
             return None if allowed else f"{owner(uid)} is neither {owner(os.getuid())} nor root"
         here, there = (address[0].replace("::ffff:", "") for address in (
             connection.socket.getsockname(), connection.socket.getpeername()))
-        if (self.settings["AllowRemoteShutdown"] or connection.name or here == there
+        if (self.settings["AllowRemoteShutdown"] or self.tls or here == there
                 or there.startswith("127.") or there == "::1"):
             return None
         return "another host may not, without --allow-remote-shutdown on the daemon"
@@ -2384,9 +2404,9 @@ class Daemon:
             threading.Thread(target=self._probe, args=(pair, address), daemon=True).start()
 
     def _probe(self, pair, address):
-        context = tls_context(self.settings, server=False) if self.tls else None
         confirmed = False
-        with contextlib.suppress(OSError, LookupError):
+        with contextlib.suppress(OSError, LookupError, ValueError, CannotServe):
+            context = tls_context(self.settings, server=False) if self.tls else None
             confirmed = daemon_at(address, context) == (pair and pair[1])
         self.waker.send(b"\xff" if confirmed else b"\xfe")
 
@@ -2406,9 +2426,11 @@ class Daemon:
         for listener in self.listeners:
             listener.close()
         self.listeners = []
-        for connection in list(self.connections):
-            if connection.session.holds is None:
-                connection.close()
+        self._applying = True  # a waiter that makes way grants nothing any more
+        for connection in [other for other in self.connections if other.session.holds is None]:
+            connection.close()
+        self._decisions.clear()
+        self._applying = False
 
     def close(self):
         """Removes what the daemon has put into the file system and closes its sockets."""
@@ -2418,6 +2440,9 @@ class Daemon:
             self.group.close()
         if self.publisher:
             self.publisher.close()
+        if self.state and self.state.marked and not self.table.holding and (
+                self.table.window_until is None):
+            self.state.clear()
         for connection in list(self.connections):
             with contextlib.suppress(OSError):
                 connection.socket.close()
@@ -2494,7 +2519,8 @@ def open_state(path, shared):
     finally:
         os.umask(before)
     found = os.fstat(number)
-    if not stat.S_ISREG(found.st_mode) or not shared and found.st_uid != os.getuid():
+    if (not stat.S_ISREG(found.st_mode) or found.st_nlink > 1
+            or not shared and found.st_uid != os.getuid()):
         os.close(number)
         raise CannotServe(f"{path} is no file of {owner(os.getuid())}")
     return number
@@ -2911,13 +2937,15 @@ def read_options(arguments):
     if not options.no_files:
         for path in ("/etc/flom.conf", "/usr/local/etc/flom.conf", os.path.expanduser("~/.flom")):
             settings.read_file(path)
-        if options.config_file:
-            settings.read_file(options.config_file, required=True)
+    of_clients = dict(settings.origins)
+    if options.config_file:
+        settings.read_file(options.config_file, required=True)
     for setting in SETTINGS:
         text = getattr(options, setting.key, None)
         if text is not None:
             short = f"-{setting.short}/" if setting.short else ""
             settings.set(setting, [text], f"{short}--{setting.long}")
+    _choose_address(settings, of_clients)
     if settings["SocketName"] and settings["MulticastAddress"]:
         raise UsageError(f"{settings.origins['SocketName']} and "
                          f"{settings.origins['MulticastAddress']} exclude each other")
@@ -2925,6 +2953,16 @@ def read_options(arguments):
         raise UsageError("TLS needs all of --tls-certificate, --tls-private-key and "
                          "--tls-ca-certificate")
     return settings, options
+
+
+def _choose_address(settings, of_clients):
+    """The files that clients read too may name another daemon: they give this one an address only
+    when nothing else does."""
+    keys = ("SocketName", "UnicastAddress", "MulticastAddress")
+    own = [key for key in keys if settings.origins.get(key) != of_clients.get(key)]
+    for key in keys if own else ():
+        if key not in own:
+            settings.values.pop(key, None)
 
 
 # --- Main ---------------------------------------------------------------------------------------
@@ -3032,13 +3070,13 @@ def prepare(settings, options, log):
     state = open_states(settings, options, log)
     daemon = Daemon(settings, options, log, pair)
     Session.introduce(machine_id(), pair[1])
+    if state.number is None:
+        time.sleep(1 - time.time() % 1)  # tokens of two daemons in one second would be the same
     if settings["MulticastAddress"]:
         daemon.group = Group(settings, pair)
         daemon.group.elect()
     daemon.state = state
     rebooted = state.begin()
-    if state.number is None:
-        time.sleep(1 - time.time() % 1)  # tokens of two daemons in one second would be the same
     open_listeners(daemon, settings)
     daemon.now = Moment()
     window = recovery_window(settings, state, rebooted)

@@ -164,7 +164,8 @@ def test_what_is_no_base64_is_refused(text):
 def a_message(chance):
     """A random message: (verb, step, {tag: {attribute: value}})."""
     def word():
-        return "".join(chance.choice("ab19 <>&\"'=/\t\xe9\u20ac") for _ in range(chance.randrange(9)))
+        letters = "ab19 <>&\"'=/\t\xe9\u20ac"
+        return "".join(chance.choice(letters) for _ in range(chance.randrange(9)))
     pairs = {"session": {"peerid": word(), "user": word()},
              "resource": {"name": word(), "mode": chance.randrange(6), "wait": chance.randrange(2)},
              "answer": {"rc": chance.randrange(-14, 9), "element": word()}}
@@ -196,7 +197,8 @@ def test_damaged_messages_are_decoded_or_refused():
         data = bytearray(HEADER + LOCK)
         for _ in range(chance.randint(1, 3)):
             place = chance.randrange(len(data))
-            damage = chance.choice([b"", b"<", b'"', b"&", b">", b"/", bytes([chance.randrange(256)])])
+            any_byte = bytes([chance.randrange(256)])
+            damage = chance.choice([b"", b"<", b'"', b"&", b">", b"/", any_byte])
             data[place:place + chance.randrange(3)] = damage
         try:
             assert flom.decode(bytes(data))["msg"]["verb"] in range(1, 6)
@@ -238,4 +240,5 @@ def test_the_kind_of_a_name(kind, name):
 
 
 def test_the_size_in_a_name():
-    assert [flom.size_of(name) for name in ("a[5]", "a[05]", "_s_a[17]", "_t_%d[3]")] == [5, 5, 17, 3]
+    names = ("a[5]", "a[05]", "_s_a[17]", "_t_%d[3]")
+    assert [flom.size_of(name) for name in names] == [5, 5, 17, 3]

@@ -6,7 +6,7 @@ from world import COUNT, wait_until
 
 LIVES = {  # options, and when the daemon is gone: s after the command, at least and at most
     "default": ([], 6.5, 9), "short": (["-d", "300"], 2.2, 4.5),
-    "resource": (["-d", "300", "-i", "4000"], 4.2, 6.5), "zero": (["-d", "300", "-i", "0"], 2.2, 4.5)}
+    "resource": (["-d", "300", "-i", "4000"], 4.2, 6.5)}
 
 
 def test_a_daemon_is_gone_when_nobody_has_used_it_for_its_lifespan(boxes):

@@ -173,6 +173,15 @@ def test_what_verbose_tells_of_discovery(hosts):
         "sending UDP multicast datagram to 239.25", "reply from 239.255.0.1/28015 is '<?xml v"]
 
 
+def test_an_address_that_no_host_has(hosts):
+    """Neither can be reached nor served here; and a name that nobody can resolve."""
+    one, = hosts(1)
+    for address in ("10.77.0.9", "no.such.host.invalid"):
+        done = one.run("-a", address, "-o", "0", "--", "echo", "x", seconds=30)
+        assert done[:2] == (99, "") and address in done.err and done.err.count("\n") == 1
+        assert one.daemons() == []
+
+
 def test_an_interface_that_is_not_there(hosts):
     one, = hosts(1)
     done = one.run("-A", "ff02::1", "-n", "eth9", "--", "echo", "x")

@@ -115,8 +115,9 @@ def read(settings, tmp_path, text, name="flom.conf"):
 def test_the_syntax_of_files(tmp_path):
     settings = flom.Settings()
     path = read(settings, tmp_path, "\n".join([
-        "# comment", "", "[Resource]", "Name=R1", "  Timeout =  20 ", "\tQuantity\t=\t4", "Create=no",
-        "[Daemon]", r"SocketName=/tmp/a\sb\t\n\r\\", "[Trace]", 'DaemonTraceFile="50%"', "\r",
+        "# comment", "", "[Resource]", "Name=R1", "  Timeout =  20 ", "\tQuantity\t=\t4",
+        "Create=no", "[Daemon]", r"SocketName=/tmp/a\sb\t\n\r\\", "[Trace]",
+        'DaemonTraceFile="50%"', "\r",
         "[Monitor]", "IgnoredSignals=SIGTERM;2;;hup;", "[Resource]", "Timeout=30", "LockMode=",
         "[Network]", "NetworkInterface=a=b;c"]))
     assert [settings[key] for key in ("Name", "Timeout", "Quantity", "Create", "LockMode")] == [
@@ -170,8 +171,9 @@ def test_no_option_and_no_key_twice():
 
 
 @pytest.mark.parametrize("text, line", [
-    ("[Resource]\nTimeout=x\n", 2), ("[Resource]\nName=_x\n", 2), ("# a\n\n[Daemon]\nLifespan=1s", 4),
-    ("[Monitor]\nIgnoredSignals=TERM;SIGNO\n", 2), ("[Resource]\nTimeout\n", 2), ("[Resource\n", 1),
+    ("[Resource]\nTimeout=x\n", 2), ("[Resource]\nName=_x\n", 2),
+    ("# a\n\n[Daemon]\nLifespan=1s", 4), ("[Monitor]\nIgnoredSignals=TERM;SIGNO\n", 2),
+    ("[Resource]\nTimeout\n", 2), ("[Resource\n", 1),
     ("[Resource]\nTimeout=1\n=5\n", 3), ("[Resource]\nCreate=maybe\n", 2)])
 def test_what_is_wrong_in_a_file_names_file_and_line(tmp_path, text, line):
     with pytest.raises(flom.UsageError) as error:

@@ -43,6 +43,15 @@ def check(boxes, clients):
     assert sum(len(box.daemons()) for box in boxes) == 1
 
 
+def test_a_start_is_not_cut_short_by_the_time_to_wait(box):
+    """-o limits the wait for the lock; once it is over the lock is asked for without waiting."""
+    assert box.run("-o", "1", "--", "echo", "x") == (0, "x\n", "")
+    holder, gate = box.hold("a")
+    assert box.run("-o", "1", "--", "true").status == 98
+    gate.open()
+    assert holder.end().status == 0
+
+
 @pytest.mark.parametrize("count", LOCAL)
 def test_at_one_socket(box, count):
     check([box], start_together([box], count, []))

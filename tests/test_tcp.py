@@ -49,7 +49,7 @@ def test_several_addresses_are_tried_in_order(tcp):
     tcp.daemon("-d", "-1")
     host, port = tcp.address[1], tcp.address[3]
     dead = "127.0.0.2" if ":" not in host else "::1%lo"
-    for several in (f"{dead},{host}", f"{host},{dead}", f"no.such.host.invalid,{host}"):
+    for several in (f"{dead},{host}", f"{host},{dead}", f"{'x' * 64},{host}"):
         address = at(several, port)
         assert tcp.run("--", "echo", "x", address=address) == (0, "x\n", "")
 
@@ -69,15 +69,9 @@ def test_no_daemon_and_none_may_be_started(box):
 
 
 def test_a_name_that_does_not_resolve(box):
-    done = box.run("--", "echo", "x", address=at("no.such.host.invalid", 1))
-    assert done[:2] == (99, "") and "no.such.host.invalid" in done.err and done.err.count("\n") == 1
-    assert box.daemons() == []
-
-
-def test_an_address_of_another_host_starts_no_daemon(box):
-    """192.0.2.1 is nobody's, and no address of this host that a daemon could have."""
-    done = box.run("-o", "0", "--", "echo", "x", address=at("192.0.2.1", 9, "-d", "500"), seconds=30)
-    assert done[:2] == (99, "") and "192.0.2.1" in done.err and done.err.count("\n") == 1
+    name = "x" * 64  # longer than a name may be, so nobody needs to be asked
+    done = box.run("--", "echo", "x", address=at(name, 1))
+    assert done[:2] == (99, "") and name in done.err and done.err.count("\n") == 1
     assert box.daemons() == []
 
 
@@ -163,8 +157,10 @@ def test_where_nobody_answers_flom_ends_with_a_message(box, silent):
             one.close()
 
 
-@pytest.mark.parametrize("words", [b"220 mail ESMTP\r\n", b"HTTP/1.0 400 Bad\r\n\r\n</msg>", b"\xff" * 99])
+@pytest.mark.parametrize("words", [
+    b"220 mail ESMTP\r\n", b"HTTP/1.0 400 Bad\r\n\r\n</msg>", b"\xff" * 99])
 def test_a_listener_that_is_no_lock_daemon(box, silent, words):
     address = at("127.0.0.1", silent(words=words))
-    status, out, err = box.run("-o", "300", "-d", "0", "--", "echo", "x", address=address, seconds=25)
+    status, out, err = box.run("-o", "300", "-d", "0", "--", "echo", "x", address=address,
+                               seconds=25)
     assert status in (98, 99) and out == "" and err.count("\n") == 1

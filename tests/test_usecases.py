@@ -111,7 +111,7 @@ def users(boxes):
         def flom(*args, user=user, become=become):
             return user.start(python, users[0].path("flom.py"), *args, preexec_fn=become)
 
-        user.flom_as = flom
+        user.flom_as, user.become = flom, become
     for script in (FLOM, FLOMD):
         shutil.copy(script, users[0].folder)
     return users
@@ -132,14 +132,25 @@ def test_6_several_users(users, shared):
     gate.open()
     end(first)
     assert b.flom_as(*address, "-d", "500", "-o", "0", "--", "echo", "x").end() == (0, "x\n", "")
-    for name in ("/tmp/flom-64001", "/tmp/flom-64002"):
-        for user in users:
-            for pid in user.daemons():
-                user.kill(pid, signal.SIGTERM)
-        assert not os.path.exists(name)
-        if os.path.exists(name + ".lock"):
-            assert not shared
-            os.unlink(name + ".lock")
+    for user, socket in zip(users, ("/tmp/flom-64001", "/tmp/flom-64002")):
+        assert os.path.exists(socket) != shared
+        for pid in user.daemons():
+            user.kill(pid, signal.SIGTERM)
+        assert not os.path.exists(socket)
+        if not shared:
+            os.unlink(socket + ".lock")
+
+
+def test_6_a_stranger_on_ones_own_socket_is_refused(users):
+    """Another user's daemon there could grant anything to anybody."""
+    a, b = users
+    python, become = shutil.which("python3", path=os.defpath), b.become
+    daemon = b.start(python, a.path("flomd.py"), "-s", "/tmp/flom-64001", preexec_fn=become).end()
+    assert daemon == (0, "", "")
+    done = a.flom_as("-o", "0", "--", "echo", "x").end()
+    assert done[:2] == (99, "") and "64002" in done.err and done.err.count("\n") == 1
+    b.kill(b.the_daemon(), signal.SIGTERM)
+    os.unlink("/tmp/flom-64001.lock")
 
 
 def test_14_files_as_simple_names(box):

@@ -408,6 +408,12 @@ def test_the_status_of_the_command_passes_through(box, floms):
     assert box.run("--", "sh", "-c", "kill -9 $$").status == 137
 
 
+def test_the_unlock_says_whether_the_command_succeeded(box, floms):
+    for code, rollback in ((0, "0"), (1, "1")):
+        assert box.run("-r", "R1", "--", "sh", "-c", f"exit {code}").status == code
+        assert parse(floms.messages[-1])["resource"]["rollback"] == rollback
+
+
 def test_waiting_for_floms_daemon(box, floms):
     gate = box.gate("first")
     first = box.flom("--", *gate.command)
@@ -510,8 +516,41 @@ def test_a_command_runs_on_rc_0_and_on_nothing_else(box, rc, step):
     assert done.err.count("\n") == 1
 
 
+def test_a_ping_is_answered(box):
+    got = []
+
+    def serve(connection):
+        read_message(connection)
+        connection.sendall(answers(1) + message(PING, 8))
+        got.append(read_message(connection))
+        connection.sendall(answers(0, 24))
+        got.append(read_message(connection))
+
+    box.address = ("-s", box.socket, "-d", "0")
+    with Scripted(box.socket, serve):
+        assert box.run("-r", "R1", "--", "echo", "hello") == (0, "hello\n", "")
+    assert got == [message(PING, 16), UNLOCK_R1]
+
+
+def test_an_end_before_the_first_answer_is_no_answer(box):
+    """The daemon was about to end; the next one that listens there is asked again."""
+    seen = []
+
+    def serve(connection):
+        seen.append(read_message(connection))
+        if len(seen) > 2:
+            connection.sendall(answers(0))
+            read_message(connection)
+
+    box.address = ("-s", box.socket, "-d", "0")
+    with Scripted(box.socket, serve):
+        assert box.run("-r", "R1", "--", "echo", "hello") == (0, "hello\n", "")
+    assert len(seen) == 3
+
+
 BROKEN = {"garbage": b"hello" + END, "no end": b"<msg" * 300, "an unlock": UNLOCK_R1,
-          "a grant for a question not asked": message(LOCK, 8), "a page": b"HTTP/1.0 400 Bad\r\n\r\n"}
+          "a grant for a question not asked": message(LOCK, 8),
+          "a page": b"HTTP/1.0 400 Bad\r\n\r\n"}
 
 
 @pytest.mark.parametrize("name", BROKEN)

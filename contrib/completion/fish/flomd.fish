@@ -1,1 +1,2 @@
-source (path dirname (status filename))/flom.fish
+# flom.fish, beside this file, completes both.
+source (string replace -r 'flomd\.fish$' flom.fish (status filename))

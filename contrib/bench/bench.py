@@ -1,0 +1,417 @@
+#!/usr/bin/env python3
+"""Measures flom and flomd beside yardsticks, and prints one table.
+
+    bench.py [--quick] [--python PATH]... [--only NAME]...
+
+Names: cycle waiters hold start discovery idle others.  A thing and its yardstick are measured in
+turn, A B A B; a ratio is the median of those of the pairs, so that it means something on a busy
+machine, where the absolute figures mean little.  Everything is kept in a folder of its own below
+/tmp and has ended and gone when the table is complete.
+"""
+import argparse
+import atexit
+import collections
+import os
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
+INSTALLED = "import sys\nfrom flom import main\nsys.exit(main())\n"  # as pip's start script does
+GROUP, ADDRESS, PORT = "239.255.0.9", "10.77.0.1", "28015"
+NETWORK = (f"ip link set lo up && ip link add d0 type veth peer d1 && ip addr add {ADDRESS}/24 dev d0 && "
+           "ip link set d0 up && ip link set d1 up && ip route add 224.0.0.0/4 dev d0 && "
+           "echo && exec cat")
+
+Row = collections.namedtuple("Row", "what value yardstick ratio target ok")
+
+
+class Bench:
+    """The folder, the processes and the rows of one run."""
+
+    def __init__(self, quick):
+        self.folder = tempfile.mkdtemp(prefix="flb", dir="/tmp")
+        self.processes, self.detached, self.rows = [], [], []
+        self.rounds, self.seconds = (2, 0.4) if quick else (5, 1.5)
+        self.starts, self.idle = (6, 3) if quick else (20, 10)
+        self.environment = {key: value for key, value in os.environ.items()
+                            if not key.startswith(("FLOM", "PYTHON", "LISTEN_", "NOTIFY_"))}
+        self.environment["HOME"] = self.folder
+        self.load, self.files = self.load_generator(), most_files()
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def load_generator(self):
+        """The command of lockload.c, of lockload.py where nothing can compile it."""
+        compiler = shutil.which(os.environ.get("CC", "cc"))
+        source, program = os.path.join(HERE, "lockload.c"), self.path("lockload")
+        if compiler and self.quietly([compiler, "-O2", "-o", program, source]) == 0:
+            return [program]
+        return [sys.executable, os.path.join(HERE, "lockload.py")]
+
+    # Processes
+
+    def start(self, argv, **options):
+        for stream in ("stdin", "stdout", "stderr"):
+            options.setdefault(stream, subprocess.DEVNULL)
+        env = dict(self.environment, **options.pop("env", {}))
+        self.processes.append(subprocess.Popen(argv, env=env, **options))
+        return self.processes[-1]
+
+    def end(self, process):
+        """Ends a process of ours."""
+        process.terminate()
+        process.wait()
+        if process.stdout:
+            process.stdout.close()
+        self.processes.remove(process)
+
+    def quietly(self, argv):
+        return subprocess.call(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env=self.environment)
+
+    def daemon(self, python, bare=False):
+        """A flomd, or the yardstick, that accepts connections: (process, path of its socket)."""
+        path = os.path.join(tempfile.mkdtemp(dir=self.folder), "s")  # nothing to be recovered
+        argv = [os.path.join(HERE, "bare.py"), path] if bare else [
+            os.path.join(ROOT, "flomd.py"), "-f", "--no-files", "-s", path]
+        process = self.start([python] + argv)
+        until(lambda: process.poll() is not None or accepts(path))
+        if process.poll() is not None:
+            sys.exit(f"bench.py: {' '.join(argv)} has ended with {process.poll()}")
+        return process, path
+
+    def figures(self, *arguments):
+        """What lockload measures: {key: text}."""
+        output = subprocess.check_output(self.load + list(map(str, arguments)),
+                                         env=self.environment).decode()
+        return dict(word.split("=") for word in output.split())
+
+    def holding(self, path, size, seconds):
+        """(lockload that goes on holding `size` locks, its figures)."""
+        holder = self.start(self.load + ["hold", path, str(size), str(seconds)],
+                            stdout=subprocess.PIPE, env={"LOCKLOAD_PAUSE": "600"})
+        line = holder.stdout.readline().decode()
+        return holder, dict(word.split("=") for word in line.split())
+
+    def time(self, argv):
+        """The seconds (wall clock) that a command takes; it must succeed."""
+        begun = time.perf_counter()
+        status = self.quietly(argv)
+        took = time.perf_counter() - begun
+        if status:
+            raise OSError(f"{' '.join(argv)}: status {status}")
+        return took
+
+    def close(self):
+        """Ends what still runs and removes the folder."""
+        for process in reversed(self.processes):
+            process.kill()
+            process.wait()
+        for stop in self.detached:
+            self.quietly(stop)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # Rows
+
+    def compare(self, what, pairs, target, unit="{:.0f}", least=False):
+        """A row of pairs (value, yardstick); the ratio is to be `target` at most, or at least."""
+        ratio = statistics.median(value / yardstick for value, yardstick in pairs)
+        medians = [unit.format(statistics.median(column)) for column in zip(*pairs)]
+        bound = "" if target is None else ("≥ " if least else "≤ ") + f"{target:g}"
+        good = target is None or (ratio >= target if least else ratio <= target)
+        self.note(what, *medians, f"{ratio:.2f}", bound, good)
+
+    def note(self, what, value, yardstick="", ratio="", bound="", good=True):
+        self.rows.append(Row(what, value, yardstick, ratio, bound,
+                             ("ok" if good else "over") if bound else ""))
+        print(".", end="", file=sys.stderr, flush=True)
+
+    def skip(self, what, reason):
+        self.note(what, f"skipped: {reason}")
+
+
+# Small things
+
+def until(predicate, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not predicate():
+        if time.monotonic() > deadline:
+            sys.exit(f"bench.py: nothing happened for {seconds} s")
+        time.sleep(0.005)
+
+
+def accepts(path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(path) == 0
+
+
+def most_files():
+    try:
+        import resource
+    except ImportError:
+        return 1024
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+
+def processor_time(pid):
+    """The seconds that a process has computed; None where the system does not tell exactly."""
+    try:
+        with open(f"/proc/{pid}/schedstat") as file:
+            return int(file.read().split()[0]) / 1e9
+    except OSError:
+        return None
+
+
+def status_of(pid, *keys):
+    """The sum of these numbers of /proc/PID/status."""
+    with open(f"/proc/{pid}/status") as file:
+        rows = dict(line.split(":") for line in file)
+    return sum(int(rows[key].split()[0]) for key in keys)
+
+
+def switches(pid):
+    return status_of(pid, "voluntary_ctxt_switches", "nonvoluntary_ctxt_switches")
+
+
+def in_turn(rounds, one, other):
+    """[(value, yardstick)]: calls one, the other, one, the other, …"""
+    return [(one(), other()) for _ in range(rounds)]
+
+
+# What is measured
+
+def measure_cycle(bench, python):
+    """Connect, lock, unlock, close: flomd against bare.py."""
+    flomd, bare = bench.daemon(python), bench.daemon(python, bare=True)
+    for clients, whose in ((1, "own"), (64, "own"), (64, "same")):
+        def run(process, path):
+            before = processor_time(process.pid)
+            figures = bench.figures("cycle", path, clients, bench.seconds, whose)
+            spent = None if before is None else processor_time(process.pid) - before
+            cycles = int(figures["cycles"])
+            return [float(figures["per_s"]), float(figures["p99_us"]),
+                    spent and spent / cycles * 1e6]
+
+        pairs = in_turn(bench.rounds, lambda: run(*flomd), lambda: run(*bare))
+        speed, slowest, spent = [[(a[n], b[n]) for a, b in pairs] for n in range(3)]
+        title = "1 client" if clients == 1 else f"{clients} clients {whose}"
+        bench.compare(f"{title}: cycles/s, against bare.py", speed, 0.75, least=True)
+        bench.compare(f"{title}: p99 in µs, against bare.py", slowest, 1.5)
+        if spent[0][0]:
+            bench.compare(f"{title}: µs computed in a cycle", spent, None, "{:.1f}")
+    bench.end(flomd[0])
+    bench.end(bare[0])
+
+
+def measure_waiters(bench, python):
+    """A long queue against a short one."""
+    many, few = min(16000, bench.files - 100), 200
+    process, path = bench.daemon(python)
+
+    def run(size, times):
+        found = [bench.figures("waiters", path, size) for _ in range(times)]
+        return [statistics.median(float(figures[key]) for figures in found)
+                for key in ("enqueue_us", "grant_us")]
+
+    pairs = in_turn(bench.rounds, lambda: run(many, 1), lambda: run(few, 9))
+    for n, what in enumerate(("queue", "hand over")):
+        bench.compare(f"{many} waiters against {few}: {what}, µs for each",
+                      [(a[n], b[n]) for a, b in pairs], 1.5, "{:.1f}")
+    bench.end(process)
+
+
+def measure_hold(bench, python):
+    """Cycles beside many held resources against cycles alone; memory."""
+    size, memory = min(10000, bench.files - 100), []
+
+    def beside():
+        process, path = bench.daemon(python)
+        holder, figures = bench.holding(path, size, bench.seconds)
+        if os.path.exists("/proc/self/status"):
+            memory.append(status_of(process.pid, "VmRSS") / 1024)
+        bench.end(holder)
+        bench.end(process)
+        return float(figures["beside_per_s"])
+
+    def alone():
+        process, path = bench.daemon(python)
+        figures = bench.figures("cycle", path, 1, bench.seconds, "own")
+        bench.end(process)
+        return float(figures["per_s"])
+
+    bench.compare(f"cycles/s beside {size} held, against without",
+                  in_turn(bench.rounds, beside, alone), 0.9, least=True)
+    if memory:
+        most = statistics.median(memory)
+        bench.note(f"MB resident with {size} held", f"{most:.0f}", "", "", "≤ 60", most <= 60)
+
+
+def install(bench, python):
+    """flom and flomd as pip installs them, compiled: the command of flom."""
+    folder = tempfile.mkdtemp(dir=bench.folder)
+    for name in ("flom.py", "flomd.py"):
+        shutil.copy(os.path.join(ROOT, name), folder)
+    with open(os.path.join(folder, "flom"), "w") as script:
+        script.write(INSTALLED)
+    bench.quietly([python, "-m", "compileall", "-q", folder])
+    return [python, os.path.join(folder, "flom")]
+
+
+def measure_start(bench, python):
+    """What the user waits for, against the start of Python."""
+    process, path = bench.daemon(python)
+    nothing, rest = [python, "-c", "pass"], ["-s", path, "--", "true"]
+    direct = [python, os.path.join(ROOT, "flom.py")]
+    for what, flom, target in (("run directly", direct, 2.8),
+                               ("installed", install(bench, python), 2.4)):
+        bench.compare(f"flom -- true, {what}, against python -c pass: ms",
+                      in_turn(bench.starts, lambda: 1000 * bench.time(flom + rest),
+                              lambda: 1000 * bench.time(nothing)), target, "{:.1f}")
+    bench.end(process)
+
+    def alone():
+        path = os.path.join(tempfile.mkdtemp(dir=bench.folder), "s")
+        stop = direct + ["-s", path, "-d", "0", "-X"]
+        bench.detached.append(stop)
+        took = bench.time(direct + ["-s", path, "--", "true"])
+        bench.quietly(stop)
+        until(lambda: not accepts(path))
+        bench.detached.remove(stop)
+        return 1000 * took
+
+    bench.compare("the same, run directly, with no daemon: ms",
+                  in_turn(bench.starts, alone, lambda: 1000 * bench.time(nothing)), 6, "{:.1f}")
+
+
+def measure_discovery(bench, python):
+    """Finding the daemon by multicast against knowing its address, in a network of our own."""
+    what = "multicast discovery against -a: ms"
+    tools = [tool for tool in ("ip", "unshare", "nsenter") if not shutil.which(tool)]
+    if os.geteuid() or tools:
+        return bench.skip(what, " ".join(["no"] + tools) if tools else "only root can")
+    keeper = bench.start(["unshare", "-n", "sh", "-c", NETWORK], stdin=subprocess.PIPE,
+                         stdout=subprocess.PIPE)
+    if keeper.stdout.readline() != b"\n":
+        return bench.skip(what, "no network namespace")
+    inside = ["nsenter", "-t", str(keeper.pid), "-n", python]
+    daemon = bench.start(inside + [
+        os.path.join(ROOT, "flomd.py"), "-f", "--no-files", "--state-dir", bench.folder,
+        "-a", ADDRESS, "-p", PORT, "-A", GROUP])
+    flom = inside + [os.path.join(ROOT, "flom.py")]
+    until(lambda: not bench.quietly(flom + ["-d", "0", "-A", GROUP, "--", "true"]))
+
+    def run(*address):
+        return 1000 * bench.time(flom + ["-d", "0"] + list(address) + ["--", "true"])
+
+    bench.compare(what, in_turn(bench.starts, lambda: run("-A", GROUP),
+                                lambda: run("-a", ADDRESS, "-p", PORT)), 1.2, "{:.1f}")
+    bench.end(daemon)
+    keeper.stdin.close()
+    bench.end(keeper)
+
+
+def measure_idle(bench, python):
+    """How often a daemon wakes up that has nothing to do."""
+    if not os.path.exists("/proc/self/status"):
+        return bench.skip("context switches of an idle daemon", "no /proc")
+    for size in (0, 1000):
+        process, path = bench.daemon(python)
+        holder = bench.holding(path, size, 0.1)[0] if size else None
+        last = [0, switches(process.pid)]
+
+        def settled():
+            """Timers of what went before are over: nothing has happened for 3 s."""
+            if switches(process.pid) != last[1]:
+                last[:] = time.monotonic(), switches(process.pid)
+            return time.monotonic() > max(last[0], begun) + 3
+        begun = time.monotonic()
+        until(settled)
+        before = switches(process.pid)
+        time.sleep(bench.idle)
+        found = switches(process.pid) - before
+        bench.note(f"context switches in {bench.idle} s, idle, {size} holders", str(found),
+                   "0", "", "= 0", found == 0)
+        if holder:
+            bench.end(holder)
+        bench.end(process)
+
+
+def measure_others(bench, python):
+    """flock(1), FLoM, etcd: one lock around `true`, against python -c pass."""
+    def compare(what, argv):
+        try:
+            pairs = in_turn(bench.starts, lambda: 1000 * bench.time(argv),
+                            lambda: 1000 * bench.time([python, "-c", "pass"]))
+        except OSError as error:
+            return bench.skip(what, str(error))
+        bench.compare(f"{what}, against python -c pass: ms", pairs, None, "{:.1f}")
+
+    if shutil.which("flock"):
+        compare("flock(1) FILE true", ["flock", bench.path("flock"), "true"])
+    if shutil.which("flom") and b"flom.py" not in subprocess.check_output(["flom", "--version"]):
+        measure_flom(bench, compare)
+    if shutil.which("etcdctl"):
+        compare("etcdctl lock NAME true", ["etcdctl", "--dial-timeout=2s", "--command-timeout=9s",
+                                           "lock", "flom-bench", "true"])
+
+
+def measure_flom(bench, compare):
+    """FLoM's flom: its client, and its daemon under the same load; the daemon ends by itself."""
+    path = bench.path("flom")
+    compare("FLoM's flom -- true", ["flom", "-d", "9999", "-s", path, "--", "true"])
+    if not accepts(path):
+        return
+    for clients, whose in ((1, "own"), (64, "own"), (64, "same")):
+        figures = bench.figures("cycle", path, clients, bench.seconds, whose)
+        bench.note(f"FLoM's daemon, {clients} {whose}: cycles/s", figures["per_s"])
+    bench.quietly(["flom", "-s", path, "-X"])
+
+
+# The table
+
+def print_table(rows):
+    rows = [Row("", "value", "yardstick", "ratio", "target", "")] + rows
+    widths = [max(map(len, column)) for column in list(zip(*rows))[:1]] + [9, 9, 6, 7, 4]
+    for row in rows:
+        if row.value.startswith("skipped"):
+            print(row.what.ljust(widths[0]), row.value)
+        else:
+            print(row.what.ljust(widths[0]),
+                  *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:])))
+
+
+MEASUREMENTS = {name[len("measure_"):]: function for name, function in list(globals().items())
+                if name.startswith("measure_") and name != "measure_flom"}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, for a first look")
+    parser.add_argument("--python", action="append", metavar="PATH", help="repeatable")
+    parser.add_argument("--only", action="append", choices=list(MEASUREMENTS), help="repeatable")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    bench = Bench(options.quick)
+    atexit.register(bench.close)
+    for python in options.python or [sys.executable]:
+        version = subprocess.check_output([python, "-c", "import sys; print(sys.version)"],
+                                          env=bench.environment).decode().split()[0]
+        for name in options.only or MEASUREMENTS:
+            MEASUREMENTS[name](bench, python)
+        print(file=sys.stderr)
+        load = os.path.basename(bench.load[-1])
+        print(f"\nPython {version}, {os.cpu_count()} processors, load from {load}\n")
+        print_table(bench.rows)
+        bench.rows = []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""What flom does when its daemon, or the way to it, is gone while the command runs.
+
+warn, term and ignore; a reclaim refused; a daemon stopped by SIGSTOP; a TCP connection that is
+reset, or whose cable is cut.
+"""
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import threading
+import time
+
+import pytest
+from commands import count, driven
+from world import endpoint, free_port, wait_until
+
+ALONE = ("-d", "0")  # no client starts a daemon
+
+
+def holders_of(box, **options):
+    """{resource: [(token, element)]} of the status report."""
+    status, out, err = box.run("--status", "--json", **options)
+    assert (status, err) == (0, ""), err
+    return {resource["name"]: [(holder["token"], holder.get("element"))
+                               for holder in resource["holders"]]
+            for resource in json.loads(out)["resources"]}
+
+
+def is_told(flom, resource, *words):
+    """Waits for the one line on stderr that says that the lock is lost."""
+    wait_until(lambda: flom.err.endswith("\n"))
+    assert flom.err.startswith(f"flom: the lock on {resource} is lost: ")
+    assert flom.err.count("\n") == 1 and all(word in flom.err for word in words), flom.err
+    return True
+
+
+def stubborn(box, name):
+    """A command that ignores TERM."""
+    gate = box.gate(name)
+    gate.command[2] = "trap '' TERM; " + gate.command[2]
+    return gate
+
+
+def test_a_daemon_that_does_not_come_back(box):
+    """warn: told while the command runs, 95 in place of 0; term: TERM after the recovery window,
+    KILL later; ignore: silent."""
+    daemon = box.daemon()
+    warned, gate = box.hold("warn", "-r", "warn", *ALONE)
+    failing = box.flom("-r", "fail", *ALONE, "--", "sh", "-c", 'read _ <"$0"; exit 3',
+                       box.gate("fail").fifo)
+    ignoring, ignored = box.hold("ignore", "-r", "ignore", *ALONE, "--on-lock-loss", "ignore")
+    ended, counter = count(box, "term", "-r", "term", *ALONE, "--on-lock-loss", "term")
+    last = stubborn(box, "kill")
+    killed = box.flom("-r", "kill", *ALONE, "--on-lock-loss", "term", "--kill-after", "300", "--",
+                      *last.command)
+    last.wait()
+    wait_until(lambda: "fail" in holders_of(box))
+    box.kill(daemon.pid)
+    killed_at = time.monotonic()
+    for flom, name in ((warned, "warn"), (failing, "fail"), (ended, "term"), (killed, "kill")):
+        assert is_told(flom, name, box.socket)
+    assert counter.signals() == []
+    wait_until(counter.signals)
+    assert 1.9 < time.monotonic() - killed_at < 5 and counter.signals() == [signal.SIGTERM]
+    counter.open()
+    gate.open()
+    ignored.open()
+    with open(box.path("gate.fail"), "w"):
+        pass
+    assert [flom.end().status for flom in (warned, failing, ended, killed)] == [95, 3, 95, 95]
+    assert ignoring.end() == (0, "", "")
+    assert warned.err.count("\n") == ended.err.count("\n") == killed.err.count("\n") == 1
+    assert "kill end" not in box.events() and "warn end" in box.events()
+
+
+def test_a_command_that_ends_before_the_loss_is_told(box):
+    """The line that a status of flom's own is always accompanied by."""
+    daemon = box.daemon()
+    flom, gate = box.hold("a", *ALONE)
+    flom.send_signal(signal.SIGSTOP)
+    box.kill(daemon.pid)
+    gate.open()
+    wait_until(lambda: "a end" in box.events())
+    flom.send_signal(signal.SIGCONT)
+    assert flom.end().status == 95 and is_told(flom, "_RESOURCE", box.socket)
+
+
+@pytest.mark.parametrize("choice", ["warn", "term", "ignore"])
+def test_a_lock_that_somebody_else_was_granted(box, choice):
+    """The holder sleeps while the daemon is replaced and the newcomer is granted the lock."""
+    daemon = box.daemon()
+    holder, counter = count(box, "a", *ALONE, "--on-lock-loss", choice)
+    holder.send_signal(signal.SIGSTOP)
+    box.kill(daemon.pid)
+    box.daemon("--recovery-window", "0")
+    newcomer, gate = box.hold("b")
+    holder.send_signal(signal.SIGCONT)
+    if choice != "ignore":
+        assert is_told(holder, "_RESOURCE", "granted to others since")
+    if choice == "term":
+        wait_until(lambda: signal.SIGTERM in counter.signals())
+    assert box.run("-o", "0", "--", "true").status == 98  # the newcomer's, whatever the holder does
+    counter.open()
+    assert holder.end().status == (0 if choice == "ignore" else 95)
+    assert counter.signals() == [signal.SIGCONT] + [signal.SIGTERM] * (choice == "term")
+    assert box.run("-o", "0", "--", "true").status == 98
+    gate.open()
+    assert newcomer.end() == (0, "", "")
+
+
+def test_a_daemon_stopped_and_continued(box):
+    """Nobody loses anything; who comes meanwhile gets an error after 10 s, and the goodbye of one
+    that ends meanwhile takes 5 s and keeps the command's status."""
+    daemon = box.daemon()
+    staying, gate = box.hold("stays", "-r", "stays", "--on-lock-loss", "term")
+    leaving = box.flom("-r", "leaves", "--", "sh", "-c", 'read _ <"$0"; exit 7',
+                       box.gate("leaves").fifo)
+    wait_until(lambda: "leaves" in holders_of(box))
+    os.kill(daemon.pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        open(box.path("gate.leaves"), "w").close()
+        newcomers = [box.flom(*options, "-r", "stays", "--", "echo", "wrong")
+                     for options in ((), ("-o", "300"), ALONE)]
+        assert leaving.end() == (7, "", "") and 4.5 < time.monotonic() - began < 7
+        for newcomer in newcomers:
+            status, out, err = newcomer.end()
+            assert (status, out) == (99, "") and 9.5 < time.monotonic() - began < 15
+            assert err.count("\n") == 1 and f"{box.socket} does not answer within 10 s" in err
+    finally:
+        os.kill(daemon.pid, signal.SIGCONT)
+    assert box.run("-r", "leaves", "-o", "0", "--", "true").status == 0
+    assert box.run("-r", "stays", "-o", "0", "--", "true").status == 98
+    gate.open()
+    assert staying.end() == (0, "", "") and box.events() == ["stays start", "stays end"]
+
+
+def test_who_comes_to_a_stopped_daemon_is_served_when_it_continues(box):
+    daemon = box.daemon()
+    holder, gate = box.hold("a")
+    waiting = box.waiter("--", *box.note("b"))
+    os.kill(daemon.pid, signal.SIGSTOP)
+    newcomer = box.flom("--", *box.note("c"))
+    gate.open()
+    wait_until(lambda: "a end" in box.events())
+    os.kill(daemon.pid, signal.SIGCONT)
+    assert [flom.end().status for flom in (holder, waiting, newcomer)] == [0, 0, 0]
+    assert sorted(box.events()[2:]) == ["b", "c"]
+
+
+# TCP
+
+class Relay(threading.Thread):
+    """Passes TCP connections on to a daemon, and resets them: the client's side, or both."""
+
+    def __init__(self, target):
+        super().__init__()
+        self.target, self.pairs, self.done = target, [], threading.Semaphore(0)
+        self.selector, self.listener = selectors.DefaultSelector(), socket.socket()
+        self.listener.bind(("127.0.0.1", 0))
+        self.listener.listen(50)
+        self.address = ("-a", "127.0.0.1", "-p", str(self.listener.getsockname()[1]))
+        self.waker, self.woken = socket.socketpair()
+        for watched in (self.listener, self.woken):
+            self.selector.register(watched, selectors.EVENT_READ)
+        self.start()
+
+    def reset(self, sides):
+        """1: those of the clients, 2: also those of the daemon; later connections are new."""
+        self.waker.sendall(bytes([sides]))
+        assert self.done.acquire(timeout=10)
+
+    def close(self):
+        self.reset(0)
+        self.join(10)
+        for one in (self.listener, self.waker, self.woken, self.selector):
+            one.close()
+
+    def run(self):
+        order = None
+        while order != 0:
+            ready = [key.fileobj for key, _ in self.selector.select()]
+            if self.woken in ready:
+                order = self.woken.recv(1)[0]
+                self._reset([one for pair in self.pairs for one in pair[:order or 2]])
+                self.done.release()
+            elif self.listener in ready:
+                self.pairs.append((self.listener.accept()[0], socket.create_connection(self.target)))
+                for one in self.pairs[-1]:
+                    self.selector.register(one, selectors.EVENT_READ)
+            else:
+                self._pass(ready[0])
+
+    def _pass(self, source):
+        other, = [pair[source is pair[0]] for pair in self.pairs if source in pair]
+        data = b""
+        with contextlib.suppress(OSError):
+            data = source.recv(65536)
+        with contextlib.suppress(OSError):
+            other.sendall(data) if data else other.shutdown(socket.SHUT_WR)
+        if not data:
+            self.selector.unregister(source)
+
+    def _reset(self, sockets):
+        for one in sockets:
+            if one.fileno() >= 0:
+                with contextlib.suppress(KeyError):
+                    self.selector.unregister(one)
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                one.close()
+
+
+@pytest.fixture
+def relay(box):
+    """The way to a daemon of the box with a TCP address, for clients that come over the relay."""
+    box.address = ("-a", "127.0.0.1", "-p", str(free_port()))
+    box.daemon("--state-dir", box.folder)
+    relay = Relay(endpoint(box.address)[1])
+    yield relay
+    relay.close()
+
+
+@pytest.mark.parametrize("sides", [1, 2], ids=["seen by flom alone", "seen by both"])
+def test_a_reset_connection_is_made_again(box, relay, sides):
+    """The lock is reclaimed under its token and element, silently."""
+    names = ("R1", "red.green", "_s_seq[1]", "pool[2]", "/a/b")
+    runs = [box.hold(str(n), "-r", name, *ALONE, address=relay.address)
+            for n, name in enumerate(names)]
+    before = holders_of(box)
+    waiters = [box.waiter("-r", "R1", "--", *box.note("late"))] if sides == 1 else []
+    pairs = len(relay.pairs)
+    relay.reset(sides)
+    wait_until(lambda: len(relay.pairs) >= pairs + len(names))
+    wait_until(lambda: holders_of(box) == before)
+    assert "late" not in box.events()
+    for holder, gate in runs:
+        gate.open()
+        assert holder.end() == (0, "", "")
+    assert all(waiter.end().status == 0 for waiter in waiters)
+
+
+@pytest.mark.parametrize("choice", ["warn", "term"])
+def test_a_reset_connection_whose_lock_has_a_waiter(box, relay, choice):
+    """The daemon sees the reset, too, and grants the waiter; the holder is told."""
+    options = ("--on-lock-loss", choice, *ALONE)
+    holder, counter = count(box, "a", *options, address=relay.address)
+    gate = box.gate("b")
+    waiter = box.waiter("--", *gate.command)
+    relay.reset(2)
+    gate.wait()
+    assert is_told(holder, "_RESOURCE", "granted to others since")
+    if choice == "term":
+        wait_until(counter.signals)
+    counter.open()
+    assert holder.end().status == 95
+    assert counter.signals() == [signal.SIGTERM] * (choice == "term")
+    assert box.run("-o", "0", "--", "true").status == 98
+    gate.open()
+    assert waiter.end().status == 0
+
+
+def test_a_waiter_whose_connection_is_reset_asks_again(box, relay):
+    holder, gate = box.hold("a")
+    waiter = box.waiter(*ALONE, "--", *box.note("b"), address=relay.address)
+    relay.reset(2)
+    wait_until(lambda: waiter.err.count("waiting for _RESOURCE, place 1") == 2)
+    gate.open()
+    assert [holder.end().status, waiter.end().status] == [0, 0]
+    assert box.events() == ["a start", "a end", "b"]
+
+
+def test_a_cable_that_is_cut(hosts):
+    """Both ends learn of it by keepalive, flom first.  With `term` the old command has ended
+    before the new one begins, with `warn` it has not.  Healed, the lock is the new one's."""
+    one, two = hosts(2)
+    address, soon = ("-a", one.ipv4), ("--tcp-keepalive-intvl", "1", "--tcp-keepalive-probes", "1")
+    assert one.run(*address, *soon, "--tcp-keepalive-time", "3", "-d", "-1", "--", "true").status == 0
+    quick = "flom.KEEPALIVE, flom.RECOVERY_WINDOW, flom.NOTICE = (1, 1, 1), 300, 0.05"
+    gates, holders, waiters = {}, {}, {}
+    for choice in ("warn", "term"):
+        gates[choice] = two.gate(choice)
+        holders[choice] = driven(two, quick, *address, *ALONE, "-r", choice, "--on-lock-loss",
+                                 choice, "--", *gates[choice].command, address=())
+        gates[choice].wait()
+        gates["new " + choice] = one.gate("new-" + choice)
+        waiters[choice] = one.waiter(*address, "-r", choice, "--",
+                                     *gates["new " + choice].command)
+    two.network.cut(2)
+    assert holders["term"].end().status == 95
+    assert is_told(holders["term"], "term", one.ipv4)
+    assert not gates["new term"].started()
+    for choice in ("warn", "term"):
+        gates["new " + choice].wait(20)
+    assert "warn end" not in one.events() and holders["warn"].poll() is None
+    two.network.heal(2)
+    for choice in ("warn", "term"):
+        assert two.run(*address, *ALONE, "-r", choice, "-o", "0", "--", "true").status == 98
+    gates["warn"].open()
+    assert holders["warn"].end().status == 95 and is_told(holders["warn"], "warn", one.ipv4)
+    for choice in ("warn", "term"):
+        gates["new " + choice].open()
+        assert waiters[choice].end().status == 0
+
+
+def test_a_cable_that_is_mended_in_time(hosts):
+    """flom has given up the connection; nobody was granted the lock, so it has it back."""
+    one, two = hosts(2)
+    address = ("-a", one.ipv4)
+    assert one.run(*address, "-d", "-1", "--", "true").status == 0
+    gate = two.gate("a")
+    holder = driven(two, "flom.KEEPALIVE = 1, 1, 1", *address, *ALONE, "-i", "60000", "--",
+                    *gate.command, address=())
+    gate.wait()
+    before = holders_of(one, address=address)
+    two.network.cut(2)
+    wait_until(lambda: "is lost" in holder.err)
+    two.network.heal(2)
+    wait_until(lambda: holders_of(two, address=address) == before)
+    gate.open()
+    assert holder.end().status == 0 and is_told(holder, "_RESOURCE", "timed out")

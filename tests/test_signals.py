@@ -1,0 +1,319 @@
+"""Signals sent to flom, at every point of its life, and typed at a terminal.
+
+Whom they reach, how often, flom's status, and that no other command runs under the lock meanwhile.
+"""
+import os
+import signal
+
+import pytest
+from commands import Counter, Terminal, count, driven, pending, state
+from world import FLOM, PYTHON, comm, read, wait_until
+
+SIX = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1,
+       signal.SIGUSR2]
+NAMES = {number: number.name[3:] for number in SIX}
+AGAIN = 'kill -0 "$1" 2>/dev/null && echo "overlaps $0" >>"$2"; echo "next $0" >>"$2"'
+
+
+def next_one(box, name, pid):
+    """A waiter for the resource `name` that logs whether process `pid` still runs beside it."""
+    return box.waiter("-r", name, "--", "/bin/sh", "-c", AGAIN, name, str(pid), box.log)
+
+
+def died_of(number):
+    """flom's end after a command that a signal killed: of INT it dies itself."""
+    return -number if number == signal.SIGINT else 128 + number
+
+
+def all_end(waiters):
+    for waiter in waiters:
+        assert waiter.end().status == 0, waiter.err
+
+
+def test_while_waiting(box):
+    """The default action: flom ends, out of the queue, and its command never runs."""
+    holder, gate = box.hold("a")
+    waiters = {number: box.waiter("--", *box.note(NAMES[number])) for number in SIX}
+    last = box.waiter("--", *box.note("last"))
+    for number, waiter in waiters.items():
+        waiter.send_signal(number)
+        status, _, err = waiter.end()
+        assert status == -number and "Traceback" not in err
+    gate.open()
+    all_end([holder, last])
+    assert box.events() == ["a start", "a end", "last"]
+
+
+# The places between the grant and the exec at which flom, or its child, is held.
+PLACES = {
+    "before the fork": "fork = os.fork; os.fork = lambda: (hold({there!r}, {gate!r}), fork())[1]",
+    "after the fork": "fork = os.fork; os.fork = lambda: fork() or hold({there!r}, {gate!r}) or 0",
+    "before the exec": "os.execve = lambda *_: hold({there!r}, {gate!r})"}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_between_the_grant_and_the_exec(box, place):
+    """The child gets the signal, and what the command would do it does: it dies, with its lock."""
+    box.daemon()
+    held = {}
+    for number, name in NAMES.items():
+        door, gate, there = box.gate(f"door.{name}"), box.gate(name), box.path(f"there.{name}")
+        code = PLACES[place].format(there=there, gate=door.fifo)
+        held[number] = driven(box, code, "-r", name, "--", *gate.command), door, there
+    waiters = []
+    for number, (flom, door, there) in held.items():
+        wait_until(lambda: os.path.exists(there) or flom.poll() is not None)
+        pid = int(read(there))
+        waiters.append(next_one(box, NAMES[number], pid if pid != flom.pid else 2 ** 22 + 1))
+        flom.send_signal(number)
+        if place != "before the exec":  # the signal is blocked there: it waits for whom it is for
+            wait_until(lambda: pending(pid, number))
+            door.open()
+        assert flom.end() == (died_of(number), "", "")
+    all_end(waiters)
+    events = [line for line in box.events() if " start" not in line]
+    assert sorted(events) == sorted(f"next {name}" for name in NAMES.values())
+
+
+def test_while_the_command_runs(box):
+    """Each is passed on once; flom goes on holding until the command ends."""
+    runs = {number: count(box, name, "-r", name) for number, name in NAMES.items()}
+    waiters = [next_one(box, NAMES[number], counter.pid()) for number, (_, counter) in runs.items()]
+    for number, (flom, counter) in runs.items():
+        flom.send_signal(number)
+        wait_until(counter.signals)
+        flom.send_signal(signal.SIGUSR1)
+        wait_until(lambda: len(counter.signals()) == 2)
+    assert box.events() == []
+    for number, (flom, counter) in runs.items():
+        assert flom.poll() is None
+        counter.open()
+        assert flom.end() == (0, "", "")
+        assert counter.signals() == [number, signal.SIGUSR1]
+    all_end(waiters)
+    assert len(box.events()) == len(SIX)
+
+
+def test_a_command_that_a_signal_ends(box):
+    """128 + n, after which the lock is free at once."""
+    runs = {number: box.hold(name, "-r", name)[0] for number, name in NAMES.items()}
+    for number, flom in runs.items():
+        flom.send_signal(number)
+        assert flom.end()[:2] == (died_of(number), "")  # sh may have a word on stderr
+        assert box.run("-r", NAMES[number], "-o", "0", "--", "true").status == 0
+
+
+def test_many_signals_in_a_row(box):
+    """None is lost, none comes twice, in whatever order they are sent."""
+    flom, counter = count(box, "a")
+    sent = (SIX + SIX[::-1]) * 4
+    for number, following in zip(sent, sent[1:] + [None]):
+        if number != following:
+            expected = len(counter.signals()) + 1
+            flom.send_signal(number)
+            wait_until(lambda: len(counter.signals()) >= expected)
+    counter.open()
+    assert flom.end() == (0, "", "")
+    assert counter.signals() == [number for number, following in zip(sent, sent[1:] + [None])
+                                 if number != following]
+
+
+def test_stop_and_continue_by_kill(box):
+    """TSTP is passed on, then flom stops; CONT continues it and is passed on."""
+    flom, counter = count(box, "a")
+    for _ in range(3):
+        flom.send_signal(signal.SIGTSTP)
+        wait_until(lambda: state(flom.pid) == "T")
+        flom.send_signal(signal.SIGCONT)
+        wait_until(lambda: counter.signals()[-1:] == [signal.SIGCONT])
+    counter.open()
+    assert flom.end() == (0, "", "")
+    assert counter.signals() == [signal.SIGTSTP, signal.SIGCONT] * 3
+
+
+def test_a_stopped_flom_keeps_its_lock(box):
+    flom, counter = count(box, "a")
+    flom.send_signal(signal.SIGTSTP)
+    wait_until(lambda: state(flom.pid) == "T")
+    counter.open()
+    wait_until(counter.ended)
+    assert box.run("-o", "0", "--", "true").status == 98
+    flom.send_signal(signal.SIGCONT)
+    assert flom.end() == (0, "", "")
+    assert box.run("-o", "0", "--", "true").status == 0
+
+
+# --ignore-signal
+
+IGNORED = [word for name in ("TERM", "SIGHUP", "usr1") for word in ("--ignore-signal", name)]
+
+
+def test_ignored_signals(box):
+    """flom neither dies of them nor passes them on; the command still has their default action."""
+    flom, counter = count(box, "a", *IGNORED)
+    waiter = box.waiter(*IGNORED, "--", "grep", "SigIgn", "/proc/self/status")
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        flom.send_signal(number)
+        waiter.send_signal(number)
+    flom.send_signal(signal.SIGUSR2)
+    wait_until(counter.signals)
+    counter.open()
+    assert flom.end() == (0, "", "")
+    assert counter.signals() == [signal.SIGUSR2]
+    status, out, _ = waiter.end()
+    ignored = int(out.splitlines()[-1].split()[1], 16)
+    assert status == 0 and not ignored & sum(1 << number - 1 for number in SIX)
+
+
+def test_what_was_ignored_at_the_start(box):
+    """It stays ignored in the command, and is not passed on."""
+    def ignore():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    flom, counter = count(box, "a", preexec_fn=ignore)
+    flom.send_signal(signal.SIGHUP)
+    flom.send_signal(signal.SIGUSR2)
+    wait_until(counter.signals)
+    counter.open()
+    assert flom.end() == (0, "", "") and counter.signals() == [signal.SIGUSR2]
+    flom, gate = box.hold("b", preexec_fn=ignore)
+    flom.send_signal(signal.SIGHUP)
+    gate.open()
+    assert flom.end() == (0, "", "")
+    done = box.run("--", "sh", "-c", "kill -HUP $$; echo alive", preexec_fn=ignore)
+    assert done == (0, "alive\n", "")
+
+
+@pytest.mark.parametrize("name", ["KILL", "STOP"])
+def test_what_cannot_be_ignored(box, name):
+    warning = f"flom: warning: SIG{name} cannot be ignored\n"
+    assert box.run("--ignore-signal", name, "--", "true") == (0, "", warning)
+
+
+# SIGKILL
+
+def test_flom_killed_while_its_command_runs(box):
+    """Whoever comes second waits until the command has ended."""
+    holder, gate = box.hold("a")
+    box.kill(holder.pid)
+    second = box.waiter("--", *box.note("b"))
+    assert box.run("-o", "0", "--", "true").status == 98
+    gate.open()
+    assert second.end().status == 0
+    assert box.events() == ["a start", "a end", "b"]
+
+
+def test_a_process_in_the_background_keeps_nothing(box):
+    """It outlives the command that started it; only after a KILL of flom it keeps the lock."""
+    gate, door = box.gate("grandchild"), box.gate("door")
+    script = 'exec "$@" & read _ <"$0" || :'
+    for killed in (False, True):
+        flom = box.flom("--", "/bin/sh", "-c", script, door.fifo, *gate.command)
+        wait_until(lambda: box.events()[-1:] == ["grandchild start"])
+        if killed:
+            box.kill(flom.pid)
+        door.open()
+        if killed:
+            assert box.run("-o", "0", "--", "true").status == 98
+        else:
+            assert flom.end() == (0, "", "")
+            assert box.run("-o", "0", "--", "true").status == 0
+        gate.open()
+        wait_until(lambda: box.events()[-1:] == ["grandchild end"])
+    assert box.run("-o", "5000", "--", "true").status == 0
+
+
+# Typed at a terminal, which sends to the whole process group
+
+@pytest.fixture
+def terminal(box):
+    """terminal(command, options, …): flom with this command in the foreground of a terminal."""
+    made = []
+
+    def make(command, *options, **more):
+        box.daemons() or box.daemon()
+        name = f"terminal{len(made)}"
+        argv = [*PYTHON, FLOM, *box.address, *options, "--", *command]
+        made.append(Terminal(box, argv, name, **more))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+KEYS = {signal.SIGINT: b"\x03", signal.SIGQUIT: b"\x1c", signal.SIGTSTP: b"\x1a"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
+def test_typed_while_the_command_runs(box, terminal, number):
+    """The command gets it once, from the terminal; one that dies of INT takes flom along."""
+    counter, gate = Counter(box, "a"), box.gate("b")
+    patient, other = terminal(counter.command, "-r", "a"), terminal(gate.command, "-r", "b")
+    counter.wait()
+    gate.wait()
+    patient.type(KEYS[number])
+    other.type(KEYS[number])
+    wait_until(counter.signals)
+    assert other.process.end().status == 0
+    assert other.events()[-1] == {signal.SIGINT: "killed 2", signal.SIGQUIT: "status 131"}[number]
+    assert box.run("-r", "a", "-o", "0", "--", "true").status == 98
+    counter.open()
+    assert patient.process.end().status == 0
+    assert patient.events()[-1] == "status 0" and counter.signals() == [number]
+
+
+def test_typed_while_waiting(box, terminal):
+    holder, gate = box.hold("a")
+    waiters = {number: terminal(box.note("wrong"), "-V") for number in KEYS}
+    for number, waiter in waiters.items():
+        wait_until(lambda: "waiting for" in waiter.process.err)
+        waiter.type(KEYS[number])
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        assert waiters[number].process.end().status == 0
+        assert waiters[number].events()[-1] == f"killed {int(number)}"
+    stopped = waiters[signal.SIGTSTP]
+    wait_until(lambda: stopped.events()[-1:] == ["stopped"])
+    gate.open()
+    assert holder.end().status == 0
+    stopped.orders.open()
+    assert stopped.process.end().status == 0 and stopped.events()[-1] == "status 0"
+    assert box.events() == ["a start", "a end", "wrong"]  # it was its turn
+
+
+def test_typed_stop_then_continue(box, terminal):
+    """Command and flom stop, and go on; a command that handles TSTP gets it once."""
+    gate, counter = box.gate("a"), Counter(box, "b")
+    plain, counting = terminal(gate.command, "-r", "a"), terminal(counter.command, "-r", "b")
+    for one, command in ((plain, gate), (counting, counter)):
+        command.wait()
+        one.type(KEYS[signal.SIGTSTP])
+        wait_until(lambda: one.events()[-1:] == ["stopped"])
+    wait_until(counter.signals)  # a CONT would take away a TSTP that has not arrived yet
+    commands = [pid for pid, line in box.running().items() if line.startswith("/bin/sh -c echo")]
+    assert [state(pid) for pid in commands] == ["T"]
+    for one in (plain, counting):
+        one.orders.open()
+    wait_until(lambda: signal.SIGCONT in counter.signals())
+    for one, command in ((plain, gate), (counting, counter)):
+        command.open()
+        assert one.process.end().status == 0 and one.events()[1:] == ["stopped", "status 0"]
+    assert counter.signals().count(signal.SIGTSTP) == 1
+    assert box.events() == ["a start", "a end"]
+
+
+@pytest.mark.parametrize("shell", [True, False], ids=["under a shell", "leading the session"])
+def test_hang_up(box, terminal, shell):
+    """The command gets HUP once, whoever leads the session: the system tells only the leader,
+    and the rest when the leader has ended."""
+    counter = Counter(box, "a")
+    one = terminal(counter.command, shell=shell)
+    counter.wait()
+    one.hang_up()
+    wait_until(lambda: signal.SIGHUP in counter.signals())
+    assert box.run("-o", "0", "--", "true").status == 98
+    counter.open()
+    assert one.process.end().status == (-signal.SIGHUP if shell else 0)
+    wait_until(lambda: "flom" not in map(comm, box.running()))
+    assert counter.signals().count(signal.SIGHUP) == 1
+    assert box.run("-o", "0", "--", "true").status == 0

@@ -1,0 +1,204 @@
+"""TLS on both sides: who is let in, what is said to those that are not, and loss over TLS."""
+import os
+import signal
+import socket
+import ssl
+
+import pytest
+from certificates import Certificates, TlsClient
+from fakes import FlomClient
+from world import endpoint, free_port, wait_until
+
+NO_TLS = ()
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    return Certificates(tmp_path_factory.mktemp("tls"))
+
+
+def address_of(box, kind):
+    if kind == "unix":
+        return ("-s", box.socket)
+    return ("-a", "127.0.0.1", "-p", str(free_port()), "--state-dir", box.folder)
+
+
+@pytest.fixture
+def tls(request, box, certificates):
+    """A box whose commands and daemon have good certificates; `bare` is the address alone."""
+    box.bare = address_of(box, getattr(request, "param", "tcp"))
+    box.address = box.bare + certificates.options()
+    return box
+
+
+over_both = pytest.mark.parametrize("tls", ["unix", "tcp"], indirect=True)
+
+
+def holds(box, name="good"):
+    """A command that runs under a lock while others are refused."""
+    return box.hold(name, "-r", name, "-d", "0")
+
+
+def refused(box, options):
+    """Runs a client with these TLS options and returns its one line on stderr."""
+    done = box.run("-r", "R1", "-d", "0", "-o", "0", "--", "echo", "x",
+                   address=box.bare + options)
+    assert done[:2] == (99, "") and done.err.count("\n") == 1 and "Traceback" not in done.err
+    return done.err
+
+
+@over_both
+def test_commands_take_turns_over_tls(tls):
+    holder, gate = tls.hold("a", "-r", "R1")
+    waiter = tls.waiter("-r", "R1", "--", *tls.note("b"))
+    assert tls.run("-r", "R1", "-o", "0", "--", "true").status == 98
+    assert tls.run("-r", "A.B", "--", "echo") == (0, "A\n", "")
+    gate.open()
+    assert holder.end() == (0, "", "") and waiter.end().status == 0
+    assert tls.events() == ["a start", "a end", "b"] and len(tls.daemons()) == 1
+    assert tls.run("-X").status == 0
+    wait_until(lambda: not tls.daemons())
+
+
+@over_both
+def test_a_client_of_flom_over_tls(tls, certificates):
+    tls.daemon()
+    with TlsClient(*endpoint(tls.bare), certificates.context()) as holder, \
+            TlsClient(*endpoint(tls.bare), certificates.context()) as waiter:
+        assert holder.lock("R1") is True and waiter.ask("R1") == (16, 1, None)
+        holder.unlock()
+        assert waiter.wait() == (0, None)
+
+
+REFUSED = {  # what the client shows and trusts: a word in what it says, one in the daemon's log
+    "another authority's certificate": (("stranger", "ca"), "certificate", "no TLS"),
+    "an expired certificate": (("expired", "ca"), "certificate", "no TLS"),
+    "an authority that did not sign the daemon's": (("good", "other"), "certificate", "no TLS"),
+    "no TLS": (None, "", "no TLS")}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_client_that_is_refused(tls, certificates, case):
+    shown, said, logged = REFUSED[case]
+    daemon = tls.daemon()
+    holder, gate = holds(tls)
+    assert said in refused(tls, certificates.options(*shown) if shown else NO_TLS)
+    wait_until(lambda: logged in daemon.err)
+    gate.open()
+    assert holder.end() == (0, "", "") and "Traceback" not in daemon.err
+
+
+def test_a_client_without_a_certificate(tls, certificates):
+    """TLS 1.3 tells it with the first byte that is read, older TLS during the handshake."""
+    daemon = tls.daemon()
+    holder, gate = holds(tls)
+    with pytest.raises(OSError):
+        with TlsClient(*endpoint(tls.bare), certificates.context(None)) as client:
+            client.ask("R1")
+            raise ConnectionAbortedError("it was closed without an answer")
+    wait_until(lambda: "no TLS" in daemon.err)
+    gate.open()
+    assert holder.end() == (0, "", "")
+
+
+@pytest.mark.parametrize("shown", ["stranger", "expired"])
+def test_a_daemon_that_is_refused(tls, certificates, shown):
+    tls.daemon(address=tls.bare + certificates.options(shown))
+    assert "its certificate" in refused(tls, certificates.options())
+
+
+@pytest.mark.parametrize("side", ["client", "daemon"])
+def test_the_peer_id(tls, certificates, side):
+    """The common name must be the peer's id, on the side that is told to look."""
+    check = ("--tls-check-peer-id", "yes")
+    names = {"client": ("good", "wrong"), "daemon": ("wrong", "good")}[side]
+    daemon = tls.daemon(*check, address=tls.bare + certificates.options(names[1]))
+    err = refused(tls, certificates.options(names[0]) + check)
+    assert "somebody" in err
+    if side == "daemon":  # it is the daemon that has found out
+        wait_until(lambda: "somebody" in daemon.err)
+    done = tls.run("--", "echo", "x", address=tls.bare + certificates.options(names[0]))
+    assert done.status == (0 if side == "client" else 99)
+
+
+def test_the_peer_id_that_is_right(tls):
+    tls.address += ("--tls-check-peer-id", "yes")
+    tls.daemon()
+    assert tls.run("--", "echo", "x") == (0, "x\n", "")
+
+
+def test_a_key_that_does_not_fit(tls, certificates):
+    options = certificates.options(key="wrong")
+    tls.daemon()
+    err = refused(tls, options)
+    assert certificates.pem("good") in err and certificates.key("wrong") in err
+    daemon = tls.flomd("-f", "--no-files", "-s", tls.path("other"), *options)
+    status, _, err = daemon.end()
+    assert status == 1 and err.count("\n") == 1
+    assert certificates.pem("good") in err and certificates.key("wrong") in err
+
+
+@pytest.mark.parametrize("missing", ["good.pem", "good.key", "ca.pem"])
+def test_a_file_that_is_not_there(tls, certificates, missing):
+    options = tuple(word.replace(missing, "nothing") for word in certificates.options())
+    assert "nothing" in refused(tls, options)
+    assert "nothing" in tls.flomd("-f", "--no-files", *tls.bare, *options).end().err
+
+
+def test_tls_to_a_plain_daemon(tls, certificates):
+    daemon = tls.daemon(address=tls.bare)
+    assert "TLS" in refused(tls, certificates.options())
+    wait_until(lambda: "TLS" in daemon.err)
+    assert tls.run("--", "echo", "x", address=tls.bare) == (0, "x\n", "")
+
+
+@over_both
+def test_silent_connections_stop_nobody(tls, certificates):
+    """Nothing said, half a greeting, a greeting without what follows: others work meanwhile."""
+    tls.daemon()
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    with pytest.raises(ssl.SSLWantReadError):
+        certificates.context().wrap_bio(incoming, outgoing).do_handshake()
+    greeting = outgoing.read()
+    silent = [FlomClient(*endpoint(tls.bare)) for _ in range(30)]
+    for number, client in enumerate(silent):
+        client.socket.sendall(greeting[:(0, 50, None)[number % 3]])
+    for _ in range(3):
+        assert tls.run("-o", "5000", "--", "echo", "x") == (0, "x\n", "")
+    for client in silent:
+        client.socket.close()
+
+
+def test_connections_reset_during_the_handshake(tls):
+    daemon = tls.daemon()
+    os.kill(daemon.pid, signal.SIGSTOP)  # so that all are there, and gone, when it accepts
+    for number in range(40):
+        with FlomClient(*endpoint(tls.bare)) as client:
+            client.socket.sendall(b"\x16\x03\x01"[:number % 4])
+            client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    os.kill(daemon.pid, signal.SIGCONT)
+    assert tls.run("--", "echo", "x") == (0, "x\n", "")
+    assert "Traceback" not in daemon.err
+
+
+@over_both
+def test_a_holder_killed_frees_its_lock(tls):
+    holder, gate = tls.hold("a", "--inherit-connection", "no")
+    waiter = tls.waiter("--", *tls.note("b"))
+    tls.kill(holder.pid)
+    assert waiter.end().status == 0
+    gate.open()
+
+
+@over_both
+def test_the_daemon_killed_under_a_holder(tls):
+    """The holder starts another one and reclaims; the waiter goes on waiting."""
+    holder, gate = tls.hold("a", "-r", "R1")
+    waiter = tls.waiter("-r", "R1", "--", *tls.note("b"))
+    first = tls.the_daemon()
+    tls.kill(first)
+    wait_until(lambda: tls.daemons() not in ([], [first]))
+    assert tls.run("-r", "R1", "-o", "0", "-d", "0", "--", "true").status == 98
+    gate.open()
+    assert holder.end().status == 0 and waiter.end(seconds=30).status == 0
+    assert tls.events() == ["a start", "a end", "b"]
