@@ -561,6 +561,14 @@ def finish(steps, until=None, otherwise=None):
     return otherwise
 
 
+def one_step(steps):
+    """The next of the steps; returns their result when they have ended, else None."""
+    try:
+        yield next(steps)
+    except StopIteration as end:
+        return end.value
+
+
 def interface_index(settings):
     """The index of the network interface wanted, 0 for none; raises UsageError."""
     name = settings["NetworkInterface"]
@@ -692,7 +700,7 @@ def starting(settings, recovering, until):
             _become_daemon(argv, writing)
         done = 0
         while not done and clock() < until:
-            yield None, 0, 0.005
+            yield None, 0, 0.02 if recovering else 0.005
             done, status = os.waitpid(pid, os.WNOHANG)
         os.set_blocking(reading, False)
         with contextlib.suppress(BlockingIOError):
@@ -1218,8 +1226,12 @@ class Lock:
         return answers[-1]
 
     def _reaching(self, until, recovering, patient):
-        """Steps to a connection with the daemon, which is started where that is allowed."""
-        complaint = ""
+        """Steps to a connection with the daemon, which is started where that is allowed.
+
+        After a crash everyone starts one, and who waits for its own may come too late to reclaim
+        from the first that listens: so they look for that meanwhile.
+        """
+        complaint, start = "", None
         while True:
             connection = yield from connecting(self.settings, self.diary, self._context)
             if connection:
@@ -1231,7 +1243,11 @@ class Lock:
             if obstacle or clock() < self._start_after:
                 yield None, 0, AGAIN
                 continue
-            status, said = yield from starting(self.settings, recovering, until)
+            start = start or starting(self.settings, recovering, until)
+            outcome = yield from one_step(start) if recovering else start
+            if not outcome:
+                continue
+            start, (status, said) = None, outcome
             complaint = said or complaint
             if status == CANNOT_SERVE:  # mostly another client's daemon came first: it will listen
                 self._start_after = clock() + RESTART
@@ -1372,8 +1388,8 @@ def execute(argv, environment):
     os.execvpe would pass over such a script and look further.
     """
     failure = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-    named = "/" in argv[0] or not argv[0]
-    for path in argv[:1] if named else [os.path.join(way, argv[0]) for way in os.get_exec_path()]:
+    folders = [""] if "/" in argv[0] else os.get_exec_path() if argv[0] else []
+    for path in [os.path.join(folder, argv[0]) for folder in folders]:
         try:
             os.execve(path, argv, environment)
         except OSError as error:

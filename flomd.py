@@ -1299,7 +1299,7 @@ class Session:
     """The state of one connection in terms of the protocol.
 
     calls() yields what the client wants as tuples: ("lock", Request), ("unlock", committed),
-    ("status",), ("shutdown", immediate), ("send", bytes).
+    ("status", client), ("shutdown", immediate), ("send", bytes).
     """
     __slots__ = ("connection", "unread", "ours", "answered", "asked", "holds", "about", "peer_id",
                  "place")
@@ -1346,7 +1346,7 @@ class Session:
             raise ProtocolError("a lock without a name")
         self.answered, name = False, wanted["name"]
         if name == STATUS_RESOURCE:
-            return ("status",)
+            return "status", elements.get("session", {}).get("client", "")
         self.asked = name
         request = Request(self, name, wanted.get("mode", 0), wanted.get("quantity", 1),
                           wanted.get("wait", 0), wanted.get("create", 0), wanted.get("lifespan", 0))
@@ -1823,8 +1823,9 @@ def tcp_socket(settings, host, port):
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(address)
             bound.listen(BACKLOG)
-        except OSError as error:
-            raise CannotServe(f"cannot listen on {host} port {port}: {error.strerror}")
+        except (OSError, UnicodeError) as error:
+            raise CannotServe(f"cannot listen on {host} port {port}: "
+                              f"{getattr(error, 'strerror', error)}")
         on_failure.pop_all()
     return bound
 
@@ -1876,6 +1877,7 @@ class Group:
         self.socket = self._member()
         self.asker = self._asker()
         self.own_port = None  # of the TCP listener, once it serves
+        self.asked = 0  # when it asked last
 
     def _resolve(self):
         host, interface = self.settings["MulticastAddress"], self.settings["NetworkInterface"]
@@ -1883,8 +1885,9 @@ class Group:
             index = socket.if_nametoindex(interface) if interface else 0
             family, _, _, _, address = socket.getaddrinfo(
                 host, self.settings["MulticastPort"], 0, socket.SOCK_DGRAM)[0]
-        except OSError as error:
-            raise CannotServe(f"cannot use the group {host}: {error.strerror}")
+        except (OSError, UnicodeError) as error:
+            raise CannotServe(f"cannot use the group {host}: "
+                              f"{getattr(error, 'strerror', error)}")
         if family == socket.AF_INET6:
             index = index or address[3]
             address = address[:3] + (index,)
@@ -1946,6 +1949,7 @@ class Group:
 
     def ask(self):
         """Sends one question to the group; a network that is down is asked again later."""
+        self.asked = time.monotonic()
         with contextlib.suppress(OSError):
             self.asker.sendto(encode(DISCOVER, 8, daemon=self.pair[1], started=self.pair[0]),
                               self.address)
@@ -2013,6 +2017,8 @@ class Group:
             ours = {"daemon": self.pair[1], "started": self.pair[0]} if other else {}
             with contextlib.suppress(OSError):
                 self.socket.sendto(encode(DISCOVER, 16, network, **ours), sender)
+            if other and self.daemon.now.mono > self.asked + SOON[0]:
+                self.ask()  # if it serves, too, the sooner this is found the better
 
     def _announced(self):
         """The address configured, empty when the daemon listens on all: the asker knows then."""
@@ -2311,6 +2317,7 @@ class Daemon:
 
     def _lock(self, connection, request):
         session = connection.session
+        connection.surplus = connection.surplus and len(self.connections) > self.most_clients
         if self.ending == "drain" and session.holds is None:
             connection.close()
         elif connection.surplus:
@@ -2341,7 +2348,9 @@ class Daemon:
     def _send(self, connection, data):
         connection.send(data)
 
-    def _status(self, connection):
+    def _status(self, connection, client):
+        if client.startswith("flomd.py"):  # see Daemon.verify()
+            self.log.limited(f"{connection.peer}: another daemon finds this one", "error")
         listening = [listener.label for listener in self.listeners]
         if self.group:
             listening.append(f"udp:{self.group.address[0]}:{self.group.port}")
@@ -2686,33 +2695,29 @@ class Publisher:
         os.replace(part, self.metrics)
 
     def _text(self):
-        """Yields the lines of the metrics in Prometheus' text format."""
-        table = self.daemon.table
+        """Yields the metrics in Prometheus' text format."""
+        table, count = self.daemon.table, self.verdicts
         kinds = collections.Counter(kind_of(name) for name in table.resources)
-        refused = {REFUSED[verdict]: self.verdicts[verdict] for verdict in REFUSED}
-        for name, kind, what, values in (
-                ("sessions", "gauge", "Open connections.", {"": len(self.daemon.connections)}),
-                ("resources", "gauge", "Resources by kind.", {
-                    f'{{kind="{kind}"}}': kinds[kind] for kind in KINDS}),
-                ("holders", "gauge", "Sessions that hold a lock.", {"": table.holding}),
-                ("waiters", "gauge", "Sessions that wait for a lock.", {"": table.waiting}),
-                ("grants_total", "counter", "Locks granted.", {"": self.verdicts[OK]}),
-                ("refusals_total", "counter", "Requests refused, by reason.", {
-                    f'{{reason="{reason}"}}': count for reason, count in refused.items()}),
-                ("lost_sessions_total", "counter", "Connections that ended while they held a "
-                 "lock.", {"": self.lost}),
-                ("epoch", "gauge", "The upper half of the fencing tokens.", {
-                    "": self.daemon.state.epoch})):
-            yield f"# HELP flomd_{name} {what}\n# TYPE flomd_{name} {kind}\n"
-            for labels, value in values.items():
-                yield f"flomd_{name}{labels} {value}\n"
-        yield ("# HELP flomd_wait_seconds Time from the request to the grant.\n"
-               "# TYPE flomd_wait_seconds histogram\n")
         bounds = [f"{bound:g}" for bound in WAITS] + ["+Inf"]
-        for bound, count in zip(bounds, itertools.accumulate(self.waits)):
-            yield f'flomd_wait_seconds_bucket{{le="{bound}"}} {count}\n'
-        yield (f"flomd_wait_seconds_sum {self.waited:.6f}\n"
-               f"flomd_wait_seconds_count {sum(self.waits)}\n")
+        waits = [(f'_bucket{{le="{bound}"}}', total)
+                 for bound, total in zip(bounds, itertools.accumulate(self.waits))]
+        for name, kind, what, values in (
+                ("sessions", "gauge", "Open connections.", [("", len(self.daemon.connections))]),
+                ("resources", "gauge", "Resources by kind.", [
+                    (f'{{kind="{kind}"}}', kinds[kind]) for kind in KINDS]),
+                ("holders", "gauge", "Sessions that hold a lock.", [("", table.holding)]),
+                ("waiters", "gauge", "Sessions that wait for a lock.", [("", table.waiting)]),
+                ("grants_total", "counter", "Locks granted.", [("", count[OK])]),
+                ("refusals_total", "counter", "Requests refused, by reason.", [
+                    (f'{{reason="{REFUSED[rc]}"}}', count[rc]) for rc in REFUSED]),
+                ("lost_sessions_total", "counter", "Sessions that ended while they held a lock.",
+                 [("", self.lost)]),
+                ("epoch", "gauge", "Upper half of the fencing tokens.",
+                 [("", self.daemon.state.epoch)]),
+                ("wait_seconds", "histogram", "Time from the request to the grant.", waits + [
+                    ("_sum", f"{self.waited:.6f}"), ("_count", sum(self.waits))])):
+            yield f"# HELP flomd_{name} {what}\n# TYPE flomd_{name} {kind}\n"
+            yield from (f"flomd_{name}{labels} {value}\n" for labels, value in values)
 
     def close(self):
         """Removes what it has published."""
@@ -3006,7 +3011,7 @@ def open_states(settings, options, log):
             log.info(f"waiting for the daemon with pid {holder} to end")
             lock_file(number, wait=True)
         if lock == path:
-            return State(number, False)
+            return State(number, durable)
     try:
         number = open_state(path, shared)
     except CannotServe as error:

@@ -81,14 +81,11 @@ class Stream:
 class Datagrams:
     def __init__(self, address):
         self.address = address
-        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 
     def send(self, messages):
-        for data in messages:
-            try:
-                self.socket.sendto(data[:60000], self.address)
-            except OSError:  # nobody hears it, just now
-                pass
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
+            for data in messages:
+                asker.sendto(data[:60000], self.address)
 
 
 def peer(kind, host, port, files=()):

@@ -102,7 +102,7 @@ def modules(box, code, *arguments):
 
 
 def baseline(box, names, more=""):
-    """What the interpreter loads by itself for these modules."""
+    """What the interpreter loads by itself for these modules, and to open a text file."""
     return modules(box, f"""
 import sys
 for name in {sorted(names)}:
@@ -111,6 +111,7 @@ for name in {sorted(names)}:
     except ImportError:  # a small Python
         pass
 import argparse
+open("/dev/null").close()
 {more}
 print(0, *sys.modules)
 """)

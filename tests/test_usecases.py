@@ -90,31 +90,42 @@ def test_5_a_writer_is_not_overtaken_and_readers_go_together(box):
     assert box.events().index("writer end") == 3
 
 
+def as_user(user, number, python, scripts):
+    """Makes a box that of another user, who runs copies of the scripts that all can read."""
+    os.chmod(user.folder, 0o777)
+    os.chown(user.folder, number, number)
+
+    def become():
+        os.setgroups([])
+        os.setgid(number)
+        os.setuid(number)
+
+    def start(script, *args):
+        return user.start(python, os.path.join(scripts, script), *args, preexec_fn=become)
+
+    user.number, user.default, user.start_as = number, f"/tmp/flom-{number}", start
+
+
 @pytest.fixture
 def users(boxes):
-    """Two boxes of two users, who run copies of the scripts that both can read."""
+    """Two boxes of two users."""
     python = shutil.which("python3", path=os.defpath)
     if os.geteuid() != 0:
         pytest.skip("only root can be two users")
     if python is None:
         pytest.skip(f"no python3 in {os.defpath} that every user can run")
     users = [boxes.make(), boxes.make()]
-    for number, user in zip((64001, 64002), users):
-        os.chmod(user.folder, 0o777)
-        os.chown(user.folder, number, number)
-
-        def become(number=number):
-            os.setgroups([])
-            os.setgid(number)
-            os.setuid(number)
-
-        def flom(*args, user=user, become=become):
-            return user.start(python, users[0].path("flom.py"), *args, preexec_fn=become)
-
-        user.flom_as, user.become = flom, become
+    for number, user in enumerate(users, 100000 + 2 * os.getpid()):
+        as_user(user, number, python, users[0].folder)
     for script in (FLOM, FLOMD):
         shutil.copy(script, users[0].folder)
-    return users
+    yield users
+    for user in users:
+        for pid in user.daemons():
+            user.kill(pid)
+        for path in (user.default, user.default + ".lock"):
+            if os.path.exists(path):
+                os.unlink(path)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -124,33 +135,27 @@ def test_6_several_users(users, shared):
     address = ("--socket-name=" + a.socket,) if shared else ()
     gate = a.gate("a")
     os.chmod(gate.fifo, 0o666)
-    first = a.flom_as(*address, "-d", "500", "--", *gate.command)
+    first = a.start_as("flom.py", *address, "-d", "500", "--", *gate.command)
     wait_until(lambda: gate.started() or first.poll() is not None)
     assert gate.started(), first.end()
-    second = b.flom_as(*address, "-d", "500", "-o", "0", "--", "echo", "x").end()
+    second = b.start_as("flom.py", *address, "-d", "500", "-o", "0", "--", "echo", "x").end()
     assert second == ((98, "", BUSY) if shared else (0, "x\n", ""))
     gate.open()
     end(first)
-    assert b.flom_as(*address, "-d", "500", "-o", "0", "--", "echo", "x").end() == (0, "x\n", "")
-    for user, socket in zip(users, ("/tmp/flom-64001", "/tmp/flom-64002")):
-        assert os.path.exists(socket) != shared
+    assert b.start_as("flom.py", *address, "-d", "500", "-o", "0", "--", "echo", "x").end() == (0, "x\n", "")
+    for user in users:
+        assert os.path.exists(user.default) != shared
         for pid in user.daemons():
             user.kill(pid, signal.SIGTERM)
-        assert not os.path.exists(socket)
-        if not shared:
-            os.unlink(socket + ".lock")
+        assert not os.path.exists(user.default)
 
 
 def test_6_a_stranger_on_ones_own_socket_is_refused(users):
     """Another user's daemon there could grant anything to anybody."""
     a, b = users
-    python, become = shutil.which("python3", path=os.defpath), b.become
-    daemon = b.start(python, a.path("flomd.py"), "-s", "/tmp/flom-64001", preexec_fn=become).end()
-    assert daemon == (0, "", "")
-    done = a.flom_as("-o", "0", "--", "echo", "x").end()
-    assert done[:2] == (99, "") and "64002" in done.err and done.err.count("\n") == 1
-    b.kill(b.the_daemon(), signal.SIGTERM)
-    os.unlink("/tmp/flom-64001.lock")
+    assert b.start_as("flomd.py", "-s", a.default).end() == (0, "", "")
+    done = a.start_as("flom.py", "-o", "0", "--", "echo", "x").end()
+    assert done[:2] == (99, "") and str(b.number) in done.err and done.err.count("\n") == 1
 
 
 def test_14_files_as_simple_names(box):

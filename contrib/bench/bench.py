@@ -25,9 +25,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 INSTALLED = "import sys\nfrom flom import main\nsys.exit(main())\n"  # as pip's start script does
 GROUP, ADDRESS, PORT = "239.255.0.9", "10.77.0.1", "28015"
-NETWORK = (f"ip link set lo up && ip link add d0 type veth peer d1 && ip addr add {ADDRESS}/24 dev d0 && "
-           "ip link set d0 up && ip link set d1 up && ip route add 224.0.0.0/4 dev d0 && "
-           "echo && exec cat")
+NETWORK = ("ip link set lo up && ip link add d0 type veth peer d1 && "
+           f"ip addr add {ADDRESS}/24 dev d0 && ip link set d0 up && ip link set d1 up && "
+           "ip route add 224.0.0.0/4 dev d0 && echo && exec cat")
 
 Row = collections.namedtuple("Row", "what value yardstick ratio target ok")
 
@@ -216,12 +216,13 @@ def measure_waiters(bench, python):
     many, few = min(16000, bench.files - 100), 200
     process, path = bench.daemon(python)
 
-    def run(size, times):
-        found = [bench.figures("waiters", path, size) for _ in range(times)]
-        return [statistics.median(float(figures[key]) for figures in found)
-                for key in ("enqueue_us", "grant_us")]
+    def run(size):
+        bench.figures("cycle", path, 1, 0.2, "own")  # the daemon has buried those before
+        figures = bench.figures("waiters", path, size)
+        return [float(figures[key]) for key in ("enqueue_us", "grant_us")]
 
-    pairs = in_turn(bench.rounds, lambda: run(many, 1), lambda: run(few, 9))
+    # The short queue once after each long one: its messages must not be known from before.
+    pairs = in_turn(2 * bench.rounds - 1, lambda: run(many), lambda: run(few))
     for n, what in enumerate(("queue", "hand over")):
         bench.compare(f"{many} waiters against {few}: {what}, µs for each",
                       [(a[n], b[n]) for a, b in pairs], 1.5, "{:.1f}")

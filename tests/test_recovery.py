@@ -1,0 +1,340 @@
+"""Daemons that end under running commands, and those that follow them.
+
+Every holder has its lock back, under its token and its element, before anybody new is granted; and
+the long test: daemons killed again and again under many clients, and a checker of what they did.
+"""
+import collections
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import time
+
+import pytest
+from fakes import COMPATIBLE
+from world import COUNT, PYTHON, FLOMD, free_port, read, wait_until
+
+NAMES = ("R1", "pool[2]", "red.green", "/a/b", "_s_seq[1]", "_S_seq[1]", "_t_%S#fff[1]")
+ALONE = [name for name in NAMES if name != "red.green"]  # one holder leaves no room
+FULL = ("-q", "2", "-l", "EX")
+QUICK, SOON = ("--recovery-window", "300"), ("--recovery-window", "1000")
+
+
+def report(box):
+    """{resource: {(id, token, element) of each holder}}, {} while no daemon answers."""
+    status, out, _ = box.run("--status", "--json")
+    resources = json.loads(out)["resources"] if status == 0 else []
+    return {entry["name"]: {(holder["id"], holder["token"], holder.get("element"))
+                            for holder in entry["holders"]} for entry in resources}
+
+
+def start(box, *options):
+    """What an init script does: flomd.py ends with 0 when its daemon serves."""
+    done = box.flomd("--no-files", *box.address, *options).end()
+    assert done.status == 0, done
+    return box.the_daemon()
+
+
+@pytest.fixture(params=["local", "tcp"])
+def place(request, box):
+    """A box whose daemon has a socket, or a TCP address."""
+    if request.param == "tcp":
+        box.address = ("-a", "127.0.0.1", "-p", str(free_port()), "--state-dir", box.folder)
+    return box
+
+
+def hold_all(box, *options):
+    """A holder of each kind: {name: (process, gate)}."""
+    gates = {name: box.gate(f"h{n}") for n, name in enumerate(NAMES)}
+    holders = {name: (box.flom("-r", name, *FULL, *options, "--", *gate.command), gate)
+               for name, gate in gates.items()}
+    for gate in gates.values():
+        gate.wait()
+    return holders
+
+
+def end_all(box, holders, waiters):
+    """The holders end well, and only then the waiters are served."""
+    assert not [line for line in box.events() if line.startswith("late")]
+    for name, (holder, gate) in holders.items():
+        gate.open()
+    for name, (holder, gate) in holders.items():
+        assert holder.end().status == 0, (name, holder.err)
+        assert "granted" not in holder.err
+    for waiter in waiters:
+        assert waiter.end().status == 0, waiter.err
+
+
+@pytest.mark.parametrize("place, restart", [("local", "by a client"), ("tcp", "by a client"),
+                                            ("tcp", "by an init script")], indirect=["place"])
+def test_everyone_has_its_lock_back_before_anybody_new_is_granted(place, restart):
+    """After SIGKILL; also who comes while the daemon recovers waits, or is told the truth."""
+    options = SOON + (("-d", "-1") if restart == "by a client" else ("-d", "0"))
+    pid = start(place, "-d", "-1")
+    holders = hold_all(place, *options)
+    waiters = [place.waiter(*options, "-r", name, "--", *place.note("late")) for name in ALONE[:2]]
+    before = report(place)
+    place.kill(pid)
+    if restart == "by an init script":
+        assert start(place, "-d", "-1", *SOON) != pid
+    newcomers = [place.flom("-r", name, "-o", "0", *options, "--", *place.note("late"))
+                 for name in ALONE[2:4]]
+    assert [newcomer.end().status for newcomer in newcomers] == [98] * len(newcomers)
+    assert report(place) == before
+    end_all(place, holders, waiters)
+    assert place.events().count("late") == 2
+
+
+@pytest.mark.parametrize("place, how", [("local", "TERM"), ("tcp", "-X")],
+                         indirect=["place"])
+def test_a_daemon_ended_by_order(place, how):
+    """Waiters are told and end, holders run on; nobody starts a daemon but who comes later, and
+    to the next one the lock is known."""
+    pid = start(place, "-d", "-1")
+    holders = hold_all(place, "-d", "-1")
+    waiter = place.waiter("-d", "-1", "-r", "R1", "--", *place.note("late"))
+    before = report(place)
+    if how == "-X":
+        assert place.run("-X").status == 0
+    else:
+        place.kill(pid, signal.SIGTERM)
+    status, _, err = waiter.end()
+    assert status == 99 and "the daemon is ending: " in err.splitlines()[-1]
+    for holder, _ in holders.values():
+        wait_until(lambda: "is lost: " in holder.err and holder.err.endswith("\n"))
+        assert "it was stopped" in holder.err and holder.err.count("\n") == 1
+    assert place.daemons() == []
+    start(place, "-d", "-1", *SOON)
+    assert place.run("-r", "R1", "-o", "0", "--", *place.note("late")).status == 98
+    assert report(place) == before
+    end_all(place, holders, [])
+
+
+def test_a_daemon_ended_by_order_that_nobody_starts_again(box):
+    pid = start(box, "-d", "-1")
+    holder, gate = box.hold("a", "-d", "-1")
+    box.kill(pid, signal.SIGTERM)
+    wait_until(lambda: "it was stopped" in holder.err)
+    gate.open()
+    assert holder.end().status == 95 and box.daemons() == []
+
+
+def test_values_and_tokens_go_on(box):
+    """A sequence goes on behind the value that was reclaimed (what nobody holds is forgotten);
+    every token is greater than all before it, whichever daemon gave it."""
+    tell = ("--", "sh", "-c", 'echo "$FLOM_TOKEN $0"')
+    box.run("-r", "_s_n[2]", "--", "true")
+    holder, gate = box.hold("a", "-r", "_s_n[2]", *QUICK, "-d", "-1")
+    assert box.events() == ["a start 2"]
+    tokens = []
+    for _ in range(3):
+        token, value = box.run("-r", "_s_n[2]", *QUICK, "-d", "-1", *tell).out.split()
+        tokens.append(int(token))
+        assert value == "3"
+        box.kill(box.the_daemon())
+    assert tokens == sorted(set(tokens)) and len({token >> 32 for token in tokens}) == 3
+    gate.open()
+    assert holder.end().status in (0, 95)
+
+
+def test_the_window_is_over_when_its_time_is(box):
+    """Nobody reclaims: flom and its command are gone as well.  Who comes meanwhile gets no answer
+    that could be wrong, and the lock when the window is over."""
+    pid = start(box, "-d", "-1")
+    holder, gate = box.hold("a", "-d", "0", "--inherit-connection", "no")
+    box.kill(pid)
+    box.kill(holder.pid)
+    gate.open()
+    start(box, "-d", "-1", "--recovery-window", "1500")
+    began = time.monotonic()
+    runs = [box.flom("-o", ms, "-l", "PR", "--", *box.note(ms)) for ms in ("0", "60000")]
+    assert [run.end().status for run in runs] == [0, 0]
+    assert 1 < time.monotonic() - began < 4
+
+
+def mark(box):
+    """Whether the state of the daemon says that somebody holds a lock."""
+    return read(box.socket + ".lock").split()[3] == "1"
+
+
+def test_a_daemon_that_nobody_needed_leaves_no_window(box):
+    """The mark is there while somebody holds a lock, and gone a second later."""
+    pid = start(box, "-d", "-1")
+    assert not mark(box)
+    holder, gate = box.hold("a")
+    assert mark(box)
+    gate.open()
+    assert holder.end().status == 0
+    wait_until(lambda: not mark(box))
+    box.kill(pid)
+    start(box, "-d", "-1")
+    began = time.monotonic()
+    assert box.run("-o", "0", "--", "true").status == 0 and time.monotonic() - began < 1.5
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_end_clears_the_mark_under_a_holder(box, number):
+    pid = start(box, "-d", "-1")
+    holder, gate = box.hold("a", "-d", "0")
+    box.kill(pid, number)
+    assert mark(box)
+    gate.open()
+    assert holder.end().status == 95
+
+
+def test_the_state_is_on_disk_before_anybody_is_served(box):
+    """--state-dir: written and synced, then listen()."""
+    trace = box.path("trace")
+    strace = ["strace", "-f", "-o", trace, "-e", "trace=fsync,fdatasync,pwrite64,listen"]
+    if box.start("sh", "-c", "command -v strace").end().status:
+        pytest.skip("no strace")
+    box.start(*strace, *PYTHON, FLOMD, "--no-files", *box.address, "--state-dir", box.folder,
+              "-d", "0").end()
+    calls = re.findall(r"(?m)^\d+ +(fsync|fdatasync|pwrite64|listen)\(", read(trace))
+    assert calls[:3] in (["pwrite64", "fsync", "listen"], ["pwrite64", "fdatasync", "listen"])
+
+
+@pytest.mark.parametrize("where", ["socket", "state-dir"])
+def test_a_link_in_place_of_the_state_is_not_followed(box, where):
+    precious = box.write("precious", "precious\n")
+    folder = box.path("state")
+    os.mkdir(folder)
+    link = box.socket + ".lock" if where == "socket" else os.path.join(folder, "s.lock")
+    os.symlink(precious, link)
+    done = box.flomd("--no-files", *box.address, "--state-dir", folder).end()
+    assert done.status == 1 and link in done.err and done.err.count("\n") == 1
+    assert read(precious) == "precious\n"
+    wait_until(lambda: not box.daemons())
+
+
+# The long test.  Clients of two boxes, one local, one over TCP, hold and wait for five resources.
+# Each command logs that it enters and that it exits, in between it works for a moment.
+
+WORK = """\
+echo "enter $0 $FLOM_TOKEN ${3:--}" >>"$1"
+sleep "$2"
+echo "exit $0" >>"$1"
+exit "${0##*.}"
+"""
+WISHES = [  # what clients ask for
+    ("R", "-l", "EX"), ("R", "-l", "PR"), ("R", "-l", "PR"), ("pool[3]", "-q", "1"),
+    ("pool[3]", "-q", "2"), ("/a/b", "-l", "EX"), ("/a/c", "-l", "PW"), ("/a", "-l", "CR"),
+    ("one.two",), ("_S_n[2]",)]
+GONE = {"-1": "the daemon is ending: ", "0": "the daemon is ending: |no daemon at .*-d 0 forbids"}
+Run = collections.namedtuple("Run", "name wish flom")
+
+
+class Crowd:
+    """Ten clients of a box, replaced by others when they have ended, and the check of them."""
+
+    def __init__(self, box, seed, lifespan):
+        self.box, self.chance, self.lifespan = box, random.Random(seed), lifespan
+        self.numbers, self.wishes = itertools.count(), itertools.cycle(WISHES)
+        self.running, self.over = [], []
+
+    def fill(self, most):
+        """Starts at most so many clients, until there are as many as there are wishes."""
+        ended = [run for run in self.running if run.flom.poll() is not None]
+        self.over += ended
+        self.running = [run for run in self.running if run not in ended]
+        for _ in range(min(most, len(WISHES) - len(self.running))):
+            self.running.append(self._client(next(self.wishes)))
+
+    def _client(self, wish):
+        name = f"{next(self.numbers)}.{self.chance.choice('0003')}"
+        return Run(name, wish, self.box.flom(
+            "-d", self.lifespan, *QUICK, "-r", *wish, "--", "/bin/sh", "-c", WORK, name,
+            self.box.log, f"{self.chance.uniform(0.05, 0.5):.2f}"))
+
+    def entered(self):
+        """How many commands have begun so far."""
+        if all(run.flom.poll() is not None for run in self.running):
+            self.fill(4)
+        return sum(line.startswith("enter") for line in self.box.events())
+
+    def end(self):
+        """Nobody is forgotten: everyone ends."""
+        for run in self.running:
+            run.flom.wait(timeout=60)
+        self.over += self.running
+
+    def check(self, stops):
+        """Checks what the clients of the box have done; `stops`: how many daemons were stopped by
+        order, after which a waiter ends."""
+        entered = self.check_order()
+        stopped = 0
+        for run in self.over:
+            status, expected, err = run.flom.poll(), int(run.name[-1]), run.flom.err
+            if run.name not in entered:
+                assert status == 99 and re.search(GONE[self.lifespan], err), (run.name, status, err)
+                stopped += "ending" in err
+            elif status == 95:  # its daemon did not come back before the command ended
+                assert expected == 0 and " is lost: " in err, (run.name, err)
+                assert "granted" not in err and "held" not in err, (run.name, err)
+            else:
+                assert status == expected, (run.name, status, err)
+        assert stops or not stopped
+
+    def check_order(self):
+        """No two incompatible commands overlap, and of two of them the later has the greater
+        token; returns the names of those that have run."""
+        wishes, inside, entered, last = {run.name: run.wish for run in self.over}, {}, set(), {}
+        for line in self.box.events():
+            what, name, *rest = line.split()
+            if what == "exit":
+                wish, token, element = inside.pop(name)
+                last[wish, element] = max(token, last.get((wish, element), 0))
+                continue
+            entered.add(name)
+            inside[name] = wish, token, element = wishes[name], int(rest[0]), rest[1]
+            assert fits(list(inside.values())), (line, inside)
+            for (other, label), earlier in last.items():
+                assert earlier < token or fits([(wish, 0, element), (other, 1, label)]), line
+        assert not inside
+        return entered
+
+
+def fits(commands):
+    """Whether these [(wish, token, element)] may run at the same time."""
+    assert len({token for _, token, _ in commands}) == len(commands)
+    units = sum(int(wish[2]) for wish, _, _ in commands if wish[0] == "pool[3]")
+    labels = [wish[:1] + (element,) for wish, _, element in commands
+              if wish[0] in ("one.two", "_S_n[2]")]
+    numbers = [wish for wish, _, _ in commands if wish[0] == "_S_n[2]"]
+    modes = [wish for wish, _, _ in commands if wish[0] == "R" or wish[0][0] == "/"]
+    return units <= 3 and len(set(labels)) == len(labels) and len(numbers) <= 2 and all(
+        agree(*pair) for pair in itertools.combinations(modes, 2))
+
+
+def agree(one, other):
+    """Whether two locks with modes do: the one not above the other, or of compatible modes."""
+    (name, _, mode), (other_name, _, other_mode) = sorted([one, other])
+    related = name == other_name or other_name.startswith(name + "/")
+    return not related or other_mode in COMPATIBLE[mode].split()
+
+
+def test_daemons_killed_under_many_clients(boxes):
+    """By KILL and by TERM, started again by clients or by an init script."""
+    local, network = boxes.make(), boxes.make()
+    network.address = ("-a", "127.0.0.1", "-p", str(free_port()), "--state-dir", network.folder)
+    crowds = [Crowd(local, 1, "-1"), Crowd(network, 2, "0")]
+    stops = [0, 0]
+    for crowd in crowds:
+        start(crowd.box, "-d", "-1")
+        crowd.fill(10)
+    for number in range(COUNT.kills):
+        crowd, ordered = crowds[number % 2], number // 2 % 2
+        stops[number % 2] += ordered
+        entered = crowd.entered()
+        wait_until(lambda: crowd.entered() > entered, 30)
+        crowd.box.kill(crowd.box.the_daemon(), signal.SIGTERM if ordered else signal.SIGKILL)
+        if ordered or crowd.lifespan == "0":
+            crowd.box.flomd("--no-files", *crowd.box.address, "-d", "-1", *QUICK).end()
+        wait_until(lambda: crowd.box.daemons(), 30)
+        for each in crowds:
+            each.fill(4)
+    for crowd, ordered in zip(crowds, stops):
+        crowd.end()
+        crowd.check(ordered)
