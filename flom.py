@@ -63,13 +63,12 @@ class ProtocolError(Exception):
 
 # A message is an XML element `msg`; its end is the bytes </msg>.  The reader takes what FLoM's
 # takes, less comments, CDATA and DOCTYPE: one expression cuts tags, one finds their attributes.
-END = b"</msg>"
-HEADER = '<?xml version="1.0" encoding="UTF-8" ?>'
+END, HEADER = b"</msg>", '<?xml version="1.0" encoding="UTF-8" ?>'
 _PAIR = r"""([A-Za-z_][-\w.]*)\s*=\s*(?:"([^"<]*)"|'([^'<]*)')"""
 _start = re.compile(r"\s*(?:<\?xml\s[^<>?]*\?>)?", re.ASCII).match
 _tag = re.compile(r"\s*<(/?)([A-Za-z_][-\w.]*)((?:\s+%s)*)\s*(/?)>"
                   % re.sub(r"\((?!\?)", "(?:", _PAIR), re.ASCII).match
-_pairs = re.compile(_PAIR, re.ASCII).findall
+_pairs, _whole = re.compile(_PAIR, re.ASCII).findall, re.compile("-?[0-9]{1,19}").fullmatch
 _entity = re.compile(r"&(?:#([0-9]{1,7})|#x([0-9A-Fa-f]{1,6})|(amp|lt|gt|quot|apos));|&")
 _ENTITIES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'"}
 _ESCAPES = {ord(char): f"&{name};" for name, char in _ENTITIES.items() if char != "'"}
@@ -112,7 +111,7 @@ def decode(data):
             inside.append(tag)
         for name in _NUMBERS.keys() & attributes.keys():
             value, (least, greatest) = attributes[name], _NUMBERS[name]
-            if not re.fullmatch("-?[0-9]{1,19}", value) or not least <= int(value) <= greatest:
+            if not _whole(value) or not least <= int(value) <= greatest:
                 raise ProtocolError(f"{name}={value[:40]!r}, not from {least} to {greatest}")
             attributes[name] = int(value)
     if inside or not {"verb", "step"} <= elements.get("msg", {}).keys():
@@ -133,7 +132,8 @@ def tags(data):
             raise ProtocolError(f"unreadable: {text[position:position + 20]!r}")
         closing, name, inner, empty = found.groups()
         pairs = _pairs(inner) if inner else ()
-        attributes = {key: _entity.sub(_character, one or other) for key, one, other in pairs}
+        unescape = functools.partial(_entity.sub, _character) if "&" in inner else str
+        attributes = {key: unescape(one or other) for key, one, other in pairs}
         if len(attributes) < len(pairs):
             raise ProtocolError(f"<{name}> repeats an attribute")
         yield closing, name, attributes, empty

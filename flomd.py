@@ -64,13 +64,12 @@ class ProtocolError(Exception):
 
 # A message is an XML element `msg`; its end is the bytes </msg>.  The reader takes what FLoM's
 # takes, less comments, CDATA and DOCTYPE: one expression cuts tags, one finds their attributes.
-END = b"</msg>"
-HEADER = '<?xml version="1.0" encoding="UTF-8" ?>'
+END, HEADER = b"</msg>", '<?xml version="1.0" encoding="UTF-8" ?>'
 _PAIR = r"""([A-Za-z_][-\w.]*)\s*=\s*(?:"([^"<]*)"|'([^'<]*)')"""
 _start = re.compile(r"\s*(?:<\?xml\s[^<>?]*\?>)?", re.ASCII).match
 _tag = re.compile(r"\s*<(/?)([A-Za-z_][-\w.]*)((?:\s+%s)*)\s*(/?)>"
                   % re.sub(r"\((?!\?)", "(?:", _PAIR), re.ASCII).match
-_pairs = re.compile(_PAIR, re.ASCII).findall
+_pairs, _whole = re.compile(_PAIR, re.ASCII).findall, re.compile("-?[0-9]{1,19}").fullmatch
 _entity = re.compile(r"&(?:#([0-9]{1,7})|#x([0-9A-Fa-f]{1,6})|(amp|lt|gt|quot|apos));|&")
 _ENTITIES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'"}
 _ESCAPES = {ord(char): f"&{name};" for name, char in _ENTITIES.items() if char != "'"}
@@ -113,7 +112,7 @@ def decode(data):
             inside.append(tag)
         for name in _NUMBERS.keys() & attributes.keys():
             value, (least, greatest) = attributes[name], _NUMBERS[name]
-            if not re.fullmatch("-?[0-9]{1,19}", value) or not least <= int(value) <= greatest:
+            if not _whole(value) or not least <= int(value) <= greatest:
                 raise ProtocolError(f"{name}={value[:40]!r}, not from {least} to {greatest}")
             attributes[name] = int(value)
     if inside or not {"verb", "step"} <= elements.get("msg", {}).keys():
@@ -134,7 +133,8 @@ def tags(data):
             raise ProtocolError(f"unreadable: {text[position:position + 20]!r}")
         closing, name, inner, empty = found.groups()
         pairs = _pairs(inner) if inner else ()
-        attributes = {key: _entity.sub(_character, one or other) for key, one, other in pairs}
+        unescape = functools.partial(_entity.sub, _character) if "&" in inner else str
+        attributes = {key: unescape(one or other) for key, one, other in pairs}
         if len(attributes) < len(pairs):
             raise ProtocolError(f"<{name}> repeats an attribute")
         yield closing, name, attributes, empty
@@ -522,8 +522,10 @@ class Resource:
                 if other.serial < request.serial and self.clash(request, other)]
 
     def enqueue(self, request):
-        self.lanes.setdefault(self.lane(request), collections.OrderedDict())[
-            request.session] = request
+        lane = self.lane(request)
+        if lane not in self.lanes:
+            self.lanes[lane] = collections.OrderedDict()
+        self.lanes[lane][request.session] = request
         self.waiting += 1
         request.resource, request.state = self, QUEUED
         for ancestor in request.ancestors:
@@ -1117,7 +1119,7 @@ class LockTable:
         if resource.waiting and self.window_until is None:
             for request in resource.walk(lanes, now):
                 decisions.append(self._promoted(request))
-            for request in list(resource.nested.values()):
+            for request in list(resource.nested.values()) if resource.nested else ():
                 if self._may_pass(request, resource, now):
                     resource.dequeue(request)
                     resource.hold(request, now)
@@ -1319,7 +1321,20 @@ class Session:
         return "{}:{} '{}'".format(*(self.about.get(key, "?") for key in ("host", "pid", "cmd")))
 
     def calls(self, data):
-        """Yields the calls in the bytes received so far; raises ProtocolError."""
+        """The calls in the bytes received so far, as an iterable; raises ProtocolError, perhaps
+        while it is iterated over."""
+        if not self.unread and 0 < len(data) - len(END) == data.find(END) < 506:
+            return [self._call(read_known_message(data))]  # the common case: just one, and short
+        return self._calls(data)
+
+    def _call(self, elements):
+        head = elements["msg"]
+        make_call = self._MESSAGES.get((head["verb"], head["step"]))
+        if make_call is None:
+            raise ProtocolError(f"message {head['verb']}/{head['step']} out of place")
+        return make_call(self, elements)
+
+    def _calls(self, data):
         data, start = self.unread + data, 0
         if data[:1] == TLS_RECORD:
             raise ProtocolError("TLS, where the daemon is configured without")
@@ -1334,11 +1349,7 @@ class Session:
             read = read_known_message if end - start < 512 else read_message
             elements = read(data[start:end])
             start, self.unread = end, b""
-            head = elements["msg"]
-            make_call = self._MESSAGES.get((head["verb"], head["step"]))
-            if make_call is None:
-                raise ProtocolError(f"message {head['verb']}/{head['step']} out of place")
-            yield make_call(self, elements)
+            yield self._call(elements)
 
     def _lock(self, elements):
         wanted = elements.get("resource", {})
@@ -1525,9 +1536,9 @@ class Connection:
 
     def _obey(self, data):
         try:
-            for call in self.session.calls(data):
+            for call, *details in self.session.calls(data):
                 self.daemon.silent.pop(self, None)
-                self.daemon.perform(self, *call)
+                self.daemon._CALLS[call](self.daemon, self, *details)
                 if self.socket is None or self.over:
                     return
         except ProtocolError as error:
@@ -1553,11 +1564,13 @@ class Connection:
     def _flush(self):
         """Writes what can be written; afterwards the poller knows whether something is left."""
         try:
-            self._refill()
+            if self.report is not None:
+                self._refill()
             while self.output:
                 sent = self._transmit()
                 self.output = self.output[sent:]
-                self._refill()
+                if self.report is not None:
+                    self._refill()
         except WOULD_BLOCK:
             pass
         except OSError:
@@ -1622,6 +1635,7 @@ class Connection:
 # TLS.  The handshake is steps of the loop as everything else is; `ssl` is loaded only where it is
 # configured, so its errors are named by the functions that find them.
 
+TLS_ALERT = b"\x15\3\3\0\2\2\x46"  # fatal, protocol version
 TLS_FILES = ("TlsCertificate", "TlsPrivateKey", "TlsCaCertificate")
 
 
@@ -1682,6 +1696,10 @@ class TlsConnection(Connection):
             writing = True
         except OSError as error:
             self.daemon.log.limited(f"{self.peer}: no TLS: {error}")
+            if getattr(error, "reason", "") == "WRONG_VERSION_NUMBER":
+                with contextlib.suppress(OSError):  # plain text: it is to know what is wrong
+                    socket.socket.recv(self.socket, 4096)
+                    socket.socket.send(self.socket, TLS_ALERT)
             self.close()
             return
         if writing != self.writing:
@@ -2157,24 +2175,28 @@ class Daemon:
     def run(self):
         """Serves until it is told to end or nobody needs it."""
         self._rest()
-        while not self._over():
+        handlers = self.poller.handlers
+        while self.ending is None or not self._over():
             first = self._first_date()
             events = self.poller.wait(None if first is None else max(0, first - time.monotonic()))
             self.now = Moment()
             for number, what in events:
-                if number in self.poller.handlers:  # or an event before this one closed it
-                    self._call(self.poller.handlers[number], what)
+                handle = handlers.get(number)  # None when an event before this one closed it
+                try:
+                    handle and handle(what)
+                except Exception:  # a bug: it may cost one connection, never the daemon
+                    self._survive(handle)
             if first is not None and first <= self.now.mono:
                 self._call(self._do_what_is_due)
 
     def _first_date(self):
-        dates = list(self.dates.values())
-        due = self.table.next_deadline()
-        if due is not None:
-            dates.append(due)
-        if self.silent:
-            dates.append(next(iter(self.silent.values())))
-        return min(dates, default=None)
+        first = self.table.next_deadline()
+        for when in self.dates.values():
+            if first is None or when < first:
+                first = when
+        for when in self.silent.values():
+            return when if first is None or when < first else first
+        return first
 
     def _do_what_is_due(self):
         self.apply(self.table.expire(self.now))
@@ -2191,10 +2213,13 @@ class Daemon:
         """Calls what an event or a date is for."""
         try:
             function(*details)
-        except Exception:  # a bug: it may cost one connection, never the daemon
-            self.log.limited(traceback.format_exc(), "error")
-            if isinstance(function.__self__, Connection):
-                function.__self__.close()
+        except Exception:
+            self._survive(function)
+
+    def _survive(self, function):
+        self.log.limited(traceback.format_exc(), "error")
+        if isinstance(function.__self__, Connection):
+            function.__self__.close()
 
     def _rest(self):
         """Begins the last part of the daemon's life once nobody uses it."""
@@ -2902,8 +2927,9 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser():
     """The parser of the settings that concern a daemon, and of what only the daemon has."""
-    parser = Parser(prog="flomd.py", description="The daemon that holds flom's locks.",
-                    add_help=False)
+    parser = Parser(
+        prog="flomd.py", description="The daemon that holds flom's locks.", add_help=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 32, 99))  # else it asks shutil
     add = parser.add_argument
     add("-h", "--help", action="help", help="print this and end")
     add("-v", "--version", action="version", version=f"flomd.py {VERSION}",
@@ -3069,7 +3095,7 @@ def _label(listening):
 
 def prepare(settings, options, log):
     """A daemon that listens; raises CannotServe or SteppedBack."""
-    pair = (int(time.time() * 1000), f"{random.SystemRandom().getrandbits(64):016x}")
+    pair = (int(time.time() * 1000), os.urandom(8).hex())
     if not settings["SocketName"] and "," in (settings["UnicastAddress"] or ""):
         raise CannotServe("a daemon has one address")
     state = open_states(settings, options, log)

@@ -95,7 +95,7 @@ def peer(kind, host, port, files=()):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         context.load_cert_chain(*files)
-    if kind == "unix":
+    if host[0] == "/":
         return socket.AF_UNIX, host, context
     return socket.AF_INET, (host, int(port)), context
 

@@ -74,7 +74,7 @@ REFUSED = {  # what the client shows and trusts: a word in what it says, one in 
     "another authority's certificate": (("stranger", "ca"), "certificate", "no TLS"),
     "an expired certificate": (("expired", "ca"), "certificate", "no TLS"),
     "an authority that did not sign the daemon's": (("good", "other"), "certificate", "no TLS"),
-    "no TLS": (None, "", "no TLS")}
+    "no TLS": (None, "is no lock daemon", "no TLS")}
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -138,11 +138,12 @@ def test_6_several_users(users, shared):
     first = a.start_as("flom.py", *address, "-d", "500", "--", *gate.command)
     wait_until(lambda: gate.started() or first.poll() is not None)
     assert gate.started(), first.end()
-    second = b.start_as("flom.py", *address, "-d", "500", "-o", "0", "--", "echo", "x").end()
+    echo = [*address, "-d", "500", "-o", "0", "--", "echo", "x"]
+    second = b.start_as("flom.py", *echo).end()
     assert second == ((98, "", BUSY) if shared else (0, "x\n", ""))
     gate.open()
     end(first)
-    assert b.start_as("flom.py", *address, "-d", "500", "-o", "0", "--", "echo", "x").end() == (0, "x\n", "")
+    assert b.start_as("flom.py", *echo).end() == (0, "x\n", "")
     for user in users:
         assert os.path.exists(user.default) != shared
         for pid in user.daemons():
