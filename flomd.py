@@ -390,13 +390,12 @@ Decision.__new__.__defaults__ = (None,) * 4
 class Request:
     """What a session asks for: a waiter while it is queued, a holder once it is granted."""
     ident = None  # of the client's lock, for nested requests and reclaims
-    parents = ancestors = ()  # ids of the locks it is nested in; those that are held, as requests
-    below = ()  # the queued requests nested in this one
+    parents = ()  # ids of the locks it is nested in
     patient = False  # it ends by itself, or its user says so: never a deadlock
     reclaim = element = None  # the token and the element of a lock that the session says it has
     key = path = resource = None  # name of the resource, node in a tree, the resource itself
     token = behind = None  # behind: the waiter found to be in its way
-    serial = since = 0  # order of arrival, s since 1970
+    serial = since = held_since = 0  # order of arrival; s since 1970 of arrival and of the grant
 
     def __init__(self, session, name, mode=0, quantity=1, wait=0, create=0, lifespan=0):
         self.session, self.name, self.mode, self.quantity = session, name, mode, quantity
@@ -404,9 +403,9 @@ class Request:
         self.state = NEW
 
     def copy(self):
-        """Another request of the same session, in no place yet and with nobody below it."""
+        """Another request of the same session, in no place yet."""
         other = copy.copy(self)
-        other.below, other.behind, other.state = (), None, NEW
+        other.behind, other.state = None, NEW
         return other
 
     def same(self, other):
@@ -431,9 +430,9 @@ class Resource:
     # What a kind says.
 
     @classmethod
-    def accepts(cls, name):
-        """Whether a resource of this name can do its work at all."""
-        return True
+    def refusal(cls, name):
+        """The verdict on every request for this name, None when the resource can do its work."""
+        return None
 
     def possible(self, request):
         """Whether the request can be granted at all, ever."""
@@ -479,6 +478,11 @@ class Resource:
     def retry_at(self, now):
         """The time (monotonic) at which a waiter may fit without any release, or None."""
         return None
+
+    def remember(self, request):
+        """Notes a grant for those who reclaim."""
+        mode = request.mode
+        self.last_tokens[mode] = max(self.last_tokens[mode], request.token)
 
     def reclaimable(self, request):
         """Whether no grant since the token of the reclaim can have conflicted with it."""
@@ -528,11 +532,6 @@ class Resource:
         self.lanes[lane][request.session] = request
         self.waiting += 1
         request.resource, request.state = self, QUEUED
-        for ancestor in request.ancestors:
-            ancestor.below = ancestor.below or set()
-            ancestor.below.add(request)
-        if request.ancestors:
-            self.nested[request.session] = request
 
     def dequeue(self, request):
         lane = self.lane(request)
@@ -542,13 +541,11 @@ class Resource:
         self.waiting -= 1
         request.state, request.behind = NEW, None
         self.nested.pop(request.session, None)
-        for ancestor in request.ancestors:
-            ancestor.below.discard(request)
 
     def hold(self, request, now):
         """Makes the request a holder."""
         request.element = self.take(request, now)
-        request.resource, request.state = self, HELD
+        request.resource, request.state, request.held_since = self, HELD, now.wall
         self.holders[request.session] = request
 
     def walk(self, lanes, now):
@@ -615,6 +612,10 @@ class Numeric(Resource):
         super().__init__(name, first_fit)
         self.free = self.units = size_of(name)
 
+    @classmethod
+    def refusal(cls, name):
+        return None if size_of(name) else IMPOSSIBLE
+
     def possible(self, request):
         return request.quantity <= self.units
 
@@ -629,6 +630,15 @@ class Numeric(Resource):
 
     def lane(self, request):
         return request.quantity if self.first_fit else None
+
+    def near(self, request):
+        """Under first-fit, those for whom the units of the request were the last to be missing."""
+        if not self.first_fit:
+            return self.lanes
+        missing = range(self.free - request.quantity + 1, self.free + 1)
+        if len(missing) < len(self.lanes):
+            return [quantity for quantity in missing if quantity in self.lanes]
+        return [quantity for quantity in self.lanes if quantity in missing]
 
 
 class Set(Resource):
@@ -665,10 +675,11 @@ class Set(Resource):
 
 class Node:
     """A node of a tree that holders or waiters stand on or below: their numbers by mode."""
-    __slots__ = ("path", "children", "held", "held_below", "queued", "queued_below")
+    __slots__ = ("path", "children", "awaited", "held", "held_below", "queued", "queued_below")
 
     def __init__(self, path):
         self.path, self.children = path, {}
+        self.awaited = {}  # those of the children that waiters stand on or below
         self.held, self.held_below = [0] * len(MODES), [0] * len(MODES)
         self.queued, self.queued_below = [0] * len(MODES), [0] * len(MODES)
 
@@ -680,18 +691,21 @@ class Hierarchical(Resource):
     """A tree: a request must be compatible with those on its node, above it and below it.
 
     Every node counts what is held and queued on it and below it, so a request is checked by
-    walking down its path; nodes that nobody uses are removed.  The tokens of the last grants are
-    those of the whole tree, so a reclaim may be refused that could have been granted.
+    walking down its path; nodes that nobody uses are removed.  Of the grants a few are remembered
+    with their nodes: a reclaim that is older than those is refused if there was any grant since, be
+    it on another branch.
     """
     has_modes = True
+    REMEMBERED = 100  # grants
 
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
         self.root = Node(())
+        self.recent = collections.deque(maxlen=self.REMEMBERED)  # (token, path, mode)
 
     @classmethod
-    def accepts(cls, name):
-        return name.count("/") <= DEEPEST
+    def refusal(cls, name):
+        return None if name.count("/") <= DEEPEST else INVALID_NAME
 
     @staticmethod
     def _path(request):
@@ -720,6 +734,12 @@ class Hierarchical(Resource):
             node = node.children[level]
             nodes.append(node)
         getattr(node, at)[mode] += difference
+        if at == "queued":
+            for above, node in zip(nodes, nodes[1:]):
+                if any(node.queued) or any(node.queued_below):
+                    above.awaited[node.path[-1]] = node
+                else:
+                    above.awaited.pop(node.path[-1], None)
         while len(nodes) > 1 and nodes[-1].empty():
             del nodes[-2].children[nodes.pop().path[-1]]
 
@@ -753,12 +773,12 @@ class Hierarchical(Resource):
         path, node, depth = self._path(request), None, -1
         for depth, node in enumerate(self._nodes(path)):
             yield from ((node.path, mode) for mode in modes if node.queued[mode])
-        below = list(node.children.values()) if depth == len(path) else []
+        below = list(node.awaited.values()) if depth == len(path) else []
         while below:
             node = below.pop()
             yield from ((node.path, mode) for mode in modes if node.queued[mode])
             if any(node.queued_below[mode] for mode in modes):
-                below.extend(node.children.values())
+                below.extend(node.awaited.values())
 
     def rivals(self, request):
         return self._lanes(request, CONFLICTS[request.mode])
@@ -767,9 +787,21 @@ class Hierarchical(Resource):
         return list(self._lanes(request, CONFLICTS[request.mode]))
 
     def clash(self, one, other):
-        shorter = min(len(self._path(one)), len(self._path(other)))
-        return (other.mode in CONFLICTS[one.mode]
-                and one.path[:shorter] == other.path[:shorter])
+        return self._clash(one, self._path(other), other.mode)
+
+    def _clash(self, request, path, mode):
+        shorter = min(len(self._path(request)), len(path))
+        return mode in CONFLICTS[request.mode] and request.path[:shorter] == path[:shorter]
+
+    def remember(self, request):
+        super().remember(request)
+        self.recent.append((request.token, self._path(request), request.mode))
+
+    def reclaimable(self, request):
+        if len(self.recent) == self.REMEMBERED and self.recent[0][0] > request.reclaim:
+            return super().reclaimable(request)
+        return not any(token > request.reclaim and self._clash(request, path, mode)
+                       for token, path, mode in self.recent)
 
 
 class Pool(Resource):
@@ -816,7 +848,8 @@ class Sequence(Pool):
 
     def could_have(self, request):
         value = request.element or ""
-        return bool(re.fullmatch("[1-9][0-9]{0,9}", value)) and int(value) <= self.GREATEST
+        return (bool(re.fullmatch("[1-9][0-9]{0,9}", value)) and int(value) <= self.GREATEST
+                and all(holder.element != value for holder in self.holders.values()))
 
 
 class Timestamp(Pool):
@@ -839,11 +872,14 @@ class Timestamp(Pool):
         return None
 
     @classmethod
-    def accepts(cls, name):
+    def refusal(cls, name):
         """A format in which two grants could not be told apart is refused."""
-        return cls._resolution(name) is not None
+        return None if cls._resolution(name) else INVALID_NAME
 
     stand_in = Pool
+
+    def could_have(self, request):
+        return request.element is not None and bool(re.fullmatch("[ -~]+", request.element))
 
     def fits(self, request, now):
         return self.has_room(request) and (
@@ -907,6 +943,8 @@ class LockTable:
         self.holding = self.waiting = 0
         self.last_token = epoch << 32
         self._by_id = {}  # id: the holder with it
+        self._below = {}  # id: {waiter: None}, the waiters nested in the lock with it
+        self._new_ways = False  # some may wait for others that they did not wait for before
         self._due = []
         self._serial = 0
 
@@ -916,21 +954,19 @@ class LockTable:
         """A session asks; it gets one decision, others may get more (those woken by it)."""
         decisions, before = [], self.requests.get(request.session)
         if before is not None:
-            if before.state is HELD or request.wait and request.same(before):
+            if self._is_repeated(before, request):
                 return [self._repeated(before, request)]
             decisions = self._forget(before, now)
         self._serial += 1
         request.serial, request.since = self._serial, now.wall
         self.requests[request.session] = request
-        request.ancestors = [self._by_id[ident] for ident in request.parents
-                             if ident in self._by_id]
-        return decisions + self._place(request, now)
+        return self._let_pass(decisions + self._place(request, now), now)
 
     def release(self, session, committed, now):
         """The holder lets go; committed: its command succeeded."""
         request = self.requests[session]
         request.resource.give_back(request, committed)
-        return self._forget(request, now)
+        return self._let_pass(self._forget(request, now), now)
 
     def gone(self, session, now):
         """The session has ended, whatever it held or waited for."""
@@ -939,7 +975,7 @@ class LockTable:
             return []
         if request.state is HELD:
             return self.release(session, False, now)
-        return self._forget(request, now)
+        return self._let_pass(self._forget(request, now), now)
 
     def expire(self, now):
         """Does what is due at `now`."""
@@ -954,7 +990,7 @@ class LockTable:
             if resource.due == when:
                 resource.due = None
                 decisions += self._settle(resource, list(resource.lanes), now)
-        return decisions
+        return self._let_pass(decisions, now)
 
     def next_deadline(self):
         """The monotonic time at which expire() is to be called, or None."""
@@ -975,8 +1011,18 @@ class LockTable:
     # From the request to its place.
 
     @staticmethod
+    def _is_repeated(before, request):
+        """Whether a session that has a request keeps it, and with it its place."""
+        if before.state is PARKED and request.create or before.state is DEFERRED:
+            return False
+        return before.state is HELD or bool(request.wait) and request.same(before)
+
+    @staticmethod
     def _repeated(before, request):
         """The answer to a second request of a session that has one."""
+        if before.name == request.name:
+            kept = before if before.state is PARKED else before.resource
+            kept.lifespan = max(kept.lifespan, request.lifespan)
         if before.state is HELD:
             if ((before.name, before.mode) == (request.name, request.mode)
                     and request.quantity <= before.quantity):
@@ -991,8 +1037,9 @@ class LockTable:
         resource = self.resources.get(name)
         if resource is None:
             kind = kind_of(name)
-            if kind is None or not KINDS[kind].accepts(name):
-                return self._refuse(request, INVALID_NAME)
+            refusal = INVALID_NAME if kind is None else KINDS[kind].refusal(name)
+            if refusal is not None:
+                return self._refuse(request, refusal)
             if kind == "hierarchical":
                 request.key = "/" + name.split("/", 2)[1]
                 resource = self.resources.get(request.key)
@@ -1015,7 +1062,8 @@ class LockTable:
         decisions = self._admit(request, resource, now)
         for other in self.parked.pop(request.key, {}).values():
             self.waiting -= 1
-            other.state = NEW
+            self._serial += 1
+            other.state, other.serial = NEW, self._serial
             resource.lifespan = max(resource.lifespan, other.lifespan)
             decisions += self._admit(other, resource, now)
         self._look_again(resource, now)
@@ -1052,12 +1100,29 @@ class LockTable:
         return self._enqueue(request, resource, now)
 
     def _enqueue(self, request, resource, now):
-        resource.enqueue(request)
-        self.waiting += 1
+        self._queue(request, resource)
         if self.window_until is None and self._hopeless(request, now):
             return self._refuse(request, DEADLOCK, self._cycle(request))
         self._look_again(resource, now)
         return [Decision(request.session, ENQUEUED, position=resource.waiting)]
+
+    def _queue(self, request, resource):
+        resource.enqueue(request)
+        self.waiting += 1
+        for ident in request.parents:
+            self._below.setdefault(ident, {})[request] = None
+        if self._ancestors(request):
+            resource.nested[request.session] = request
+            self._new_ways = True
+
+    def _dequeued(self, request):
+        self.waiting -= 1
+        for ident in request.parents:
+            below = self._below.get(ident, {})
+            below.pop(request, None)
+            if not below:
+                self._below.pop(ident, None)
+        return request
 
     def _grant(self, request, resource, now):
         resource.hold(request, now)
@@ -1068,10 +1133,15 @@ class LockTable:
         """Keeps the books of a new holder."""
         resource = request.resource
         request.token, resource.idle_since = token, None
-        resource.last_tokens[request.mode] = max(resource.last_tokens[request.mode], token)
+        resource.remember(request)
         self.holding += 1
         if request.ident and request.ident not in self._by_id:
             self._by_id[request.ident] = request
+            for waiter in self._below.get(request.ident, ()):
+                waiter.resource.nested[waiter.session] = waiter
+                self._new_ways = True
+        # those that waited for the clock may wait for the holders now
+        self._new_ways = self._new_ways or isinstance(resource, Timestamp)
         return Decision(request.session, OK, request.element, token)
 
     def _full(self):
@@ -1082,10 +1152,9 @@ class LockTable:
         self.deferred[request.session] = now.mono + DEFER
         return []
 
-    def _refuse(self, request, verdict, reason=None):
-        """The final decision of a request that gets nothing."""
-        self._forget(request, None)
-        return [Decision(request.session, verdict, reason=reason)]
+    def _refuse(self, request, verdict, reason=None, now=None):
+        """The final decision of a request that gets nothing; `now` if others may be behind it."""
+        return [Decision(request.session, verdict, reason=reason)] + self._forget(request, now)
 
     # Away again.
 
@@ -1101,7 +1170,7 @@ class LockTable:
                 del self._by_id[request.ident]
         elif state is QUEUED:
             resource.dequeue(request)
-            self.waiting -= 1
+            self._dequeued(request)
         elif state is PARKED:
             del self.parked[request.key][session]
             if not self.parked[request.key]:
@@ -1110,32 +1179,49 @@ class LockTable:
         self.deferred.pop(session, None)
         request.state = NEW
         if state in (HELD, QUEUED) and now is not None:
-            return self._settle(resource, resource.near(request), now)
+            in_the_way = state is HELD or not self.first_fit
+            return self._settle(resource, resource.near(request) if in_the_way else (), now)
         return []
 
     def _settle(self, resource, lanes, now):
         """Grants what can be granted in these lanes, and sees to the resource's next date."""
-        decisions = []
+        granted = []
         if resource.waiting and self.window_until is None:
-            for request in resource.walk(lanes, now):
-                decisions.append(self._promoted(request))
-            for request in list(resource.nested.values()) if resource.nested else ():
-                if self._may_pass(request, resource, now):
-                    resource.dequeue(request)
-                    resource.hold(request, now)
-                    decisions.append(self._promoted(request))
+            granted = [self._dequeued(request) for request in resource.walk(lanes, now)]
+            granted += self._passing(resource, now)
+            granted.sort(key=operator.attrgetter("serial"))
         self._look_again(resource, now)
+        return [self._promoted(request) for request in granted]
+
+    def _passing(self, resource, now):
+        """Makes holders of the nested requests that may pass those ahead of them."""
+        granted = []
+        for request in sorted(resource.nested.values(), key=operator.attrgetter("serial")):
+            if self._may_pass(request, resource, now):
+                resource.dequeue(request)
+                resource.hold(request, now)
+                granted.append(self._dequeued(request))
+        return granted
+
+    def _let_pass(self, decisions, now):
+        """Adds the nested requests that need not wait for those ahead of them any more because
+        those have come to wait, somewhere else, for an ancestor."""
+        while self._new_ways and self.window_until is None:
+            self._new_ways = False
+            for resource in {waiter.resource: None for waiter in self._all_nested()}:
+                decisions += [self._promoted(request) for request in self._passing(resource, now)]
         return decisions
 
     def _promoted(self, request):
-        self.waiting -= 1
         self.last_token += 1
         return self._granted(request, self.last_token)
 
     def _look_again(self, resource, now):
         """Destroys the resource if its idle life is over, or sets the date for the next look."""
         if resource.holders or resource.waiting:
-            resource.idle_since, when = None, resource.retry_at(now)
+            resource.idle_since = when = None
+            if self.window_until is None:
+                when = resource.retry_at(now)
         else:
             if resource.idle_since is None:
                 resource.idle_since = now.mono
@@ -1172,6 +1258,7 @@ class LockTable:
         request.element = before.element
         self._forget(before, None)
         resource.hold(request, now)
+        request.held_since = before.held_since
         return [self._granted(request, before.token), Decision(before.session, None)]
 
     def _end_window(self, now):
@@ -1180,9 +1267,9 @@ class LockTable:
         for resource in list(self.resources.values()):
             if resource.waiting:
                 decisions += self._settle(resource, list(resource.lanes), now)
-            for request in list(resource.nested.values()):
-                if self._hopeless(request, now):
-                    decisions += self._refuse(request, DEADLOCK, self._cycle(request))
+        for request in sorted(self._all_nested(), key=operator.attrgetter("serial"), reverse=True):
+            if request.state is QUEUED and self._hopeless(request, now):
+                decisions += self._refuse(request, DEADLOCK, self._cycle(request), now)
         for session in list(self.deferred):
             del self.deferred[session]
             decisions += self._place(self.requests[session], now)
@@ -1190,13 +1277,26 @@ class LockTable:
 
     # Nested requests and deadlock.
 
+    def _ancestors(self, request):
+        """The holders under whose commands the request was made."""
+        return [self._by_id[ident] for ident in request.parents if ident in self._by_id]
+
+    def _stuck(self, holder):
+        """The waiters without which the holder's command will not end."""
+        return self._below.get(holder.ident, ()) if self._by_id.get(holder.ident) is holder else ()
+
+    def _all_nested(self):
+        """All waiters that have an ancestor, each once."""
+        return {waiter: None for ident, below in self._below.items() if ident in self._by_id
+                for waiter in below}
+
     def _may_pass(self, request, resource, now):
         """Whether the request fits, and all that it would wait for wait for its ancestors."""
-        return bool(request.ancestors) and resource.fits(request, now) and all(
-            self._way(waiter, request.ancestors) for waiter in resource.ahead(request))
+        ancestors = self._ancestors(request)
+        return bool(ancestors) and resource.fits(request, now) and all(
+            self._way(waiter, ancestors) for waiter in resource.ahead(request))
 
-    @staticmethod
-    def _way(start, goals):
+    def _way(self, start, goals):
         """The shortest way, as a list of requests, on which `start` waits for one of `goals`: from
         a waiter to the holders and waiters in its way, from a holder to the queued requests below
         it.  Empty when there is none."""
@@ -1212,7 +1312,7 @@ class LockTable:
             if request.state is QUEUED:
                 beyond = request.resource.opponents(request) + request.resource.ahead(request)
             else:
-                beyond = request.below
+                beyond = self._stuck(request)
             for other in beyond:
                 if other not in came_from:
                     came_from[other] = request
@@ -1221,53 +1321,49 @@ class LockTable:
 
     def _hopeless(self, request, now):
         """Whether a nested request can never be granted, as far as anybody knows."""
-        if not request.ancestors or request.patient:
+        if request.patient or not self._ancestors(request):
             return False
-        copy, shadows = self._copy_around(request, now)
-        ending = [holder for holder in copy.requests.values()
-                  if holder.state is HELD and not holder.below]
-        while ending:
-            for decision in copy.gone(ending.pop().session, now):
-                granted = copy.requests[decision.session]
-                if granted is shadows[request]:
-                    return False
-                ending.extend(holder for holder in [granted] + granted.ancestors
-                              if holder.state is HELD and not holder.below)
-        return True
+        copy = self._copy_around(request, now)
+        for resource in list(copy.resources.values()):
+            copy._settle(resource, list(resource.lanes), now)
+        wanted, ending = copy.requests[request.session], list(copy.requests.values())
+        while ending and wanted.state is QUEUED:
+            holder = ending.pop()
+            if holder.state is HELD and not copy._stuck(holder):
+                for decision in copy.gone(holder.session, now):
+                    granted = copy.requests[decision.session]
+                    ending += [granted] + copy._ancestors(granted)
+        return wanted.state is QUEUED
 
     def _copy_around(self, request, now):
         """A table of copies of all resources and requests that can matter for the request; those
-        that end by themselves are left out.  Also returns the copy of each request."""
-        copy, shadows, todo, seen = LockTable(self.first_fit), {}, [request.resource], set()
+        that end by themselves are left out."""
+        copy, todo, found = LockTable(self.first_fit), [request.resource], {}
         while todo:
             resource = todo.pop()
-            if resource in seen:
-                continue
-            seen.add(resource)
-            fresh = resource.stand_in(resource.name, self.first_fit)
-            copy.resources[resource.name] = fresh
+            if resource.name not in found:
+                found[resource.name] = resource
+                todo.extend(waiter.resource for holder in resource.holders.values()
+                            for waiter in self._stuck(holder))
+        for resource in found.values():
+            fresh = copy.resources[resource.name] = resource.stand_in(resource.name, self.first_fit)
             for holder in resource.holders.values():
-                shadows[holder] = holder.copy()
-                fresh.hold(shadows[holder], now)
-                todo.extend(nested.resource for nested in holder.below or ())
+                shadow = copy.requests[holder.session] = holder.copy()
+                fresh.hold(shadow, now)
+                if self._by_id.get(holder.ident) is holder:
+                    copy._by_id[holder.ident] = shadow
+        for resource in found.values():
             for waiter in resource.waiters():
-                if not waiter.patient:
-                    shadows[waiter] = waiter.copy()
-                    fresh.enqueue(shadows[waiter])
-        for shadow in shadows.values():
-            shadow.ancestors = [shadows[other] for other in shadow.ancestors if other in shadows]
-            copy.requests[shadow.session] = shadow
-            for ancestor in shadow.ancestors:
-                if shadow.state is QUEUED:
-                    ancestor.below = ancestor.below or set()
-                    ancestor.below.add(shadow)
-                    shadow.resource.nested[shadow.session] = shadow
-        return copy, shadows
+                if not waiter.patient or waiter is request:
+                    shadow = copy.requests[waiter.session] = waiter.copy()
+                    copy._queue(shadow, copy.resources[resource.name])
+        return copy
 
     def _cycle(self, request):
         """One line that names the resources and holders for which a hopeless request waits."""
-        way = self._way(request, request.ancestors)
-        links = [f"{holder.name} is held by {holder.session}" for holder in way if holder.state is HELD]
+        way = self._way(request, self._ancestors(request))
+        links = [f"{holder.name} is held by {holder.session}" for holder in way
+                 if holder.state is HELD]
         return (", which waits: ".join(links) + ", under which this command runs; a command in the "
                 "background may use --deadlock wait")
 
@@ -1366,7 +1462,7 @@ class Session:
         if "client" in about:
             self.ours, self.about = True, dict(about)
             request.ident = about.get("id")
-            request.parents = tuple(about.get("parent", "").split(",")[:8])
+            request.parents = tuple(filter(None, about.get("parent", "").split(",")[:8]))
             request.patient = wanted.get("deadlock") == "wait"
             request.reclaim, request.element = wanted.get("reclaim"), wanted.get("held")
             if request.reclaim is None:
@@ -1437,26 +1533,30 @@ def held_by(resource, now):
     if not resource.holders:
         return "held by nobody"
     first = next(iter(resource.holders.values()))
-    seconds = int(max(0, now.wall - first.since))
+    seconds = int(max(0, now.wall - first.held_since))
     others = f" and {len(resource.holders) - 1} more" if len(resource.holders) > 1 else ""
     return (f"held by {first.session} for "
             f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}{others}")
 
 
-def report(table, introduction):
+def report(table, introduction, now):
     """Yields the pieces of the report: `introduction`, then one piece for each resource, then the
-    parked requests.  Pieces are made as they are sent, so a resource may be newer than another."""
+    parked requests.  Pieces are made as they are sent, so a resource may be newer than another;
+    idle times are those of `now`."""
     yield introduction
     for resource in list(table.resources.values()):
-        yield _resource_report(resource)
+        yield _resource_report(resource, now)
     for queue in list(table.parked.values()):
         for request in queue.values():
             yield element("parked", ("name", encode_name(request.name)), *_who(request))
     yield END.decode()
 
 
-def _resource_report(resource):
-    idle = -1 if resource.idle_since is None else resource.lifespan
+def _resource_report(resource, now):
+    idle = -1
+    if resource.idle_since is not None:
+        left = resource.idle_since + resource.lifespan / 1000 - now.mono
+        idle = max(0, round(left * 1000))
     kind = kind_of(resource.name)
     opening = element("resource", ("name", encode_name(resource.name)), ("kind", kind),
                       ("idle", idle), end=">")
@@ -1471,11 +1571,13 @@ def _who(request):
     """The attributes that a holder, a waiter and a parked request have in common."""
     about, kind = request.session.about, kind_of(request.name)
     tree = kind == "hierarchical"
-    return (("id", request.ident), ("peer", printable(request.session.connection.peer)),
+    told = [("id", request.ident), ("peer", request.session.connection.peer),
             *((name, about.get(name)) for name in ("host", "pid", "user", "cmd")),
+            ("element", request.element)]
+    return (*((name, text and printable(text)) for name, text in told),
             ("mode", request.mode if kind in ("simple", "hierarchical") else None),
             ("quantity", request.quantity if kind == "numeric" else None),
-            ("element", request.element), ("since", int(request.since)),
+            ("since", int(request.held_since or request.since)),
             ("node", encode_name(request.name) if tree else None))
 
 
@@ -2382,7 +2484,7 @@ class Daemon:
         introduction = (Session.first_to_ours + '<answer rc="0"/>' + element(
             "daemon", ("version", VERSION), ("since", self.pair[0] // 1000),
             ("policy", self.settings["Policy"]), ("listening", " ".join(listening))))
-        connection.send_report(report(self.table, introduction))
+        connection.send_report(report(self.table, introduction, self.now))
 
     def _shutdown(self, connection, immediate):
         refusal = self._may_stop(connection)

@@ -71,11 +71,11 @@ class Stream:
         step = self.chance.choice([1, 7, 100, len(data), len(data)]) if len(data) < 3000 else 65536
         for start in range(0, len(data), max(1, step)):
             connection.sendall(data[start:start + step])
-        if self.chance.random() < 0.5:
-            if select.select([connection], [], [], 0)[0]:
-                connection.recv(4096)
         if self.chance.random() < 0.3:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        if self.chance.random() < 0.5 and select.select([connection], [], [], 0)[0]:
+            connection.settimeout(0.01)  # with TLS it may be no answer that can be read
+            connection.recv(4096)
 
 
 class Datagrams:

@@ -189,8 +189,9 @@ class Relay(threading.Thread):
                 self._reset([one for pair in self.pairs for one in pair[:order or 2]])
                 self.done.release()
             elif self.listener in ready:
-                self.pairs.append((self.listener.accept()[0], socket.create_connection(self.target)))
-                for one in self.pairs[-1]:
+                pair = self.listener.accept()[0], socket.create_connection(self.target)
+                self.pairs.append(pair)
+                for one in pair:
                     self.selector.register(one, selectors.EVENT_READ)
             else:
                 self._pass(ready[0])
@@ -279,7 +280,8 @@ def test_a_cable_that_is_cut(hosts):
     one that nobody was granted is had back."""
     one, two = hosts(2)
     address, soon = ("-a", one.ipv4), ("--tcp-keepalive-intvl", "1", "--tcp-keepalive-probes", "1")
-    assert one.run(*address, *soon, "--tcp-keepalive-time", "3", "-d", "-1", "--", "true").status == 0
+    options = (*address, *soon, "--tcp-keepalive-time", "3", "-d", "-1")
+    assert one.run(*options, "--", "true").status == 0
     quick = "flom.KEEPALIVE, flom.RECOVERY_WINDOW, flom.NOTICE = (1, 1, 1), 300, 0.05"
     old = {name: two.gate(name) for name in ("warn", "term", "lone")}
     new = {name: one.gate("new-" + name) for name in ("warn", "term")}
