@@ -1658,7 +1658,8 @@ def show_status(options, settings):
 
 def show_signals(options, settings):
     """--signal-list, four in a line."""
-    known = {int(number): number.name for number in signal.Signals}
+    known = {16: "SIGSTKFLT"}  # Linux; Python has it from 3.11 on
+    known.update((int(number), number.name) for number in signal.Signals)
     put("".join(f"{number}) {known[number]}\t" + "\n" * (number % 4 == 0)
                 for number in range(1, 32) if number in known), sys.stdout)
 
@@ -1698,11 +1699,21 @@ def stop_daemon(options, settings):
             data = decode(data).get("answer", {}).get("reason")
         raise DaemonUnavailable(f"{connection.where} refuses: {data or 'it gives no reason'}")
     until = clock() + 1
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        while immediate and pid and clock() < until:
-            os.kill(pid, 0)
-            time.sleep(0.01)
+    while immediate and pid and clock() < until and is_running(pid):
+        time.sleep(0.01)
     return 0
+
+
+def is_running(pid):
+    """Whether a process of this user runs; one that only waits to be buried does not."""
+    try:
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(") ")[2][:1] != "Z"
+    except FileNotFoundError:
+        return True  # no /proc here
+    except (ProcessLookupError, PermissionError):
+        return False
 
 
 def run_command(options, settings):
