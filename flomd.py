@@ -1640,7 +1640,7 @@ class Connection:
         try:
             for call, *details in self.session.calls(data):
                 self.daemon.silent.pop(self, None)
-                self.daemon._CALLS[call](self.daemon, self, *details)
+                self.daemon.CALLS[call](self.daemon, self, *details)
                 if self.socket is None or self.over:
                     return
         except ProtocolError as error:
@@ -1660,19 +1660,16 @@ class Connection:
 
     def send_report(self, pieces):
         """Sends the pieces of a status report as the client takes them, then half-closes."""
-        self.report = pieces
-        self._flush()
+        if self.report is None:
+            self.report = pieces
+            self._flush()
 
     def _flush(self):
         """Writes what can be written; afterwards the poller knows whether something is left."""
         try:
-            if self.report is not None:
-                self._refill()
             while self.output:
                 sent = self._transmit()
                 self.output = self.output[sent:]
-                if self.report is not None:
-                    self._refill()
         except WOULD_BLOCK:
             pass
         except OSError:
@@ -1683,15 +1680,18 @@ class Connection:
             self.daemon.poller.change(self.socket, self.handle, self.writing)
         if self.over and not self.output:
             self._shut()
-
-    def _refill(self):
-        """Takes the next pieces of the report: a few hundred at a turn."""
         if self.report is not None and len(self.output) < 65536:
+            self.daemon.report_soon(self)
+
+    def refill(self):
+        """Takes the next pieces of the report, a few hundred."""
+        if self.socket is not None:
             pieces = list(itertools.islice(self.report, 300))
             self.output += "".join(pieces).encode("ascii")
             if not pieces:
                 self.report = None
                 self.finish()
+            self._flush()
 
     def finish(self):
         """Half-closes once everything is written; the client has PATIENCE to close its side."""
@@ -2271,6 +2271,7 @@ class Daemon:
         self.most_clients = options.max_clients or most_files() - RESERVE
         self.ending = None  # why; "quiesce" and "drain" wait for those that are served
         self.curious = set()  # sessions that want to know their place
+        self.reporting = collections.OrderedDict()  # connections whose report goes on
         self.quiet_since = self.now.mono  # when the last lock was released
         self._decisions, self._applying = collections.deque(), False
 
@@ -2390,10 +2391,6 @@ class Daemon:
 
     # What clients want.
 
-    def perform(self, connection, call, *details):
-        """Does what a session calls for."""
-        self._CALLS[call](self, connection, *details)
-
     def apply(self, decisions):
         """Tells the sessions; closing one while telling may bring more decisions."""
         if not decisions:
@@ -2486,6 +2483,16 @@ class Daemon:
             ("policy", self.settings["Policy"]), ("listening", " ".join(listening))))
         connection.send_report(report(self.table, introduction, self.now))
 
+    def report_soon(self, connection):
+        """One report at a turn of the loop goes on, however many are wanted."""
+        self.reporting[connection] = None
+        self.dates[self._report] = 0
+
+    def _report(self):
+        self.reporting.popitem(last=False)[0].refill()
+        if self.reporting:
+            self.dates[self._report] = 0
+
     def _shutdown(self, connection, immediate):
         refusal = self._may_stop(connection)
         if refusal:
@@ -2512,8 +2519,8 @@ class Daemon:
             return None
         return "another host may not, without --allow-remote-shutdown on the daemon"
 
-    _CALLS = {"lock": _lock, "unlock": _unlock, "send": _send, "status": _status,
-              "shutdown": _shutdown}
+    CALLS = {"lock": _lock, "unlock": _unlock, "send": _send, "status": _status,
+             "shutdown": _shutdown}
 
     # The end.
 

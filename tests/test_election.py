@@ -54,6 +54,16 @@ def serving(host, *options):
     return daemon
 
 
+def some_run(hosts, *options):
+    """The same where TCP suffers, too: some may give up, but those that run do so in turn."""
+    first = len(hosts[0].events())
+    clients = [host.flom(*options, "--", *turn(host, f"h{host.number}")) for host in hosts]
+    statuses = [client.end(60).status for client in clients]
+    assert 0 in statuses and set(statuses) <= {0, 98, 99}
+    print("ran under losses:", statuses.count(0), "of", len(hosts))
+    assert took_turns(hosts[0], first, statuses.count(0)), hosts[0].events()[first:]
+
+
 def test_hosts_at_the_same_moment(hosts):
     """Nobody knows anybody: one daemon serves, all commands run one at a time."""
     all_hosts = hosts(SIZE)
@@ -114,7 +124,7 @@ def test_datagrams_are_lost(hosts):
                                "true") for host in all_hosts]
             assert [client.end(60).status for client in first] == [0] * SIZE
             one_left(all_hosts, 8)
-            all_run(all_hosts, *GROUP, "-d", "0", "-D", "30", "-I", "150", seconds=120)
+            some_run(all_hosts, *GROUP, "-d", "0", "-D", "30", "-I", "150", "-o", "20000")
         host, pid = one_left(all_hosts, 2)
         host.kill(pid)
 

@@ -121,14 +121,15 @@ def test_many_signals_in_a_row(box):
 def test_stop_and_continue_by_kill(box):
     """TSTP is passed on, then flom stops; CONT continues it and is passed on."""
     flom, counter = count(box, "a")
-    for _ in range(3):
-        flom.send_signal(signal.SIGTSTP)
-        wait_until(lambda: state(flom.pid) == "T")
-        flom.send_signal(signal.SIGCONT)
-        wait_until(lambda: counter.signals()[-1:] == [signal.SIGCONT])
+    expected = []
+    for number in [signal.SIGTSTP, signal.SIGCONT] * 3:
+        flom.send_signal(number)
+        expected.append(number)
+        wait_until(lambda: counter.signals() == expected)
+        wait_until(lambda: (state(flom.pid) == "T") == (number == signal.SIGTSTP))
     counter.open()
     assert flom.end() == (0, "", "")
-    assert counter.signals() == [signal.SIGTSTP, signal.SIGCONT] * 3
+    assert counter.signals() == expected
 
 
 def test_a_stopped_flom_keeps_its_lock(box):
