@@ -821,7 +821,7 @@ class Session:
 # A non-blocking stream to the daemon, with TLS where three files say so, and the session on it.
 # Connecting and the first answer have PATIENCE: a daemon that says nothing is an error.
 PATIENCE, GOODBYE = 10, 5  # s: for a first answer, for the daemon's EOF after ours
-NOBODY = {errno.ENOENT, errno.ECONNREFUSED}  # connect: nobody listens there
+NOBODY = {errno.ENOENT, errno.ECONNREFUSED, errno.ECONNRESET}  # connect: nobody listens there
 NOT_YET = {errno.EINPROGRESS, errno.EALREADY, errno.EINTR, errno.EAGAIN}
 KEEPALIVE = (15, 5, 3)  # s, s, probes: a holder is to learn of a dead network before the daemon
 
@@ -948,7 +948,8 @@ class Connection:
         reason = getattr(error, "reason", None)  # of an SSLError
         if not reason:
             return error.strerror or str(error)
-        if reason in ("WRONG_VERSION_NUMBER", "UNEXPECTED_MESSAGE", "UNEXPECTED_EOF_WHILE_READING"):
+        if type(error).__name__ == "SSLEOFError" or reason in (
+                "WRONG_VERSION_NUMBER", "UNEXPECTED_MESSAGE"):
             return "TLS: it does not speak TLS, or refuses to"
         ours = "it refuses our certificate" if "ALERT" in reason else "its certificate"
         return f"TLS: {ours}: {getattr(error, 'verify_message', None) or reason}"
@@ -1032,7 +1033,7 @@ class Connection:
             self.send(message)
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 self.sock.unwrap()  # TLS says goodbye, too
-            self.sock.shutdown(socket.SHUT_WR)
+            socket.socket.shutdown(self.sock, socket.SHUT_WR)  # SSLSocket's ends reading, too
             while clock() < until and END not in data:
                 data += self.take() or b""
                 yield self.sock.fileno(), READ, until - clock()

@@ -41,7 +41,7 @@ import time
 import traceback
 
 
-# --- Shared with flom.py ---------------------------------------------------------------------------
+# --- Shared with flom.py ------------------------------------------------------------------------
 # ==== Shared with flom.py: begin ====
 VERSION = "1.0"
 LOCK, UNLOCK, PING, DISCOVER, MANAGEMENT = 1, 2, 3, 4, 5  # verbs
@@ -355,6 +355,18 @@ class CannotServe(Exception):
 
 class SteppedBack(Exception):
     """Another daemon serves the group: status 3, nothing on stderr."""
+
+
+@contextlib.contextmanager
+def serving(failure, *sockets):
+    """Where the system refuses what the daemon needs, closes the sockets and raises CannotServe:
+    `failure`, and why."""
+    try:
+        yield
+    except (OSError, UnicodeError) as error:
+        for made in sockets:
+            made.close()
+        raise CannotServe(f"{failure}: {getattr(error, 'strerror', error)}")
 
 
 # --- Lock engine --------------------------------------------------------------------------------
@@ -1596,6 +1608,7 @@ class Connection:
     """One client."""
     __slots__ = ("daemon", "socket", "peer", "local", "session", "output", "report", "over",
                  "surplus", "writing", "name")
+    would_block = WOULD_BLOCK
 
     def __init__(self, daemon, connection, peer, surplus):
         self.daemon, self.socket, self.peer = daemon, connection, peer
@@ -1615,17 +1628,11 @@ class Connection:
         if events & ~WRITABLE and self.socket is not None and self._read():
             self._read()
 
-    def _receive(self):
-        return self.socket.recv(4096)
-
-    def _transmit(self):
-        return self.socket.send(self.output)
-
     def _read(self):
         """Reads and obeys; returns whether more is likely to be there: the end, after an unlock."""
         try:
-            data = self._receive()
-        except WOULD_BLOCK:
+            data = self.socket.recv(4096)
+        except self.would_block:
             return False
         except OSError:
             data = b""
@@ -1668,9 +1675,9 @@ class Connection:
         """Writes what can be written; afterwards the poller knows whether something is left."""
         try:
             while self.output:
-                sent = self._transmit()
+                sent = self.socket.send(self.output)
                 self.output = self.output[sent:]
-        except WOULD_BLOCK:
+        except self.would_block:
             pass
         except OSError:
             self.close()
@@ -1770,14 +1777,13 @@ def common_name(connection):
 
 class TlsConnection(Connection):
     """One client behind TLS."""
-    __slots__ = ("shaking", "want_read", "want_write")
+    __slots__ = ("shaking", "would_block")
 
     def __init__(self, daemon, connection, peer, surplus, context):
         import ssl
-        self.want_read, self.want_write = ssl.SSLWantReadError, ssl.SSLWantWriteError
         super().__init__(daemon, context.wrap_socket(
             connection, server_side=True, do_handshake_on_connect=False), peer, surplus)
-        self.shaking = True
+        self.shaking, self.would_block = True, (ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
     def handle(self, events):
         if self.shaking:
@@ -1792,10 +1798,8 @@ class TlsConnection(Connection):
         try:
             self.socket.do_handshake()
             self.shaking, self.name = False, common_name(self.socket)
-        except self.want_read:
-            pass
-        except self.want_write:
-            writing = True
+        except self.would_block as error:
+            writing = isinstance(error, self.would_block[1])
         except OSError as error:
             self.daemon.log.limited(f"{self.peer}: no TLS: {error}")
             if getattr(error, "reason", "") == "WRONG_VERSION_NUMBER":
@@ -1807,18 +1811,6 @@ class TlsConnection(Connection):
         if writing != self.writing:
             self.writing = writing
             self.daemon.poller.change(self.socket, self.handle, writing)
-
-    def _receive(self):
-        try:
-            return self.socket.recv(4096)
-        except (self.want_read, self.want_write):
-            raise BlockingIOError
-
-    def _transmit(self):
-        try:
-            return self.socket.send(self.output)
-        except (self.want_read, self.want_write):
-            raise BlockingIOError
 
 
 # --- Listeners ----------------------------------------------------------------------------------
@@ -1835,9 +1827,10 @@ PAUSE = 1  # s without accepting when no more files can be opened
 class Listener:
     """A listening socket; `label` is how the status report names it."""
 
-    def __init__(self, daemon, listening, label, path=None):
-        self.daemon, self.socket, self.label, self.path = daemon, listening, label, path
-        self.local = listening.family == socket.AF_UNIX
+    def __init__(self, daemon, listening, path=None):
+        self.daemon, self.socket, self.path = daemon, listening, path
+        self.local, address = listening.family == socket.AF_UNIX, listening.getsockname()
+        self.label = f"unix:{address}" if self.local else f"tcp:{show_address(address)}"
         listening.setblocking(False)
         listening.listen(BACKLOG)
         daemon.poller.add(listening, self.handle)
@@ -1883,10 +1876,8 @@ def unix_socket(path, mode):
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o777 & ~mode)
     try:
-        bound.bind(path)
-    except OSError as error:
-        bound.close()
-        raise CannotServe(f"cannot create the socket {path}: {error.strerror}")
+        with serving(f"cannot create the socket {path}", bound):
+            bound.bind(path)
     finally:
         os.umask(before)
     return bound
@@ -1894,33 +1885,22 @@ def unix_socket(path, mode):
 
 def _remove_stale(path):
     """Removes a socket on which nobody listens; raises CannotServe for anything else there."""
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise CannotServe(f"cannot use {path}: {error.strerror}")
-    if not stat.S_ISSOCK(found.st_mode):
-        raise CannotServe(f"{path} is there and is no socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
+    with serving(f"cannot use {path}"), socket.socket(socket.AF_UNIX) as probe:
         try:
-            probe.connect(path)
-        except (ConnectionRefusedError, FileNotFoundError):
-            pass
-        except OSError as error:
-            if error.errno != errno.EAGAIN:
-                raise CannotServe(f"cannot use {path}: {error.strerror}")
+            found = os.lstat(path)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISSOCK(found.st_mode):
+            raise CannotServe(f"{path} is there and is no socket")
+        probe.setblocking(False)
+        failure = probe.connect_ex(path)
+        if failure in (0, errno.EAGAIN):
             raise CannotServe(f"another daemon serves {path}")
-        else:
-            raise CannotServe(f"another daemon serves {path}")
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise CannotServe(f"cannot remove the stale socket {path} of {owner(found.st_uid)}: "
-                          f"{error.strerror}")
+        if failure not in (errno.ECONNREFUSED, errno.ENOENT):
+            raise OSError(failure, os.strerror(failure))
+    with serving(f"cannot remove the stale socket {path} of {owner(found.st_uid)}"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 def owner(uid):
@@ -1933,37 +1913,29 @@ def owner(uid):
 
 def tcp_socket(settings, host, port):
     """A bound TCP socket at host and port (0: any port); raises CannotServe."""
-    with contextlib.ExitStack() as on_failure:
-        try:
-            family, kind, _, _, address = socket.getaddrinfo(
-                host, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)[0]
-            if family == socket.AF_INET6 and not address[3] and settings["NetworkInterface"]:
-                address = address[:3] + (socket.if_nametoindex(settings["NetworkInterface"]),)
-            bound = on_failure.enter_context(socket.socket(family, kind))
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(address)
-            bound.listen(BACKLOG)
-        except (OSError, UnicodeError) as error:
-            raise CannotServe(f"cannot listen on {host} port {port}: "
-                              f"{getattr(error, 'strerror', error)}")
-        on_failure.pop_all()
+    failure = f"cannot listen on {host} port {port}"
+    with serving(failure):
+        family, kind, _, _, address = socket.getaddrinfo(
+            host, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)[0]
+        if family == socket.AF_INET6 and not address[3] and settings["NetworkInterface"]:
+            address = address[:3] + (socket.if_nametoindex(settings["NetworkInterface"]),)
+        bound = socket.socket(family, kind)
+    with serving(failure, bound):
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen(BACKLOG)
     return bound
 
 
 def inherited_sockets():
-    """The listening sockets that an init system hands over (sd_listen_fds(3)), if any."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()):
-        return []
-    first, count = 3, int(os.environ.get("LISTEN_FDS", "0"))
-    return [_adopt(socket.socket(fileno=number)) for number in range(first, first + count)]
-
-
-def _adopt(given):
-    """The same socket with its family, which Python 3.6 does not find out by itself."""
-    name = given.getsockname()
-    family = socket.AF_UNIX if isinstance(name, (str, bytes)) else (
-        socket.AF_INET6 if len(name) == 4 else socket.AF_INET)
-    return socket.socket(family, socket.SOCK_STREAM, fileno=given.detach())
+    """Yields the listening sockets that an init system hands over (sd_listen_fds(3)), if any."""
+    mine = os.environ.get("LISTEN_PID") == str(os.getpid())
+    for number in range(3, 3 + int(os.environ.get("LISTEN_FDS", "0") if mine else 0)):
+        given = socket.socket(fileno=number)
+        name = given.getsockname()  # tells the family, which Python 3.6 does not find out itself
+        family = socket.AF_UNIX if isinstance(name, (str, bytes)) else (
+            socket.AF_INET6 if len(name) == 4 else socket.AF_INET)
+        yield socket.socket(family, socket.SOCK_STREAM, fileno=given.detach())
 
 
 # --- Discovery and election ---------------------------------------------------------------------
@@ -1983,8 +1955,11 @@ def _adopt(given):
 CANDIDACY, QUESTIONS = 0.4, 4  # s, and questions in that time
 SOON = (0.5, 0.5, 1)  # s between the winner's first questions
 OFTEN = 5  # s between questions from then on, a fifth more or less
-MULTICAST_ALL = {socket.AF_INET: (socket.IPPROTO_IP, 49),  # Linux; Python has no names for them
-                 socket.AF_INET6: (socket.IPPROTO_IPV6, 29)}
+MULTICAST = {  # level; names there and forms: of all groups (Linux; Python has none), sender, join
+    socket.AF_INET: (socket.IPPROTO_IP, 49, socket.IP_MULTICAST_TTL,
+                     socket.IP_MULTICAST_IF, "@8xi", socket.IP_ADD_MEMBERSHIP, "@4xi"),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, 29, socket.IPV6_MULTICAST_HOPS,
+                      socket.IPV6_MULTICAST_IF, "@I", socket.IPV6_JOIN_GROUP, "@I")}
 
 
 class Group:
@@ -1992,80 +1967,48 @@ class Group:
 
     def __init__(self, settings, pair):
         self.settings, self.pair = settings, pair
-        self.family, self.address, self.index = self._resolve()
+        host, interface = settings["MulticastAddress"], settings["NetworkInterface"]
+        with serving(f"cannot use the group {host}"):
+            self.index = socket.if_nametoindex(interface) if interface else 0
+            self.family, _, _, _, self.address = socket.getaddrinfo(
+                host, settings["MulticastPort"], 0, socket.SOCK_DGRAM)[0]
+        if self.family == socket.AF_INET6:
+            self.index = self.index or self.address[3]
+            self.address = self.address[:3] + (self.index,)
         self.port = self.address[1]
-        self.socket = self._member()
-        self.asker = self._asker()
+        # one hears the group's questions; the other asks and hears the answers: never from the
+        # group's port, since a FLoM daemon there ends on an answer
+        self.socket, self.asker = (socket.socket(self.family, socket.SOCK_DGRAM) for _ in range(2))
+        self.socket.setblocking(False)
+        self.asker.setblocking(False)
+        with serving(f"cannot join the group {self.address[0]} port {self.port}", self.socket,
+                     self.asker):
+            self._join(*MULTICAST[self.family])
         self.own_port = None  # of the TCP listener, once it serves
         self.asked = 0  # when it asked last
 
-    def _resolve(self):
-        host, interface = self.settings["MulticastAddress"], self.settings["NetworkInterface"]
-        try:
-            index = socket.if_nametoindex(interface) if interface else 0
-            family, _, _, _, address = socket.getaddrinfo(
-                host, self.settings["MulticastPort"], 0, socket.SOCK_DGRAM)[0]
-        except (OSError, UnicodeError) as error:
-            raise CannotServe(f"cannot use the group {host}: "
-                              f"{getattr(error, 'strerror', error)}")
-        if family == socket.AF_INET6:
-            index = index or address[3]
-            address = address[:3] + (index,)
-        return family, address, index
-
-    def _member(self):
-        """The UDP socket that hears the group's questions."""
-        member = socket.socket(self.family, socket.SOCK_DGRAM)
-        member.setblocking(False)
-        member.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with contextlib.suppress(OSError):  # or it hears every group on this port
-            member.setsockopt(*MULTICAST_ALL[self.family], 0)
-        try:
-            if self.family == socket.AF_INET6:
-                member.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            member.bind(("", self.port))
-            self._join(member)
-        except OSError as error:
-            member.close()
-            raise CannotServe(f"cannot join the group {self.address[0]} port {self.port}: "
-                              f"{error.strerror}")
-        return member
-
-    def _join(self, member):
+    def _join(self, level, of_all, hops, sender, sender_form, join, join_form):
         """Joins on the interface asked for, else on all; raises OSError when none takes part."""
+        self.asker.setsockopt(level, hops, self.settings["DiscoveryTTL"])
+        if self.index:
+            self.asker.setsockopt(level, sender, struct.pack(sender_form, self.index))
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):  # or it hears every group on this port
+            self.socket.setsockopt(level, of_all, 0)
+        if self.family == socket.AF_INET6:
+            self.socket.setsockopt(level, socket.IPV6_V6ONLY, 1)
+        self.socket.bind(("", self.port))
+        group = socket.inet_pton(self.family, self.address[0].split("%")[0])
         indexes = [self.index] if self.index else [0] + [
             index for index, _ in socket.if_nameindex()]
         failures = []
         for index in indexes:
             try:
-                if self.family == socket.AF_INET6:
-                    member.setsockopt(
-                        socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, struct.pack(
-                            "@16sI", socket.inet_pton(self.family, self.address[0].split("%")[0]),
-                            index))
-                else:
-                    member.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, struct.pack(
-                        "@4s4si", socket.inet_aton(self.address[0]), b"\0" * 4, index))
+                self.socket.setsockopt(level, join, group + struct.pack(join_form, index))
             except OSError as error:
                 failures.append(error)
         if len(failures) == len(indexes):
             raise failures[-1]
-
-    def _asker(self):
-        """The UDP socket that asks and hears the answers: never from the group's port, since a
-        FLoM daemon there ends on an answer."""
-        asker = socket.socket(self.family, socket.SOCK_DGRAM)
-        asker.setblocking(False)
-        hops = self.settings["DiscoveryTTL"]
-        if self.family == socket.AF_INET6:
-            asker.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, hops)
-            asker.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, self.index)
-        else:
-            asker.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, hops)
-            if self.index:
-                asker.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF,
-                                 struct.pack("@4s4si", b"\0" * 4, b"\0" * 4, self.index))
-        return asker
 
     def ask(self):
         """Sends one question to the group; a network that is down is asked again later."""
@@ -2133,16 +2076,14 @@ class Group:
             other = self._pair(elements)
             if other == self.pair or sender[1] == self.port:
                 continue
-            network = element("network", ("address", self._announced()), ("port", self.own_port))
+            # no address when the daemon listens on all: the asker knows then
+            network = element("network", ("address", self.settings["UnicastAddress"] or ""),
+                              ("port", self.own_port))
             ours = {"daemon": self.pair[1], "started": self.pair[0]} if other else {}
             with contextlib.suppress(OSError):
                 self.socket.sendto(encode(DISCOVER, 16, network, **ours), sender)
             if other and self.daemon.now.mono > self.asked + SOON[0]:
                 self.ask()  # if it serves, too, the sooner this is found the better
-
-    def _announced(self):
-        """The address configured, empty when the daemon listens on all: the asker knows then."""
-        return self.settings["UnicastAddress"] or ""
 
     def hear_answers(self, events):
         """Looks for other daemons in the answers to this one's own questions."""
@@ -2387,7 +2328,7 @@ class Daemon:
         elif self.table.window_until is not None:
             self.dates[self.clear_mark] = self.table.window_until
         elif not self.table.holding:
-            self.state.clear()
+            self.state.mark(False)
 
     # What clients want.
 
@@ -2403,7 +2344,7 @@ class Daemon:
             while self._decisions:
                 decision = self._decisions.popleft()
                 if decision.verdict == OK and not self.state.marked:
-                    self.state.mark()
+                    self.state.mark(True)
                 if self.publisher:
                     self.publisher.note(decision)
                 if decision.verdict in (ENQUEUED, BUSY) and "progress" in decision.session.about:
@@ -2585,7 +2526,7 @@ class Daemon:
             self.publisher.close()
         if self.state and self.state.marked and not self.table.holding and (
                 self.table.window_until is None):
-            self.state.clear()
+            self.state.mark(False)
         for connection in list(self.connections):
             with contextlib.suppress(OSError):
                 connection.socket.close()
@@ -2691,33 +2632,22 @@ class State:
 
     def begin(self):
         """Writes this daemon's record and returns whether the system was booted since the last."""
-        try:
-            with open("/proc/sys/kernel/random/boot_id") as file:
-                boot = file.read().strip()
-        except OSError:
-            boot = ""
-        rebooted = self.boot != boot
+        boot = ""
+        with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
         self.epoch = max(int(time.time()) - EPOCH, self.epoch + 1)
         if self.number is not None:
             os.pwrite(self.number, RECORD.format(
                 epoch=self.epoch, boot=boot, held=int(self.unclean), pid=os.getpid()).encode(), 0)
             if self.durable:
                 os.fsync(self.number)
-        return rebooted
+        return self.boot != boot
 
-    def mark(self):
-        """Somebody is about to hold a lock."""
-        self.marked = True
-        self._write(b"1")
-
-    def clear(self):
-        """Nobody has held a lock for a while."""
-        self.marked = False
-        self._write(b"0")
-
-    def _write(self, mark):
+    def mark(self, held):
+        """Somebody is about to hold a lock, or nobody has held one for a while."""
+        self.marked = held
         if self.number is not None:
-            os.pwrite(self.number, mark, MARK_AT)
+            os.pwrite(self.number, b"1" if held else b"0", MARK_AT)
 
 
 # What others may watch: the tree of -m, in FLoM's layout, and the text of --metrics for Prometheus.
@@ -2789,8 +2719,14 @@ class Publisher:
 
     def _remove_but(self, kept):
         for name in os.listdir(self.mount):
-            if name.startswith(".status-") and name != kept:
-                remove_tree(os.path.join(self.mount, name))
+            path = os.path.join(self.mount, name)
+            if name == ".status-link":
+                os.unlink(path)
+            elif name.startswith(".status-") and name != kept:
+                for folder, _, files in os.walk(path, topdown=False):
+                    for file in files:
+                        os.unlink(os.path.join(folder, file))
+                    os.rmdir(folder)
 
     def _tree(self):
         """Yields (path, content) of the files."""
@@ -2863,19 +2799,6 @@ class Publisher:
                 self._remove_but(None)
 
 
-def remove_tree(path):
-    """Removes a folder, or a link, with all that is in it."""
-    if not os.path.islink(path):
-        for folder, folders, files in os.walk(path, topdown=False):
-            for name in files:
-                os.unlink(os.path.join(folder, name))
-            for name in folders:
-                os.rmdir(os.path.join(folder, name))
-        os.rmdir(path)
-    else:
-        os.unlink(path)
-
-
 # --- Daemonize ----------------------------------------------------------------------------------
 # The process that is started forks twice, waits until its grandchild serves, and passes on the
 # status: so whoever starts a daemon knows when it ends that the daemon listens.  The grandchild
@@ -2917,10 +2840,11 @@ def close_files(keep):
 
 
 def report_ready(writer, status):
-    """Ends the starter with `status`, and lets go of its stderr."""
-    os.write(writer, str(status).encode())
-    os.close(writer)
-    os.dup2(0, 2)
+    """Ends the starter, if there is one, with `status`, and lets go of its stderr."""
+    if writer is not None:
+        os.write(writer, str(status).encode())
+        os.close(writer)
+        os.dup2(0, 2)
 
 
 def forget_signals():
@@ -2961,35 +2885,18 @@ class Log:
 
     def open(self):
         """Opens the log, once more after it was moved away; raises CannotServe."""
-        if self.target == "stderr":
-            return
+        before = self.socket or self.file
         if self.target == "syslog":
-            self._open_syslog()
-            return
-        try:
-            opened = open(self.target, "a" if self.append else "w", 1, encoding="utf-8",
-                          errors="replace")
-        except OSError as error:
-            raise CannotServe(f"cannot write the log {self.target}: {error.strerror}")
-        if self.file:
-            self.file.close()
-        self.file, self.append = opened, True
-
-    def _open_syslog(self):
-        if self.socket:
-            self.socket.close()
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.socket.setblocking(False)
-        for path in SYSLOG:
-            with contextlib.suppress(OSError):
-                self.socket.connect(path)
-                return
-
-    def error(self, text):
-        self._write("error", text)
-
-    def info(self, text):
-        self._write("info", text)
+            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self.socket.setblocking(False)
+            any(self.socket.connect_ex(path) == 0 for path in SYSLOG)
+        elif self.target != "stderr":
+            with serving(f"cannot write the log {self.target}"):
+                self.file = open(self.target, "a" if self.append else "w", 1, encoding="utf-8",
+                                 errors="replace")
+            self.append = True
+        if before:
+            before.close()
 
     def limited(self, text, level="warning"):
         """A line that a peer causes: no more than LIMITED of them in an INTERVAL."""
@@ -3018,6 +2925,9 @@ class Log:
                 os.write(2, f"flomd: {text}\n".encode("utf-8", "replace")[:4096])
         except OSError:
             self.lost += 1
+
+    error = functools.partialmethod(_write, "error")
+    info = functools.partialmethod(_write, "info")
 
 
 # --- Options ------------------------------------------------------------------------------------
@@ -3085,7 +2995,13 @@ def read_options(arguments):
         if text is not None:
             short = f"-{setting.short}/" if setting.short else ""
             settings.set(setting, [text], f"{short}--{setting.long}")
-    _choose_address(settings, of_clients)
+    # the files that clients read too may name another daemon: they give this one an address only
+    # when nothing else does
+    keys = ("SocketName", "UnicastAddress", "MulticastAddress")
+    own = [key for key in keys if settings.origins.get(key) != of_clients.get(key)]
+    for key in keys if own else ():
+        if key not in own:
+            settings.values.pop(key, None)
     if settings["SocketName"] and settings["MulticastAddress"]:
         raise UsageError(f"{settings.origins['SocketName']} and "
                          f"{settings.origins['MulticastAddress']} exclude each other")
@@ -3095,48 +3011,24 @@ def read_options(arguments):
     return settings, options
 
 
-def _choose_address(settings, of_clients):
-    """The files that clients read too may name another daemon: they give this one an address only
-    when nothing else does."""
-    keys = ("SocketName", "UnicastAddress", "MulticastAddress")
-    own = [key for key in keys if settings.origins.get(key) != of_clients.get(key)]
-    for key in keys if own else ():
-        if key not in own:
-            settings.values.pop(key, None)
-
-
 # --- Main ---------------------------------------------------------------------------------------
 
 
-def login():
-    """The name in the default paths: that of the user, or the number."""
-    return owner(os.getuid())
-
-
-def default_socket():
-    """The socket that a daemon without any address serves."""
-    return f"/tmp/flom-{login()}"
-
-
-def state_paths(settings):
-    """(path of the lock of the local socket or None, path of the state)."""
-    local = settings["SocketName"] or (
-        None if settings["UnicastAddress"] or settings["MulticastAddress"] else default_socket())
-    if local:
-        lock = state = local + ".lock"
-    else:
-        lock, state = None, "/tmp/flom-{}-{}-{}.lock".format(
-            login(), settings["UnicastAddress"] or settings["MulticastAddress"],
-            settings["UnicastPort" if settings["UnicastAddress"] else "MulticastPort"])
-    if settings["StateDir"]:
-        state = os.path.join(settings["StateDir"], os.path.basename(state))
-    return lock, state
+def local_socket(settings):
+    """The path of the UNIX socket to serve, None when the daemon is to serve an address alone."""
+    address = settings["UnicastAddress"] or settings["MulticastAddress"]
+    return settings["SocketName"] or (None if address else f"/tmp/flom-{owner(os.getuid())}")
 
 
 def open_states(settings, options, log):
     """The State, its lock taken; raises CannotServe when another daemon has the local socket."""
-    lock, path = state_paths(settings)
     durable, shared = bool(settings["StateDir"]), bool(settings["SocketName"])
+    lock = local_socket(settings) and local_socket(settings) + ".lock"
+    path = lock or "/tmp/flom-{}-{}-{}.lock".format(
+        owner(os.getuid()), settings["UnicastAddress"] or settings["MulticastAddress"],
+        settings["UnicastPort" if settings["UnicastAddress"] else "MulticastPort"])
+    if durable:
+        path = os.path.join(settings["StateDir"], os.path.basename(path))
     if lock:
         number = open_state(lock, shared)
         if not lock_file(number, wait=False):
@@ -3154,52 +3046,37 @@ def open_states(settings, options, log):
             raise
         log.error(f"{error}; nothing will be remembered")
         return State(None, False)
-    if lock_file(number, wait=False):
-        return State(number, durable)
-    return State(None, False)  # another daemon's, elsewhere on the same file system
+    if not lock_file(number, wait=False):  # another daemon's, elsewhere on the same file system
+        return State(None, False)
+    return State(number, durable)
 
 
 def recovery_window(settings, state, rebooted):
     """How long, in s, only former holders are granted; 0 for no window."""
     if settings["RecoveryWindow"] is not None:
         return settings["RecoveryWindow"] / 1000
-    if not state.unclean:
-        return 0
-    if not rebooted:
+    if state.unclean and not rebooted:
         return 2
-    if settings["UnicastAddress"] or settings["MulticastAddress"]:
+    if state.unclean and (settings["UnicastAddress"] or settings["MulticastAddress"]):
         return settings["TcpKeepaliveTime"] + settings["TcpKeepaliveIntvl"]
     return 0  # nobody on this host has survived its boot
 
 
 def open_listeners(daemon, settings):
     """The daemon listens: on what it was given, else on its socket and its addresses."""
-    for given in inherited_sockets():
-        daemon.listeners.append(Listener(daemon, given, _label(given)))
+    daemon.listeners = [Listener(daemon, given) for given in inherited_sockets()]
     if daemon.listeners:
         return
-    local = settings["SocketName"]
-    if not (local or settings["UnicastAddress"] or settings["MulticastAddress"]):
-        local = default_socket()
+    local, host, port = local_socket(settings), settings["UnicastAddress"], settings["UnicastPort"]
+    if daemon.group and not host:
+        host, port = "::" if daemon.group.family == socket.AF_INET6 else "0.0.0.0", 0
     if local:
         mode = settings["SocketMode"]
         if mode is None:
             mode = 0o666 if settings["SocketName"] else 0o600
-        bound = unix_socket(local, mode)
-        daemon.listeners.append(Listener(daemon, bound, f"unix:{local}", path=local))
-    if settings["UnicastAddress"]:
-        bound = tcp_socket(settings, settings["UnicastAddress"], settings["UnicastPort"])
-        daemon.listeners.append(Listener(daemon, bound, _label(bound)))
-    elif settings["MulticastAddress"]:
-        everywhere = "::" if daemon.group.family == socket.AF_INET6 else "0.0.0.0"
-        bound = tcp_socket(settings, everywhere, 0)
-        daemon.listeners.append(Listener(daemon, bound, _label(bound)))
-
-
-def _label(listening):
-    if listening.family == socket.AF_UNIX:
-        return f"unix:{listening.getsockname()}"
-    return f"tcp:{show_address(listening.getsockname())}"
+        daemon.listeners.append(Listener(daemon, unix_socket(local, mode), local))
+    if host:
+        daemon.listeners.append(Listener(daemon, tcp_socket(settings, host, port)))
 
 
 def prepare(settings, options, log):
@@ -3229,22 +3106,13 @@ def prepare(settings, options, log):
     if settings["MountPointVFS"] or options.metrics:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the publisher's children
         daemon.publisher = Publisher(daemon, settings["MountPointVFS"], options.metrics)
-    if options.pid_file:
-        try:
-            write_pid_file(options.pid_file)
-        except CannotServe:
-            daemon.close()
-            raise
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(daemon.close)
+        if options.pid_file:
+            with serving(f"cannot write {options.pid_file}"), open(options.pid_file, "w") as file:
+                file.write(f"{os.getpid()}\n")
+        on_failure.pop_all()
     return daemon
-
-
-def write_pid_file(path):
-    """Writes the pid; raises CannotServe."""
-    try:
-        with open(path, "w") as file:
-            file.write(f"{os.getpid()}\n")
-    except OSError as error:
-        raise CannotServe(f"cannot write {path}: {error.strerror}")
 
 
 def make_log(settings, options):
@@ -3259,19 +3127,22 @@ def make_log(settings, options):
 
 def serve(settings, options):
     """Runs the daemon to its end; returns the exit status."""
-    writer = None
     log = make_log(settings, options)
-    if not options.foreground:
-        writer = detach()
+    writer = None if options.foreground else detach()
     try:
         log.open()
         daemon = prepare(settings, options, log)
-    except (CannotServe, SteppedBack) as error:
-        return _fail(writer, error, log)
+    except CannotServe as error:
+        os.write(2, f"flomd: {error}\n".encode("utf-8", "replace"))
+        report_ready(writer, 1)
+        return 1
+    except SteppedBack as error:
+        log.info(str(error))
+        report_ready(writer, 3)
+        return 3
     Signals(daemon)
     log.info("serving " + " ".join(listener.label for listener in daemon.listeners))
-    if writer is not None:
-        report_ready(writer, 0)
+    report_ready(writer, 0)
     notify("READY=1")
     try:
         daemon.run()
@@ -3285,27 +3156,11 @@ def serve(settings, options):
     return 0
 
 
-def _fail(writer, error, log):
-    status = 3 if isinstance(error, SteppedBack) else 1
-    if status == 1:
-        os.write(2, f"flomd: {error}\n".encode("utf-8", "replace"))
-    else:
-        log.info(str(error))
-    if writer is not None:
-        report_ready(writer, status)
-    return status
-
-
-def name_process():
-    """Names the process `flomd`, as users of FLoM expect of ps and pgrep."""
-    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as file:
-        file.write("flomd")
-
-
 def main(arguments=None):
     """The command flomd.py; returns the exit status."""
     forget_signals()
-    name_process()
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as file:
+        file.write("flomd")  # the name that users of FLoM expect of ps and pgrep
     try:
         settings, options = read_options(sys.argv[1:] if arguments is None else arguments)
         for warning in settings.warnings:
@@ -3316,9 +3171,6 @@ def main(arguments=None):
     except UsageError as error:
         sys.stderr.write(f"flomd: {error}\n")
         return 99
-    except CannotServe as error:
-        sys.stderr.write(f"flomd: {error}\n")
-        return 1
 
 
 if __name__ == "__main__":

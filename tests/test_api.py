@@ -1,0 +1,459 @@
+"""The Python API, flom.Lock, as a program uses it: real daemons, the locks in this process."""
+import os
+import re
+import signal
+import sys
+import textwrap
+import threading
+
+import flom
+import pytest
+from world import PYTHON, ROOT, read, wait_until
+
+
+@pytest.fixture
+def lock(box, monkeypatch):
+    """lock(name, …): a Lock of the box's socket, without configuration files."""
+    monkeypatch.setenv("HOME", box.folder)
+    for name in [name for name in os.environ if name.startswith("FLOM")]:
+        monkeypatch.delenv(name)
+
+    def make(name="R1", **options):
+        return flom.Lock(name, **dict({"socket_name": box.socket, "config": False}, **options))
+
+    yield make
+
+
+@pytest.fixture
+def daemon(box, lock):
+    return box.daemon()
+
+
+def is_free(lock, name="R1"):
+    try:
+        lock(name, timeout=0).acquire().release()
+    except flom.Busy:
+        return False
+    return True
+
+
+# Acquire and release
+
+def test_a_block(daemon, lock):
+    with lock(timeout=5) as held:
+        assert isinstance(held, flom.Lock) and held.name == "R1"
+        assert held.element is None and held.token > 2 ** 32 and not held.lost
+        assert held.check() is None
+        assert not is_free(lock)
+    assert not held.lost and is_free(lock)
+
+
+def test_by_hand(daemon, lock):
+    mine = lock()
+    assert mine.acquire() is mine
+    first = mine.token
+    with pytest.raises(RuntimeError, match="R1 is held already"):
+        mine.acquire()
+    assert not is_free(lock)
+    mine.release()
+    mine.release()  # of nothing
+    assert is_free(lock)
+    assert mine.acquire().token > first  # it can be used again
+    mine.release()
+
+
+def test_modes_and_quantities(daemon, lock):
+    with lock(mode="PR"), lock(mode="pr"), lock(mode="ConcurrentRead"):
+        with pytest.raises(flom.Busy):
+            lock(mode="PW", timeout=0).acquire()
+    with lock("a[3]", quantity=2), lock("a[3]"):
+        with pytest.raises(flom.Busy):
+            lock("a[3]", timeout=0).acquire()
+
+
+def test_elements(daemon, lock):
+    with lock("red.green") as red, lock("red.green") as green:
+        assert (red.element, green.element) == ("red", "green")
+    for value in ("1", "2"):
+        with lock("_s_a[1]") as number:
+            assert number.element == value
+
+
+def test_an_exception_and_a_rollback_give_the_number_back(daemon, lock):
+    with pytest.raises(ZeroDivisionError):
+        with lock("_S_a[1]") as number:
+            raise ZeroDivisionError
+    assert number.element == "1"
+    again = lock("_S_a[1]").acquire()
+    assert again.element == "1"
+    again.rollback()
+    with lock("_S_a[1]") as number:
+        assert number.element == "1"
+    with lock("_S_a[1]") as number:
+        assert number.element == "2"
+
+
+def test_tokens_grow(daemon, lock):
+    tokens = []
+    for name in ("R1", "R2", "R1", "a[2]"):
+        with lock(name) as held:
+            tokens.append(held.token)
+    assert tokens == sorted(set(tokens))
+
+
+def test_a_command_and_a_program_wait_for_each_other(box, lock):
+    holder, gate = box.hold("command", "-r", "R1")
+    got = []
+    thread = threading.Thread(target=lambda: got.append(lock().acquire()))
+    thread.start()
+    wait_until(lambda: "waits 1" in box.run("--status").out)
+    assert got == []
+    gate.open()
+    assert holder.end().status == 0
+    thread.join(10)
+    waiter = box.waiter("-r", "R1", "--", *box.note("ran"))
+    assert box.events() == ["command start", "command end"]
+    got[0].release()
+    assert waiter.end().status == 0
+
+
+# Errors
+
+def test_busy_and_timeout(daemon, lock):
+    with lock():
+        with pytest.raises(flom.Busy, match="^Resource already locked"):
+            lock(timeout=0).acquire()
+        with pytest.raises(flom.Timeout, match=r"timeout \(50 milliseconds\) expired$"):
+            lock(timeout=0.05).acquire()
+
+
+def test_with_verbose_the_errors_name_the_holder(daemon, lock, capsys):
+    with lock():
+        for timeout, error in ((0, flom.Busy), (0.05, flom.Timeout)):
+            with pytest.raises(error, match=f"held by .*:{os.getpid()} ") as caught:
+                lock(timeout=timeout, verbose=True).acquire()
+            assert f":{os.getpid()} " in caught.value.reason
+    assert f"waiting for R1, place 1, held by {os.uname().nodename}:" in capsys.readouterr().err
+
+
+def test_cannot_wait_and_impossible(daemon, lock):
+    with pytest.raises(flom.CannotWait):
+        lock(resource_create=False, timeout=0).acquire()
+    with pytest.raises(flom.Impossible):
+        lock("a[2]", quantity=3).acquire()
+
+
+def test_deadlock(daemon, lock, monkeypatch):
+    """As a program that a command under the lock has started."""
+    with lock() as outer:
+        monkeypatch.setenv("FLOM_SESSION", ",".join(outer.chain))
+        with pytest.raises(flom.Deadlock) as caught:
+            lock().acquire()
+        assert "R1 is held by" in caught.value.reason
+        with pytest.raises(flom.Timeout):
+            lock(timeout=0.05).acquire()
+
+
+def test_no_daemon(box, lock):
+    with pytest.raises(flom.DaemonUnavailable, match=r"^no daemon at .*start_daemon=True"):
+        lock().acquire()
+    assert box.daemons() == [] and not os.path.exists(box.socket)
+
+
+def test_the_family_of_errors():
+    family = {flom.Busy: 98, flom.Timeout: 98, flom.CannotWait: 96, flom.Impossible: 99,
+              flom.Deadlock: 94, flom.LockLost: 95, flom.DaemonUnavailable: 99}
+    assert set(flom.LockError.__subclasses__()) == set(family)
+    for error, status in family.items():
+        assert error.status == status and error.reason is None and error.__doc__
+    assert not issubclass(flom.UsageError, flom.LockError)
+
+
+WRONG = [({"mode": "XX"}, "lock_mode=: 'XX'"), ({"quantity": -1}, "resource_quantity=: '-1'"),
+         ({"name": "a b"}, "resource_name=: 'a b'"), ({"unicast_port": "x"}, "unicast_port=: 'x'"),
+         ({"socket_name": "/a", "unicast_address": "b"}, "socket_name=.*unicast_address="),
+         ({"tls_certificate": "/a"}, "tls_certificate=")]
+
+
+@pytest.mark.parametrize("options, text", WRONG, ids=[text for _, text in WRONG])
+def test_wrong_settings(options, text):
+    with pytest.raises(flom.UsageError, match=text):
+        flom.Lock(config=False, **options)
+
+
+def test_a_keyword_that_there_is_not():
+    with pytest.raises(TypeError, match="colour"):
+        flom.Lock("R1", config=False, colour="red")
+
+
+# Loss
+
+def test_a_lock_is_reclaimed_from_the_next_daemon(box, lock):
+    first = box.daemon()
+    with lock() as held:
+        token = held.token
+        assert not held.lost
+        box.kill(first.pid)
+        wait_until(lambda: held.lost)
+        box.daemon()
+        held.check()
+        assert not held.lost and held.token == token
+        assert not is_free(lock)
+    assert is_free(lock)
+
+
+def test_a_lock_is_lost_when_somebody_else_has_it(box, lock):
+    first = box.daemon()
+    held = lock().acquire()
+    box.kill(first.pid)
+    wait_until(lambda: held.lost)
+    box.daemon("--recovery-window", "0")
+    with lock() as other:
+        with pytest.raises(flom.LockLost, match="the lock on R1 is lost: "):
+            held.check()
+        assert held.lost
+        held.release()  # of what is lost: no error, and not the other's
+        assert not held.lost and not is_free(lock)
+        assert other.check() is None
+    assert held.acquire().token > other.token
+    held.release()
+
+
+def test_check_gives_up_when_there_is_no_daemon(box, lock, monkeypatch):
+    monkeypatch.setattr(flom, "RECOVERY_WINDOW", 200)  # ms
+    first = box.daemon()
+    held = lock().acquire()
+    box.kill(first.pid)
+    with pytest.raises(flom.LockLost):
+        while True:  # the kernel may tell a moment later
+            held.check()
+    held.release()
+
+
+def test_a_waiter_asks_the_next_daemon(box, lock):
+    """It waits on while a daemon is missing."""
+    first = box.daemon()
+    held = lock().acquire()
+    got = []
+    thread = threading.Thread(target=lambda: got.append(lock().acquire()))
+    thread.start()
+    wait_until(lambda: "waits 1" in box.run("--status").out)
+    box.kill(first.pid)
+    wait_until(lambda: held.lost)
+    box.daemon()
+    held.check()
+    assert got == []
+    held.release()
+    thread.join(10)
+    got[0].release()
+
+
+# Settings
+
+def test_settings_come_from_files_unless_told_otherwise(box, lock, monkeypatch):
+    box.daemon()
+    box.write(".flom", f"[Resource]\nName=filed\nLockMode=PR\nTimeout=700\n"
+                       f"[Daemon]\nSocketName={box.socket}\n")
+    with flom.Lock() as held:
+        assert held.name == "filed" and held.settings["LockMode"] == 3
+    given = flom.Lock("given", timeout=1.5)
+    assert given.name == "given" and given.settings["Timeout"] == 1500
+    assert given.settings["SocketName"] == box.socket
+    bare = flom.Lock(config=False)
+    assert (bare.name, bare.settings["Timeout"], bare.settings["SocketName"]) == (
+        flom.DEFAULT_RESOURCE, -1, None)
+    box.write(".flom", "[Resource]\nTimeout=soon\n")
+    with pytest.raises(flom.UsageError, match=r"\.flom:2: \[Resource\]/Timeout: 'soon'"):
+        flom.Lock()
+    assert flom.Lock(config=False).settings["Timeout"] == -1
+
+
+def test_every_long_option_is_a_keyword():
+    values = {"text": "x", "flag": True, "name": "a", "mode": "PR", "socket": "/a", "octal": "0600",
+              "signal": "TERM", "policy": "fair", "loss": "warn", "deadlock": "fail"}
+    special = {"resource_name", "lock_mode", "resource_timeout", "resource_quantity"}
+    for setting in flom.SETTINGS:
+        word = setting.long.replace("-", "_")
+        if word in special or setting.key in flom.TLS_FILES or setting.key == "CommandTraceFile":
+            continue
+        made = flom.Lock(config=False, **{word: values.get(setting.type, 7)})
+        assert setting.key in made.settings.values and setting.key not in made.settings.warnings
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_daemon_is_started_only_when_told_to(box, lock, told):
+    made = lock(start_daemon=told, timeout=5)
+    if told:
+        with made:
+            assert len(box.daemons()) == 1
+        return
+    with pytest.raises(flom.DaemonUnavailable):
+        made.acquire()
+    assert box.daemons() == []
+
+
+def test_a_started_daemon_leaves_the_program_as_it_was(box, lock):
+    before = {number: signal.getsignal(number) for number in signal.Signals}
+    files = set(os.listdir("/proc/self/fd"))
+    with lock(start_daemon=True):
+        pass
+    assert {number: signal.getsignal(number) for number in signal.Signals} == before
+    assert set(os.listdir("/proc/self/fd")) == files
+    with pytest.raises(ChildProcessError):
+        os.waitpid(box.the_daemon(), os.WNOHANG)  # it is no child
+
+
+def test_over_tcp(box, lock):
+    port = flom_port(box)
+    with lock(socket_name=None, unicast_address="127.0.0.1", unicast_port=port, timeout=0) as held:
+        assert held.connection.where == f"127.0.0.1:{port}"
+
+
+def flom_port(box):
+    from world import free_port
+    port = free_port()
+    box.daemon(address=("-a", "127.0.0.1", "-p", str(port)))
+    return port
+
+
+# Threads, forks, functions
+
+def test_threads_with_a_lock_each(daemon, lock):
+    inside, most, failures = [], [], []
+
+    def work(number):
+        try:
+            for _ in range(5):
+                with lock(timeout=20):
+                    inside.append(number)
+                    most.append(len(inside))
+                    inside.remove(number)
+        except BaseException as error:  # noqa: B902
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert failures == [] and most == [1] * 30
+
+
+def in_child(function):
+    """The exit status of a fork in which function() must not raise."""
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            function()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.WEXITSTATUS(os.waitpid(pid, 0)[1])
+
+
+def test_a_fork_does_not_share_the_lock(daemon, lock):
+    def child():
+        assert not held.lost  # it is not this process's
+        held.release()
+        held.release()
+
+    def child_that_locks():
+        try:
+            held.acquire()
+        except flom.Busy:
+            return
+        raise AssertionError("two hold it")
+
+    with lock(timeout=0) as held:
+        assert in_child(child) == 0
+        assert in_child(child_that_locks) == 0
+        assert not held.lost and not is_free(lock)
+    assert is_free(lock)
+    assert in_child(lambda: lock(timeout=0).acquire()) == 0  # one that ends without release
+    assert in_child(lambda: held.acquire().release()) == 0
+    assert is_free(lock)
+
+
+def test_a_forked_block_ends_without_the_lock(box, daemon, lock):
+    """A child that leaves the block of its parent takes nothing with it."""
+    with lock():
+        pid = os.fork()
+        if not pid:
+            os._exit(0)
+        os.waitpid(pid, 0)
+        assert not is_free(lock)
+    assert is_free(lock)
+
+
+def test_a_decorator(daemon, lock):
+    @lock("a[2]", quantity=2)
+    def double(number, plus=0):
+        """Twice."""
+        assert not is_free(lock, "a[2]")
+        if number < 0:
+            raise ValueError(number)
+        return 2 * number + plus
+
+    assert (double.__name__, double.__doc__) == ("double", "Twice.")
+    assert double(4, plus=1) == 9 and is_free(lock, "a[2]")
+    with pytest.raises(ValueError):
+        double(-1)
+    assert is_free(lock, "a[2]") and double(1) == 2
+
+
+def test_a_decorated_function_runs_in_threads(daemon, lock):
+    inside, most = [], []
+
+    @lock()
+    def work():
+        inside.append(1)
+        most.append(len(inside))
+        inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert most == [1] * 5
+
+
+# What is documented
+
+def test_the_examples_of_the_docstrings(box):
+    """They are run as they stand, with a daemon there."""
+    box.daemon()
+    box.write(".flom", f"[Daemon]\nSocketName={box.socket}\n")
+    example = re.search(r"In Python:\n\n(.*?)\n\n", flom.__doc__, re.DOTALL).group(1)
+    inline = re.findall("`(with flom.*?)`", flom.Lock.__doc__)
+    decorator = re.findall("`(@flom.*?)`", flom.Lock.__doc__)
+    assert len(inline) == len(decorator) == 1
+    script = "\n".join(["import flom", textwrap.dedent(example), inline[0], "print(lock.token)",
+                        decorator[0], "def work():", "    return 'worked'", "print(work())"])
+    done = box.start(*PYTHON, box.write("s.py", script), env={"PYTHONPATH": ROOT}).end()
+    assert (done.status, done.err) == (0, "")
+    first, second, worked = done.out.split()
+    assert int(first) < int(second) and worked == "worked"
+
+
+def test_what_the_docstrings_and_the_manual_name():
+    """README names every error and every public word of Lock; each has a docstring."""
+    manual = read(os.path.join(ROOT, "README.md"))
+    for error in flom.LockError.__subclasses__() + [flom.UsageError, flom.LockError]:
+        assert re.search(rf"\b{error.__name__}\b", manual), error
+    for word in ("acquire", "release", "rollback", "lost", "check"):
+        assert getattr(flom.Lock, word).__doc__ and f"lock.{word}" in manual
+    for word in ("element", "token", "start_daemon", "config=False", "timeout"):
+        assert word in flom.Lock.__doc__ and word in manual
+
+
+def test_importing_flom_changes_nothing(box):
+    script = ("import signal, sys, threading\n"
+              "before = [signal.getsignal(n) for n in signal.Signals]\n"
+              "import flom\n"
+              "assert before == [signal.getsignal(n) for n in signal.Signals]\n"
+              "assert not {'ssl', 'json', 'subprocess'} & set(sys.modules)\n")
+    done = box.start(sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {ROOT!r})\n"
+                     + script).end()
+    assert done == (0, "", "")

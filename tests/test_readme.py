@@ -1,0 +1,400 @@
+"""Every block of README is run: its commands, crontab lines, configuration files and Python.
+
+A box has stand-ins for what README's commands run, and for ssh, scp and systemctl; `python3`,
+`flom` and `flomd` in it are those under test.  Blocks are known by their first line; one that
+nobody runs fails, and so does a test whose block is gone.
+"""
+import collections
+import json
+import os
+import re
+import shutil
+
+import flom
+import pytest
+from world import FLOM, FLOMD, PYTHON, ROOT, comm, free_port, read, wait_until
+
+README = read(os.path.join(ROOT, "README.md"))
+Block = collections.namedtuple("Block", "language text")
+BUSY = "Resource already locked, the lock cannot be obtained\n"
+STAND_INS = ("backup.sh on-slot vacuum read write simulate start-tool print-invoice open-ticket "
+             "archive deploy.sh nightly-report curl dump").split()
+SH = "#!/bin/sh\n"
+PRINTS = SH + 'echo "$(basename "$0")" "$@" >>{log}\n'
+REMOTE = SH + 'case $1 in\n{cases}esac\nshift\n{do}\n'
+SSH = 'cd "$folder" && HOME=$folder exec $enter sh -c "$*"'
+SCP = SH + """\
+for target; do :; done
+folder=$(exec ssh "${target%%:*}" pwd)
+path=${target#*:}
+cd "$OLDPWD" 2>/dev/null
+case $path in /*) folder= ;; esac
+while [ $# -gt 1 ]; do cp "$1" "$folder/$path" || exit; shift; done
+"""
+SYSTEMCTL = SH + """\
+echo systemctl "$@" >>{log}
+case $1 in enable) test -f {folder}/etc/systemd/system/"$3" ;; esac
+"""
+SYSUSERS = SH + "grep '^u flom ' {folder}/etc/sysusers.d/*.conf >>{log}\n"
+
+
+def blocks():
+    """The blocks of README: fenced ones with their language, indented ones are sh."""
+    found, inside, lines = [], None, []
+    for line in README.splitlines() + [""]:
+        fence = re.fullmatch("```([a-z]*)", line)
+        if fence and inside == "fence":
+            found.append(Block(language, "\n".join(lines)))
+            inside, lines = None, []
+        elif fence:
+            inside, language = "fence", fence.group(1)
+        elif inside == "fence":
+            lines.append(line)
+        elif line.startswith("    "):
+            inside = "sh"
+            lines.append(line[4:])
+        elif inside == "sh":
+            found.append(Block("sh", "\n".join(lines)))
+            inside, lines = None, []
+    assert inside is None
+    return found
+
+
+BLOCKS, TESTED = blocks(), set()
+
+
+def block(beginning):
+    """The one block that begins so; it counts as tested."""
+    found = [block for block in BLOCKS if block.text.startswith(beginning)]
+    assert len(found) == 1, f"{len(found)} blocks begin with {beginning!r}"
+    return found[0]
+
+
+def runs(*beginnings):
+    """Marks a test with the blocks that it runs, which it gets as `texts`."""
+    TESTED.update(beginnings)
+    return pytest.mark.parametrize("texts", [beginnings], ids=[beginnings[0][:30]])
+
+
+def furnish(box, *settings, hosts=()):
+    """Makes the box a place for README's commands: bin/ with stand-ins, the scripts, ~/.flom."""
+    os.mkdir(box.path("bin"))
+    python = " ".join(PYTHON)
+    for name, text in [("flom", f'{SH}exec {python} {FLOM} "$@"\n'),
+                       ("flomd", f'{SH}exec {python} {FLOMD} "$@"\n'),
+                       ("python3", f'{SH}exec {python} "$@"\n'),
+                       ("systemctl", SYSTEMCTL.format(log=box.log, folder=box.folder)),
+                       ("systemd-sysusers", SYSUSERS.format(log=box.log, folder=box.folder)),
+                       ("scp", SCP), *((name, PRINTS.format(log=box.log)) for name in STAND_INS)]:
+        executable(box, f"bin/{name}", text)
+    cases = "".join(f"db{n}) folder={host.folder} enter='{' '.join(host.prefix)}' ;;\n"
+                    for n, host in enumerate(hosts or [box], 1))
+    executable(box, "bin/ssh", REMOTE.format(cases=cases, do=SSH))
+    for name in STAND_INS:
+        os.symlink(f"bin/{name}", box.path(name))
+    for host in {box, *hosts}:
+        host.write(".flom", "\n".join(("[Daemon]", f"StateDir={host.folder}") + settings) + "\n")
+    box.write("urls.txt", "http://one/\nhttp://two/\n")
+
+
+def executable(box, name, text):
+    os.chmod(box.write(name, text), 0o755)
+
+
+def sh(box, text, **options):
+    """Starts a shell in the furnished box."""
+    path = f"{box.path('bin')}:{os.environ['PATH']}"
+    return box.start("sh", "-euc", text, env={"PATH": path}, cwd=box.folder, **options)
+
+
+def done(box, text, status=0):
+    """Runs a block; it must succeed.  Returns its result."""
+    result = sh(box, text).end(30)
+    assert result.status == status, result
+    return result
+
+
+def bring(box):
+    """Puts what README's directory has into the box."""
+    for name in ("flom.py", "flomd.py"):
+        shutil.copy(os.path.join(ROOT, name), box.folder)
+    shutil.copytree(os.path.join(ROOT, "contrib"), box.path("contrib"))
+
+
+# The blocks
+
+@runs("python3 flom.py -- echo hello")
+def test_the_first_command(box, texts):
+    furnish(box, f"SocketName={box.socket}")
+    bring(box)
+    assert done(box, block(*texts).text) == (0, "hello\n", "")
+
+
+@runs("python3 -m venv")
+def test_the_command_of_the_tests(texts):
+    """It is what .ci/run runs, since it is the first such line; tox is what makes the matrix."""
+    line = next(line for line in README.splitlines() if line.startswith("    python3 -m venv"))
+    assert line.strip() == block(*texts).text
+    expression = re.search(r"sed -n '(.*)' README.md", read(os.path.join(ROOT, ".ci/run"))).group(1)
+    assert expression == r"s/^    \(python3 -m venv .*\)$/\1/p"
+    assert line.endswith("&& .venv/bin/tox") and os.path.exists(os.path.join(ROOT, "tox.ini"))
+
+
+@runs("scp flom.py flomd.py db1:\n")
+def test_two_hosts_in_five_commands(hosts, texts):
+    one, two = hosts(2)
+    furnish(one, hosts=[one, two])
+    work = os.mkdir(one.path("work")) or one.path("work")
+    for script in (FLOM, FLOMD):
+        shutil.copy(script, work)
+    commands = block(*texts).text.splitlines()
+    assert len(commands) == 5
+    gate = one.gate("sleep")
+    executable(one, "bin/sleep", SH + f"exec {one.path('hold')}\n")
+    executable(one, "hold", f'{SH}exec sh -c {quoted(gate.command[2])} sleep {one.log} {gate.fifo}')
+
+    def command(number):
+        path = f"{one.path('bin')}:{os.environ['PATH']}"
+        text = commands[number - 1].replace(" &", "")
+        return one.start("sh", "-euc", text, env={"PATH": path}, cwd=work)
+    assert [command(n).end().status for n in (1, 2)] == [0, 0]
+    assert os.path.exists(two.path("flomd.py"))
+    holder = command(3)
+    gate.wait()
+    assert command(4).end() == (98, "", BUSY)
+    waiter = command(5)
+    wait_until(lambda: two.run("-A", "239.255.0.1", "--status").out.count("waits 1") == 1)
+    assert waiter.out == ""
+    gate.open()
+    assert holder.end() == (0, "", "") and waiter.end() == (0, "mine\n", "")
+    assert two.daemons() == [] and len(one.daemons()) == 1
+
+
+def quoted(text):
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+LOCAL = {  # blocks of the own socket, and what they run
+    "flom -- backup.sh": ["backup.sh"] * 3 + ["on-slot red", "vacuum", "backup.sh"],
+    "flom -r report -l PR": ["read", "write"],
+    "xargs": ["curl -sO http://one/", "curl -sO http://two/"],
+    "flom -r 'licence[5]'": ["simulate", "start-tool seatA"],
+    "flom -r '_s_invoice[1]'": ["print-invoice 1", "open-ticket 1", "archive 20"],
+    "flom -r backup -- backup.sh ": ["backup.sh"] * 4 + ["dump"]}
+TESTED.update(LOCAL)
+
+
+@pytest.mark.parametrize("beginning", LOCAL)
+def test_recipes_of_one_host(box, beginning):
+    furnish(box, f"SocketName={box.socket}")
+    done(box, block(beginning).text)
+    ran = sorted(box.events()) if beginning == "xargs" else box.events()
+    assert [line[:len(word)] for line, word in zip(ran, LOCAL[beginning])] == LOCAL[beginning]
+    assert len(ran) == len(LOCAL[beginning])
+
+
+@runs("flom -a db1 ")
+def test_a_fixed_address(box, texts):
+    furnish(box, f"UnicastPort={free_port()}")
+    text = block(*texts).text
+    done(box, text.replace("db1", "127.0.0.1").replace("db2", "127.0.0.2"))
+    assert box.events() == ["backup.sh"] * 2
+
+
+@runs("contrib/checksums.sh")
+def test_copying_without_pip(box, texts):
+    furnish(box, f"SocketName={box.socket}")
+    bring(box)
+    text = block(*texts).text.replace("/usr/local/", f"{box.folder}/usr/local/")
+    os.makedirs(box.path("usr/local/bin"))
+    result = done(box, text)
+    assert result.out == "flom.py: OK\nflomd.py: OK\n"
+    assert done(box, "usr/local/bin/flom -- echo x").out == "x\n"
+    assert done(box, "usr/local/bin/flomd --version").out.startswith("flomd")
+
+
+@runs("0 3 * * *")
+def test_the_cron_job(hosts, texts):
+    """Run by both hosts it runs once: the lock is kept although the job has ended."""
+    one, two = hosts(2)
+    for host in (one, two):
+        furnish(host)
+    minute, *_, command = block(*texts).text.split(None, 5)
+    assert (minute, "%" in command) == ("0", False)
+    first = sh(one, command)
+    wait_until(lambda: one.events() == ["nightly-report"] or first.poll() is not None)
+    assert sh(two, command).end() == (98, "", BUSY)
+    for pid in [pid for pid in one.running() if comm(pid) == "flom"]:
+        os.kill(pid, 15)
+    assert first.end().status == 0 and one.events() == ["nightly-report"]
+
+
+@runs("openssl req", "# deploy.conf", "flom -c deploy.conf")
+def test_the_deploy_lock(box, texts):
+    furnish(box, f"UnicastPort={free_port()}", "RecoveryWindow=0")
+    prepare, file, run = (block(text).text for text in texts)
+    box.write("deploy.conf", file.replace("UnicastAddress=db1", "UnicastAddress=127.0.0.1"))
+    done(box, prepare)
+    done(box, run)
+    assert box.events() == ["deploy.sh"]
+    done(box, "flom -a 127.0.0.1 -d 0 -- true", status=99)
+
+
+@runs("install -m 755", "[Daemon]\nSocketName")
+def test_the_systemd_service(box, texts):
+    furnish(box)
+    bring(box)
+    install, file = (block(text).text for text in texts)
+    for folder in ("usr/local/bin", "etc/systemd/system", "etc/sysusers.d", "run/flom"):
+        os.makedirs(box.path(folder))
+    for prefix in ("/usr/local/", "/etc/"):
+        install = install.replace(prefix, box.folder + prefix)
+    done(box, install)
+    assert box.events()[1:] == ["systemctl daemon-reload",
+                                "systemctl enable --now flomd.service"]
+    service = read(box.path("etc/systemd/system/flomd.service"))
+    socket = re.search(r"FLOMD_OPTIONS=-s (\S+?)\"", service).group(1)
+    assert "ExecStart=/usr/local/bin/flomd " in service and f"SocketName={socket}\n" in file
+    box.write("etc/flom.conf", file.replace("/run/", f"{box.folder}/run/"))
+    client = "usr/local/bin/flom -c etc/flom.conf -- echo x"
+    assert "forbids starting one" in done(box, client, status=99).err
+    done(box, f"usr/local/bin/flomd -s {box.folder}/run/flom/socket")
+    assert done(box, client).out == "x\n"
+
+
+@runs("import flom", "lock = flom.Lock")
+def test_python(box, texts):
+    furnish(box, f"SocketName={box.socket}")
+    box.daemon()
+    script = box.write("script.py", "\n".join(block(text).text for text in texts))
+    token, red = box.start(*PYTHON, script, env={"PYTHONPATH": ROOT}).end().out.splitlines()
+    assert int(token) > 2 ** 32 and red == "red"
+    assert [process.poll() for process in box.processes[1:]] == [0]
+
+
+@runs("flom --check-config")
+def test_moving_over_from_flom(box, texts):
+    furnish(box, f"SocketName={box.socket}")
+    holder, gate = box.hold("a")
+    pid = box.the_daemon()
+    assert (comm(holder.pid), comm(pid)) == ("flom", "flomd")  # of pkill -x
+    gate.open()
+    assert holder.end().status == 0
+    done(box, block(*texts).text)
+    assert box.daemons() == []
+
+
+@runs("flom --status ", "RESOURCE ")
+def test_the_status(box, texts):
+    furnish(box, f"SocketName={box.socket}")
+    holder, gate = box.hold("a", "-r", "backup")
+    units, other = box.hold("b", "-r", "licence[5]", "-q", "2")
+    waiter = box.waiter("-r", "backup", "--", "true")
+    *table, line = done(box, block(texts[0]).text).out.splitlines()
+    shape = [[line.split()[n] for n in (0, 1, 2, -2)] for line in block(texts[1]).text.split("\n")]
+    assert [[line.split()[n] for n in (0, 1, 2, -2)] for line in table] == shape
+    assert [entry["name"] for entry in json.loads(line)["resources"]] == ["backup"]
+    gate.open()
+    other.open()
+    assert [process.end().status for process in (holder, units, waiter)] == [0, 0, 0]
+
+
+@runs("flomd -s /run/flom/socket -m")
+def test_monitoring(box, texts):
+    furnish(box)
+    os.makedirs(box.path("run/flom/state"))
+    text = block(*texts).text.replace("/run/", f"{box.folder}/run/")
+    done(box, text)
+    wait_until(lambda: os.path.exists(box.path("run/flom/flomd.prom")))
+    wait_until(lambda: os.path.exists(box.path("run/flom/state/status")))
+
+
+@runs("[Resource]\nName=backup")
+def test_the_configuration_file(box, texts):
+    path = box.write("conf", block(*texts).text + "\n")
+    assert box.run("-c", path, "--check-config", address=()) == (0, "", "")
+
+
+@pytest.mark.parametrize("picture", ["         db1  "])
+def test_the_picture(picture):
+    """Says what flom says: group, port, lifespan."""
+    text = block(picture).text
+    defaults = {setting.key: setting.default for setting in flom.SETTINGS}
+    assert f"port {defaults['MulticastPort']}" in text and "239.255.0.1" in text
+    assert f"for {defaults['Lifespan'] // 1000} s" in text
+
+
+TESTED.add("         db1  ")
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_every_block_is_run(number):
+    text = BLOCKS[number].text
+    assert [beginning for beginning in TESTED if text.startswith(beginning)], f"nobody runs {text}"
+    assert BLOCKS[number].language in ("sh", "text", "ini", "python", "crontab")
+
+
+def test_the_blocks_that_are_run_are_there():
+    for beginning in TESTED:
+        block(beginning)
+
+
+# Tables and docstrings
+
+def rows(head):
+    """The rows of the table whose head begins so, as lists of cells."""
+    lines = README[README.index(f"\n| {head} |") + 1:].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_table_of_options():
+    known = {f"--{setting.long}" for setting in flom.SETTINGS} | {
+        f"-{setting.short}" for setting in flom.SETTINGS if setting.short}
+    known |= {word for names, _, _ in flom.ACTION_OPTIONS for word in names.split()}
+    known |= set("-c --config-file --version --help --json --watch".split())
+    defaults = {f"--{setting.long}": setting.default for setting in flom.SETTINGS}
+    for names, default, _ in rows("option"):
+        found = [name for name in re.findall("`(-[^`]+)`", names) if name != "-port"]
+        assert found and set(found) <= known
+        value = re.search("[0-9]{3,}", default)
+        long = [name for name in found if name in defaults]
+        if value and long and "," not in names:
+            assert int(value.group()) == defaults[long[0]], names
+
+
+def test_the_table_of_statuses():
+    classes = [flom.Deadlock, flom.LockLost, flom.CannotWait, flom.Busy, flom.Timeout]
+    known = {error.status for error in classes} | {flom.NOT_RUN, flom.WRONG}
+    assert [int(row[0]) for row in rows("status")] == sorted(known)
+    for row in rows("status"):
+        assert f"\n    {row[0]}  " in flom.__doc__
+
+
+def test_the_settings_that_prose_names():
+    """Lengths of time that are promised."""
+    assert flom.RECOVERY_WINDOW == 2000
+    defaults = {setting.key: setting.default for setting in flom.SETTINGS}
+    assert [defaults[f"TcpKeepalive{key}"] for key in ("Time", "Probes", "Intvl")] == [60, 6, 10]
+    assert "(60 s + 6 × 10 s)" in README and defaults["KillAfter"] == 5000
+
+
+def test_the_examples_of_the_docstring(hosts):
+    """Of flom.py --help's source: the first screen of the script."""
+    one, = hosts(1)
+    furnish(one)
+    for name in ("make", "report.sh"):
+        executable(one, f"bin/{name}", PRINTS.format(log=one.log))
+    executable(one, "bin/flom.py", f'{SH}exec {" ".join(PYTHON)} {FLOM} "$@"\n')
+    lines = [line.strip() for line in flom.__doc__.splitlines()
+             if line.startswith("    flom.py ") and " -- " in line]
+    assert len(lines) == 5
+    for line in lines:
+        command = re.split("  +", line)[0]
+        local = "" if "-A" in command else f"-s {one.socket} "
+        done(one, command.replace("flom.py ", f"flom.py {local}", 1))
+    assert one.events() == ["make install", "backup.sh", "simulate", "report.sh", "deploy.sh"]
+
+
+def test_no_line_is_too_long():
+    wide = [line for line in README.splitlines() if len(line) > 100 and not line.startswith("|")]
+    assert wide == []
