@@ -358,14 +358,13 @@ class SteppedBack(Exception):
 
 
 @contextlib.contextmanager
-def serving(failure, *sockets):
-    """Where the system refuses what the daemon needs, closes the sockets and raises CannotServe:
-    `failure`, and why."""
+def serving(failure, *opened):
+    """When the system refuses something, closes what is open and raises CannotServe."""
     try:
         yield
     except (OSError, UnicodeError) as error:
-        for made in sockets:
-            made.close()
+        for part in opened:
+            part.close()
         raise CannotServe(f"{failure}: {getattr(error, 'strerror', error)}")
 
 
@@ -383,8 +382,7 @@ def serving(failure, *sockets):
 # of a lane are alike (the same mode; in a tree the same node, too), so if the first of a lane
 # cannot be granted none of it can.  Taking the lanes by the arrival of their first waiter, and each
 # lane until its first waiter must stay, visits exactly the waiters that are granted and one more
-# for each lane.  A waiter that stays because of one ahead of it remembers that one: as long as it
-# waits too, nothing has changed.
+# for each lane.  A waiter that stays because of one ahead remembers it: it stays as long as that.
 #
 # One exception: a request does not wait for a waiter that itself waits, directly or not, for an
 # ancestor of the request, that is for a command that will not end before the request is granted.
@@ -700,13 +698,10 @@ class Node:
 
 
 class Hierarchical(Resource):
-    """A tree: a request must be compatible with those on its node, above it and below it.
-
-    Every node counts what is held and queued on it and below it, so a request is checked by
-    walking down its path; nodes that nobody uses are removed.  Of the grants a few are remembered
-    with their nodes: a reclaim that is older than those is refused if there was any grant since, be
-    it on another branch.
-    """
+    """A tree: a request must be compatible with those on its node, above it and below it.  Every
+    node counts what is held and queued on it and below it, so a request is checked by walking down
+    its path.  The last grants are remembered with their nodes: a reclaim that is older than those
+    is refused if there was any grant since, be it on another branch."""
     has_modes = True
     REMEMBERED = 100  # grants
 
@@ -878,10 +873,8 @@ class Timestamp(Pool):
 
     @classmethod
     def _resolution(cls, name):
-        for tokens, length in cls.RESOLUTIONS:
-            if any(token in name for token in tokens.split()):
-                return length
-        return None
+        return next((length for tokens, length in cls.RESOLUTIONS
+                     if any(token in name for token in tokens.split())), None)
 
     @classmethod
     def refusal(cls, name):
@@ -966,8 +959,9 @@ class LockTable:
         """A session asks; it gets one decision, others may get more (those woken by it)."""
         decisions, before = [], self.requests.get(request.session)
         if before is not None:
-            if self._is_repeated(before, request):
-                return [self._repeated(before, request)]
+            repeated = self._repeated(before, request)
+            if repeated is not None:
+                return [repeated]
             decisions = self._forget(before, now)
         self._serial += 1
         request.serial, request.since = self._serial, now.wall
@@ -995,8 +989,7 @@ class LockTable:
         if self.window_until is not None and self.window_until <= now.mono:
             decisions += self._end_window(now)
         while self.deferred and next(iter(self.deferred.values())) <= now.mono:
-            session = next(iter(self.deferred))
-            decisions += self._refuse(self.requests[session], BUSY)
+            decisions += self._refuse(self.requests[next(iter(self.deferred))], BUSY)
         while self._due and self._due[0][0] <= now.mono:
             when, _, resource = heapq.heappop(self._due)
             if resource.due == when:
@@ -1023,15 +1016,12 @@ class LockTable:
     # From the request to its place.
 
     @staticmethod
-    def _is_repeated(before, request):
-        """Whether a session that has a request keeps it, and with it its place."""
-        if before.state is PARKED and request.create or before.state is DEFERRED:
-            return False
-        return before.state is HELD or bool(request.wait) and request.same(before)
-
-    @staticmethod
     def _repeated(before, request):
-        """The answer to a second request of a session that has one."""
+        """The answer to a session that asks again and keeps its place; None when it does not."""
+        if before.state is not HELD and (
+                before.state is DEFERRED or before.state is PARKED and request.create
+                or not request.wait or not request.same(before)):
+            return None
         if before.name == request.name:
             kept = before if before.state is PARKED else before.resource
             kept.lifespan = max(kept.lifespan, request.lifespan)
@@ -1040,8 +1030,7 @@ class LockTable:
                     and request.quantity <= before.quantity):
                 return Decision(request.session, OK, before.element, before.token)
             return Decision(request.session, BUSY)
-        verdict = WAIT_RESOURCE if before.state is PARKED else ENQUEUED
-        return Decision(request.session, verdict)
+        return Decision(request.session, WAIT_RESOURCE if before.state is PARKED else ENQUEUED)
 
     def _place(self, request, now):
         """Finds or makes the resource of a new request and takes it there."""
@@ -1102,16 +1091,14 @@ class LockTable:
             return self._reclaim(request, resource, now)
         if self.window_until is None:
             if resource.admits(request, now) or self._may_pass(request, resource, now):
-                return [self._grant(request, resource, now)]
+                resource.hold(request, now)
+                return [self._granted(request)]
             if not request.wait:
                 return self._refuse(request, BUSY)
         elif not request.wait:
             return self._defer(request, now)
         if self._full():
             return self._refuse(request, LIMIT)
-        return self._enqueue(request, resource, now)
-
-    def _enqueue(self, request, resource, now):
         self._queue(request, resource)
         if self.window_until is None and self._hopeless(request, now):
             return self._refuse(request, DEADLOCK, self._cycle(request))
@@ -1136,13 +1123,10 @@ class LockTable:
                 self._below.pop(ident, None)
         return request
 
-    def _grant(self, request, resource, now):
-        resource.hold(request, now)
-        self.last_token += 1
-        return self._granted(request, self.last_token)
-
-    def _granted(self, request, token):
-        """Keeps the books of a new holder."""
+    def _granted(self, request, token=None):
+        """Keeps the books of a new holder; `token` is that of one that had the lock before."""
+        if token is None:
+            self.last_token = token = self.last_token + 1
         resource = request.resource
         request.token, resource.idle_since = token, None
         resource.remember(request)
@@ -1203,7 +1187,7 @@ class LockTable:
             granted += self._passing(resource, now)
             granted.sort(key=operator.attrgetter("serial"))
         self._look_again(resource, now)
-        return [self._promoted(request) for request in granted]
+        return [self._granted(request) for request in granted]
 
     def _passing(self, resource, now):
         """Makes holders of the nested requests that may pass those ahead of them."""
@@ -1221,12 +1205,8 @@ class LockTable:
         while self._new_ways and self.window_until is None:
             self._new_ways = False
             for resource in {waiter.resource: None for waiter in self._all_nested()}:
-                decisions += [self._promoted(request) for request in self._passing(resource, now)]
+                decisions += [self._granted(request) for request in self._passing(resource, now)]
         return decisions
-
-    def _promoted(self, request):
-        self.last_token += 1
-        return self._granted(request, self.last_token)
 
     def _look_again(self, resource, now):
         """Destroys the resource if its idle life is over, or sets the date for the next look."""
@@ -1406,11 +1386,9 @@ read_known_message = functools.lru_cache(256)(read_message)
 
 
 class Session:
-    """The state of one connection in terms of the protocol.
-
-    calls() yields what the client wants as tuples: ("lock", Request), ("unlock", committed),
-    ("status", client), ("shutdown", immediate), ("send", bytes).
-    """
+    """The state of one connection in terms of the protocol.  calls() yields what the client wants:
+    ("lock", Request), ("unlock", committed), ("status", client), ("shutdown", immediate) or
+    ("send", bytes)."""
     __slots__ = ("connection", "unread", "ours", "answered", "asked", "holds", "about", "peer_id",
                  "place")
 
@@ -1476,9 +1454,8 @@ class Session:
             request.ident = about.get("id")
             request.parents = tuple(filter(None, about.get("parent", "").split(",")[:8]))
             request.patient = wanted.get("deadlock") == "wait"
-            request.reclaim, request.element = wanted.get("reclaim"), wanted.get("held")
-            if request.reclaim is None:
-                request.element = None
+            request.reclaim = wanted.get("reclaim")
+            request.element = None if request.reclaim is None else wanted.get("held")
         return "lock", request
 
     def _unlock(self, elements):
@@ -1493,14 +1470,9 @@ class Session:
             raise ProtocolError("a shutdown that does not say how")
         return "shutdown", bool(elements["shutdown"]["immediate"])
 
-    def _ping(self, elements):
-        return "send", encode(PING, 16)
-
-    def _pong(self, elements):
-        return "send", b""
-
-    _MESSAGES = {(LOCK, 8): _lock, (UNLOCK, 8): _unlock, (PING, 8): _ping, (PING, 16): _pong,
-                 (MANAGEMENT, 8): _management}
+    _MESSAGES = {(LOCK, 8): _lock, (UNLOCK, 8): _unlock, (MANAGEMENT, 8): _management,
+                 (PING, 8): lambda self, elements: ("send", encode(PING, 16)),
+                 (PING, 16): lambda self, elements: ("send", b"")}
 
     def answer(self, decision):
         """The bytes that tell the client of a decision, or None where it must not be told and its
@@ -1567,22 +1539,19 @@ def report(table, introduction, now):
 def _resource_report(resource, now):
     idle = -1
     if resource.idle_since is not None:
-        left = resource.idle_since + resource.lifespan / 1000 - now.mono
-        idle = max(0, round(left * 1000))
-    kind = kind_of(resource.name)
-    opening = element("resource", ("name", encode_name(resource.name)), ("kind", kind),
-                      ("idle", idle), end=">")
-    holders = [element("holder", *_who(request), ("token", request.token))
-               for request in resource.holders.values()]
-    waiters = [element("waiter", *_who(request), ("position", position))
-               for position, request in enumerate(resource.waiters(), 1)]
-    return "".join([opening] + holders + waiters + ["</resource>"])
+        idle = max(0, round((resource.idle_since - now.mono) * 1000 + resource.lifespan))
+    return "".join([
+        element("resource", ("name", encode_name(resource.name)),
+                ("kind", kind_of(resource.name)), ("idle", idle), end=">"),
+        *(element("holder", *_who(request), ("token", request.token))
+          for request in resource.holders.values()),
+        *(element("waiter", *_who(request), ("position", position))
+          for position, request in enumerate(resource.waiters(), 1)), "</resource>"])
 
 
 def _who(request):
     """The attributes that a holder, a waiter and a parked request have in common."""
     about, kind = request.session.about, kind_of(request.name)
-    tree = kind == "hierarchical"
     told = [("id", request.ident), ("peer", request.session.connection.peer),
             *((name, about.get(name)) for name in ("host", "pid", "user", "cmd")),
             ("element", request.element)]
@@ -1590,7 +1559,7 @@ def _who(request):
             ("mode", request.mode if kind in ("simple", "hierarchical") else None),
             ("quantity", request.quantity if kind == "numeric" else None),
             ("since", int(request.held_since or request.since)),
-            ("node", encode_name(request.name) if tree else None))
+            ("node", encode_name(request.name) if kind == "hierarchical" else None))
 
 
 # --- Connections --------------------------------------------------------------------------------
@@ -1651,8 +1620,7 @@ class Connection:
                 if self.socket is None or self.over:
                     return
         except ProtocolError as error:
-            self.daemon.log.limited(f"{self.peer}: {error}; connection closed")
-            self.close()
+            self.close(error)
 
     def send(self, data):
         """Sends now what the client takes now, the rest when it can take more."""
@@ -1662,8 +1630,7 @@ class Connection:
             self.output = data
             self._flush()
         if len(self.output) > MOST_UNREAD:
-            self.daemon.log.limited(f"{self.peer}: does not read; connection closed")
-            self.close()
+            self.close("does not read")
 
     def send_report(self, pieces):
         """Sends the pieces of a status report as the client takes them, then half-closes."""
@@ -1684,7 +1651,7 @@ class Connection:
             return
         if bool(self.output) != self.writing:
             self.writing = not self.writing
-            self.daemon.poller.change(self.socket, self.handle, self.writing)
+            self.daemon.poller.change(self.socket, self.writing)
         if self.over and not self.output:
             self._shut()
         if self.report is not None and len(self.output) < 65536:
@@ -1724,8 +1691,10 @@ class Connection:
         if decision.verdict in FINAL:
             self.finish()
 
-    def close(self):
-        """Ends the connection; what it held or waited for goes on to others."""
+    def close(self, reason=None):
+        """Ends the connection, for a reason to be logged; what it held goes on to others."""
+        if reason is not None:
+            self.daemon.log.limited(f"{self.peer}: {reason}; connection closed")
         if self.socket is not None:
             self.daemon.poller.remove(self.socket)
             self.socket.close()
@@ -1737,8 +1706,7 @@ class Connection:
         if not self.local or not hasattr(socket, "SO_PEERCRED"):
             return None, None
         raw = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        pid, uid, _ = struct.unpack("3i", raw)
-        return pid, uid
+        return struct.unpack("3i", raw)[:2]
 
 
 # TLS.  The handshake is steps of the loop as everything else is; `ssl` is loaded only where it is
@@ -1769,12 +1737,6 @@ def tls_context(settings, server):
     return context
 
 
-def common_name(connection):
-    """The common name in the certificate that the peer of a TLS socket has shown."""
-    subject = connection.getpeercert().get("subject", ())
-    return dict(pair for part in subject for pair in part).get("commonName")
-
-
 class TlsConnection(Connection):
     """One client behind TLS."""
     __slots__ = ("shaking", "would_block")
@@ -1797,7 +1759,8 @@ class TlsConnection(Connection):
         writing = False
         try:
             self.socket.do_handshake()
-            self.shaking, self.name = False, common_name(self.socket)
+            self.shaking, subject = False, self.socket.getpeercert().get("subject", ())
+            self.name = dict(pair for part in subject for pair in part).get("commonName")
         except self.would_block as error:
             writing = isinstance(error, self.would_block[1])
         except OSError as error:
@@ -1810,7 +1773,7 @@ class TlsConnection(Connection):
             return
         if writing != self.writing:
             self.writing = writing
-            self.daemon.poller.change(self.socket, self.handle, writing)
+            self.daemon.poller.change(self.socket, writing)
 
 
 # --- Listeners ----------------------------------------------------------------------------------
@@ -1845,17 +1808,13 @@ class Listener:
             except OSError as error:
                 if error.errno not in NO_MORE_FILES:
                     raise
-                self._pause(error)
+                self.daemon.log.limited(f"cannot accept clients: {error.strerror}; trying again")
+                self.daemon.poller.remove(self.socket)  # or it would wake the loop all the time
+                self.daemon.dates[self._resume] = self.daemon.now.mono + PAUSE
                 return
             connection.setblocking(False)
             with contextlib.suppress(OSError):  # TLS: it has gone already
                 self.daemon.welcome(connection, LOCAL if self.local else show_address(address))
-
-    def _pause(self, error):
-        """Waits until files are closed rather than being woken again and again."""
-        self.daemon.log.limited(f"cannot accept clients: {error.strerror}; trying again")
-        self.daemon.poller.remove(self.socket)
-        self.daemon.dates[self._resume] = self.daemon.now.mono + PAUSE
 
     def _resume(self):
         self.daemon.poller.add(self.socket, self.handle)
@@ -1873,7 +1832,7 @@ class Listener:
 def unix_socket(path, mode):
     """A bound UNIX socket at `path` with these permissions; its lock must be held already."""
     _remove_stale(path)
-    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    bound = socket.socket(socket.AF_UNIX)
     before = os.umask(0o777 & ~mode)
     try:
         with serving(f"cannot create the socket {path}", bound):
@@ -2053,13 +2012,11 @@ class Group:
                 self._meet_candidates()
 
     def _meet_candidates(self):
-        loses = False
-        for elements, _ in self._datagrams(self.socket, 8):
-            other = self._pair(elements)
-            if other and other < self.pair:
-                raise SteppedBack("another daemon is about to serve the group")
-            loses = loses or other is not None and other != self.pair
-        if loses:
+        others = {self._pair(elements) for elements, _ in self._datagrams(self.socket, 8)}
+        others -= {None, self.pair}
+        if others and min(others) < self.pair:
+            raise SteppedBack("another daemon is about to serve the group")
+        if others:
             self.ask()
 
     def serve(self, daemon, port):
@@ -2157,14 +2114,13 @@ class Poller:
         self._poll = select.epoll() if hasattr(select, "epoll") else select.poll()
         self._unit = 1 if hasattr(select, "epoll") else 1000
 
-    def add(self, watched, handler, writing=False):
-        """handler(events) is called when `watched` can be read (and, if writing, written)."""
+    def add(self, watched, handler):
+        """handler(events) is called when `watched` can be read."""
         self.handlers[watched.fileno()] = handler
-        self._poll.register(watched.fileno(), READABLE | (WRITABLE if writing else 0))
+        self._poll.register(watched.fileno(), READABLE)
 
-    def change(self, watched, handler, writing):
-        """As add(), for a socket that is watched already."""
-        self.handlers[watched.fileno()] = handler
+    def change(self, watched, writing):
+        """Its handler is called, or not any more, when it can be written, too."""
         self._poll.modify(watched.fileno(), READABLE | (WRITABLE if writing else 0))
 
     def remove(self, watched):
@@ -2220,7 +2176,7 @@ class Daemon:
         """Serves until it is told to end or nobody needs it."""
         self._rest()
         handlers = self.poller.handlers
-        while self.ending is None or not self._over():
+        while self.ending is None or self.ending in ("quiesce", "drain") and self.connections:
             first = self._first_date()
             events = self.poller.wait(None if first is None else max(0, first - time.monotonic()))
             self.now = Moment()
@@ -2245,18 +2201,15 @@ class Daemon:
     def _do_what_is_due(self):
         self.apply(self.table.expire(self.now))
         while self.silent and next(iter(self.silent.values())) <= self.now.mono:
-            connection = next(iter(self.silent))
-            self.log.limited(f"{connection.peer}: silent; connection closed")
-            connection.close()
+            next(iter(self.silent)).close("silent")
         self._rest()
         for purpose in [key for key, when in self.dates.items() if when <= self.now.mono]:
             if self.dates.pop(purpose, None) is not None:
                 self._call(purpose)
 
-    def _call(self, function, *details):
-        """Calls what an event or a date is for."""
+    def _call(self, function):
         try:
-            function(*details)
+            function()
         except Exception:
             self._survive(function)
 
@@ -2274,11 +2227,6 @@ class Daemon:
     def _end_of_life(self):
         self.ending = "nobody needs it"
 
-    def _over(self):
-        if self.ending in ("quiesce", "drain"):
-            return not self.connections
-        return self.ending is not None
-
     # Connections come and go.
 
     def welcome(self, accepted, peer):
@@ -2287,10 +2235,8 @@ class Daemon:
             tune(accepted, self.settings["TcpKeepaliveTime"], self.settings["TcpKeepaliveIntvl"],
                  self.settings["TcpKeepaliveProbes"])
         surplus = len(self.connections) >= self.most_clients
-        if self.tls:
-            connection = TlsConnection(self, accepted, peer, surplus, self.tls)
-        else:
-            connection = Connection(self, accepted, peer, surplus)
+        connection = (TlsConnection(self, accepted, peer, surplus, self.tls) if self.tls
+                      else Connection(self, accepted, peer, surplus))
         self.connections.add(connection)
         self.dates.pop(self._end_of_life, None)
         self.expect(connection)
@@ -2305,21 +2251,20 @@ class Daemon:
         """A connection has ended; what it held or waited for goes on to others."""
         if self.publisher:
             self.publisher.lost += connection.session.holds is not None
-            self.publisher.changed()
         self.connections.discard(connection)
         self.silent.pop(connection, None)
-        decisions = self.table.gone(connection.session, self.now)
-        self._released()
-        self.apply(decisions)
+        self._released(self.table.gone(connection.session, self.now))
         if not self.connections:
             self._rest()
 
-    def _released(self):
+    def _released(self, decisions):
         """The mark on disk may be cleared when nobody has held a lock for a while."""
+        if self.publisher:
+            self.publisher.changed()
         if not self.table.holding and self.state.marked:
             self.quiet_since = self.now.mono
-            if self.clear_mark not in self.dates:
-                self.dates[self.clear_mark] = self.now.mono + QUIET
+            self.dates.setdefault(self.clear_mark, self.now.mono + QUIET)
+        self.apply(decisions)
 
     def clear_mark(self):
         """Clears the mark on disk, unless it is too early."""
@@ -2355,14 +2300,13 @@ class Daemon:
 
     def _explained(self, decision):
         """The decision for a session that wants to know why it waits, and how that changes."""
-        session = decision.session
-        resource = self.table.resource_of(session.asked)
-        reason = decision.reason or resource and held_by(resource, self.now)
+        session, resource = decision.session, self.table.resource_of(decision.session.asked)
         if decision.verdict == ENQUEUED:
             session.place = decision.position
             self.curious.add(session)
             self.dates.setdefault(self._tell_places, self.now.mono + 1)
-        return decision._replace(reason=reason)
+        return decision._replace(
+            reason=decision.reason or resource and held_by(resource, self.now))
 
     def _tell_places(self):
         """Once a second: tells those that want to know it of a new place in the queue."""
@@ -2392,26 +2336,13 @@ class Daemon:
             self.log.limited(f"{connection.peer}: {reason}; refused")
             connection.tell(Decision(session, LIMIT, reason=reason))
         else:
-            if session.ours:
-                self._complete(connection, session.about)
+            pid, uid = connection.credentials() if session.ours else (None, None)
+            if pid:  # on a local socket the system knows best who asks
+                session.about.update(pid=str(pid), user=owner(uid))
             self.apply(self.table.request(request, self.now))
 
-    @staticmethod
-    def _complete(connection, about):
-        """On a local socket the system knows best who asks."""
-        pid, uid = connection.credentials()
-        if pid:
-            about.update(pid=str(pid), user=owner(uid))
-
     def _unlock(self, connection, committed):
-        if self.publisher:
-            self.publisher.changed()
-        decisions = self.table.release(connection.session, committed, self.now)
-        self._released()
-        self.apply(decisions)
-
-    def _send(self, connection, data):
-        connection.send(data)
+        self._released(self.table.release(connection.session, committed, self.now))
 
     def _status(self, connection, client):
         if client.startswith("flomd.py"):  # see Daemon.verify()
@@ -2460,8 +2391,8 @@ class Daemon:
             return None
         return "another host may not, without --allow-remote-shutdown on the daemon"
 
-    CALLS = {"lock": _lock, "unlock": _unlock, "send": _send, "status": _status,
-             "shutdown": _shutdown}
+    CALLS = {"lock": _lock, "unlock": _unlock, "status": _status, "shutdown": _shutdown,
+             "send": lambda self, connection, data: connection.send(data)}
 
     # The end.
 
@@ -2505,23 +2436,22 @@ class Daemon:
         self.log.error("draining: another daemon serves the group")
         self.ending = "drain"
         self.dates.pop(self._end_of_life, None)
-        self.group.close()
-        self.group = None
-        for listener in self.listeners:
-            listener.close()
-        self.listeners = []
+        self._hide()
         self._applying = True  # a waiter that makes way grants nothing any more
         for connection in [other for other in self.connections if other.session.holds is None]:
             connection.close()
         self._decisions.clear()
         self._applying = False
 
+    def _hide(self):
+        """From now on no client finds the daemon."""
+        for way in self.listeners + [self.group] * bool(self.group):
+            way.close()
+        self.listeners, self.group = [], None
+
     def close(self):
         """Removes what the daemon has put into the file system and closes its sockets."""
-        for listener in self.listeners:
-            listener.close()
-        if self.group:
-            self.group.close()
+        self._hide()
         if self.publisher:
             self.publisher.close()
         if self.state and self.state.marked and not self.table.holding and (
@@ -2612,11 +2542,10 @@ def open_state(path, shared):
 
 def lock_file(number, wait):
     """Takes the flock of the file; returns whether it could be had."""
-    try:
+    with contextlib.suppress(*WOULD_BLOCK):
         fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except WOULD_BLOCK:
-        return False
-    return True
+        return True
+    return False
 
 
 class State:
@@ -2697,8 +2626,7 @@ class Publisher:
 
     @staticmethod
     def _in_child(write):
-        child = os.fork()
-        if not child:
+        if not os.fork():
             try:
                 close_files(keep=-1)  # or clients would wait for this process, too
                 write()
@@ -2732,14 +2660,14 @@ class Publisher:
         """Yields (path, content) of the files."""
         table = self.daemon.table
         for number, resource in enumerate(table.resources.values(), 1):
-            folder = f"lockers/{number}"
+            folder, kind = f"lockers/{number}", kind_of(resource.name)
             yield f"{folder}/resource_name", resource.name
-            yield f"{folder}/resource_type", kind_of(resource.name)
+            yield f"{folder}/resource_type", kind
             for role, requests in (("holders", resource.holders.values()),
                                    ("waitings", resource.waiters())):
                 for place, request in enumerate(requests, 1):
-                    for key, value in self._details(request, resource):
-                        yield f"{folder}/{role}/{place}/{key}", value
+                    yield from ((f"{folder}/{role}/{place}/{key}", value)
+                                for key, value in self._details(request, kind))
         parked = [request for queue in table.parked.values() for request in queue.values()]
         for number, request in enumerate(parked, 1):
             yield f"incubator/{number}/peer_name", request.session
@@ -2747,10 +2675,9 @@ class Publisher:
             yield f"incubator/{number}/resource_type", kind_of(request.name)
 
     @staticmethod
-    def _details(request, resource):
-        kind = kind_of(resource.name)
+    def _details(request, kind):
         yield "peer_name", request.session
-        if resource.has_modes:
+        if kind in ("simple", "hierarchical"):
             yield "lock_mode", MODES[request.mode]
         elif kind == "numeric":
             yield "quantity", request.quantity
@@ -2802,8 +2729,7 @@ class Publisher:
 # --- Daemonize ----------------------------------------------------------------------------------
 # The process that is started forks twice, waits until its grandchild serves, and passes on the
 # status: so whoever starts a daemon knows when it ends that the daemon listens.  The grandchild
-# keeps nothing of the starter but stderr, and that until it serves, for the one line that says why
-# it cannot.
+# keeps of the starter only stderr, until it serves, for the one line that says why it cannot.
 
 
 def detach():
@@ -2995,13 +2921,11 @@ def read_options(arguments):
         if text is not None:
             short = f"-{setting.short}/" if setting.short else ""
             settings.set(setting, [text], f"{short}--{setting.long}")
-    # the files that clients read too may name another daemon: they give this one an address only
-    # when nothing else does
+    # the files that clients read too may name another daemon: an address in them counts last
     keys = ("SocketName", "UnicastAddress", "MulticastAddress")
     own = [key for key in keys if settings.origins.get(key) != of_clients.get(key)]
-    for key in keys if own else ():
-        if key not in own:
-            settings.values.pop(key, None)
+    for key in set(keys).difference(own) if own else ():
+        settings.values.pop(key, None)
     if settings["SocketName"] and settings["MulticastAddress"]:
         raise UsageError(f"{settings.origins['SocketName']} and "
                          f"{settings.origins['MulticastAddress']} exclude each other")
@@ -3045,9 +2969,9 @@ def open_states(settings, options, log):
         if durable:
             raise
         log.error(f"{error}; nothing will be remembered")
-        return State(None, False)
-    if not lock_file(number, wait=False):  # another daemon's, elsewhere on the same file system
-        return State(None, False)
+        number = None
+    if number is not None and not lock_file(number, wait=False):
+        number = None  # another daemon's, elsewhere on the same file system
     return State(number, durable)
 
 
@@ -3106,28 +3030,21 @@ def prepare(settings, options, log):
     if settings["MountPointVFS"] or options.metrics:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the publisher's children
         daemon.publisher = Publisher(daemon, settings["MountPointVFS"], options.metrics)
-    with contextlib.ExitStack() as on_failure:
-        on_failure.callback(daemon.close)
-        if options.pid_file:
-            with serving(f"cannot write {options.pid_file}"), open(options.pid_file, "w") as file:
-                file.write(f"{os.getpid()}\n")
-        on_failure.pop_all()
+    path = options.pid_file
+    if path:
+        with serving(f"cannot write {path}", daemon), open(path, "w") as file:
+            file.write(f"{os.getpid()}\n")
     return daemon
-
-
-def make_log(settings, options):
-    """The log that the options ask for."""
-    target = options.log or settings["DaemonTraceFile"] or (
-        "stderr" if options.foreground else "syslog")
-    traced = target == settings["DaemonTraceFile"] and not options.log
-    return Log(target if target in ("syslog", "stderr") else os.path.abspath(target),
-               "debug" if traced else options.log_level,
-               append=settings["AppendTraceFile"] or not traced)
 
 
 def serve(settings, options):
     """Runs the daemon to its end; returns the exit status."""
-    log = make_log(settings, options)
+    target = options.log or settings["DaemonTraceFile"] or (
+        "stderr" if options.foreground else "syslog")
+    traced = target == settings["DaemonTraceFile"] and not options.log
+    log = Log(target if target in ("syslog", "stderr") else os.path.abspath(target),
+              "debug" if traced else options.log_level,
+              append=settings["AppendTraceFile"] or not traced)
     writer = None if options.foreground else detach()
     try:
         log.open()

@@ -42,9 +42,11 @@ def hosts(boxes):
         return made
 
     yield make
-    boxes.close()
-    for network in networks:
-        network.close()
+    try:
+        boxes.close()
+    finally:
+        for network in networks:
+            network.close()
 
 
 def found_interpreters():

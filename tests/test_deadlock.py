@@ -45,8 +45,8 @@ def test_the_other_kinds(box, outer, inner):
     assert (status, out) == (94, "") and cycle(err)
 
 
-def test_five_deep(box):
-    words = [word for name in "BCDEA" for word in nested(box.address, "-r", name)]
+def test_three_deep(box):
+    words = [word for name in "BCA" for word in nested(box.address, "-r", name)]
     outer = box.flom("-r", "A", "--", *words, *box.note("wrong"))
     status, out, err = outer.end()
     assert (status, out, box.events()) == (94, "", [])

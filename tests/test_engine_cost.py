@@ -87,7 +87,7 @@ def test_holders_below_cost_nothing(policy, waiters):
     for count in (FEW, MANY):
         world = crowd(policy, [(f"/t/{number}", {"mode": "CR"}) for number in range(count)], count)
         world.ask("H", "/t", "PR")
-        for number in range(waiters):
+        for _ in range(waiters):
             world.ask("W", "/t/a", "PW")
         assert len(world.queue) == waiters
         found.append(lines(world.table.release, "H", True, world.clock))

@@ -25,7 +25,7 @@ def small(*asks, sessions="ABC", times=(), sets=(), most=4, nested=False, create
 
 
 def moves_of(world, small):
-    """All that can happen next; of the sessions that are not there yet, the first stands for all."""
+    """All that can happen next; of the sessions that are not there, one stands for all."""
     named = {ident for one in world.queue.values() for ident in one.parents}
     idle = [one for one in small.sessions if one not in world.table.requests and one not in named]
     waiting = [one for one in small.sessions if one in world.queue or one in world.parked]
@@ -131,8 +131,17 @@ def values_are_conserved(resource, holders):
     assert resource.name.startswith("_S_") or not resource.returned
 
 
-CONSERVED = {"numeric": units_are_conserved, "set": slots_are_conserved,
-             "sequence": values_are_conserved}
+def nodes_are_needed(resource, holders):
+    names = [one.name + "/" for one in holders + resource.waiters()]
+    todo = [(resource.name + "/", resource.root)]
+    while todo:
+        name, node = todo.pop()
+        assert node is resource.root or any(one.startswith(name) for one in names), name
+        todo += [(f"{name}{level}/", child) for level, child in node.children.items()]
+
+
+CONSERVED = {"hierarchical": nodes_are_needed, "numeric": units_are_conserved,
+             "set": slots_are_conserved, "sequence": values_are_conserved}
 
 
 def key_of(world, small):
@@ -229,7 +238,7 @@ WORLDS = {
     "tree, all modes": small(*[(name, MODES) for name in ("/t", "/t/a", "/t/b")], sessions="AB",
                              creates=(1,)),
     "tree, branches": small(("/t", ["PR", "EX"]), ("/t/a", ["PR", "EX"]), ("/t/a/x", ["EX"]),
-                            ("/t/b", ["EX"])),
+                            ("/t/b", ["EX"]), creates=(1,)),
     "tree, two": small(("/t/a", ["CW", "PW"]), ("/t", ["CW"]), ("/u/a", ["EX"])),
     "sequence": small(("_s_x[2]", [1])),
     "sequence, transactional": small(("_S_x[2]", [1]), sessions="ABCD"),

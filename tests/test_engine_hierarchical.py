@@ -168,8 +168,8 @@ def test_nothing_is_left_of_a_tree_after_its_lifespan(world):
 
 
 def test_levels_may_hold_nearly_anything(world):
-    names = ["/a b", "/a b/.", "/a b/./..", "/a b/&<>\"'", "/a b/\xe9\u20ac", "/a b/[3]", "/a b/_s_x[1]"]
-    for number, name in enumerate(names[1:]):
+    names = ["/a b/.", "/a b/./..", "/a b/&<>\"'", "/a b/\xe9\u20ac", "/a b/[3]", "/a b/_s_x[1]"]
+    for number, name in enumerate(names):
         expected = "queued" if number == 1 else "granted"
         assert world.ask(f"S{number}", name) == f"S{number} {expected}"
 

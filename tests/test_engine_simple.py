@@ -37,10 +37,10 @@ def test_names_are_told_apart_by_case_and_are_whole(world):
 
 
 @pytest.mark.parametrize("name", [
-    "", "1a", "a b", "a\n", "\na", "a\nb", "_a", "_RESOURCE2", "_STATUS", "_", "a_b", "a-b", "a.", ".a",
-    "a..b", "a.1", "/", "//", "/a/", "/a//b", "a/b", "/a\n", "/a\\b", "a[]", "a[-1]", "a[1", "a[1]b",
-    "a[x]", "a[2147483648]", "_s_a", "_s_[1]", "_s_a[0]", "_x_a[1]", "_s_a[2147483648]", "_t_%S",
-    "_t_%S[0]", "_t_[1]", "_t_1[1]", "_t_%D[1]", "_T_%S[1]", "é", "a[²]", "a[1][2]"])
+    "", "1a", "a b", "a\n", "\na", "a\nb", "_a", "_RESOURCE2", "_STATUS", "_", "a_b", "a-b", "a.",
+    ".a", "a..b", "a.1", "/", "//", "/a/", "/a//b", "a/b", "/a\n", "/a\\b", "a[]", "a[-1]", "a[1",
+    "a[1]b", "a[x]", "a[2147483648]", "_s_a", "_s_[1]", "_s_a[0]", "_x_a[1]", "_s_a[2147483648]",
+    "_t_%S", "_t_%S[0]", "_t_[1]", "_t_1[1]", "_t_%D[1]", "_T_%S[1]", "é", "a[²]", "a[1][2]"])
 def test_a_name_that_is_none_is_refused_at_once(world, name):
     for wait, create in ((0, 0), (0, 1), (1, 0), (1, 1)):
         assert world.ask("A", name, wait=wait, create=create) == "A invalid"
@@ -48,8 +48,8 @@ def test_a_name_that_is_none_is_refused_at_once(world, name):
 
 
 @pytest.mark.parametrize("name", [
-    "a", "Z9", "a.b", "a.a.a", "/a", "/ ", "/a/b c/\"'&<>", "/\xe9/\u20ac", "/\udcff", "/./..", "a[1]",
-    "a[05]", "a[2147483647]", "_s_a[1]", "_S_a[2]", "_t_%S[1]", "_t_a#f:%S.b[3]"])
+    "a", "Z9", "a.b", "a.a.a", "/a", "/ ", "/a/b c/\"'&<>", "/\xe9/\u20ac", "/\udcff", "/./..",
+    "a[1]", "a[05]", "a[2147483647]", "_s_a[1]", "_S_a[2]", "_t_%S[1]", "_t_a#f:%S.b[3]"])
 def test_a_name_that_is_one_is_granted(world, name):
     assert world.ask("A", name).startswith("A granted")
 

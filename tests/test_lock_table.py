@@ -236,7 +236,7 @@ def test_tokens_grow_with_each_grant_whatever_the_resource():
 
 def test_only_grants_carry_tokens_and_use_them(world):
     world.ask("A", "R")
-    for number in range(10):
+    for _ in range(10):
         world.ask("B", "R", wait=0)
         assert world.told[0].token is None
     world.release("A")

@@ -51,9 +51,9 @@ def test_10_pools_of_other_sizes_are_others(box):
     open_all([gate], [holder])
 
 
-@pytest.mark.parametrize("wait", [(), ("-o", "0")], ids=" ".join)
-def test_10_more_than_there_is(box, wait):
-    assert box.run("-r", "foo[2]", "-q", "3", *wait, "--", "echo", "x") == (99, "", NEVER)
+def test_10_more_than_there_is(box):
+    for wait in ("-1", "0"):
+        assert box.run("-r", "foo[2]", "-q", "3", "-o", wait, "--", "echo", "x") == (99, "", NEVER)
 
 
 def test_11_one_writer_and_n_readers_nested(box):
@@ -79,7 +79,7 @@ def test_11_one_writer_and_n_readers_nested(box):
 # Use cases 12 and 13: set
 
 def test_12_sets(box):
-    assert elements(box, "red.green.blue", 4) == ["red", "green", "blue", "red"]
+    assert elements(box, "red.green.blue", 3) == ["red", "green", "blue"]
 
 
 def test_13_the_element_is_the_last_argument(box):
@@ -113,28 +113,28 @@ READER, BESIDE, BACKUP = ("/foo/bar", "PR"), ("/foo/blue", "PR"), ("/foo", "PR")
 ELSEWHERE, BELOW = ("/foo/blue/apple", "EX"), ("/foo/bar/apple", "EX")
 DEEP = ("/foo/bar/fruit/apple", "EX")
 
-# Who comes, in order; and of those who have to wait: {who: for whom}.
+# Who comes, in order; of those who have to wait, {who: for whom}; and the same in reverse order.
 TREES = {
-    "a": ([READER, ELSEWHERE], {}),
-    "a reversed": ([ELSEWHERE, READER], {}),
-    "b": ([READER, BELOW], {1: 0}),
-    "b reversed": ([BELOW, READER], {1: 0}),
-    "c": ([READER, DEEP], {1: 0}),
-    "c reversed": ([DEEP, READER], {1: 0}),
-    "d": ([READER, BESIDE, BACKUP], {}),
-    "d reversed": ([BACKUP, BESIDE, READER], {}),
-    "e": ([BESIDE, BELOW, BACKUP], {2: 1}),
-    "e reversed": ([BACKUP, BELOW, BESIDE], {1: 0}),
-    "e, one file": ([READER, BELOW, BACKUP], {1: 0, 2: 1}),
-    "f": ([BESIDE, BACKUP, BELOW], {2: 1}),
-    "f reversed": ([BELOW, BACKUP, BESIDE], {1: 0}),
-    "f, one file": ([READER, BACKUP, BELOW], {2: 1}),
+    "a": ([READER, ELSEWHERE], {}, {}),
+    "b": ([READER, BELOW], {1: 0}, {1: 0}),
+    "c": ([READER, DEEP], {1: 0}, {1: 0}),
+    "d": ([READER, BESIDE, BACKUP], {}, {}),
+    "e": ([BESIDE, BELOW, BACKUP], {2: 1}, {1: 0}),
+    "e, one file": ([READER, BELOW, BACKUP], {1: 0, 2: 1}, {1: 0, 2: 1}),
+    "f": ([BESIDE, BACKUP, BELOW], {2: 1}, {1: 0}),
+    "f, one file": ([READER, BACKUP, BELOW], {2: 1}, {1: 0, 2: 0}),
 }
 
 
-@pytest.mark.parametrize("who, waits", TREES.values(), ids=list(TREES))
-def test_15_readers_writers_backup(box, who, waits):
-    gates, processes = [box.gate(str(n)) for n in range(len(who))], []
+@pytest.mark.parametrize("who, waits, reverse", TREES.values(), ids=list(TREES))
+def test_15_readers_writers_backup(box, who, waits, reverse):
+    come(box, "", who, waits)
+    come(box, "r", who[::-1], reverse)
+
+
+def come(box, prefix, who, waits):
+    """Starts them in order, lets them end in order, and looks who has waited for whom."""
+    gates, processes = [box.gate(f"{prefix}{n}") for n in range(len(who))], []
     for n, (gate, (node, mode)) in enumerate(zip(gates, who)):
         start = box.waiter if n in waits else box.flom
         processes.append(start("-r", node, "-l", mode, "--", *gate.command))
@@ -146,7 +146,7 @@ def test_15_readers_writers_backup(box, who, waits):
     assert [process.end().status for process in processes] == [0] * len(who)
     events = box.events()
     for later, earlier in waits.items():
-        assert events.index(f"{earlier} end") < events.index(f"{later} start")
+        assert events.index(f"{prefix}{earlier} end") < events.index(f"{prefix}{later} start")
 
 
 # Use case 18: sequences
@@ -190,9 +190,9 @@ def test_19_a_format_that_cannot_tell_two_grants_apart(box):
 @pytest.mark.parametrize("name", ["_t_%D.%T#f[2]", "_t_%D.%T#ffffff[2]"])
 def test_19_loops(box, name):
     box.daemon()
-    loop = 'for n in 1 2 3 4; do "$@" || exit; done'
+    loop = 'for n in 1 2 3; do "$@" || exit; done'
     command = nested(box, "-r", name) + ["echo"]
     loops = [box.start("/bin/sh", "-c", loop, "sh", *command) for _ in range(2)]
     end(*loops)
     given = [line for process in loops for line in process.out.splitlines()]
-    assert len(given) == len(set(given)) == 8
+    assert len(given) == len(set(given)) == 6

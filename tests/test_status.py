@@ -1,0 +1,428 @@
+"""What flom tells: --status, -V while it waits, what the daemon publishes, --check-config."""
+import json
+import os
+import re
+import socket
+import time
+
+import pytest
+from fakes import LOCK, PEER, FlomClient, FlomDaemon, b64, message
+from world import PYTHON, ROOT, free_port, read, wait_until
+
+HOST = os.uname().nodename
+HEAD = ["RESOURCE", "KIND", "STATE", "HOST", "PID", "USER", "COMMAND", "HOW", "FOR"]
+ENTRY = {"id", "peer", "host", "pid", "user", "cmd", "since"}
+
+
+@pytest.fixture(params=["unix", "TCP"])
+def address(box, request):
+    """The options that name a running daemon of the box."""
+    tcp = ("-a", "127.0.0.1", "-p", str(free_port()))
+    address = ("-s", box.socket) if request.param == "unix" else tcp
+    box.daemon(address=address)
+    return address
+
+
+def table(box, *options, address=None):
+    """The rows of --status, each a list of cells, cut where the heads of the columns begin."""
+    done = box.run("--status", *options, address=address or box.address)
+    assert (done.status, done.err) == (0, "")
+    lines = done.out.splitlines()
+    starts = [found.start() for found in re.finditer(r"\S+", lines[0])]
+    assert lines[0].split() == HEAD
+    ends = starts[1:] + [None]
+    return [[line[start:end].strip() for start, end in zip(starts, ends)] for line in lines[1:]]
+
+
+def report(box, *options, address=None):
+    """The object of --json."""
+    done = box.run("--status", "--json", *options, address=address or box.address)
+    assert (done.status, done.err, done.out.count("\n")) == (0, "", 1)
+    return json.loads(done.out)
+
+
+def end(gates, processes):
+    for gate in gates:
+        gate.open()
+    assert [process.end().status for process in processes] == [0] * len(processes)
+
+
+@pytest.fixture
+def busy(box, address):
+    """A daemon with a holder and two waiters, some units, a parked request; (address, pids)."""
+    holder, gate = box.hold("a", "-r", "R1", address=address)
+    first = box.waiter("-r", "R1", "-l", "PR", "--", "true", address=address)
+    second = box.waiter("-r", "R1", "--", "echo", "x", address=address)
+    units, other = box.hold("b", "-r", "pool[5]", "-q", "2", address=address)
+    parked = box.waiter("-e", "no", "-r", "R9", "--", "true", address=address)
+    yield address, [process.pid for process in (holder, first, second, units, parked)]
+    third, last = box.hold("c", "-r", "R9", address=address)
+    end([gate, other, last], [holder, first, second, units, parked, third])
+
+
+# The table
+
+def test_the_table_and_json(box, busy):
+    address, (holder, first, second, units, parked) = busy
+    rows = table(box, address=address)
+    short = [row[:5] + row[6:8] for row in rows]
+    assert short == [
+        ["R1", "simple", "holds", HOST, str(holder), "sh", "EX"],
+        ["R1", "simple", "waits 1", HOST, str(first), "true", "PR"],
+        ["R1", "simple", "waits 2", HOST, str(second), "echo", "EX"],
+        ["pool[5]", "numeric", "holds", HOST, str(units), "sh", "2"],
+        ["R9", "", "waits for it", HOST, str(parked), "true", "EX"]]
+    assert all(row[5] and re.fullmatch("00:00:[0-9]{2}", row[8]) for row in rows)
+    assert table(box, "-r", "pool[5]", address=address)[0][0] == "pool[5]"
+    assert len(table(box, "-r", "R1", address=address)) == 3
+    nothing = box.run("--status", "-r", "other", address=address)
+    assert nothing == (0, "nobody holds or awaits a lock\n", "")
+    check_report(report(box, address=address), busy)
+    assert [resource["name"] for resource in
+            report(box, "-r", "R1", address=address)["resources"]] == ["R1"]
+
+
+def check_report(found, busy):
+    """Exactly the fields that README documents."""
+    address, pids = busy
+    assert set(found) == {"daemon", "resources", "parked"}
+    assert set(found["daemon"]) == {"version", "since", "policy", "listening"}
+    assert found["daemon"]["policy"] == "fair" and found["daemon"]["since"] <= time.time()
+    where = f"unix:{address[1]}" if address[0] == "-s" else f"tcp:127.0.0.1:{address[3]}"
+    assert found["daemon"]["listening"].split() == [where]
+    one, pool = found["resources"]
+    for resource in (one, pool):
+        assert set(resource) == {"name", "kind", "idle", "holders", "waiters"}
+        assert resource["idle"] == -1
+    holder, (first, second), units = one["holders"][0], one["waiters"], pool["holders"][0]
+    parked, = found["parked"]
+    assert set(holder) == ENTRY | {"mode", "token"} and int(holder["token"]) > 2 ** 32
+    assert set(first) == set(second) == ENTRY | {"mode", "position"}
+    assert set(units) == ENTRY | {"quantity", "token"} and units["quantity"] == 2
+    assert set(parked) >= ENTRY | {"name"} and parked["name"] == "R9"
+    assert [first["position"], second["position"]] == [1, 2] and first["mode"] == "PR"
+    entries = [holder, first, second, units, parked]
+    assert [entry["pid"] for entry in entries] == pids
+    for entry in entries:
+        assert re.fullmatch("[0-9a-f]{16}", entry["id"]) and entry["host"] == HOST
+        assert isinstance(entry["since"], int)
+        assert (entry["peer"] == "local") == (address[0] == "-s")
+
+
+def test_the_kinds_that_have_elements_and_nodes(box):
+    gates, holders = [], []
+    for name in ("red.green", "_s_a[1]", "/a/b"):
+        holder, gate = box.hold(f"g{len(gates)}", "-r", name)
+        gates, holders = gates + [gate], holders + [holder]
+    assert [[row[0], row[1], row[7]] for row in table(box)] == [
+        ["red.green", "set", "red"], ["_s_a[1]", "sequence", "1"], ["/a/b", "hierarchical", "EX"]]
+    found = {resource["kind"]: resource for resource in report(box)["resources"]}
+    assert found["set"]["holders"][0]["element"] == "red"
+    tree = found["hierarchical"]
+    assert (tree["name"], tree["holders"][0]["node"]) == ("/a", "/a/b")
+    for name in ("/a/b", "/a"):
+        assert [row[0] for row in table(box, "-r", name)] == ["/a/b"]
+    end(gates, holders)
+
+
+def test_an_idle_resource_and_floms_clients(box):
+    """FLoM's clients tell nothing of themselves but their address."""
+    port = free_port()
+    box.daemon(address=("-a", "127.0.0.1", "-p", str(port)))
+    tcp = ("-a", "127.0.0.1", "-p", str(port))
+    with FlomClient(socket.AF_INET, ("127.0.0.1", port)) as client:
+        assert client.lock("R1") is True
+        source = "%s:%d" % client.socket.getsockname()
+        row, = table(box, address=tcp)
+        assert row[:5] == ["R1", "simple", "holds", source, ""]
+        client.release()
+    wait_until(lambda: [row[2] for row in table(box, address=tcp)] == ["idle"])
+    resource, = report(box, address=tcp)["resources"]
+    assert 0 <= resource["idle"] <= 2000 and resource["holders"] == resource["waiters"] == []
+
+
+def test_it_starts_nothing(box):
+    done = box.run("--status")
+    assert done == (99, "", f"flom: no daemon at {box.socket}\n") and box.daemons() == []
+
+
+def test_floms_daemon_cannot_report(box):
+    with FlomDaemon(unix=box.socket) as daemon:
+        for options in ((), ("--json",), ("-r", "R1"), ("--watch",)):
+            done = box.run("--status", *options)
+            assert done == (99, "", "flom: this daemon cannot report: it is not flomd.py\n")
+    assert daemon.deaths == []
+
+
+def test_watch(box):
+    """The table again and again; it ends with the daemon, or by TERM."""
+    daemon = box.daemon()
+    watcher = box.flom("--status", "--watch", "--json")
+    wait_until(lambda: watcher.out.count("\n") == 1)
+    holder, gate = box.hold("a", "-r", "R1")
+    wait_until(lambda: '"R1"' in watcher.out)
+    states = [json.loads(line) for line in watcher.out.splitlines()]
+    assert states[0]["resources"] == [] and states[-1]["resources"][0]["name"] == "R1"
+    watcher.terminate()
+    assert watcher.end().status == -15
+    end([gate], [holder])
+    assert daemon.poll() is None
+
+
+@pytest.mark.parametrize("options", [("--status",), ("--status", "--watch"), ("-V", "-X")])
+def test_nobody_reads(box, options):
+    """`flom --status | true`: no traceback, and --watch ends with its reader."""
+    box.daemon()
+    reader, writer = os.pipe()
+    os.close(reader)
+    reporter = box.flom(*options, stdout=writer)
+    os.close(writer)
+    assert reporter.end().status in (0, -13) and reporter.err == ""
+
+
+def test_ten_thousand_resources(box, address):
+    """Locks without number by clients of a few lines; the report comes in about a second."""
+    family, name = ((socket.AF_UNIX, address[1]) if address[0] == "-s"
+                    else (socket.AF_INET, ("127.0.0.1", int(address[3]))))
+
+    def ask(number):
+        return message(LOCK, 8, f'<session peerid="{PEER}"/><resource name="{b64("n%d" % number)}" '
+                                'mode="5" wait="0" create="1" lifespan="60000"/>')
+    count, window = 10000, 100
+    for first in range(0, count, window):
+        clients = [socket.socket(family, socket.SOCK_STREAM) for _ in range(window)]
+        for number, client in enumerate(clients, first):
+            client.connect(name)
+            client.sendall(ask(number))
+        for client in clients:
+            assert b'rc="0"' in client.recv(4096)
+            client.close()
+    begin = time.monotonic()
+    done = box.run("--status", address=address)
+    seconds = time.monotonic() - begin
+    assert len(done.out.splitlines()) == count + 1
+    assert seconds < 4
+
+
+# Waiting that explains itself
+
+def test_the_place_and_the_holder(box):
+    """Again whenever the place changes."""
+    holder, gate = box.hold("a", "-r", "R1")
+    first_gate = box.gate("b")
+    first = box.waiter("-r", "R1", "--", *first_gate.command)
+    second = box.waiter("-r", "R1", "--", "true")
+
+    def line(place, process):
+        return rf"waiting for R1, place {place}, held by {HOST}:{process.pid} 'sh' for 00:00:\d\d"
+    assert re.fullmatch(line(1, holder) + "\n", first.err)
+    assert re.fullmatch(line(2, holder) + "\n", second.err)
+    gate.open()
+    wait_until(lambda: second.err.count("\n") == 2)
+    assert re.fullmatch(line(2, holder) + "\n" + line(1, first) + "\n", second.err)
+    first_gate.open()
+    assert [process.end().status for process in (holder, first, second)] == [0, 0, 0]
+
+
+def test_another_holder_is_told_though_the_place_is_the_same(box):
+    one, one_gate = box.hold("a", "-r", "R1", "-l", "PR")
+    two, two_gate = box.hold("b", "-r", "R1", "-l", "PR")
+    waiter = box.waiter("-r", "R1", "--", "true")
+    assert re.search(rf"place 1, held by {HOST}:{one.pid} 'sh' for [0-9:]+ and 1 more\n$",
+                     waiter.err)
+    end([one_gate], [one])
+    wait_until(lambda: waiter.err.count("\n") == 2)
+    last = waiter.err.splitlines()[1]
+    assert re.fullmatch(rf"waiting for R1, place 1, held by {HOST}:{two.pid} 'sh' for [0-9:]+", last)
+    end([two_gate], [two, waiter])
+
+
+def test_the_holder_that_is_told_is_one_that_is_in_the_way(box):
+    """Not one of another branch, nor one in a mode that does not matter."""
+    for name, other, modes in (("/a/b", "/a/x", ("EX", "EX")), ("R1", "R1", ("NL", "EX"))):
+        idle, idle_gate = box.hold(f"idle{name[-1]}", "-r", other, "-l", modes[0])
+        holder, gate = box.hold(f"held{name[-1]}", "-r", name, "-l", modes[1])
+        waiter = box.waiter("-r", name, "--", "true")
+        assert re.fullmatch(rf"waiting for {name}, place 1, held by {HOST}:{holder.pid} 'sh' for "
+                            r"[0-9:]+\n", waiter.err)
+        end([idle_gate, gate], [idle, holder, waiter])
+
+
+def test_what_nobody_has_created(box):
+    box.daemon()
+    waiter = box.waiter("-e", "no", "-r", "R1", "--", "true")
+    assert waiter.err == "waiting for R1, nobody has created it\n"
+    assert box.run("-r", "R1", "--", "true").status == 0
+    assert waiter.end().status == 0
+
+
+def test_busy_and_timeout_name_the_holder(box):
+    holder, gate = box.hold("a", "-r", "R1")
+    held = f"held by {HOST}:{holder.pid} 'sh'"
+    busy, expired = ("Resource already locked, the lock cannot be obtained",
+                     "The lock was not obtained because timeout (300 milliseconds) expired")
+    assert box.run("-r", "R1", "-o", "0", "--", "true") == (98, "", busy + "\n")
+    done = box.run("-V", "-r", "R1", "-o", "0", "--", "true")
+    assert re.fullmatch(rf"{re.escape(busy)}: {held} for 00:00:0\d\n", done.err)
+    done = box.run("-V", "-r", "R1", "-o", "300", "--", "true")
+    assert done.status == 98
+    first, last = done.err.splitlines()
+    assert first.startswith(f"waiting for R1, place 1, {held} for ")
+    assert last == f"{expired}: {held}"  # for how long was told before, and is old by now
+    end([gate], [holder])
+
+
+# For monitoring
+
+def tree(folder):
+    """{path: content} of the files below a folder, links followed."""
+    found = {}
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(place, name)
+            found[os.path.relpath(path, folder)] = read(path)
+    return found
+
+
+def test_the_tree(box):
+    state = box.path("state")
+    os.mkdir(state)
+    daemon = box.daemon("-m", state)
+    status = os.path.join(state, "status")
+    holder, gate = box.hold("a", "-r", "R1", "-l", "PW")
+    units, other = box.hold("b", "-r", "pool[5]", "-q", "2")
+    number, last = box.hold("c", "-r", "_s_a[1]")
+    waiter = box.waiter("-r", "R1", "--", "true")
+    parked = box.waiter("-e", "no", "-r", "R9", "--", "true")
+
+    def published():
+        try:
+            found = tree(status)
+        except OSError:  # it was replaced meanwhile
+            return None
+        return found if "incubator/1/resource_name" in found else None
+    found = wait_until(published)
+    assert all(text.count("\n") == 1 and text.endswith("\n") for text in found.values())
+    names = {path: text.strip() for path, text in found.items() if "peer_name" not in path}
+    assert names == {
+        "lockers/1/resource_name": "R1", "lockers/1/resource_type": "simple",
+        "lockers/1/holders/1/lock_mode": "PW", "lockers/1/waitings/1/lock_mode": "EX",
+        "lockers/2/resource_name": "pool[5]", "lockers/2/resource_type": "numeric",
+        "lockers/2/holders/1/quantity": "2",
+        "lockers/3/resource_name": "_s_a[1]", "lockers/3/resource_type": "sequence",
+        "lockers/3/holders/1/sequence_value": "1",
+        "incubator/1/resource_name": "R9", "incubator/1/resource_type": "simple"}
+    peers = {path for path in found if path.endswith("/peer_name")}
+    assert peers == {f"{path}/peer_name" for path in (
+        "lockers/1/holders/1", "lockers/1/waitings/1", "lockers/2/holders/1",
+        "lockers/3/holders/1", "incubator/1")}
+    assert str(holder.pid) in found["lockers/1/holders/1/peer_name"]
+    creator = box.run("-r", "R9", "--", "true")
+    assert creator.status == 0
+    end([gate, other, last], [holder, units, number, waiter, parked])
+    daemon.terminate()
+    assert daemon.end().status == 0
+    wait_until(lambda: os.listdir(state) == [])
+
+
+SAMPLE = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{([a-z]+)="([^"\\\n]*)"\})? (\S+)')
+
+
+def metrics(text):
+    """{(name, label value): number} of a text for Prometheus, whose format it checks."""
+    assert text.endswith("\n")
+    found, types, helped, family = {}, {}, set(), None
+    for line in text.splitlines():
+        if line.startswith("# "):
+            _, word, family, rest = line.split(" ", 3)
+            assert word in ("HELP", "TYPE") and rest
+            if word == "HELP":
+                assert family not in helped
+                helped.add(family)
+            else:
+                assert family not in types and rest in ("counter", "gauge", "histogram")
+                types[family] = rest
+            continue
+        name, label, value, number = SAMPLE.fullmatch(line).groups()
+        assert re.sub("_(bucket|sum|count)$", "", name) == family or name == family
+        assert label in (None, "le") or types[family] != "histogram"
+        assert (types[family] == "counter") == name.endswith("_total")
+        assert (name, value) not in found
+        found[name, value] = float(number)
+    assert helped == set(types)
+    for family in (name for name, kind in types.items() if kind == "histogram"):
+        buckets = [(float(value), number) for (name, value), number in found.items()
+                   if name == f"{family}_bucket"]
+        assert buckets == sorted(buckets) and buckets[-1][0] == float("inf")
+        assert [number for _, number in buckets] == sorted(number for _, number in buckets)
+        assert buckets[-1][1] == found[f"{family}_count", None]
+    return found
+
+
+METRICS = """\
+import os, sys
+sys.path.insert(0, {root!r})
+import flomd
+flomd.METRICS_PAUSE = 0.1
+sys.exit(flomd.main())
+"""
+
+
+def test_the_metrics(box):
+    path = box.path("flomd.prom")
+    daemon = box.start(*PYTHON, "-c", METRICS.format(root=ROOT), "-f", "--no-files", *box.address,
+                       "--metrics", path)
+    box.foreground.append(daemon)
+    wait_until(lambda: os.path.exists(path) and os.path.exists(box.socket))
+    holder, gate = box.hold("a", "-r", "R1")
+    units, other = box.hold("b", "-r", "pool[5]", "-q", "2")
+    waiter = box.waiter("-r", "R1", "--", "true")
+    assert box.run("-r", "R1", "-o", "0", "--", "true").status == 98
+    assert box.run("-r", "pool[5]", "-q", "6", "--", "true").status == 99
+
+    def published():
+        with open(path) as file:
+            found = metrics(file.read())
+        return found if found["flomd_refusals_total", "impossible"] else None
+    found = wait_until(published)
+    expected = {("flomd_resources", "simple"): 1, ("flomd_resources", "numeric"): 1,
+                ("flomd_resources", "set"): 0, ("flomd_holders", None): 2,
+                ("flomd_waiters", None): 1, ("flomd_grants_total", None): 2,
+                ("flomd_refusals_total", "busy"): 1, ("flomd_refusals_total", "impossible"): 1,
+                ("flomd_refusals_total", "deadlock"): 0, ("flomd_lost_sessions_total", None): 0,
+                ("flomd_wait_seconds_count", None): 2}
+    assert {key: found[key] for key in expected} == expected
+    assert found["flomd_sessions", None] >= 3 and found["flomd_epoch", None] > 10 ** 8
+    assert read(path).count("# HELP ") == 9 and os.stat(path).st_mode & 0o777 == 0o644
+    box.kill(holder.pid)  # the command keeps the lock, until it has ended
+    gate.open()
+    assert waiter.end().status == 0
+    wait_until(lambda: metrics(read(path))["flomd_lost_sessions_total", None] == 1)
+    end([other], [units])
+    daemon.terminate()
+    assert daemon.end().status == 0
+    assert [name for name in os.listdir(box.folder) if name.startswith("flomd.prom")] == []
+
+
+# The configuration
+
+def test_check_config(box):
+    """Every problem of every file, with file, line and key; then the status."""
+    assert box.run("--check-config", address=()) == (0, "", "")
+    user = box.write(".flom", "[Resource]\nTimeout=soon\nColour=red\nQuantity=2\nnonsense\n")
+    more = box.write("more", "# a comment\n[Daemon]\nSocketName=/x\nUnicastAddress=db1\n"
+                             "[Network]\nDiscoveryTTL=999\n[TLS]\nTlsCertificate=/none\n")
+    done = box.run("--check-config", "-c", more, "-l", "XX", address=())
+    assert (done.status, done.out) == (99, "")
+    lines = done.err.splitlines()
+    assert all(line.startswith("flom: ") for line in lines)
+    for text in (f"{user}:2: [Resource]/Timeout: 'soon': ", f"{user}:5: 'nonsense': ",
+                 f"{more}:6: [Network]/DiscoveryTTL: '999': ", "-l/--lock-mode: 'XX': ",
+                 f"{user}:3: [Resource]/Colour: unknown key", f"{more}:3: [Daemon]/SocketName"):
+        assert [line for line in lines if text in line], (text, lines)
+    box.write(".flom", "[Resource]\nColour=red\n")
+    done = box.run("--check-config", address=())
+    assert done.status == 0 and f"{user}:2: [Resource]/Colour: unknown key" in done.err
+    done = box.run("--check-config", "-c", box.path("none"), address=())
+    assert done.status == 99 and f"{box.path('none')}: No such file" in done.err
+    assert box.daemons() == []
