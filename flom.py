@@ -347,7 +347,7 @@ def tune(connection, idle, interval, probes):
 
 # --- Errors and exit statuses ---------------------------------------------------------------------
 # What can be wrong is a class: its status is flom's exit status, its prefix opens the line on
-# stderr (FLoM's own messages have none).  Whatever the daemon refuses is a row of REFUSALS.
+# stderr (FLoM's own messages have none).  What the daemon refuses is a row of REFUSALS.
 NOT_RUN, WRONG = 97, 99
 
 
@@ -356,50 +356,28 @@ class LockError(Exception):
     status, prefix, reason = WRONG, "flom: ", None
 
 
-class Busy(LockError):
-    """The resource is locked, and waiting was not wanted."""
-    status, prefix = 98, ""
-
-
-class Timeout(LockError):
-    """The lock was not granted in time."""
-    status, prefix = 98, ""
-
-
-class CannotWait(LockError):
-    """The resource does not exist, and neither creating it nor waiting for it was wanted."""
-    status, prefix = 96, ""
-
-
-class Impossible(LockError):
-    """The request can never be granted: more units than the pool has."""
-    prefix = ""
-
-
-class Deadlock(LockError):
-    """The lock is held by a command that this one runs under; `reason` names the cycle."""
-    status = 94
-
-
-class LockLost(LockError):
-    """The daemon has vanished, and the lock could not be reclaimed."""
-    status = 95
-
-
-class DaemonUnavailable(LockError):
-    """No daemon, and none could be started; or one that does not serve."""
-
-
 class _Gone(Exception):
     """The connection ended: the daemon has ended, crashed, or drains."""
 
 
+def _error(name, meaning, status=WRONG, prefix="flom: "):
+    return type(name, (LockError,), {
+        "__doc__": meaning, "__module__": __name__, "status": status, "prefix": prefix})
+
+
+Busy = _error("Busy", "The resource is locked, and waiting was not wanted.", 98, "")
+Timeout = _error("Timeout", "The lock was not granted in time.", 98, "")
+CannotWait = _error("CannotWait", "It does not exist; waiting or creating was not wanted.", 96, "")
+Impossible = _error("Impossible", "It can never be granted: more than there is.", prefix="")
+Deadlock = _error("Deadlock", "It is held by a command that this one runs under; see `reason`.", 94)
+LockLost = _error("LockLost", "The daemon has vanished, and the lock was not reclaimed.", 95)
+DaemonUnavailable = _error("DaemonUnavailable", "No daemon, or one that does not serve.")
 REFUSALS = {  # rc: the error, its text
     BUSY: (Busy, "Resource already locked, the lock cannot be obtained"),
-    CANT_WAIT: (
-        CannotWait, "The resource could be available in the future, but the requester can't wait"),
-    IMPOSSIBLE: (
-        Impossible, "Resource will never satisfy the request, the lock cannot be obtained"),
+    CANT_WAIT: (CannotWait, "The resource could be available in the future, but the requester "
+                            "can't wait"),
+    IMPOSSIBLE: (Impossible, "Resource will never satisfy the request, the lock cannot be "
+                             "obtained"),
     INVALID_NAME: (LockError, "the daemon does not accept the name of this resource"),
     DEADLOCK: (Deadlock, "deadlock: {reason}"),
     STOPPED: (DaemonUnavailable, "the daemon is ending: {reason}"),
@@ -523,8 +501,8 @@ class Diary:
             if self.path:
                 open(self.path, "a" if settings["AppendTraceFile"] else "w").close()
         except OSError as error:
-            raise UsageError(f"{settings.origins['CommandTraceFile']}: {self.path!r}: "
-                             f"{error.strerror}")
+            origin = settings.origins["CommandTraceFile"]
+            raise UsageError(f"{origin}: {self.path!r}: {error.strerror}")
 
     def say(self, text, stream=None):
         """Notes a line; with -V it goes to `stream`, stderr when none is given."""
@@ -537,7 +515,6 @@ class Diary:
 
 # --- Discovery ------------------------------------------------------------------------------------
 # Where is the daemon?  On a socket, at an address, or wherever the group's answer says.
-#
 # Here and below, whatever may take time is a generator of *steps*: it yields what it waits for,
 # (descriptor or None, poll events, seconds or None), and is resumed when that has come, when the
 # time is over, or earlier; so it looks again each time.  `finish` runs one to its end and sleeps in
@@ -594,14 +571,19 @@ def discovering(settings, diary):
     name, index = settings["MulticastAddress"], interface_index(settings)
     question, seconds = encode(DISCOVER, 8), settings["DiscoveryTimeout"] / 1000
     family, group = resolve(name, settings["MulticastPort"], socket.SOCK_DGRAM, index)[0]
-    first = socket.inet_pton(family, group[0].partition("%")[0])[0]
-    if not (first == 0xFF if family == socket.AF_INET6 else 224 <= first < 240):
+    six, first = family == socket.AF_INET6, socket.inet_pton(family, group[0].partition("%")[0])[0]
+    if not (first == 0xFF if six else 224 <= first < 240):
         raise UsageError(f"{settings.origins['MulticastAddress']}: {name!r}: "
                          "224.0.0.0 to 239.255.255.255 or ff00::/8 is allowed")
     name = f"{name}/{settings['MulticastPort']}"
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as asker:
-            _aim(asker, settings["DiscoveryTTL"], index)
+            asker.setblocking(False)
+            for option, value in (
+                    ("MULTICAST_HOPS" if six else "MULTICAST_TTL", settings["DiscoveryTTL"]),
+                    ("MULTICAST_IF", index if six else struct.pack("=8xi", index))):  # ip_mreqn
+                asker.setsockopt(getattr(socket, "IPPROTO_IPV6" if six else "IPPROTO_IP"),
+                                 getattr(socket, ("IPV6_" if six else "IP_") + option), value)
             for _ in range(settings["DiscoveryAttempts"]):
                 diary.say(f"sending UDP multicast datagram to {name} ('{question.decode()}')",
                           sys.stdout)
@@ -616,35 +598,19 @@ def discovering(settings, diary):
     return []
 
 
-def _aim(asker, ttl, index):
-    asker.setblocking(False)
-    if asker.family == socket.AF_INET6:
-        asker.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, ttl)
-        asker.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, index)
-    else:  # struct ip_mreqn
-        asker.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, ttl)
-        asker.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, struct.pack("=8xi", index))
-
-
 def _hearing(asker, until):
     """Steps to (datagram, addresses) of the first valid answer, (None, []) when time is over."""
     while True:
         with contextlib.suppress(BlockingIOError, ProtocolError, DaemonUnavailable):
             data, source = asker.recvfrom(65536)
-            return data, announced(data, source)
+            message = decode(data)
+            head, network = message["msg"], message.get("network", {})
+            if (head["verb"], head["step"]) == (DISCOVER, 16) and "port" in network:
+                host = network.get("address") or source[0].partition("%")[0]  # empty: the source
+                return data, resolve(host, network["port"], socket.SOCK_STREAM, sum(source[3:]))
         if clock() >= until:
             return None, []
         yield asker.fileno(), READ, until - clock()
-
-
-def announced(data, source):
-    """The addresses that a discover 16 from `source` names; an empty one means `source` itself."""
-    message = decode(data)
-    network = message.get("network", {})
-    if (message["msg"]["verb"], message["msg"]["step"]) != (DISCOVER, 16) or "port" not in network:
-        raise ProtocolError("no answer to a question")
-    host = network.get("address") or source[0].partition("%")[0]
-    return resolve(host, network["port"], socket.SOCK_STREAM, source[3] if source[3:] else 0)
 
 
 # --- Starting the daemon --------------------------------------------------------------------------
@@ -655,18 +621,14 @@ CANNOT_SERVE = 1
 RECOVERY_WINDOW = 2000  # ms in which a new daemon grants only to those who held before
 
 
-def which(name):
-    """The path of an executable file in PATH, None if there is none."""
-    paths = [os.path.join(folder, name) for folder in os.get_exec_path()]
-    return next((path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)), None)
-
-
 def daemon_program():
     """[program] or [python, script] of flomd; raises DaemonUnavailable: where it was looked for."""
     folder, named = os.path.dirname(os.path.realpath(__file__)), os.environ.get("FLOMD")
-    for path in [named] if named else [os.path.join(folder, "flomd.py"), os.path.join(
-            folder, "flomd"), which("flomd"), which("flomd.py")]:
-        if path and os.path.isfile(path):
+    beside = [os.path.join(folder, name) for name in ("flomd.py", "flomd")]
+    in_path = [os.path.join(other, name) for name in ("flomd", "flomd.py")
+               for other in os.get_exec_path()]
+    for path in [named] if named else beside + in_path:
+        if os.path.isfile(path) and (path not in in_path or os.access(path, os.X_OK)):
             return [sys.executable, path] if path.endswith(".py") else [path]
     looked = f"$FLOMD ({named})" if named else f"{folder} and PATH"
     raise DaemonUnavailable(f"flomd.py is not in {looked}; put it beside flom.py, or start it "
@@ -736,7 +698,6 @@ def _become_daemon(argv, writing):
 # --- Session (the client's side of the protocol, pure: no sockets) --------------------------------
 # One session is one request: bytes in, answers out.  It is ASKING until the step 16, WAITING while
 # it is queued, HOLDING after rc 0, whatever the step.  What is not in NEXT is illegal.
-#
 # Additions of ours travel as attributes that FLoM ignores.  A FLoM daemon drops a message longer
 # than 511 bytes, and dies of a byte that is not UTF-8: so ours are ASCII, and give way.
 ASKING, WAITING, HOLDING, REFUSED, ENDING = "asking", "waiting", "holding", "refused", "ending"
@@ -752,10 +713,7 @@ Answer = collections.namedtuple("Answer", "rc element token position reason daem
 
 
 def lock_message(settings, about, wait, reclaim=None, held=None):
-    """The lock 8 for what `settings` want; `reclaim`, `held`: token and element of a lost lock.
-
-    `about`: id, parent, pid, user, host, cmd and progress, as far as they are to be told.
-    """
+    """The lock 8; `about`: id, parent, pid ...; `reclaim`, `held`: token, element of the lost."""
     kind, patient = kind_of(settings["Name"]), settings["Timeout"] < 0
     resource = element(
         "resource", ("name", encode_name(settings["Name"])),
@@ -777,8 +735,8 @@ def lock_message(settings, about, wait, reclaim=None, held=None):
 
 def unlock_message(name, rollback):
     """The unlock 8; `rollback`: the command did not succeed."""
-    return encode(UNLOCK, 8, element("resource", ("name", encode_name(name)),
-                                     ("rollback", int(rollback)), end=" />"))
+    return encode(UNLOCK, 8, element(
+        "resource", ("name", encode_name(name)), ("rollback", int(rollback)), end=" />"))
 
 
 def plain(text, length):
@@ -793,10 +751,7 @@ class Session:
         self.state, self.replies, self._buffer = ASKING, b"", b""
 
     def receive(self, data):
-        """The answers complete with `data`, b"" for the end of the stream; raises ProtocolError.
-
-        `replies` is what is to be sent back.
-        """
+        """The answers complete with `data` (b"": the end); `replies` to send.  ProtocolError."""
         *messages, self._buffer = (self._buffer + data).split(END)
         answers = [self._take(decode(message + END)) for message in messages]
         start = self._buffer.lstrip()[:20]
@@ -846,10 +801,9 @@ def place(settings):
 def connecting(settings, diary, context):
     """Steps to a Connection, None when nobody listens; raises DaemonUnavailable."""
     hosts, nobody, failure, found = settings["UnicastAddress"], False, None, []
-    if not hosts and settings["MulticastAddress"]:
-        found = yield from discovering(settings, diary)
-    elif not hosts:
-        found = [(socket.AF_UNIX, place(settings))]
+    if not hosts:
+        found = ((yield from discovering(settings, diary)) if settings["MulticastAddress"] else
+                 [(socket.AF_UNIX, place(settings))])
     for host in hosts.split(",") if hosts else ():
         try:
             found += resolve(host.strip(), settings["UnicastPort"], socket.SOCK_STREAM,
@@ -937,10 +891,9 @@ class Connection:
         while clock() < until:
             try:
                 return self.sock.do_handshake()
-            except ssl.SSLWantReadError:
-                yield self.sock.fileno(), READ, until - clock()
-            except ssl.SSLWantWriteError:
-                yield self.sock.fileno(), WRITE, until - clock()
+            except self._again as wanted:
+                events = WRITE if isinstance(wanted, ssl.SSLWantWriteError) else READ
+            yield self.sock.fileno(), events, until - clock()
         raise OSError(errno.ETIMEDOUT, "it does not answer the TLS handshake")
 
     def explain(self, error):
@@ -1052,13 +1005,12 @@ class Connection:
 
 
 # --- Lock (the Python API) ------------------------------------------------------------------------
-# flom's command line is built on this class.  A lock is one request on one connection; when the
-# daemon vanishes, a waiter asks again and a holder *reclaims*: it asks the next daemon, with the
-# token and the element of its grant, for the same lock, without waiting.  The daemon grants that
-# only if nobody else can have been granted since; a FLoM daemon takes it for an ordinary request,
-# whose grant is as good where it carries no element.  EOF alone means a crash, after which a
-# daemon may be started; rc STOPPED means that somebody wanted it to end: then none is started,
-# and flom watches for one that somebody else starts.
+# A lock is one request on one connection.  When the daemon vanishes, a waiter asks again and a
+# holder *reclaims*: it asks the next daemon, with the token and the element of its grant, for the
+# same lock, without waiting.  The daemon grants that only if nobody else can have been granted
+# since; a FLoM daemon takes it for an ordinary request, whose grant is as good where it carries no
+# element.  EOF alone means a crash, after which a daemon may be started; rc STOPPED means that
+# somebody wanted it to end: then flom starts none, and watches for one of somebody else.
 AGAIN, RESTART, HURRY = 0.02, 1, 2  # s: between two tries, two starts; how long to try that often
 LATECOMER = 5  # s for another's daemon to listen, when ours came too late or cannot serve
 
@@ -1109,10 +1061,7 @@ class Lock:
         return locked
 
     def acquire(self, started=None):
-        """Waits for the lock and returns self; the timeout counts from `started` (monotonic s).
-
-        Raises Busy, Timeout, CannotWait, Impossible, Deadlock or DaemonUnavailable.
-        """
+        """Waits for the lock, returns self; `started`: when (monotonic s).  Raises a LockError."""
         if self._owner == os.getpid():
             raise RuntimeError(f"{self.name} is held already")
         timeout, started = self.settings["Timeout"], clock() if started is None else started
@@ -1197,10 +1146,9 @@ class Lock:
         return answer
 
     def _asking(self, recovering, patient, **request):
-        """Steps to (connection, first answer).
+        """Steps to (connection, first answer); a daemon that ends before that is asked for again.
 
-        A daemon that ends before it has answered is asked for again.  `recovering`: one that
-        served this lock has crashed; `patient`: go on where there is none and none may be started.
+        `recovering`: one that served this lock has crashed; `patient`: go on where there is none.
         """
         until = clock() + PATIENCE
         while True:
@@ -1229,8 +1177,7 @@ class Lock:
     def _reaching(self, until, recovering, patient):
         """Steps to a connection with the daemon, which is started where that is allowed.
 
-        After a crash everyone starts one, and who waits for its own may come too late to reclaim
-        from the first that listens: so they look for that meanwhile.
+        After a crash, who waits for its own may reclaim too late: so it looks meanwhile.
         """
         complaint, start = "", None
         while True:
@@ -1256,19 +1203,13 @@ class Lock:
 
     def _may_not_start(self):
         """Why no daemon may be started here, None when one may."""
-        host = self.settings["UnicastAddress"]
-        obstacles = (
-            (self.settings["Lifespan"] == 0, "-d 0 forbids starting one"),
-            (not self.start_daemon, "start_daemon=True is not given"),
-            (self._stopped, "it was stopped"),
-            (host and "," in host, "with several addresses none is started"))
-        return next((text for applies, text in obstacles if applies), None)
+        return ("-d 0 forbids starting one" if self.settings["Lifespan"] == 0 else
+                "start_daemon=True is not given" if not self.start_daemon else self._stopped or (
+                    "with several addresses none is started"
+                    if "," in (self.settings["UnicastAddress"] or "") else None))
 
     def reclaiming(self):
-        """Steps that reclaim a lost lock: None when it is held again, or why it is lost for good.
-
-        They go on trying until there is a daemon that can tell.
-        """
+        """Steps that try to reclaim a lost lock, to None when it is held again or why it is not."""
         hurry, has_element = clock() + HURRY, kind_of(self.name) in WITH_ELEMENT
         while True:
             try:
@@ -1290,37 +1231,29 @@ class Lock:
 # --- Command (running it, signals, loss) ----------------------------------------------------------
 # Nothing may slip between the grant and the end of the command: no signal lost, none delivered
 # twice, no command without its lock.  So there are no handlers.
-#
 # * From before the fork on, the signals are blocked: they stay pending until the loop in `run`
-#   takes them, one at a time, with sigtimedwait, which also tells who sent them.  What comes
-#   before the fork is passed on after it; what is passed on before the exec stays pending in the
-#   child until the child has restored the dispositions and the mask that flom found, in that order,
-#   and then does to it what it would do to the command.  SIGCHLD says that the command ended,
-#   SIGIO that the daemon said something, the time-out that something is due.
+#   takes them, one at a time, with sigtimedwait, which also tells who sent them.  What is passed on
+#   before the exec stays pending in the child until it has restored the dispositions and the mask
+#   that flom found, in that order, and then does to it what it would do to the command.  SIGCHLD
+#   says that the command ended, SIGIO that the daemon spoke, the time-out that something is due.
 # * What the terminal sends (the kernel sent it: si_code) goes to the whole process group, so the
 #   command has it already.  Only what was sent to flom is passed on.
 # * TSTP stops flom as well: it raises it again and unblocks it for a moment.  A CONT that came
 #   meanwhile must not be answered by stopping for good, hence the look at what is pending.
-# * A failing exec is told through a pipe that a successful one closes; it is read only when the
-#   child has ended, so that flom never waits for a child that is not there yet.
+# * A failing exec is told through a pipe, read only when the child has ended: flom never waits.
 # * The command inherits the connection: if flom is killed by KILL the lock stays until the command
 #   has ended, too.  The unlock and the half-close at the end count for every copy of it, so a
 #   process that the command left in the background keeps nothing.
 # * A lock that is lost is a Loss: it reclaims, step by step between two signals, and knows what is
 #   due when: a notice, the end of the recovery window, KILL.
-PASSED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1,
-          signal.SIGUSR2, signal.SIGTSTP, signal.SIGCONT}
-TYPED = {signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGHUP}  # the terminal sends these
-ENDING_HOLD = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
+PASSED, TYPED, ENDING_HOLD = [{signal.Signals["SIG" + name] for name in row.split()} for row in (
+    "TERM INT HUP QUIT USR1 USR2 TSTP CONT", "INT QUIT TSTP HUP", "TERM INT HUP QUIT")]
 SI_USER_BSD = 0x10001  # FreeBSD's SI_USER is positive, as if the kernel had sent the signal
 INHERITED, NOTICE, TICK = 64, 0.2, 0.02  # descriptor; s until a loss is told, between two looks
 
 
 def settle_signals(ignored):
-    """Default actions for INT and CHLD, none for `ignored`; returns the dispositions found.
-
-    Python itself has set INT, PIPE and XFSZ; the command gets them as default actions.
-    """
+    """Default for CHLD, none for `ignored`; returns the dispositions found, less Python's own."""
     found = {number: signal.getsignal(number) or signal.SIG_DFL
              for number in PASSED | {signal.SIGCHLD, signal.SIGIO} | set(ignored)}
     found.update({signal.SIGPIPE: signal.SIG_DFL, signal.SIGXFSZ: signal.SIG_DFL})
@@ -1384,10 +1317,7 @@ class Signals:
 
 
 def execute(argv, environment):
-    """Becomes a program found in PATH, /bin/sh for a script without #!; raises OSError.
-
-    os.execvpe would pass over such a script and look further.
-    """
+    """Becomes a program found in PATH, /bin/sh for a script without #! (unlike os.execvpe)."""
     failure = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     folders = [""] if "/" in argv[0] else os.get_exec_path() if argv[0] else []
     for path in [os.path.join(folder, argv[0]) for folder in folders]:
@@ -1403,25 +1333,19 @@ def execute(argv, environment):
 
 def command_environment(lock):
     """The environment of the command: FLOM_* tell of this lock and of no outer one."""
-    environment = dict(os.environ)
     mode = MODES[lock.settings["LockMode"]] if kind_of(lock.name) in WITH_MODE else None
-    for name, value in (("RESOURCE", lock.name), ("MODE", mode), ("ELEMENT", lock.element),
-                        ("TOKEN", lock.token), ("SESSION", ",".join(lock.chain))):
-        if lock.settings["SetEnv"]:
-            environment.pop(f"FLOM_{name}", None)
-            environment.update({} if value is None else {f"FLOM_{name}": str(value)})
-    return environment
+    ours = {"FLOM_RESOURCE": lock.name, "FLOM_MODE": mode, "FLOM_ELEMENT": lock.element,
+            "FLOM_TOKEN": lock.token, "FLOM_SESSION": ",".join(lock.chain)}
+    both = {**os.environ, **(ours if lock.settings["SetEnv"] else {})}
+    return {name: str(value) for name, value in both.items() if value is not None}
 
 
 class Command:
-    """A command that runs under a lock; `status` is its exit status, 128 + n after signal n."""
-
+    """A command under a lock; `found`: its signal dispositions; `status`: 128 + n for signal n."""
     def __init__(self, argv, lock, found):
-        """`found`: the signal dispositions that the command is to have."""
-        self.argv, self.lock, self.found = list(argv), lock, found
+        last = lock.element if lock.settings["ElementArgument"] else None
+        self.argv, self.lock, self.found = argv + [last] * (last is not None), lock, found
         self.status = self.killed_by = self.failure = self.loss = self.pid = None
-        if lock.element is not None and lock.settings["ElementArgument"]:
-            self.argv.append(lock.element)
 
     def run(self):
         """Runs it and returns flom's status; the lock is still held then, unless it was lost."""
@@ -1479,8 +1403,7 @@ class Command:
     def _reap(self):
         ended, status = os.waitpid(self.pid, os.WNOHANG)
         if ended and os.WIFSIGNALED(status):
-            self.killed_by = os.WTERMSIG(status)
-            self.status = 128 + self.killed_by
+            self.killed_by, self.status = os.WTERMSIG(status), 128 + os.WTERMSIG(status)
         elif ended:
             self.status, self.failure = os.WEXITSTATUS(status), os.read(self._report, 999).decode()
 
@@ -1501,8 +1424,8 @@ class Loss:
 
     def __init__(self, command):
         self.command, self.lock, self.since = command, command.lock, clock()
-        self.steps, self.wake, self.reason = self.lock.reclaiming(), 0, None
-        self.told = self.terminated = False
+        self.steps, self.wake = self.lock.reclaiming(), 0
+        self.reason = self.told = self.terminated = None
 
     def due(self):
         """Seconds until `go_on` wants to be called, None when nothing is due any more."""
@@ -1513,8 +1436,7 @@ class Loss:
         if self.wake is None or clock() < self.wake:
             return False
         if self.terminated:
-            self.command.kill(signal.SIGKILL)
-            self.wake = None
+            self.wake = self.command.kill(signal.SIGKILL)  # None
             return False
         try:
             descriptor, _, seconds = next(self.steps)
@@ -1523,10 +1445,7 @@ class Loss:
             self.wake, self.reason = None, end.value
             if self.reason is None:
                 return True
-        self._judge(clock() - self.since)
-        return False
-
-    def _judge(self, age):
+        age = clock() - self.since
         if self.reason or age >= NOTICE:
             self._tell()
         overdue = self.reason or age >= RECOVERY_WINDOW / 1000
@@ -1534,12 +1453,12 @@ class Loss:
             self.terminated = True
             self.command.kill(signal.SIGTERM)
             self.wake = clock() + self.lock.settings["KillAfter"] / 1000
+        return False
 
     def _tell(self):
         if not self.told:
-            why = self.reason or self.lock.loss
+            self.told, why = True, self.reason or self.lock.loss
             put(f"flom: the lock on {self.lock.name} is lost: {why}", sys.stderr)
-        self.told = True
 
     def verdict(self, status):
         """flom's exit status after the command's: a lost lock is told, but hides no failure."""
@@ -1711,10 +1630,8 @@ def is_running(pid):
         os.kill(pid, 0)
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(") ")[2][:1] != "Z"
-    except FileNotFoundError:
-        return True  # no /proc here
-    except (ProcessLookupError, PermissionError):
-        return False
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)  # no /proc here
 
 
 def run_command(options, settings):
@@ -1741,36 +1658,30 @@ def run_command(options, settings):
     return status
 
 
-ACTIONS = {  # each takes the options and the settings and returns the exit status, None for 0
+ACTIONS = {  # the exit status of each is what it returns, None for 0
     "run": run_command, "status": show_status, "check": check_configuration,
     "signals": show_signals, "quiesce": stop_daemon, "immediate": stop_daemon,
     "id": lambda options, settings: put(machine_id(), sys.stdout)}
 
 
-def perform(arguments, settings):
-    """Does what the arguments say; returns the exit status, or raises its reason."""
-    started = clock()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ^C ends flom as any C program
-    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as comm:
-        comm.write("flom")
-    options = read_arguments(arguments)
-    options.started = started
-    if options.action != "check":
-        option_settings(options, settings)
-        interface_index(settings)
-    for warning in settings.warnings:
-        put(f"flom: warning: {warning}", sys.stderr)
-    if settings["Verbose"]:
-        put("\n".join(settings.lines()), sys.stdout)
-    return ACTIONS[options.action](options, settings)
-
-
 def main():
     """Runs flom with the arguments of this process; returns its exit status."""
-    settings = Settings()
+    started, settings = clock(), Settings()
     try:
-        return perform(sys.argv[1:], settings)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ^C ends flom as any C program
+        with contextlib.suppress(OSError), open("/proc/self/comm", "w") as comm:
+            comm.write("flom")
+        options = read_arguments(sys.argv[1:])
+        options.started = started
+        if options.action != "check":
+            option_settings(options, settings)
+            interface_index(settings)
+        for warning in settings.warnings:
+            put(f"flom: warning: {warning}", sys.stderr)
+        if settings["Verbose"]:
+            put("\n".join(settings.lines()), sys.stdout)
+        return ACTIONS[options.action](options, settings)
     except LockError as error:
         put(f"{error.prefix}{error}", sys.stderr)
         return settings["BusyStatus"] if isinstance(error, (Busy, Timeout)) else error.status

@@ -2087,11 +2087,12 @@ def daemon_at(address, context):
         asking.sendall(question)
         while True:
             asking.settimeout(max(0.001, until - time.monotonic()))
-            answer += asking.recv(4096)
+            data = asking.recv(4096)
+            answer += data
             found = re.search(rb"<session (?:[^>]* daemon=.([0-9a-f]+))?[^>]*>", answer)
             if found:
                 return found.group(1) and found.group(1).decode()
-            if not answer or len(answer) > 8192:
+            if not data or len(answer) > 8192:
                 raise LookupError("no lock daemon")
 
 
@@ -2634,7 +2635,8 @@ class Publisher:
                 os._exit(0)
 
     def _write_tree(self):
-        new, link = f".status-{self.version}", os.path.join(self.mount, ".status-link")
+        new = f".status-{self.version}"
+        link = os.path.join(self.mount, f"{new}-link")
         for path, text in self._tree():
             path = os.path.join(self.mount, new, path)
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -2648,7 +2650,7 @@ class Publisher:
     def _remove_but(self, kept):
         for name in os.listdir(self.mount):
             path = os.path.join(self.mount, name)
-            if name == ".status-link":
+            if name.startswith(".status-") and os.path.islink(path):
                 os.unlink(path)
             elif name.startswith(".status-") and name != kept:
                 for folder, _, files in os.walk(path, topdown=False):
@@ -3018,7 +3020,12 @@ def prepare(settings, options, log):
         daemon.group.elect()
     daemon.state = state
     rebooted = state.begin()
-    open_listeners(daemon, settings)
+    try:
+        open_listeners(daemon, settings)
+    except CannotServe:
+        for listener in daemon.listeners:
+            listener.close()
+        raise
     daemon.now = Moment()
     window = recovery_window(settings, state, rebooted)
     daemon.table = LockTable(settings["Policy"] == "first-fit", state.epoch,

@@ -232,8 +232,8 @@ def test_another_holder_is_told_though_the_place_is_the_same(box):
                      waiter.err)
     end([one_gate], [one])
     wait_until(lambda: waiter.err.count("\n") == 2)
-    last = waiter.err.splitlines()[1]
-    assert re.fullmatch(rf"waiting for R1, place 1, held by {HOST}:{two.pid} 'sh' for [0-9:]+", last)
+    assert re.fullmatch(rf"waiting for R1, place 1, held by {HOST}:{two.pid} 'sh' for [0-9:]+",
+                        waiter.err.splitlines()[1])
     end([two_gate], [two, waiter])
 
 
