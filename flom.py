@@ -481,6 +481,9 @@ def option_settings(options, settings):
 def keyword_settings(keywords, files):
     """Settings from files and from keywords named as the long options, with `_` for `-`."""
     rows = {setting.long.replace("-", "_"): setting for setting in SETTINGS}
+    unknown = ", ".join(keywords.keys() - rows.keys())
+    if unknown:
+        raise TypeError(f"Lock() has no setting {unknown}")
     return read_settings(Settings(), [(rows[word], [str(value)], f"{word}=") for word, value
                                       in keywords.items() if value is not None], files)
 
@@ -489,7 +492,13 @@ def put(text, stream):
     """Writes a line, whatever the stream's encoding; a closed stream takes nothing."""
     if stream:
         encoding = stream.encoding or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+        try:
+            print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream,
+                  flush=True)
+        except BrokenPipeError:  # nobody reads any more; Python would complain at its end, too
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
 
 
 class Diary:
@@ -1136,8 +1145,9 @@ class Lock:
             why = "nobody has created it" if answer.rc == WAIT_RESOURCE else answer.reason
             self.diary.say(f"waiting for {self.name}{where}" + (f", {why}" if why else ""))
             answers = yield from connection.answering(deadline)
-            if not answers:
-                raise refusal(Timeout, too_late, answer.reason, verbose)
+            if not answers:  # how long is as old as the answer
+                reason = re.sub(" for [0-9]+:[0-9:]+", "", answer.reason or "")
+                raise refusal(Timeout, too_late, reason, verbose)
             answer = answers[-1]
         if answer.rc == BUSY and self.settings["Timeout"] > 0:
             raise refusal(Timeout, too_late, answer.reason, verbose)
@@ -1515,8 +1525,8 @@ def arrange_report(data):
                 attributes[name] = int(attributes[name])
         if "mode" in attributes:
             attributes["mode"] = MODES[int(attributes["mode"]) % len(MODES)]
-        if "name" in attributes:
-            attributes["name"] = decode_name(attributes["name"])
+        for name in {"name", "node"} & attributes.keys():
+            attributes[name] = decode_name(attributes[name])
         if tag == "resource":
             attributes.update(holders=[], waiters=[])
             entries.update(holder=attributes["holders"], waiter=attributes["waiters"])
@@ -1534,16 +1544,16 @@ def report_rows(report, now):
     yield COLUMNS
     parked = [dict(entry, holders=[], waiters=[entry]) for entry in report["parked"]]
     for resource in report["resources"] + parked:
-        head = (resource.get("name", ""), resource.get("kind", ""))
         states = [("holds", entry) for entry in resource["holders"]] + [
             (f"waits {entry.get('position', 'for it')}", entry) for entry in resource["waiters"]]
         for state, entry in states or [("idle", {})]:
             how = [str(entry[key]) for key in ("mode", "quantity", "element") if key in entry]
             seconds = max(0, int(now) - entry["since"]) if "since" in entry else 0
             duration = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-            yield head + (state, entry.get("host") or entry.get("peer", ""),
-                          str(entry.get("pid", "")), entry.get("user", ""), entry.get("cmd", ""),
-                          " ".join(how), duration if "since" in entry else "")
+            yield (entry.get("node") or resource.get("name", ""), resource.get("kind", ""), state,
+                   entry.get("host") or entry.get("peer", ""), str(entry.get("pid", "")),
+                   entry.get("user", ""), entry.get("cmd", ""), " ".join(how),
+                   duration if "since" in entry else "")
 
 
 def report_table(report, width):
@@ -1559,12 +1569,14 @@ def report_table(report, width):
 def show_status(options, settings):
     """--status, with --json or --watch."""
     terminal = bool(sys.stdout) and sys.stdout.isatty()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --watch ends with its reader
     while True:
         report = finish(fetch_report(settings))
         if "Name" in settings.values:
+            name = settings["Name"]
+            wanted = {name, "/".join(name.split("/")[:2])}  # of a node, its tree
             for part in ("resources", "parked"):
-                report[part] = [entry for entry in report[part]
-                                if entry.get("name") == settings["Name"]]
+                report[part] = [entry for entry in report[part] if entry.get("name") in wanted]
         if options.watch and terminal:
             put("\033[H\033[J" + time.strftime("%H:%M:%S"), sys.stdout)
         width = os.get_terminal_size(sys.stdout.fileno()).columns if terminal else None

@@ -1390,12 +1390,12 @@ class Session:
     ("lock", Request), ("unlock", committed), ("status", client), ("shutdown", immediate) or
     ("send", bytes)."""
     __slots__ = ("connection", "unread", "ours", "answered", "asked", "holds", "about", "peer_id",
-                 "place")
+                 "place", "request")
 
     def __init__(self, connection):
         self.connection, self.unread = connection, b""
         self.ours = self.answered = False  # a client of ours; the last lock 8 has had its answer
-        self.asked = self.holds = None  # names of resources
+        self.asked = self.holds = self.request = None  # two names, and the last request
         self.about = {}  # what a client of ours says of itself
         self.peer_id = None  # of the client's host
         self.place = None  # in the queue, as the client knows it
@@ -1456,6 +1456,7 @@ class Session:
             request.patient = wanted.get("deadlock") == "wait"
             request.reclaim = wanted.get("reclaim")
             request.element = None if request.reclaim is None else wanted.get("held")
+        self.request = request
         return "lock", request
 
     def _unlock(self, elements):
@@ -1512,13 +1513,21 @@ def printable(text):
 # The status report, the answer to a lock of _STATUS.
 
 
-def held_by(resource, now):
-    """Who holds the resource, in one line."""
-    if not resource.holders:
+def in_the_way(resource, request):
+    """The holders that the request waits for; all, when it waits for other waiters only."""
+    holders = list(resource.holders.values()) if resource else []
+    return [holder for holder in holders
+            if request is not None and resource.clash(request, holder)] or holders
+
+
+def held_by(resource, now, request=None):
+    """Who holds the resource, as far as it is in the way of the request, in one line."""
+    holders = in_the_way(resource, request)
+    if not holders:
         return "held by nobody"
-    first = next(iter(resource.holders.values()))
+    first = holders[0]
     seconds = int(max(0, now.wall - first.held_since))
-    others = f" and {len(resource.holders) - 1} more" if len(resource.holders) > 1 else ""
+    others = f" and {len(holders) - 1} more" if holders[1:] else ""
     return (f"held by {first.session} for "
             f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}{others}")
 
@@ -2303,14 +2312,14 @@ class Daemon:
         """The decision for a session that wants to know why it waits, and how that changes."""
         session, resource = decision.session, self.table.resource_of(decision.session.asked)
         if decision.verdict == ENQUEUED:
-            session.place = decision.position
+            session.place = decision.position, in_the_way(resource, session.request)[:1]
             self.curious.add(session)
             self.dates.setdefault(self._tell_places, self.now.mono + 1)
         return decision._replace(
-            reason=decision.reason or resource and held_by(resource, self.now))
+            reason=decision.reason or resource and held_by(resource, self.now, session.request))
 
     def _tell_places(self):
-        """Once a second: tells those that want to know it of a new place in the queue."""
+        """Once a second: tells those that want to know it of a new place, or another holder."""
         wanted = {}
         for session in list(self.curious):
             request = self.table.requests.get(session)
@@ -2320,7 +2329,8 @@ class Daemon:
                 self.curious.discard(session)
         for resource, sessions in wanted.items():
             for position, request in enumerate(resource.waiters(), 1):
-                if request.session in sessions and request.session.place != position:
+                if request.session in sessions and request.session.place != (
+                        position, in_the_way(resource, request)[:1]):
                     self.apply([Decision(request.session, ENQUEUED, position=position)])
         if self.curious:
             self.dates[self._tell_places] = self.now.mono + 1
