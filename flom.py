@@ -423,7 +423,7 @@ class Parser(argparse.ArgumentParser):
 
 def option_names(setting):
     """-s and --long of a setting, as far as it has them."""
-    return ([f"-{setting.short}"] if setting.short else []) + [f"--{setting.long}"]
+    return [f"-{setting.short}"] * bool(setting.short) + [f"--{setting.long}"]
 
 
 def read_arguments(arguments):
@@ -437,9 +437,9 @@ def read_arguments(arguments):
     other.add_argument("-v", "--version", action="version", version=f"flom.py {VERSION}")
     other.add_argument("--json", action="store_true", help="status as JSON")
     other.add_argument("--watch", action="store_true", help="status, every second")
-    for names, action, text in ACTION_OPTIONS:
-        other.add_argument(*names.split(), dest="action", action="store_const", const=action,
-                           default="run", help=text)
+    for names, const, text in ACTION_OPTIONS:
+        other.add_argument(*names.split(), dest="action", default="run", const=const,
+                           action="store_const", help=text)
     groups = collections.defaultdict(lambda: parser.add_argument_group(setting.group))
     for setting in (setting for setting in SETTINGS if "c" in setting.users):
         shape = ({"action": "append_const", "const": "yes"} if setting.key in SWITCHES else
@@ -646,9 +646,8 @@ def daemon_program():
 
 def daemon_options(settings, recovering):
     """The options that hand on to the daemon what has been set, and only that."""
-    values = dict(settings.values, Lifespan=settings["Lifespan"])
-    if recovering:
-        values.setdefault("RecoveryWindow", RECOVERY_WINDOW)
+    values = dict({"RecoveryWindow": RECOVERY_WINDOW} if recovering else {}, **settings.values)
+    values["Lifespan"] = settings["Lifespan"]
     yield "--no-files"
     for setting in SETTINGS:
         if "d" in setting.users and setting.key in values and setting.key not in SWITCHES:
@@ -657,8 +656,7 @@ def daemon_options(settings, recovering):
                     f"{value:04o}" if setting.type == "octal" else
                     ("no", "yes")[value] if setting.type == "flag" else value)
             yield f"--{setting.long}={text}"
-    if settings["AllowRemoteShutdown"]:
-        yield "--allow-remote-shutdown"
+    yield from ["--allow-remote-shutdown"] * settings["AllowRemoteShutdown"]
 
 
 def starting(settings, recovering, until):
@@ -887,8 +885,8 @@ class Connection:
             code = self.sock.connect_ex(self.address)
         if code in (0, errno.EISCONN):  # TCP can connect to itself
             code = errno.ECONNREFUSED if self.sock.getsockname() == self.address else 0
+        code = errno.ETIMEDOUT if code in NOT_YET else code
         if code:
-            code = errno.ETIMEDOUT if code in NOT_YET else code
             raise OSError(code, os.strerror(code))
         if context:
             yield from self._securing(until, context)
@@ -918,8 +916,7 @@ class Connection:
 
     def check_name(self, peerid):
         """Refuses a daemon whose certificate has another CN than its peer id."""
-        subject = self.sock.getpeercert()["subject"]
-        name = dict(pair for names in subject for pair in names).get("commonName")
+        name = dict(sum(self.sock.getpeercert()["subject"], ())).get("commonName")
         if name != peerid:
             raise DaemonUnavailable(f"{self.where}: the CN of its certificate is {name!r}, "
                                     f"but its peer id is {peerid!r}")
@@ -928,8 +925,8 @@ class Connection:
         """(pid, uid) of a local daemon, (None, None) where the kernel does not tell."""
         if self.family != socket.AF_UNIX or not hasattr(socket, "SO_PEERCRED"):
             return None, None
-        return struct.unpack("=3i", self.sock.getsockopt(
-            socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[:2]
+        credentials = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        return struct.unpack("=3i", credentials)[:2]
 
     def check_owner(self):
         """Refuses a stranger's daemon on this user's own socket: it could grant anything."""
@@ -972,9 +969,9 @@ class Connection:
                 self.session.receive(b"")
                 raise
             answers = self.session.receive(data) if data else []
-        if self.session.replies:
-            self.send(self.session.replies)
-            self.session.replies = b""
+        replies, self.session.replies = self.session.replies, b""
+        if replies:
+            self.send(replies)
         return answers
 
     def answering(self, until):
@@ -1185,10 +1182,7 @@ class Lock:
         return answers[-1]
 
     def _reaching(self, until, recovering, patient):
-        """Steps to a connection with the daemon, which is started where that is allowed.
-
-        After a crash, who waits for its own may reclaim too late: so it looks meanwhile.
-        """
+        """Steps to a connection with the daemon, which is started where that is allowed."""
         complaint, start = "", None
         while True:
             connection = yield from connecting(self.settings, self.diary, self._context)
@@ -1202,6 +1196,7 @@ class Lock:
                 yield None, 0, AGAIN
                 continue
             start = start or starting(self.settings, recovering, until)
+            # After a crash, who waits for its own may reclaim too late: so it looks meanwhile.
             outcome = yield from one_step(start) if recovering else start
             if not outcome:
                 continue
@@ -1267,11 +1262,12 @@ def settle_signals(ignored):
     found = {number: signal.getsignal(number) or signal.SIG_DFL
              for number in PASSED | {signal.SIGCHLD, signal.SIGIO} | set(ignored)}
     found.update({signal.SIGPIPE: signal.SIG_DFL, signal.SIGXFSZ: signal.SIG_DFL})
-    for number in {signal.SIGKILL, signal.SIGSTOP}.intersection(ignored):
-        put(f"flom: warning: {signal.Signals(number).name} cannot be ignored", sys.stderr)
-        del found[number]
-    for number in found.keys() & set(ignored):
-        signal.signal(number, signal.SIG_IGN)
+    for number in set(ignored):
+        if number in (signal.SIGKILL, signal.SIGSTOP):
+            put(f"flom: warning: {signal.Signals(number).name} cannot be ignored", sys.stderr)
+            del found[number]
+        else:
+            signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return found
 
@@ -1301,14 +1297,13 @@ class Signals:
                 signal.sigtimedwait(self.numbers, max(0, seconds)))
         if not info:
             return None, False
-        by_kernel = info.si_code > 0 and info.si_code != SI_USER_BSD
-        return info.si_signo, by_kernel and info.si_signo in self.typed
+        return info.si_signo, 0 < info.si_code != SI_USER_BSD and info.si_signo in self.typed
 
     def _wait_by_looking(self, seconds):
         """For macOS, which also does not tell who sent a signal: in the foreground it was typed."""
-        until = None if seconds is None else clock() + seconds
+        until = clock() + (float("inf") if seconds is None else seconds)
         while not signal.sigpending() & self.numbers:
-            if until is not None and clock() >= until:
+            if clock() >= until:
                 return None, False
             time.sleep(TICK)
         number = signal.sigwait(signal.sigpending() & self.numbers)
@@ -1446,7 +1441,8 @@ class Loss:
         if self.wake is None or clock() < self.wake:
             return False
         if self.terminated:
-            self.wake = self.command.kill(signal.SIGKILL)  # None
+            self.command.kill(signal.SIGKILL)
+            self.wake = None
             return False
         try:
             descriptor, _, seconds = next(self.steps)
@@ -1493,11 +1489,10 @@ def fetch_report(settings):
     if not connection:
         raise DaemonUnavailable(f"no daemon at {place(settings)}")
     parts, until = [], clock() + PATIENCE
-    question = encode(LOCK, 8, element("session", ("peerid", machine_id())), element(
-        "resource", ("name", encode_name(STATUS_RESOURCE)), ("mode", 0), ("wait", 0),
-        ("create", 0), ("lifespan", 0)))
     try:
-        connection.send(question)
+        connection.send(encode(LOCK, 8, element("session", ("peerid", machine_id())), element(
+            "resource", ("name", encode_name(STATUS_RESOURCE)), ("mode", 0), ("wait", 0),
+            ("create", 0), ("lifespan", 0))))
         while END not in b"".join(parts[-2:]):
             data = connection.take()
             if data:
@@ -1520,9 +1515,8 @@ def arrange_report(data):
     for closing, tag, attributes, _ in tags(data):
         if closing:
             continue
-        for name in INTEGERS:
-            if attributes.get(name, "").lstrip("-").isdigit():
-                attributes[name] = int(attributes[name])
+        attributes.update([(name, int(attributes[name])) for name in INTEGERS
+                           if attributes.get(name, "").lstrip("-").isdigit()])
         if "mode" in attributes:
             attributes["mode"] = MODES[int(attributes["mode"]) % len(MODES)]
         for name in {"name", "node"} & attributes.keys():
@@ -1621,9 +1615,9 @@ def stop_daemon(options, settings):
     if not connection:
         raise DaemonUnavailable(f"no daemon at {place(settings)}")
     pid, immediate = connection.peer()[0], options.action == "immediate"
-    message = encode(MANAGEMENT, 8, element("session", ("peerid", machine_id())),
-                     element("shutdown", ("immediate", int(immediate))))
-    data = finish(connection.asking(message, clock() + PATIENCE))
+    data = finish(connection.asking(encode(
+        MANAGEMENT, 8, element("session", ("peerid", machine_id())),
+        element("shutdown", ("immediate", int(immediate)))), clock() + PATIENCE))
     if data is None:
         raise DaemonUnavailable(f"{connection.where} does not answer within {PATIENCE} s")
     if data:

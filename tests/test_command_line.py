@@ -169,9 +169,9 @@ def test_signal_list(run):
     lines = out.split("\n")
     assert lines[0] == "1) SIGHUP\t2) SIGINT\t3) SIGQUIT\t4) SIGILL\t"
     numbers = [int(number) for number in re.findall(r"(\d+)\) SIG[A-Z0-9]+\t", out)]
-    assert numbers == sorted(numbers) and numbers[0] == 1 and numbers[-1] == 31
-    for number in numbers:
-        assert f"{number}) {signal.Signals(number).name}\t" in out
+    assert numbers == list(range(1, 32))
+    for number in signal.Signals:  # Python has no name for 16 before 3.11
+        assert number > 31 or f"{int(number)}) {number.name}\t" in out
     assert all(line.count("\t") == 4 for line in lines[:7])
 
 
