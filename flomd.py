@@ -1372,11 +1372,30 @@ LONGEST = 65536  # bytes of a message; FLoM's own limits, 511 and 1023, are the 
 FINAL = {CANT_WAIT, INVALID_NAME, DEADLOCK, LIMIT, STOPPED}  # the daemon half-closes after these
 
 
+# The lock 8 and unlock 8 of a client that says what FLoM's says, in FLoM's order: read at once, for
+# a fifth of the time that decode() takes.
+_usual = re.compile((
+    re.escape(HEADER) + '<msg level="3" verb="([12])" step="8">'
+    '(?:<session peerid="([0-9A-Za-z]*)"/>)?<resource name="([0-9A-Za-z+/=]*)"'
+    '(?: mode="([0-5])")?(?: wait="([01])")?(?: quantity="([1-9][0-9]{0,8})")?(?: create="([01])")?'
+    '(?: lifespan="([0-9]{1,9})")?(?: rollback="([01])")? ?/></msg>').encode()).fullmatch
+USUAL = ("mode", "wait", "quantity", "create", "lifespan", "rollback")
+
+
 def read_message(data):
     """decode(), with the name of the resource decoded too."""
-    elements = decode(data)
-    if "name" in elements.get("resource", ()):
-        elements["resource"]["name"] = decode_name(elements["resource"]["name"])
+    found = _usual(data)
+    if not found:
+        elements = decode(data)
+        if "name" in elements.get("resource", ()):
+            elements["resource"]["name"] = decode_name(elements["resource"]["name"])
+        return elements
+    verb, peer, name, *numbers = found.groups()
+    wanted = {key: int(text) for key, text in zip(USUAL, numbers) if text}
+    wanted["name"] = decode_name(name.decode())
+    elements = {"msg": {"level": 3, "verb": int(verb), "step": 8}, "resource": wanted}
+    if peer is not None:
+        elements["session"] = {"peerid": peer.decode()}
     return elements
 
 
