@@ -994,7 +994,8 @@ class LockTable:
             when, _, resource = heapq.heappop(self._due)
             if resource.due == when:
                 resource.due = None
-                decisions += self._settle(resource, list(resource.lanes), now)
+                if self.resources.get(resource.name) is resource:  # or one of its name came after
+                    decisions += self._settle(resource, list(resource.lanes), now)
         return self._let_pass(decisions, now)
 
     def next_deadline(self):

@@ -128,3 +128,49 @@ def test_waiters_that_are_granted_together_cost_each_the_same():
             world.ask(f"S{number}", "R", "PR")
         found.append(lines(world.table.release, "H", True, world.clock))
     assert found[1] - found[0] == found[2] - found[1]
+
+
+# Nested requests
+
+def test_nested_waiters_cost_nothing():
+    found = []
+    for count in (FEW, MANY):
+        world = crowd("fair", [(f"Q{number}", {}) for number in range(count)], count)
+        world.ask("H", "R")
+        for number in range(count):
+            world.table.request(make_request(f"N{number}", "R", under=f"S{number}"), world.clock)
+        world.ask("P", "P")
+        nested = make_request("N", "R", under="P")
+        found.append([lines(world.table.request, nested, world.clock),
+                      lines(world.table.gone, f"N{count // 2}", world.clock),
+                      lines(world.table.release, "H", True, world.clock)])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name, mode, other", [("R", "PR", "EX"), ("/t/a", "PR", "EX"),
+                                               ("n[9]", "EX", "EX")])
+def test_it_costs_nothing_to_pass_many(name, mode, other):
+    found = []
+    for count in (FEW, MANY):
+        world = World()
+        world.ask("A", name, mode)
+        for number in range(count):
+            world.ask(f"S{number}", name, other, quantity=9 if "[" in name else 1)
+        nested = make_request("N", name, mode, under="A")
+        found.append(lines(world.table.request, nested, world.clock))
+        assert "N" in world.table.resources[belongs_to(name)].holders
+    assert found[0] == found[1]
+
+
+def test_the_search_for_a_deadlock_costs_for_each_waiter_the_same():
+    found = []
+    for count in (200, 400, 600):
+        world = World()
+        for session, name, under in (("A", "R", ""), ("B", "Q", ""), ("a", "Q", "A")):
+            world.ask(session, name, under=under)
+        for number in range(count):
+            world.ask(f"S{number}", "R")
+        nested = make_request("b", "R", under="B")
+        found.append(lines(world.table.request, nested, world.clock))
+        assert "b" not in world.table.requests
+    assert found[1] - found[0] == found[2] - found[1]

@@ -220,6 +220,31 @@ def test_a_resource_made_anew_is_not_ended_by_the_date_of_the_old(world):
     assert not world.table.empty()
 
 
+def test_dates_do_not_pile_up(world):
+    for _ in range(100):
+        world.ask("A", "_t_%S[2]", lifespan=10 ** 8)
+        world.ask("B", "_t_%S[2]")
+        world.later(1)
+        world.leave("A")
+        world.leave("B")
+        world.later(0.5)
+    assert len(world.table._due) <= 2
+
+
+def test_dates_of_a_resource_that_is_gone_do_not_end_its_successor(world):
+    world.ask("A", "_t_%S[2]", lifespan=3000)
+    world.release("A")
+    world.ask("B", "_t_%S[2]")
+    world.later(1)
+    world.leave("B")
+    world.later(3)
+    assert world.table.empty()
+    world.ask("A", "_t_%S[2]", lifespan=9000)
+    world.release("A")
+    world.later(8.9)
+    assert not world.table.empty()
+
+
 # Tokens
 
 def test_tokens_grow_with_each_grant_whatever_the_resource():
