@@ -1113,6 +1113,7 @@ class Lock:
                 answers = self.connection.receive()
                 if self.connection.session.state == ENDING:
                     self._stopped = "it was stopped"
+                    raise _Gone(self._stopped)  # its EOF may come after the command's end
         except (_Gone, ProtocolError, DaemonUnavailable) as error:
             self.loss = f"{self.connection.where}: {self._stopped or error}"
             self.connection.close()

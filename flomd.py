@@ -432,9 +432,9 @@ class Resource:
         self.holders = {}  # session: Request
         self.lanes = {}  # lane: OrderedDict of session: Request, in order of arrival
         self.waiting = 0
-        self.nested = collections.OrderedDict()  # the waiters with living ancestors
+        self.nested = {}  # (lane, quantity): {session: waiter}, the waiters with living ancestors
         self.lifespan = LEAST_LIFESPAN  # ms
-        self.idle_since = self.due = None
+        self.idle_since, self.dates = None, []  # dates: its entries in the table's heap
         self.last_tokens = [0] * len(MODES)  # of the last grant in each mode
 
     # What a kind says.
@@ -529,11 +529,12 @@ class Resource:
         return False
 
     def ahead(self, request):
-        """The waiters ahead of the request that it must wait for under the policy."""
+        """The lanes with waiters ahead of the request that it must wait for under the policy."""
         if self.first_fit:
             return []
-        return [other for queue in self.lanes.values() for other in queue.values()
-                if other.serial < request.serial and self.clash(request, other)]
+        lanes = [(next(iter(queue.values())), queue) for queue in self.lanes.values()]
+        return [queue for first, queue in lanes
+                if first.serial < request.serial and self.clash(request, first)]
 
     def enqueue(self, request):
         lane = self.lane(request)
@@ -550,7 +551,14 @@ class Resource:
             del self.lanes[lane]
         self.waiting -= 1
         request.state, request.behind = NEW, None
-        self.nested.pop(request.session, None)
+        alike = self.nested.get((lane, request.quantity)) if self.nested else None
+        if alike and alike.pop(request.session, None) and not alike:
+            del self.nested[lane, request.quantity]
+
+    def nest(self, request):
+        """Notes that the waiter has living ancestors."""
+        alike = self.nested.setdefault((self.lane(request), request.quantity), {})
+        alike[request.session] = request
 
     def hold(self, request, now):
         """Makes the request a holder."""
@@ -992,10 +1000,9 @@ class LockTable:
             decisions += self._refuse(self.requests[next(iter(self.deferred))], BUSY)
         while self._due and self._due[0][0] <= now.mono:
             when, _, resource = heapq.heappop(self._due)
-            if resource.due == when:
-                resource.due = None
-                if self.resources.get(resource.name) is resource:  # or one of its name came after
-                    decisions += self._settle(resource, list(resource.lanes), now)
+            resource.dates.remove(when)
+            if self.resources.get(resource.name) is resource:  # or one of its name came after
+                decisions += self._settle(resource, list(resource.lanes), now)
         return self._let_pass(decisions, now)
 
     def next_deadline(self):
@@ -1111,9 +1118,11 @@ class LockTable:
         self.waiting += 1
         for ident in request.parents:
             self._below.setdefault(ident, {})[request] = None
-        if self._ancestors(request):
-            resource.nested[request.session] = request
-            self._new_ways = True
+        ancestors = self._ancestors(request)
+        if ancestors:
+            resource.nest(request)
+            if any(ancestor.resource.waiting for ancestor in ancestors):
+                self._new_ways = True
 
     def _dequeued(self, request):
         self.waiting -= 1
@@ -1135,7 +1144,7 @@ class LockTable:
         if request.ident and request.ident not in self._by_id:
             self._by_id[request.ident] = request
             for waiter in self._below.get(request.ident, ()):
-                waiter.resource.nested[waiter.session] = waiter
+                waiter.resource.nest(waiter)
                 self._new_ways = True
         # those that waited for the clock may wait for the holders now
         self._new_ways = self._new_ways or isinstance(resource, Timestamp)
@@ -1192,8 +1201,11 @@ class LockTable:
 
     def _passing(self, resource, now):
         """Makes holders of the nested requests that may pass those ahead of them."""
-        granted = []
-        for request in sorted(resource.nested.values(), key=operator.attrgetter("serial")):
+        granted, fitting = [], []
+        for alike in resource.nested.values() if not self.first_fit else ():
+            if resource.fits(next(iter(alike.values())), now):
+                fitting.extend(alike.values())
+        for request in sorted(fitting, key=operator.attrgetter("serial")):
             if self._may_pass(request, resource, now):
                 resource.dequeue(request)
                 resource.hold(request, now)
@@ -1222,9 +1234,9 @@ class LockTable:
             if when <= now.mono:
                 self.resources.pop(resource.name, None)
                 return
-        if when is not None and (resource.due is None or when < resource.due):
+        if when is not None and when < min(resource.dates, default=when + 1):
             self._serial += 1
-            resource.due = when
+            resource.dates.append(when)
             heapq.heappush(self._due, (when, self._serial, resource))
 
     # Reclaims and the recovery window.
@@ -1286,14 +1298,15 @@ class LockTable:
     def _may_pass(self, request, resource, now):
         """Whether the request fits, and all that it would wait for wait for its ancestors."""
         ancestors = self._ancestors(request)
+        # the first of a lane waits for nothing that the others of the lane do not wait for
         return bool(ancestors) and resource.fits(request, now) and all(
-            self._way(waiter, ancestors) for waiter in resource.ahead(request))
+            self._way(next(iter(lane.values())), ancestors) for lane in resource.ahead(request))
 
     def _way(self, start, goals):
         """The shortest way, as a list of requests, on which `start` waits for one of `goals`: from
         a waiter to the holders and waiters in its way, from a holder to the queued requests below
         it.  Empty when there is none."""
-        came_from, todo = {start: None}, collections.deque([start])
+        came_from, todo, alike = {start: None}, collections.deque([start]), {}
         while todo:
             request = todo.popleft()
             if request is not start and request in goals:
@@ -1303,7 +1316,15 @@ class LockTable:
                     request = came_from[request]
                 return way[::-1]
             if request.state is QUEUED:
-                beyond = request.resource.opponents(request) + request.resource.ahead(request)
+                resource = request.resource
+                kind = resource, resource.lane(request), request.quantity
+                if alike.get(kind, 0) >= request.serial:
+                    continue  # one behind it that waits for all that this one waits for was here
+                alike[kind] = request.serial
+                beyond = resource.opponents(request)
+                for lane in resource.ahead(request):
+                    beyond += reversed(list(itertools.takewhile(
+                        lambda other: other.serial < request.serial, lane.values())))
             else:
                 beyond = self._stuck(request)
             for other in beyond:
@@ -1314,9 +1335,11 @@ class LockTable:
 
     def _hopeless(self, request, now):
         """Whether a nested request can never be granted, as far as anybody knows."""
-        if request.patient or not self._ancestors(request):
+        ancestors = self._ancestors(request) if not request.patient else []
+        around = self._around(request) if ancestors else {}
+        if not any(ancestor.resource in around for ancestor in ancestors):
             return False
-        copy = self._copy_around(request, now)
+        copy = self._copy(around, request, now)
         for resource in list(copy.resources.values()):
             copy._settle(resource, list(resource.lanes), now)
         wanted, ending = copy.requests[request.session], list(copy.requests.values())
@@ -1328,24 +1351,30 @@ class LockTable:
                     ending += [granted] + copy._ancestors(granted)
         return wanted.state is QUEUED
 
-    def _copy_around(self, request, now):
-        """A table of copies of all resources and requests that can matter for the request; those
-        that end by themselves are left out."""
-        copy, todo, found = LockTable(self.first_fit), [request.resource], {}
+    def _around(self, request):
+        """The resources that can matter for the request: its own, those for which commands under
+        locks of these wait, and so on."""
+        found, todo = {}, [request.resource]
         while todo:
             resource = todo.pop()
-            if resource.name not in found:
-                found[resource.name] = resource
+            if resource not in found:
+                found[resource] = None
                 todo.extend(waiter.resource for holder in resource.holders.values()
                             for waiter in self._stuck(holder))
-        for resource in found.values():
+        return found
+
+    def _copy(self, resources, request, now):
+        """A table of copies of the resources and of their requests, but without those that end by
+        themselves."""
+        copy = LockTable(self.first_fit)
+        for resource in resources:
             fresh = copy.resources[resource.name] = resource.stand_in(resource.name, self.first_fit)
             for holder in resource.holders.values():
                 shadow = copy.requests[holder.session] = holder.copy()
                 fresh.hold(shadow, now)
                 if self._by_id.get(holder.ident) is holder:
                     copy._by_id[holder.ident] = shadow
-        for resource in found.values():
+        for resource in resources:
             for waiter in resource.waiters():
                 if not waiter.patient or waiter is request:
                     shadow = copy.requests[waiter.session] = waiter.copy()

@@ -1,5 +1,6 @@
 """Fixtures: `box`, one host's folder and processes; `hosts(n)`, several hosts; see world.py."""
 import os
+import signal
 import subprocess
 import sys
 
@@ -72,6 +73,10 @@ def is_between():
 
 
 def pytest_configure(config):
+    # a job in the background of a shell ignores INT and QUIT, one under nohup HUP; flom would, too
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTSTP):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     config.flom_is_between = is_between()
 
 

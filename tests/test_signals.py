@@ -118,9 +118,13 @@ def test_many_signals_in_a_row(box):
                                  if number != following]
 
 
+# The system lets TSTP stop nobody in a group of processes whose parents are all in other sessions,
+# as those of a job without a terminal are: these flom get a group of their own.
+
+
 def test_stop_and_continue_by_kill(box):
     """TSTP is passed on, then flom stops; CONT continues it and is passed on."""
-    flom, counter = count(box, "a")
+    flom, counter = count(box, "a", preexec_fn=os.setpgrp)
     expected = []
     for number in [signal.SIGTSTP, signal.SIGCONT] * 3:
         flom.send_signal(number)
@@ -133,7 +137,7 @@ def test_stop_and_continue_by_kill(box):
 
 
 def test_a_stopped_flom_keeps_its_lock(box):
-    flom, counter = count(box, "a")
+    flom, counter = count(box, "a", preexec_fn=os.setpgrp)
     flom.send_signal(signal.SIGTSTP)
     wait_until(lambda: state(flom.pid) == "T")
     counter.open()
