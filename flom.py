@@ -763,7 +763,8 @@ class Session:
         answers = [self._take(decode(message + END)) for message in messages]
         start = self._buffer.lstrip()[:20]
         if start and (not data or start[:1] != b"<" or len(self._buffer) > ENDLESS):
-            raise ProtocolError(f"it says {plain(repr(start), 60)}")
+            tls = start[:1] == b"\x15"  # an alert
+            raise ProtocolError("it wants TLS" if tls else f"it says {plain(repr(start), 60)}")
         return [answer for answer in answers if answer]
 
     def _take(self, message):

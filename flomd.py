@@ -1490,10 +1490,10 @@ class Session:
         wanted = elements.get("resource", {})
         if "name" not in wanted:
             raise ProtocolError("a lock without a name")
-        self.answered, name = False, wanted["name"]
+        name = wanted["name"]
         if name == STATUS_RESOURCE:
             return "status", elements.get("session", {}).get("client", "")
-        self.asked = name
+        self.answered, self.asked = False, name
         request = Request(self, name, wanted.get("mode", 0), wanted.get("quantity", 1),
                           wanted.get("wait", 0), wanted.get("create", 0), wanted.get("lifespan", 0))
         about = elements.get("session", {})
