@@ -152,6 +152,13 @@ def test_tls_to_a_plain_daemon(tls, certificates):
     assert tls.run("--", "echo", "x", address=tls.bare) == (0, "x\n", "")
 
 
+def test_plain_text_to_a_daemon_with_tls(tls, certificates):
+    daemon = tls.daemon(address=(*tls.bare, *certificates.options()))
+    status, out, err = tls.run("--", "echo", "x", address=tls.bare)
+    assert (status, out) == (99, "") and "wants TLS" in err
+    wait_until(lambda: "TLS" in daemon.err)
+
+
 @over_both
 def test_silent_connections_stop_nobody(tls, certificates):
     """Nothing said, half a greeting, a greeting without what follows: others work meanwhile."""
