@@ -24,7 +24,6 @@ import fcntl
 import functools
 import heapq
 import itertools
-import math
 import operator
 import os
 import pwd
@@ -2190,7 +2189,7 @@ class Poller:
     def wait(self, timeout):
         """(descriptor, events) of what has happened, after `timeout` s (None: no limit) at most."""
         # rounded up to ms, so that a date has come when poll returns
-        timeout = -1 if timeout is None else math.ceil(timeout * 1000) * self._unit / 1000
+        timeout = -1 if timeout is None else -(-timeout * 1000 // 1) * self._unit / 1000
         return self._poll.poll(timeout)
 
 
