@@ -567,19 +567,24 @@ class Resource:
 
     def walk(self, lanes, now):
         """Makes holders, in queue order, of all waiters in `lanes` that the policy grants, and
-        yields them."""
-        heads = [(next(iter(self.lanes[lane].values())).serial, lane)
-                 for lane in lanes if lane in self.lanes]
+        returns them."""
+        granted, heads = [], []
+        for lane in lanes:
+            if lane in self.lanes:
+                heads.append((next(iter(self.lanes[lane].values())).serial, lane))
         heapq.heapify(heads)
         while heads:
-            lane = heapq.heappop(heads)[1]
+            lane = heads[0][1]
             request = next(iter(self.lanes[lane].values()))
             if self.admits(request, now):
                 self.dequeue(request)
                 self.hold(request, now)
-                yield request
+                granted.append(request)
                 if lane in self.lanes:
-                    heapq.heappush(heads, (next(iter(self.lanes[lane].values())).serial, lane))
+                    heapq.heapreplace(heads, (next(iter(self.lanes[lane].values())).serial, lane))
+                    continue
+            heapq.heappop(heads)
+        return granted
 
     def waiters(self):
         """All waiters in order of arrival."""
@@ -1097,7 +1102,8 @@ class LockTable:
         if request.reclaim is not None:
             return self._reclaim(request, resource, now)
         if self.window_until is None:
-            if resource.admits(request, now) or self._may_pass(request, resource, now):
+            if resource.admits(request, now) or (
+                    request.parents and self._may_pass(request, resource, now)):
                 resource.hold(request, now)
                 return [self._granted(request)]
             if not request.wait:
@@ -1107,7 +1113,7 @@ class LockTable:
         if self._full():
             return self._refuse(request, LIMIT)
         self._queue(request, resource)
-        if self.window_until is None and self._hopeless(request, now):
+        if request.parents and self.window_until is None and self._hopeless(request, now):
             return self._refuse(request, DEADLOCK, self._cycle(request))
         self._look_again(resource, now)
         return [Decision(request.session, ENQUEUED, position=resource.waiting)]
@@ -1117,11 +1123,9 @@ class LockTable:
         self.waiting += 1
         for ident in request.parents:
             self._below.setdefault(ident, {})[request] = None
-        ancestors = self._ancestors(request)
-        if ancestors:
-            resource.nest(request)
-            if any(ancestor.resource.waiting for ancestor in ancestors):
-                self._new_ways = True
+            if ident in self._by_id:
+                resource.nest(request)
+                self._new_ways = self._new_ways or self._by_id[ident].resource.waiting > 0
 
     def _dequeued(self, request):
         self.waiting -= 1
@@ -1193,15 +1197,16 @@ class LockTable:
         granted = []
         if resource.waiting and self.window_until is None:
             granted = [self._dequeued(request) for request in resource.walk(lanes, now)]
-            granted += self._passing(resource, now)
-            granted.sort(key=operator.attrgetter("serial"))
+            if resource.nested and not self.first_fit:
+                granted += self._passing(resource, now)
+                granted.sort(key=operator.attrgetter("serial"))
         self._look_again(resource, now)
         return [self._granted(request) for request in granted]
 
     def _passing(self, resource, now):
         """Makes holders of the nested requests that may pass those ahead of them."""
         granted, fitting = [], []
-        for alike in resource.nested.values() if not self.first_fit else ():
+        for alike in resource.nested.values():
             if resource.fits(next(iter(alike.values())), now):
                 fitting.extend(alike.values())
         for request in sorted(fitting, key=operator.attrgetter("serial")):
@@ -1214,7 +1219,7 @@ class LockTable:
     def _let_pass(self, decisions, now):
         """Adds the nested requests that need not wait for those ahead of them any more because
         those have come to wait, somewhere else, for an ancestor."""
-        while self._new_ways and self.window_until is None:
+        while self._new_ways and self.window_until is None and not self.first_fit:
             self._new_ways = False
             for resource in {waiter.resource: None for waiter in self._all_nested()}:
                 decisions += [self._granted(request) for request in self._passing(resource, now)]
@@ -1870,8 +1875,10 @@ class Listener:
                 self.daemon.dates[self._resume] = self.daemon.now.mono + PAUSE
                 return
             connection.setblocking(False)
-            with contextlib.suppress(OSError):  # TLS: it has gone already
+            try:
                 self.daemon.welcome(connection, LOCAL if self.local else show_address(address))
+            except OSError:  # TLS: it has gone already
+                continue
 
     def _resume(self):
         self.daemon.poller.add(self.socket, self.handle)
@@ -2174,8 +2181,9 @@ class Poller:
 
     def add(self, watched, handler):
         """handler(events) is called when `watched` can be read."""
-        self.handlers[watched.fileno()] = handler
-        self._poll.register(watched.fileno(), READABLE)
+        number = watched.fileno()
+        self.handlers[number] = handler
+        self._poll.register(number, READABLE)
 
     def change(self, watched, writing):
         """Its handler is called, or not any more, when it can be written, too."""
@@ -2183,8 +2191,9 @@ class Poller:
 
     def remove(self, watched):
         """To be called before `watched` is closed."""
-        self._poll.unregister(watched.fileno())
-        del self.handlers[watched.fileno()]
+        number = watched.fileno()
+        self._poll.unregister(number)
+        del self.handlers[number]
 
     def wait(self, timeout):
         """(descriptor, events) of what has happened, after `timeout` s (None: no limit) at most."""
@@ -2311,7 +2320,8 @@ class Daemon:
             self.publisher.lost += connection.session.holds is not None
         self.connections.discard(connection)
         self.silent.pop(connection, None)
-        self._released(self.table.gone(connection.session, self.now))
+        if connection.session in self.table.requests:
+            self._released(self.table.gone(connection.session, self.now))
         if not self.connections:
             self._rest()
 
@@ -2322,7 +2332,8 @@ class Daemon:
         if not self.table.holding and self.state.marked:
             self.quiet_since = self.now.mono
             self.dates.setdefault(self.clear_mark, self.now.mono + QUIET)
-        self.apply(decisions)
+        if decisions:
+            self.apply(decisions)
 
     def clear_mark(self):
         """Clears the mark on disk, unless it is too early."""
