@@ -48,7 +48,10 @@ class Load:
     """Clients and what they measure."""
 
     def __init__(self, path):
-        self.path, self.poll, self.live = path, select.poll(), {}
+        self.path, self.live = path, {}
+        # poll() would look at every waiter again for each event; its unit is the ms
+        self.poll, self.patience = ((select.epoll(), 5) if hasattr(select, "epoll") else
+                                    (select.poll(), 5000))
         self.samples, self.holders = [], 0
         self.count = collections.Counter()
 
@@ -64,7 +67,7 @@ class Load:
 
     def newly_granted(self):
         """The clients that hold their lock now and have not before."""
-        events = self.poll.poll(5000)
+        events = self.poll.poll(self.patience)
         if not events:
             sys.exit(f"lockload.py: nothing for 5 s, {len(self.live)} clients still waiting")
         return [self.live[number] for number, _ in events if self.live[number].granted()]
