@@ -370,7 +370,9 @@ Impossible = _error("Impossible", "It can never be granted: more than there is."
 Deadlock = _error("Deadlock", "It is held by a command that this one runs under; see `reason`.", 94)
 LockLost = _error("LockLost", "The daemon has vanished, and the lock was not reclaimed.", 95)
 DaemonUnavailable = _error("DaemonUnavailable", "No daemon, or one that does not serve.")
+LATE = "late"  # no rc: there was no answer in time
 REFUSALS = {  # rc: the error, its text
+    LATE: (Timeout, "The lock was not obtained because timeout ({ms} milliseconds) expired"),
     BUSY: (Busy, "Resource already locked, the lock cannot be obtained"),
     CANT_WAIT: (CannotWait, "The resource could be available in the future, but the requester "
                             "can't wait"),
@@ -380,13 +382,13 @@ REFUSALS = {  # rc: the error, its text
     DEADLOCK: (Deadlock, "deadlock: {reason}"),
     STOPPED: (DaemonUnavailable, "the daemon is ending: {reason}"),
     LIMIT: (DaemonUnavailable, "the daemon refuses: {reason}")}
-TOO_LATE = "The lock was not obtained because timeout ({ms} milliseconds) expired"
 
 
-def refusal(error_class, text, reason, verbose):
-    """An error of that class; the reason stands where `text` wants it, with -V at its end."""
-    text += ": {reason}" if verbose and reason and "{reason}" not in text else ""
-    error = error_class(text.replace("{reason}", reason or "no reason given"))
+def refusal(rc, reason, settings):
+    """The error for a refusal; the reason stands where its text wants it, with -V at its end."""
+    error_class, text = REFUSALS[rc]
+    text += ": {reason}" if settings["Verbose"] and reason and "{reason}" not in text else ""
+    error = error_class(text.format(ms=settings["Timeout"], reason=reason or "no reason given"))
     error.reason = reason
     return error
 
@@ -487,16 +489,12 @@ def keyword_settings(keywords, files):
 
 
 def put(text, stream):
-    """Writes a line, whatever the stream's encoding; a closed stream takes nothing."""
+    """Writes a line, whatever the stream's encoding; one that is closed or broken takes nothing."""
     if stream:
         encoding = stream.encoding or "utf-8"
-        try:
+        with contextlib.suppress(BrokenPipeError):
             print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream,
                   flush=True)
-        except BrokenPipeError:  # nobody reads any more; Python would complain at its end, too
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, stream.fileno())
-            os.close(null)
 
 
 class Diary:
@@ -523,26 +521,26 @@ class Diary:
 # --- Discovery ------------------------------------------------------------------------------------
 # Where is the daemon?  On a socket, at an address, or wherever the group's answer says.
 # Here and below, whatever may take time is a generator of *steps*: it yields what it waits for,
-# (descriptor or None, poll events, seconds or None), and is resumed when that has come, when the
-# time is over, or earlier; so it looks again each time.  `finish` runs one to its end and sleeps in
-# poll(); a Command resumes one between two signals, which thus are never kept waiting.
+# (descriptor or None, poll events, seconds), and is resumed when that has come, when the time is
+# over, or earlier; so it looks again each time.  `finish` runs one to its end and sleeps in poll();
+# a Command resumes one between two signals, which thus are never kept waiting.
 clock = time.monotonic
-READ, WRITE = select.POLLIN, select.POLLOUT
+READ, WRITE, FOREVER = select.POLLIN, select.POLLOUT, float("inf")
 
 
-def finish(steps, until=None, otherwise=None):
-    """Runs steps to their end and returns their result; `otherwise` when `until` comes first."""
+def finish(steps, until=FOREVER):
+    """Runs steps to their end and returns their result; None when `until` comes first."""
     try:
-        while until is None or clock() < until:
+        while clock() < until:
             descriptor, events, seconds = next(steps)
-            poll = select.poll()
+            seconds, poll = min(seconds, until - clock()), select.poll()
             if descriptor is not None:
                 poll.register(descriptor, events)
-            poll.poll(None if seconds is None else max(0, seconds) * 1000)
+            poll.poll(None if seconds == FOREVER else max(0, seconds) * 1000)
     except StopIteration as end:
         return end.value
     steps.close()
-    return otherwise
+    return None
 
 
 def one_step(steps):
@@ -623,8 +621,10 @@ def _hearing(asker, until):
 # --- Starting the daemon --------------------------------------------------------------------------
 # flomd detaches itself: the process started here ends with 0 when the daemon listens, 1 when it
 # cannot serve (often since another came first), 3 when it left the group to another daemon.  What
-# it has to say is kept, for the case that in the end nobody serves.
+# it has to say is kept, for the case that in the end nobody serves.  It comes through a pipe, whose
+# end tells at once that the process has ended.
 CANNOT_SERVE = 1
+AGAIN = 0.02  # s between two looks, two tries
 RECOVERY_WINDOW = 2000  # ms in which a new daemon grants only to those who held before
 
 
@@ -659,27 +659,28 @@ def daemon_options(settings, recovering):
 
 def starting(settings, recovering, until):
     """Steps that start a daemon and end with (exit status, what it said); None: still starting."""
-    argv, said, status = daemon_program() + [*daemon_options(settings, recovering)], b"", None
+    argv, said, ended = daemon_program() + [*daemon_options(settings, recovering)], b"", 0
     reading, writing = os.pipe()
+    wait = reading, READ, AGAIN
     try:
         pid = os.fork()
         if not pid:
             _become_daemon(argv, writing)
-        done = 0
-        while not done and clock() < until:
-            yield None, 0, 0.02 if recovering else 0.005
-            done, status = os.waitpid(pid, os.WNOHANG)
+        os.close(writing)
         os.set_blocking(reading, False)
-        with contextlib.suppress(BlockingIOError):
-            said = os.read(reading, 4096)
-        return os.WEXITSTATUS(status) if done else None, said.decode("utf-8", "replace").strip()
+        while not ended and clock() < until:
+            yield wait
+            with contextlib.suppress(BlockingIOError):
+                data = os.read(reading, 4096)
+                said, wait = said + data, wait if data else (None, 0, 0.001)  # EOF: about to end
+            ended, status = os.waitpid(pid, os.WNOHANG)
+        return os.WEXITSTATUS(status) if ended else None, said.decode("utf-8", "replace").strip()
     except ChildProcessError:  # a program that ignores SIGCHLD has no statuses
         return 0, ""
     except OSError as error:
         return CANNOT_SERVE, f"cannot start flomd: {error.strerror}"
     finally:
         os.close(reading)
-        os.close(writing)
 
 
 def _become_daemon(argv, writing):
@@ -782,6 +783,7 @@ class Session:
 # A non-blocking stream to the daemon, with TLS where three files say so, and the session on it.
 # Connecting and the first answer have PATIENCE: a daemon that says nothing is an error.
 PATIENCE, GOODBYE = 10, 5  # s: for a first answer, for the daemon's EOF after ours
+CHUNK = 65536  # bytes read at once
 NOBODY = {errno.ENOENT, errno.ECONNREFUSED, errno.ECONNRESET}  # connect: nobody listens there
 NOT_YET = {errno.EINPROGRESS, errno.EALREADY, errno.EINTR, errno.EAGAIN}
 KEEPALIVE = (15, 5, 3)  # s, s, probes: a holder is to learn of a dead network before the daemon
@@ -817,16 +819,16 @@ def connecting(settings, diary, context):
         except DaemonUnavailable as error:
             failure = str(error)
     for left, (family, address) in zip(range(len(found), 0, -1), found):
-        connection = Connection(family, address)
+        where = address if family == socket.AF_UNIX else show_address(address)
         try:
-            with connection:
-                yield from connection.opening(clock() + PATIENCE / left, context)
+            with Connection(family, where) as connection:
+                yield from connection.opening(address, clock() + PATIENCE / left, context)
                 if family == socket.AF_UNIX and not settings["SocketName"]:
                     connection.check_owner()
                 return connection
         except OSError as error:
             nobody = nobody or error.errno in NOBODY
-            failure = f"cannot connect to {connection.where}: {connection.explain(error)}"
+            failure = f"cannot connect to {where}: {explain(error)}"
     if failure and not nobody:
         raise DaemonUnavailable(failure)
     return None
@@ -855,13 +857,25 @@ def tls_context(settings):
     return context
 
 
+def explain(error):
+    """What an OSError of a connection means."""
+    reason = getattr(error, "reason", None)  # of an SSLError
+    if not reason:
+        return error.strerror or str(error)
+    if type(error).__name__ == "SSLEOFError" or reason in (
+            "WRONG_VERSION_NUMBER", "UNEXPECTED_MESSAGE"):
+        return "TLS: it does not speak TLS, or refuses to"
+    ours = "it refuses our certificate" if "ALERT" in reason else "its certificate"
+    return f"TLS: {ours}: {getattr(error, 'verify_message', None) or reason}"
+
+
 class Connection:
     """A stream to a daemon and the session on it; a `with` block closes it on an error only."""
 
-    def __init__(self, family, address):
-        self.family, self.address, self.session, self.sock = family, address, Session(), None
-        self.where = address if family == socket.AF_UNIX else show_address(address)
-        self._again = (BlockingIOError,)
+    def __init__(self, family, where):
+        self.family, self.where, self.session = family, where, Session()
+        self.sock, self._again = socket.socket(family, socket.SOCK_STREAM), (BlockingIOError,)
+        self.sock.setblocking(False)
 
     def __enter__(self):
         return self
@@ -870,22 +884,20 @@ class Connection:
         if error_class:
             self.close()
 
-    def opening(self, until, context):
+    def opening(self, address, until, context):
         """Steps that connect, with TLS where there is a context; raises OSError."""
-        self.sock = socket.socket(self.family, socket.SOCK_STREAM)
-        self.sock.setblocking(False)
         if self.family != socket.AF_UNIX:
             tune(self.sock, *KEEPALIVE)
-        code = self.sock.connect_ex(self.address)
+        code = self.sock.connect_ex(address)
         while code in NOT_YET and clock() < until:
             # EAGAIN: the backlog of a local daemon is full, which no event tells.
             yield ((None, 0, 0.01) if code == errno.EAGAIN else
                    (self.sock.fileno(), WRITE, until - clock()))
-            code = self.sock.connect_ex(self.address)
+            code = self.sock.connect_ex(address)
         if code in (0, errno.EISCONN):  # TCP can connect to itself
-            code = errno.ECONNREFUSED if self.sock.getsockname() == self.address else 0
-        code = errno.ETIMEDOUT if code in NOT_YET else code
+            code = errno.ECONNREFUSED if self.sock.getsockname() == address else 0
         if code:
+            code = errno.ETIMEDOUT if code in NOT_YET else code
             raise OSError(code, os.strerror(code))
         if context:
             yield from self._securing(until, context)
@@ -901,17 +913,6 @@ class Connection:
                 events = WRITE if isinstance(wanted, ssl.SSLWantWriteError) else READ
             yield self.sock.fileno(), events, until - clock()
         raise OSError(errno.ETIMEDOUT, "it does not answer the TLS handshake")
-
-    def explain(self, error):
-        """What an OSError of this connection means."""
-        reason = getattr(error, "reason", None)  # of an SSLError
-        if not reason:
-            return error.strerror or str(error)
-        if type(error).__name__ == "SSLEOFError" or reason in (
-                "WRONG_VERSION_NUMBER", "UNEXPECTED_MESSAGE"):
-            return "TLS: it does not speak TLS, or refuses to"
-        ours = "it refuses our certificate" if "ALERT" in reason else "its certificate"
-        return f"TLS: {ours}: {getattr(error, 'verify_message', None) or reason}"
 
     def check_name(self, peerid):
         """Refuses a daemon whose certificate has another CN than its peer id."""
@@ -929,7 +930,7 @@ class Connection:
 
     def check_owner(self):
         """Refuses a stranger's daemon on this user's own socket: it could grant anything."""
-        for owner in (self.peer()[1], os.stat(self.address).st_uid):
+        for owner in (self.peer()[1], os.stat(self.where).st_uid):
             if owner not in (None, 0, os.getuid()):
                 raise DaemonUnavailable(f"{self.where} belongs to user {owner}: refused; remove "
                                         "it, or name another socket with -s")
@@ -942,11 +943,11 @@ class Connection:
             raise self._ended(error)
 
     def take(self):
-        """The bytes that have come, None when none have; _Gone at the end."""
+        """The bytes that have come, b"" when none have; _Gone at the end."""
         try:
-            data = self.sock.recv(65536)
+            data = self.sock.recv(CHUNK)
         except self._again:
-            return None
+            return b""
         except OSError as error:
             raise self._ended(error)
         if not data:
@@ -954,7 +955,7 @@ class Connection:
         return data
 
     def _ended(self, error):
-        text = self.explain(error)
+        text = explain(error)
         refused = text.startswith("TLS: it refuses")  # TLS 1.3 tells it after the handshake
         return DaemonUnavailable(f"{self.where}: {text}") if refused else _Gone(text)
 
@@ -974,27 +975,35 @@ class Connection:
         return answers
 
     def answering(self, until):
-        """Steps to the next answers, [] when there are none before `until` (None: for ever)."""
+        """Steps to the next answers, [] when there are none before `until`."""
         try:
             answers = self.receive()
-            while not answers and (until is None or clock() < until):
-                yield self.sock.fileno(), READ, None if until is None else until - clock()
+            while not answers and clock() < until:
+                yield self.sock.fileno(), READ, until - clock()
                 answers = self.receive()
             return answers
         except ProtocolError as error:
             raise DaemonUnavailable(f"{self.where} is no lock daemon: {error}")
 
-    def asking(self, message, until):
-        """Steps that send a last message, half-close and read: b"" for EOF, None: time is over."""
-        data = b""
+    def asking(self, message, patience, last=True):
+        """Steps that send a message, half-close after the `last`, and read to the end of a message.
+
+        Their result is what has come, b"" for EOF, None when nothing came in `patience` s; unless
+        it is the last, each part of it may take as long.
+        """
+        data, until = bytearray(), clock() + patience
         try:
             self.send(message)
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                self.sock.unwrap()  # TLS says goodbye, too
-            socket.socket.shutdown(self.sock, socket.SHUT_WR)  # SSLSocket's ends reading, too
-            while clock() < until and END not in data:
-                data += self.take() or b""
-                yield self.sock.fileno(), READ, until - clock()
+            if last:
+                with contextlib.suppress(OSError, ValueError, AttributeError):
+                    self.sock.unwrap()  # TLS says goodbye, too
+                socket.socket.shutdown(self.sock, socket.SHUT_WR)  # SSLSocket's ends reading, too
+            while clock() < until and END not in data[-2 * CHUNK:]:
+                more = self.take()
+                data += more
+                until = clock() + patience if more and not last else until
+                if not more:
+                    yield self.sock.fileno(), READ, until - clock()
             return data or None
         except (_Gone, OSError):
             return data
@@ -1003,10 +1012,9 @@ class Connection:
 
     def close(self):
         """Ends it, also for copies of the descriptor that a command has inherited."""
-        if self.sock:
-            with contextlib.suppress(OSError):
-                self.sock.shutdown(socket.SHUT_RDWR)
-            self.sock.close()
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
 
 
 # --- Lock (the Python API) ------------------------------------------------------------------------
@@ -1016,7 +1024,7 @@ class Connection:
 # since; a FLoM daemon takes it for an ordinary request, whose grant is as good where it carries no
 # element.  EOF alone means a crash, after which a daemon may be started; rc STOPPED means that
 # somebody wanted it to end: then flom starts none, and watches for one of somebody else.
-AGAIN, RESTART, HURRY = 0.02, 1, 2  # s: between two tries, two starts; how long to try that often
+RESTART, HURRY = 1, 2  # s: between two starts of a daemon; how long to try every AGAIN
 LATECOMER = 5  # s for another's daemon to listen, when ours came too late or cannot serve
 
 
@@ -1069,14 +1077,15 @@ class Lock:
         """Waits for the lock, returns self; `started`: when (monotonic s).  Raises a LockError."""
         if self._owner == os.getpid():
             raise RuntimeError(f"{self.name} is held already")
-        timeout, started = self.settings["Timeout"], clock() if started is None else started
+        timeout = self.settings["Timeout"]
+        deadline = (started or clock()) + (timeout / 1000 if timeout >= 0 else FOREVER)
         self._forget()
         self._context = tls_context(self.settings)
         self._about = {
             "id": self.chain[0], "parent": ",".join(self.chain[1:]) or None, "pid": os.getpid(),
             "user": plain(login(), 32), "host": plain(os.uname().nodename, 64),
             "cmd": plain(self.command, 32), "progress": 1 if self.diary.verbose else None}
-        answer = finish(self._acquiring(started + timeout / 1000 if timeout >= 0 else None))
+        answer = finish(self._acquiring(deadline))
         self.element, self.token, self._owner = answer.element, answer.token, os.getpid()
         return self
 
@@ -1084,7 +1093,7 @@ class Lock:
         """Releases the lock; takes at most 5 s.  A lost lock is forgotten, without an error."""
         connection, owner, self.connection, self._owner = self.connection, self._owner, None, None
         if connection and owner == os.getpid():
-            finish(connection.asking(unlock_message(self.name, rollback), clock() + GOODBYE))
+            finish(connection.asking(unlock_message(self.name, rollback), GOODBYE))
         elif connection:
             connection.sock.close()  # the parent's: shutdown() would end that one, too
 
@@ -1099,10 +1108,8 @@ class Lock:
 
     def check(self):
         """Returns when the lock is held; reclaims it if its daemon vanished, else LockLost."""
-        if self.lost:
-            reason = finish(self.reclaiming(), clock() + RECOVERY_WINDOW / 1000, self.loss)
-            if reason:
-                raise LockLost(f"the lock on {self.name} is lost: {reason}")
+        if self.lost and not finish(self.reclaiming(), clock() + RECOVERY_WINDOW / 1000):
+            raise self.loss
 
     def look(self):
         """Reads what the holder's daemon has sent; False when the daemon has vanished."""
@@ -1114,17 +1121,19 @@ class Lock:
                     self._stopped = "it was stopped"
                     raise _Gone(self._stopped)  # its EOF may come after the command's end
         except (_Gone, ProtocolError, DaemonUnavailable) as error:
-            self.loss = f"{self.connection.where}: {self._stopped or error}"
             self.connection.close()
-            self.connection = None
+            self._lose(f"{self.connection.where}: {self._stopped or error}")
         return self.connection is not None
 
+    def _lose(self, reason):
+        self.connection, self.loss = None, LockLost(f"the lock on {self.name} is lost: {reason}")
+
     def _acquiring(self, deadline):
-        """Steps to the granting answer; `deadline` None: wait for ever."""
+        """Steps to the granting answer."""
         vanished = False
         while True:
-            wait = deadline is None or clock() < deadline
-            connection, answer = yield from self._asking(vanished, vanished, wait=wait)
+            connection, answer = yield from self._asking(
+                vanished, vanished, wait=clock() < deadline)
             try:
                 with connection:
                     answer = yield from self._waiting(connection, answer, deadline)
@@ -1136,7 +1145,6 @@ class Lock:
 
     def _waiting(self, connection, answer, deadline):
         """Steps from the first answer to the granting one; raises the refusal, or Timeout."""
-        verbose, too_late = self.diary.verbose, TOO_LATE.format(ms=self.settings["Timeout"])
         while connection.session.state == WAITING:
             where = "" if answer.position is None else f", place {answer.position}"
             why = "nobody has created it" if answer.rc == WAIT_RESOURCE else answer.reason
@@ -1144,12 +1152,11 @@ class Lock:
             answers = yield from connection.answering(deadline)
             if not answers:  # how long is as old as the answer
                 reason = re.sub(" for [0-9]+:[0-9:]+", "", answer.reason or "")
-                raise refusal(Timeout, too_late, reason, verbose)
+                raise refusal(LATE, reason, self.settings)
             answer = answers[-1]
-        if answer.rc == BUSY and self.settings["Timeout"] > 0:
-            raise refusal(Timeout, too_late, answer.reason, verbose)
         if answer.rc != OK:
-            raise refusal(*REFUSALS[answer.rc], answer.reason, verbose)
+            late = answer.rc == BUSY and self.settings["Timeout"] > 0
+            raise refusal(LATE if late else answer.rc, answer.reason, self.settings)
         return answer
 
     def _asking(self, recovering, patient, **request):
@@ -1214,7 +1221,7 @@ class Lock:
                     if "," in (self.settings["UnicastAddress"] or "") else None))
 
     def reclaiming(self):
-        """Steps that try to reclaim a lost lock, to None when it is held again or why it is not."""
+        """Steps that try to reclaim a lost lock, to True when it is held again, False: refused."""
         hurry, has_element = clock() + HURRY, kind_of(self.name) in WITH_ELEMENT
         while True:
             try:
@@ -1223,11 +1230,11 @@ class Lock:
                 known = answer.daemon and answer.element == self.element
                 if answer.rc == OK and (known or not has_element):
                     self.connection, self._stopped = connection, None
-                    return None
+                    return True
                 rollback = unlock_message(self.name, True) if answer.rc == OK else b""
-                yield from connection.asking(rollback, clock() + GOODBYE)
+                yield from connection.asking(rollback, GOODBYE)
                 if answer.rc not in (STOPPED, LIMIT):
-                    return answer.reason or "it was granted to somebody else"
+                    return self._lose(answer.reason or "it was granted to somebody else")
             except LockError as error:
                 self.diary.say(f"reclaiming {self.name}: {error}")
             yield None, 0, AGAIN if clock() < hurry else AGAIN * 25
@@ -1249,8 +1256,8 @@ class Lock:
 # * The command inherits the connection: if flom is killed by KILL the lock stays until the command
 #   has ended, too.  The unlock and the half-close at the end count for every copy of it, so a
 #   process that the command left in the background keeps nothing.
-# * A lock that is lost is a Loss: it reclaims, step by step between two signals, and knows what is
-#   due when: a notice, the end of the recovery window, KILL.
+# * A lock that is lost is reclaimed step by step, between two signals; `due` is when to go on: with
+#   a notice, after the recovery window with TERM, then with KILL.
 PASSED, TYPED, ENDING_HOLD = [{signal.Signals["SIG" + name] for name in row.split()} for row in (
     "TERM INT HUP QUIT USR1 USR2 TSTP CONT", "INT QUIT TSTP HUP", "TERM INT HUP QUIT")]
 SI_USER_BSD = 0x10001  # FreeBSD's SI_USER is positive, as if the kernel had sent the signal
@@ -1260,7 +1267,7 @@ INHERITED, NOTICE, TICK = 64, 0.2, 0.02  # descriptor; s until a loss is told, b
 def settle_signals(ignored):
     """Default for CHLD, none for `ignored`; returns the dispositions found, less Python's own."""
     found = {number: signal.getsignal(number) or signal.SIG_DFL
-             for number in PASSED | {signal.SIGCHLD, signal.SIGIO} | set(ignored)}
+             for number in {signal.SIGCHLD, signal.SIGIO}.union(ignored)}
     found.update({signal.SIGPIPE: signal.SIG_DFL, signal.SIGXFSZ: signal.SIG_DFL})
     for number in set(ignored):
         if number in (signal.SIGKILL, signal.SIGSTOP):
@@ -1290,10 +1297,10 @@ class Signals:
         fcntl.fcntl(connection.sock, fcntl.F_SETFL, flags | os.O_ASYNC)
 
     def wait(self, seconds):
-        """(number, typed at the terminal) of the next, (None, False) after `seconds` (or never)."""
+        """(number, typed at the terminal) of the next, (None, False) after `seconds`."""
         if not hasattr(signal, "sigtimedwait"):
             return self._wait_by_looking(seconds)
-        info = (signal.sigwaitinfo(self.numbers) if seconds is None else
+        info = (signal.sigwaitinfo(self.numbers) if seconds == FOREVER else
                 signal.sigtimedwait(self.numbers, max(0, seconds)))
         if not info:
             return None, False
@@ -1301,7 +1308,7 @@ class Signals:
 
     def _wait_by_looking(self, seconds):
         """For macOS, which also does not tell who sent a signal: in the foreground it was typed."""
-        until = clock() + (float("inf") if seconds is None else seconds)
+        until = clock() + seconds
         while not signal.sigpending() & self.numbers:
             if clock() >= until:
                 return None, False
@@ -1350,7 +1357,8 @@ class Command:
     def __init__(self, argv, lock, found):
         last = lock.element if lock.settings["ElementArgument"] else None
         self.argv, self.lock, self.found = argv + [last] * (last is not None), lock, found
-        self.status = self.killed_by = self.failure = self.loss = self.pid = None
+        self.status = self.killed_by = self.failure = self.pid = None
+        self.losing, self.due, self.told, self.terminated = None, FOREVER, False, False
 
     def run(self):
         """Runs it and returns flom's status; the lock is still held then, unless it was lost."""
@@ -1359,7 +1367,7 @@ class Command:
         self._start()
         while self.status is None:
             self._watch_lock()
-            number, typed = self.signals.wait(self.loss.due() if self.loss else None)
+            number, typed = self.signals.wait(self.due - clock())
             self._reap()
             if number in PASSED and not typed:
                 self.kill(number)
@@ -1371,7 +1379,10 @@ class Command:
         self._watch_lock()
         while clock() < until and self.signals.wait(until - clock())[0] not in ENDING_HOLD:
             continue
-        return self.loss.verdict(self.status) if self.loss else self.status
+        if not self.losing or self.status and not self.terminated:  # a loss hides no failure
+            return self.status
+        self._tell()
+        return LockLost.status
 
     def kill(self, number):
         """Sends the command a signal, unless it has ended."""
@@ -1416,63 +1427,39 @@ class Command:
         """Looks whether the lock is still held; goes on with reclaiming it when it is not."""
         if self.lock.settings["OnLockLoss"] == "ignore":
             return
-        if not self.loss and not self.lock.look():
-            self.loss = Loss(self)
-        if self.loss and self.loss.go_on():
-            self.loss = None
-            self.signals.watch(self.lock.connection)
-            self._watch_lock()
+        if not self.losing and not self.lock.look():
+            self.losing, self.due, self.told = self._losing(clock()), 0, False
+        if clock() >= self.due:
+            self.due = next(self.losing, None)
+            if self.due is None:
+                self.losing, self.due = None, FOREVER
+                self.signals.watch(self.lock.connection)
+                self._watch_lock()
 
-
-class Loss:
-    """A lock that is lost, from the moment in which flom sees it."""
-
-    def __init__(self, command):
-        self.command, self.lock, self.since = command, command.lock, clock()
-        self.steps, self.wake = self.lock.reclaiming(), 0
-        self.reason = self.told = self.terminated = None
-
-    def due(self):
-        """Seconds until `go_on` wants to be called, None when nothing is due any more."""
-        return None if self.wake is None else max(0, self.wake - clock())
-
-    def go_on(self):
-        """Does what is due; True when the lock is reclaimed."""
-        if self.wake is None or clock() < self.wake:
-            return False
-        if self.terminated:
-            self.command.kill(signal.SIGKILL)
-            self.wake = None
-            return False
-        try:
-            descriptor, _, seconds = next(self.steps)
-            self.wake = clock() + (seconds if descriptor is None else TICK)
-        except StopIteration as end:
-            self.wake, self.reason = None, end.value
-            if self.reason is None:
-                return True
-        age = clock() - self.since
-        if self.reason or age >= NOTICE:
-            self._tell()
-        overdue = self.reason or age >= RECOVERY_WINDOW / 1000
-        if overdue and self.lock.settings["OnLockLoss"] == "term":
+    def _losing(self, since):
+        """Does what a loss asks for, yields when to go on, ends when the lock is held again."""
+        for descriptor, _, seconds in self.lock.reclaiming():
+            age = clock() - since
+            if age >= NOTICE:
+                self._tell()
+            if age >= RECOVERY_WINDOW / 1000 and self.lock.settings["OnLockLoss"] == "term":
+                break
+            yield clock() + (seconds if descriptor is None else TICK)
+        if self.lock.connection:
+            return
+        self._tell()
+        if self.lock.settings["OnLockLoss"] == "term":
             self.terminated = True
-            self.command.kill(signal.SIGTERM)
-            self.wake = clock() + self.lock.settings["KillAfter"] / 1000
-        return False
+            self.kill(signal.SIGTERM)
+            yield clock() + self.lock.settings["KillAfter"] / 1000
+            self.kill(signal.SIGKILL)
+        while True:
+            yield FOREVER
 
     def _tell(self):
         if not self.told:
-            self.told, why = True, self.reason or self.lock.loss
-            put(f"flom: the lock on {self.lock.name} is lost: {why}", sys.stderr)
-
-    def verdict(self, status):
-        """flom's exit status after the command's: a lost lock is told, but hides no failure."""
-        self.steps.close()
-        if status and not self.terminated:
-            return status
-        self._tell()
-        return LockLost.status
+            self.told = True
+            put(f"flom: {self.lock.loss}", sys.stderr)
 
 
 # --- Status report --------------------------------------------------------------------------------
@@ -1488,24 +1475,17 @@ def fetch_report(settings):
     connection = yield from connecting(settings, Diary(settings), tls_context(settings))
     if not connection:
         raise DaemonUnavailable(f"no daemon at {place(settings)}")
-    parts, until = [], clock() + PATIENCE
-    try:
-        connection.send(encode(LOCK, 8, element("session", ("peerid", machine_id())), element(
+    data = yield from connection.asking(encode(
+        LOCK, 8, element("session", ("peerid", machine_id())), element(
             "resource", ("name", encode_name(STATUS_RESOURCE)), ("mode", 0), ("wait", 0),
-            ("create", 0), ("lifespan", 0))))
-        while END not in b"".join(parts[-2:]):
-            data = connection.take()
-            if data:
-                parts, until = parts + [data], clock() + PATIENCE
-            elif clock() >= until:
-                raise DaemonUnavailable(f"{connection.where} gives no report in {PATIENCE} s")
-            else:
-                yield connection.sock.fileno(), READ, until - clock()
-        return arrange_report(b"".join(parts))
-    except (_Gone, ProtocolError) as error:
+            ("create", 0), ("lifespan", 0))), PATIENCE, last=False)
+    if not data:
+        why = "it closed the connection" if data is not None else f"{PATIENCE} s have passed"
+        raise DaemonUnavailable(f"{connection.where} gives no report: {why}")
+    try:
+        return arrange_report(data)
+    except ProtocolError as error:
         raise DaemonUnavailable(f"{connection.where} gives no report: {error}")
-    finally:
-        connection.close()
 
 
 def arrange_report(data):
@@ -1617,7 +1597,7 @@ def stop_daemon(options, settings):
     pid, immediate = connection.peer()[0], options.action == "immediate"
     data = finish(connection.asking(encode(
         MANAGEMENT, 8, element("session", ("peerid", machine_id())),
-        element("shutdown", ("immediate", int(immediate)))), clock() + PATIENCE))
+        element("shutdown", ("immediate", int(immediate)))), PATIENCE))
     if data is None:
         raise DaemonUnavailable(f"{connection.where} does not answer within {PATIENCE} s")
     if data:
@@ -1671,7 +1651,13 @@ ACTIONS = {  # the exit status of each is what it returns, None for 0
 
 
 def main():
-    """Runs flom with the arguments of this process; returns its exit status."""
+    """Runs flom and ends this process, without the ms that Python takes for an orderly end."""
+    status = run() or 0
+    os._exit(status)  # whatever has been printed is flushed
+
+
+def run():
+    """Runs flom with the arguments of this process; returns its exit status, None for 0."""
     started, settings = clock(), Settings()
     try:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -1697,4 +1683,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -26,7 +26,8 @@ RUN = """
 import sys
 sys.path.insert(0, sys.argv[1])
 sys.argv = sys.argv[2:]
-status = __import__(sys.argv[0]).main()
+module = __import__(sys.argv[0])
+status = getattr(module, "run", module.main)()  # flom's main ends the process
 print(status, *sys.modules)
 """
 
