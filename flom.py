@@ -663,10 +663,10 @@ def starting(settings, recovering, until):
     reading, writing = os.pipe()
     wait = reading, READ, AGAIN
     try:
-        pid = os.fork()
-        if not pid:
-            _become_daemon(argv, writing)
-        os.close(writing)
+        try:
+            pid = os.fork() or _become_daemon(argv, writing)
+        finally:
+            os.close(writing)
         os.set_blocking(reading, False)
         while not ended and clock() < until:
             yield wait
@@ -1393,9 +1393,7 @@ class Command:
         environment, (self._report, writing) = command_environment(self.lock), os.pipe()
         try:
             self.signals.watch(self.lock.connection)
-            self.pid = os.fork()
-            if not self.pid:
-                self._become(environment, writing)
+            self.pid = os.fork() or self._become(environment, writing)
         except OSError as error:
             self.status, self.failure = NOT_RUN, f"no process for it: {error.strerror}"
         finally:
