@@ -35,7 +35,6 @@ import re
 import select
 import signal
 import socket
-import struct
 import sys
 import time
 
@@ -586,7 +585,8 @@ def discovering(settings, diary):
             asker.setblocking(False)
             for option, value in (
                     ("MULTICAST_HOPS" if six else "MULTICAST_TTL", settings["DiscoveryTTL"]),
-                    ("MULTICAST_IF", index if six else struct.pack("=8xi", index))):  # ip_mreqn
+                    ("MULTICAST_IF",  # for IPv4 an ip_mreqn
+                     index if six else bytes(8) + index.to_bytes(4, sys.byteorder))):
                 asker.setsockopt(getattr(socket, "IPPROTO_IPV6" if six else "IPPROTO_IP"),
                                  getattr(socket, ("IPV6_" if six else "IP_") + option), value)
             for _ in range(settings["DiscoveryAttempts"]):
@@ -926,7 +926,7 @@ class Connection:
         if self.family != socket.AF_UNIX or not hasattr(socket, "SO_PEERCRED"):
             return None, None
         credentials = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        return struct.unpack("=3i", credentials)[:2]
+        return tuple(memoryview(credentials).cast("I")[:2])
 
     def check_owner(self):
         """Refuses a stranger's daemon on this user's own socket: it could grant anything."""
