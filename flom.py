@@ -37,6 +37,7 @@ import signal
 import socket
 import sys
 import time
+import types
 
 
 # --- Shared with flomd.py -------------------------------------------------------------------------
@@ -211,9 +212,9 @@ TYPES = {
 
 # One row for each setting, in the order of -V.  Users: c, options of flom.py; d, options of
 # flomd.py, handed on to a daemon that flom.py starts.
-Setting = collections.namedtuple("Setting", "group key short long type default users help")
-SETTINGS = [Setting(*path.split("/"), *(" " + options).split(" ")[-2:], *rest)
-            for path, options, *rest in (
+_COLUMNS = "group key short long type default users help".split()
+SETTINGS = [types.SimpleNamespace(**dict(zip(_COLUMNS, (
+    *path.split("/"), *(" " + options).split(" ")[-2:], *rest)))) for path, options, *rest in (
     ("Trace/DaemonTraceFile", "t daemon-trace-file", "text", None, "cd", "log of the daemon"),
     ("Trace/CommandTraceFile", "T command-trace-file", "text", None, "c", "log of this command"),
     ("Trace/AppendTraceFile", "append-trace-file", "flag", False, "cd", "append to the logs"),
@@ -715,7 +716,7 @@ NEXT = {  # (state, step): {rc: next state}
 LONGEST, ENDLESS = 511, 65536  # bytes: of a message sent, of one received
 CHAIN = 8  # ids of FLOM_SESSION that are told and handed on
 WITH_MODE, WITH_ELEMENT = ("simple", "hierarchical"), ("set", "sequence", "timestamp")
-Answer = collections.namedtuple("Answer", "rc element token position reason daemon peerid")
+FIELDS = ("rc", "element", "token", "position", "reason", "daemon", "peerid")  # of an answer
 
 
 def lock_message(settings, about, wait, reclaim=None, held=None):
@@ -747,7 +748,7 @@ def unlock_message(name, rollback):
 
 def plain(text, length):
     """`text` as printable ASCII, cut to a length."""
-    return re.sub("[^ -~]", "?", text)[:length]
+    return "".join([char if " " <= char <= "~" else "?" for char in text[:length]])
 
 
 class Session:
@@ -757,11 +758,11 @@ class Session:
         self.state, self.replies, self._buffer = ASKING, b"", b""
 
     def receive(self, data):
-        """The answers complete with `data` (b"": the end); `replies` to send.  ProtocolError."""
+        """The answers that are complete with `data`; `replies` are to be sent.  ProtocolError."""
         *messages, self._buffer = (self._buffer + data).split(END)
         answers = [self._take(decode(message + END)) for message in messages]
         start = self._buffer.lstrip()[:20]
-        if start and (not data or start[:1] != b"<" or len(self._buffer) > ENDLESS):
+        if start and (start[:1] != b"<" or len(self._buffer) > ENDLESS):
             tls = start[:1] == b"\x15"  # an alert
             raise ProtocolError("it wants TLS" if tls else f"it says {plain(repr(start), 60)}")
         return [answer for answer in answers if answer]
@@ -771,12 +772,12 @@ class Session:
         if (verb, step) == (PING, 8):
             self.replies += encode(PING, 16)
             return None
-        answer, session = message.get("answer"), message.get("session", {})
-        outcomes = NEXT.get((self.state, step), {})
+        answer, outcomes = message.get("answer"), NEXT.get((self.state, step), {})
         if verb != LOCK or answer is None or answer.setdefault("rc", 0) not in outcomes:
             raise ProtocolError(f"verb {verb} step {step} {answer} while {self.state}")
         self.state = outcomes[answer["rc"]]
-        return Answer(*map(answer.get, Answer._fields[:5]), *map(session.get, Answer._fields[5:]))
+        found = {**message.get("session", {}), **answer}
+        return types.SimpleNamespace(**{name: found.get(name) for name in FIELDS})
 
 
 # --- Connection -----------------------------------------------------------------------------------
@@ -963,11 +964,7 @@ class Connection:
         """The next answers, [] when none have come; a ping is answered.  _Gone, ProtocolError."""
         answers, data = [], True
         while data and not answers:
-            try:
-                data = self.take()
-            except _Gone:
-                self.session.receive(b"")
-                raise
+            data = self.take()
             answers = self.session.receive(data) if data else []
         replies, self.session.replies = self.session.replies, b""
         if replies:

@@ -38,6 +38,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 
 
 # --- Shared with flom.py ------------------------------------------------------------------------
@@ -212,9 +213,9 @@ TYPES = {
 
 # One row for each setting, in the order of -V.  Users: c, options of flom.py; d, options of
 # flomd.py, handed on to a daemon that flom.py starts.
-Setting = collections.namedtuple("Setting", "group key short long type default users help")
-SETTINGS = [Setting(*path.split("/"), *(" " + options).split(" ")[-2:], *rest)
-            for path, options, *rest in (
+_COLUMNS = "group key short long type default users help".split()
+SETTINGS = [types.SimpleNamespace(**dict(zip(_COLUMNS, (
+    *path.split("/"), *(" " + options).split(" ")[-2:], *rest)))) for path, options, *rest in (
     ("Trace/DaemonTraceFile", "t daemon-trace-file", "text", None, "cd", "log of the daemon"),
     ("Trace/CommandTraceFile", "T command-trace-file", "text", None, "c", "log of this command"),
     ("Trace/AppendTraceFile", "append-trace-file", "flag", False, "cd", "append to the logs"),
