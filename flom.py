@@ -1082,7 +1082,7 @@ class Lock:
             "id": self.chain[0], "parent": ",".join(self.chain[1:]) or None, "pid": os.getpid(),
             "user": plain(login(), 32), "host": plain(os.uname().nodename, 64),
             "cmd": plain(self.command, 32), "progress": 1 if self.diary.verbose else None}
-        answer = finish(self._acquiring(deadline))
+        self.connection, answer = finish(self._asking(deadline))
         self.element, self.token, self._owner = answer.element, answer.token, os.getpid()
         return self
 
@@ -1125,24 +1125,41 @@ class Lock:
     def _lose(self, reason):
         self.connection, self.loss = None, LockLost(f"the lock on {self.name} is lost: {reason}")
 
-    def _acquiring(self, deadline):
-        """Steps to the granting answer."""
-        vanished = False
+    def _asking(self, deadline, recovering=False, **lost):
+        """Steps to (connection, granting answer); raises the refusal.
+
+        A daemon that ends before its first answer is asked for again, for PATIENCE.  `recovering`:
+        one that served this lock has crashed; `lost`: what is to be reclaimed.
+        """
+        until, patient = clock() + PATIENCE, False
         while True:
-            connection, answer = yield from self._asking(
-                vanished, vanished, wait=clock() < deadline)
+            connection = yield from self._reaching(until, recovering, patient)
             try:
                 with connection:
-                    answer = yield from self._waiting(connection, answer, deadline)
-                self.connection = connection
-                return answer
+                    return connection, (yield from self._granting(connection, deadline, lost))
             except _Gone as gone:
-                vanished = True
-                self.diary.say(f"waiting for {self.name}: {connection.where}: {gone}; asking again")
+                where = connection.where
+                if connection.session.state == WAITING:
+                    recovering, until = True, clock() + PATIENCE
+                    self.diary.say(f"waiting for {self.name}: {where}: {gone}; asking again")
+                elif clock() >= until:
+                    hint = "" if self._context else "; it may want TLS"
+                    raise DaemonUnavailable(f"{where} does not answer: {gone}{hint}")
+                else:
+                    yield None, 0, AGAIN
+            patient = True
 
-    def _waiting(self, connection, answer, deadline):
-        """Steps from the first answer to the granting one; raises the refusal, or Timeout."""
+    def _granting(self, connection, deadline, lost):
+        """Steps from the request to the granting answer; raises the refusal, or Timeout."""
+        connection.send(lock_message(self.settings, self._about, clock() < deadline, **lost))
+        answers = yield from connection.answering(clock() + PATIENCE)
+        if not answers:
+            raise DaemonUnavailable(f"{connection.where} does not answer within {PATIENCE} s: "
+                                    "stopped, or no lock daemon")
+        if self._context and self.settings["TlsCheckPeerId"]:
+            connection.check_name(answers[0].peerid)
         while connection.session.state == WAITING:
+            answer = answers[-1]
             where = "" if answer.position is None else f", place {answer.position}"
             why = "nobody has created it" if answer.rc == WAIT_RESOURCE else answer.reason
             self.diary.say(f"waiting for {self.name}{where}" + (f", {why}" if why else ""))
@@ -1150,40 +1167,11 @@ class Lock:
             if not answers:  # how long is as old as the answer
                 reason = re.sub(" for [0-9]+:[0-9:]+", "", answer.reason or "")
                 raise refusal(LATE, reason, self.settings)
-            answer = answers[-1]
+        answer = answers[-1]
         if answer.rc != OK:
             late = answer.rc == BUSY and self.settings["Timeout"] > 0
             raise refusal(LATE if late else answer.rc, answer.reason, self.settings)
         return answer
-
-    def _asking(self, recovering, patient, **request):
-        """Steps to (connection, first answer); a daemon that ends before that is asked for again.
-
-        `recovering`: one that served this lock has crashed; `patient`: go on where there is none.
-        """
-        until = clock() + PATIENCE
-        while True:
-            connection = yield from self._reaching(until, recovering, patient)
-            try:
-                with connection:
-                    return connection, (yield from self._first_answer(connection, request))
-            except _Gone as gone:
-                if clock() >= until:
-                    hint = "" if self._context else "; it may want TLS"
-                    raise DaemonUnavailable(f"{connection.where} does not answer: {gone}{hint}")
-            patient = True
-            yield None, 0, AGAIN
-
-    def _first_answer(self, connection, request):
-        until = clock() + PATIENCE
-        connection.send(lock_message(self.settings, self._about, **request))
-        answers = yield from connection.answering(until)
-        if not answers:
-            raise DaemonUnavailable(f"{connection.where} does not answer within {PATIENCE} s: "
-                                    "stopped, or no lock daemon")
-        if self._context and self.settings["TlsCheckPeerId"]:
-            connection.check_name(answers[0].peerid)
-        return answers[-1]
 
     def _reaching(self, until, recovering, patient):
         """Steps to a connection with the daemon, which is started where that is allowed."""
@@ -1219,21 +1207,21 @@ class Lock:
 
     def reclaiming(self):
         """Steps that try to reclaim a lost lock, to True when it is held again, False: refused."""
-        hurry, has_element = clock() + HURRY, kind_of(self.name) in WITH_ELEMENT
+        hurry, refused = clock() + HURRY, "it was granted to somebody else"
         while True:
             try:
                 connection, answer = yield from self._asking(
-                    True, False, wait=False, reclaim=self.token, held=self.element)
+                    0, recovering=True, reclaim=self.token, held=self.element)
                 known = answer.daemon and answer.element == self.element
-                if answer.rc == OK and (known or not has_element):
+                if known or kind_of(self.name) not in WITH_ELEMENT:
                     self.connection, self._stopped = connection, None
                     return True
-                rollback = unlock_message(self.name, True) if answer.rc == OK else b""
-                yield from connection.asking(rollback, GOODBYE)
-                if answer.rc not in (STOPPED, LIMIT):
-                    return self._lose(answer.reason or "it was granted to somebody else")
-            except LockError as error:
+                yield from connection.asking(unlock_message(self.name, True), GOODBYE)
+                return self._lose(refused)
+            except DaemonUnavailable as error:
                 self.diary.say(f"reclaiming {self.name}: {error}")
+            except LockError as error:
+                return self._lose(error.reason or refused)
             yield None, 0, AGAIN if clock() < hurry else AGAIN * 25
 
 
