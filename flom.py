@@ -1249,25 +1249,23 @@ SI_USER_BSD = 0x10001  # FreeBSD's SI_USER is positive, as if the kernel had sen
 INHERITED, NOTICE, TICK = 64, 0.2, 0.02  # descriptor; s until a loss is told, between two looks
 
 
-def settle_signals(ignored):
-    """Default for CHLD, none for `ignored`; returns the dispositions found, less Python's own."""
-    found = {number: signal.getsignal(number) or signal.SIG_DFL
-             for number in {signal.SIGCHLD, signal.SIGIO}.union(ignored)}
-    found.update({signal.SIGPIPE: signal.SIG_DFL, signal.SIGXFSZ: signal.SIG_DFL})
-    for number in set(ignored):
-        if number in (signal.SIGKILL, signal.SIGSTOP):
-            put(f"flom: warning: {signal.Signals(number).name} cannot be ignored", sys.stderr)
-            del found[number]
-        else:
-            signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    return found
-
-
 class Signals:
-    """Blocks signals from now on and hands them out one at a time."""
+    """Hands signals out one at a time; `found`: dispositions of before, less Python's own."""
 
-    def __init__(self):
+    def __init__(self, ignored):
+        """The default action for CHLD, none for `ignored`."""
+        self.found = {signal.SIGPIPE: signal.SIG_DFL, signal.SIGXFSZ: signal.SIG_DFL}
+        for number in {signal.SIGIO, *ignored, signal.SIGCHLD}:
+            if number in (signal.SIGKILL, signal.SIGSTOP):
+                put(f"flom: warning: {signal.Signals(number).name} cannot be ignored", sys.stderr)
+                continue
+            self.found[number] = signal.getsignal(number) or signal.SIG_DFL
+            if number in ignored:
+                signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    def block(self):
+        """From now on they are handed out by `wait`; those that are ignored stay so."""
         passed = {number for number in PASSED if signal.getsignal(number) != signal.SIG_IGN}
         self.numbers = passed | {signal.SIGCHLD, signal.SIGIO}
         leader = os.getsid(0) == os.getpid()  # a hang-up is told to the session's leader only
@@ -1338,17 +1336,18 @@ def command_environment(lock):
 
 
 class Command:
-    """A command under a lock; `found`: its signal dispositions; `status`: 128 + n for signal n."""
-    def __init__(self, argv, lock, found):
+    """A command under a lock; `status` is its exit status, 128 + n when signal n killed it."""
+
+    def __init__(self, argv, lock, signals):
         last = lock.element if lock.settings["ElementArgument"] else None
-        self.argv, self.lock, self.found = argv + [last] * (last is not None), lock, found
+        self.argv, self.lock, self.signals = argv + [last] * (last is not None), lock, signals
         self.status = self.killed_by = self.failure = self.pid = None
         self.losing, self.due, self.told, self.terminated = None, FOREVER, False, False
 
     def run(self):
         """Runs it and returns flom's status; the lock is still held then, unless it was lost."""
         until = clock() + self.lock.settings["MinHold"] / 1000
-        self.signals = Signals()
+        self.signals.block()
         self._start()
         while self.status is None:
             self._watch_lock()
@@ -1390,7 +1389,7 @@ class Command:
             if self.lock.settings["InheritConnection"]:
                 with contextlib.suppress(OSError):  # EINVAL: descriptors end below 64
                     fcntl.fcntl(self.lock.connection.sock, fcntl.F_DUPFD, INHERITED)
-            for number, disposition in self.found.items():
+            for number, disposition in self.signals.found.items():
                 signal.signal(number, disposition)
             signal.pthread_sigmask(signal.SIG_SETMASK, self.signals.mask)
             execute(self.argv, environment)
@@ -1496,26 +1495,25 @@ def arrange_report(data):
     return report
 
 
-def report_rows(report, now):
-    """The rows of the table: who holds, who waits in which order, who is parked, what is idle."""
-    yield COLUMNS
+def report_table(report, width):
+    """The table of who holds, who waits in which order, who is parked, what is idle.
+
+    Its columns are aligned, its lines cut to `width` (None: not cut).
+    """
+    rows, now = [COLUMNS], int(time.time())
     parked = [dict(entry, holders=[], waiters=[entry]) for entry in report["parked"]]
     for resource in report["resources"] + parked:
         states = [("holds", entry) for entry in resource["holders"]] + [
             (f"waits {entry.get('position', 'for it')}", entry) for entry in resource["waiters"]]
         for state, entry in states or [("idle", {})]:
             how = [str(entry[key]) for key in ("mode", "quantity", "element") if key in entry]
-            seconds = max(0, int(now) - entry["since"]) if "since" in entry else 0
+            seconds = max(0, now - entry.get("since", now))
             duration = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-            yield (entry.get("node") or resource.get("name", ""), resource.get("kind", ""), state,
-                   entry.get("host") or entry.get("peer", ""), str(entry.get("pid", "")),
-                   entry.get("user", ""), entry.get("cmd", ""), " ".join(how),
-                   duration if "since" in entry else "")
-
-
-def report_table(report, width):
-    """The text of the table, columns aligned, cut to `width` (None: not cut)."""
-    rows = list(report_rows(report, time.time()))
+            rows.append((
+                entry.get("node") or resource.get("name", ""), resource.get("kind", ""), state,
+                entry.get("host") or entry.get("peer", ""), str(entry.get("pid", "")),
+                entry.get("user", ""), entry.get("cmd", ""), " ".join(how),
+                duration if "since" in entry else ""))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip()[:width] for row in rows]
     return "\n".join(lines if rows[1:] else ["nobody holds or awaits a lock"])
@@ -1605,7 +1603,7 @@ def is_running(pid):
 
 def run_command(options, settings):
     """The main job: lock, run, unlock."""
-    found = settle_signals(settings["IgnoredSignals"])
+    signals = Signals(settings["IgnoredSignals"])
     if not options.command:
         put("No command to execute!", sys.stderr)
         return NOT_RUN
@@ -1617,7 +1615,7 @@ def run_command(options, settings):
     lock.acquire(options.started)
     if lock.element is not None:
         lock.diary.say(f"Locked element is '{lock.element}'", sys.stdout)
-    command = Command(options.command, lock, found)
+    command = Command(options.command, lock, signals)
     status = command.run()
     lock.release(rollback=command.status != 0)
     if command.killed_by == signal.SIGINT and status == command.status:
