@@ -35,9 +35,9 @@ import re
 import select
 import signal
 import socket
-import struct
 import sys
 import time
+import types
 
 
 # --- Shared with flomd.py -------------------------------------------------------------------------
@@ -63,13 +63,13 @@ class ProtocolError(Exception):
 
 # A message is an XML element `msg`; its end is the bytes </msg>.  The reader takes what FLoM's
 # takes, less comments, CDATA and DOCTYPE: one expression cuts tags, one finds their attributes.
+# What is seldom needed is compiled when it is needed, since each flom pays for what it compiles.
 END, HEADER = b"</msg>", '<?xml version="1.0" encoding="UTF-8" ?>'
 _PAIR = r"""([A-Za-z_][-\w.]*)\s*=\s*(?:"([^"<]*)"|'([^'<]*)')"""
-_start = re.compile(r"\s*(?:<\?xml\s[^<>?]*\?>)?", re.ASCII).match
 _tag = re.compile(r"\s*<(/?)([A-Za-z_][-\w.]*)((?:\s+%s)*)\s*(/?)>"
                   % re.sub(r"\((?!\?)", "(?:", _PAIR), re.ASCII).match
 _pairs, _whole = re.compile(_PAIR, re.ASCII).findall, re.compile("-?[0-9]{1,19}").fullmatch
-_entity = re.compile(r"&(?:#([0-9]{1,7})|#x([0-9A-Fa-f]{1,6})|(amp|lt|gt|quot|apos));|&")
+_ENTITY = r"&(?:#([0-9]{1,7})|#x([0-9A-Fa-f]{1,6})|(amp|lt|gt|quot|apos));|&"
 _ENTITIES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'"}
 _ESCAPES = {ord(char): f"&{name};" for name, char in _ENTITIES.items() if char != "'"}
 _ELEMENTS = {"msg", "session", "resource", "answer", "network", "shutdown"}
@@ -101,12 +101,10 @@ def decode(data):
             if attributes or empty or not inside or inside.pop() != tag:
                 raise ProtocolError(f"misplaced </{tag}>")
             continue
-        if tag in elements or (tag == "msg") == bool(inside):
+        if tag in elements or (tag == "msg") == bool(inside) or attributes and tag not in _ELEMENTS:
             raise ProtocolError(f"misplaced <{tag}>")
         if tag in _ELEMENTS:
             elements[tag] = attributes
-        elif attributes:
-            raise ProtocolError(f"unknown element <{tag}> with attributes")
         if not empty:
             inside.append(tag)
         for name in _NUMBERS.keys() & attributes.keys():
@@ -125,14 +123,15 @@ def tags(data):
         text = data.decode("utf-8")
     except UnicodeDecodeError:
         raise ProtocolError("not UTF-8")
-    position = _start(text).end()
+    position = len(HEADER) if text.startswith(HEADER) else re.match(
+        r"\s*(<\?xml\s[^<>?]*\?>)?", text, re.ASCII).end()
     while position < len(text):
         found = _tag(text, position)
         if not found:
             raise ProtocolError(f"unreadable: {text[position:position + 20]!r}")
         closing, name, inner, empty = found.groups()
         pairs = _pairs(inner) if inner else ()
-        unescape = functools.partial(_entity.sub, _character) if "&" in inner else str
+        unescape = functools.partial(re.sub, _ENTITY, _character) if "&" in inner else str
         attributes = {key: unescape(one or other) for key, one, other in pairs}
         if len(attributes) < len(pairs):
             raise ProtocolError(f"<{name}> repeats an attribute")
@@ -162,15 +161,15 @@ def decode_name(text):
 
 # The kinds of resource, told apart by name (the whole name, where FLoM looks at each line).
 _WORD = "[A-Za-z][A-Za-z0-9]*"
-_kind = re.compile(
-    rf"(?P<simple>_RESOURCE|{_WORD})|(?P<numeric>{_WORD}\[[0-9]+\])|(?P<set>{_WORD}(?:\.{_WORD})+)|"
-    rf"(?P<hierarchical>(?:/[^/\\\n]+)+)|(?P<sequence>_[sS]_{_WORD}\[[0-9]+\])|"
-    r"(?P<timestamp>_t_[%#A-Za-z][%#.:A-Za-z0-9]*\[[0-9]+\])").fullmatch
+_KINDS = (("simple", f"_RESOURCE|{_WORD}"), ("numeric", rf"{_WORD}\[[0-9]+\]"),
+          ("set", rf"{_WORD}(\.{_WORD})+"), ("hierarchical", r"(/[^/\\\n]+)+"),
+          ("sequence", rf"_[sS]_{_WORD}\[[0-9]+\]"),
+          ("timestamp", r"_t_[%#A-Za-z][%#.:A-Za-z0-9]*\[[0-9]+\]"))
 
 
 def kind_of(name):
     """The kind of the resource `name`, None when it is no resource name."""
-    kind = _kind(name) and _kind(name).lastgroup
+    kind = next((kind for kind, pattern in _KINDS if re.fullmatch(pattern, name)), None)
     if kind in ("numeric", "sequence", "timestamp"):  # [0] is the name of a numeric one, of no use
         return kind if len(name) < 400 and (kind != "numeric") <= size_of(name) <= MOST else None
     return kind
@@ -190,19 +189,18 @@ def _number(least, greatest, meaning=int):
 
 # The types of settings: the form of the text, what it means (None: it is wrong), what is allowed.
 _NAMES = [name.upper() for name in MODES + LONG_MODES]
-_SIGNALS = {word: int(s) for s in signal.Signals for word in (s.name, s.name[3:], str(int(s)))}
 TYPES = {
     "text": (".+", str, "a text that is not empty"),
-    "flag": ("(?i)yes|y|true|1|on|no|n|false|0|off",
-             lambda value: value.lower() in ("yes", "y", "true", "1", "on"),
-             "yes or no (y n true false 1 0 on off)"),
+    "flag": ("(?i)yes|y|true|1|on|no|n|false|0|off", lambda value: value.lower() in (
+        "yes", "y", "true", "1", "on"), "yes or no (y n true false 1 0 on off)"),
     "name": (".+", lambda name: name if kind_of(name) and name != DEFAULT_RESOURCE else None,
              f"NAME NAME[N] A.B.C /A/B _s_NAME[N] _S_NAME[N] _t_FORMAT[N], N from 1 to {MOST},"),
     "mode": ("(?i)" + "|".join(_NAMES), lambda value: _NAMES.index(value.upper()) % len(MODES),
              "one of " + " ".join(MODES + LONG_MODES)),
     "socket": (".+", lambda value: os.path.abspath(value) if len(
         os.fsencode(os.path.abspath(value))) < 108 else None, "a path of at most 107 bytes"),
-    "signal": (".+", lambda value: _SIGNALS.get(value.upper()), "what --signal-list lists"),
+    "signal": (".+", lambda value: {word: int(s) for s in signal.Signals for word in (
+        s.name, s.name[3:], str(int(s)))}.get(value.upper()), "what --signal-list lists"),
     "octal": ("0?[0-7]{3}", lambda value: int(value, 8), "an octal mode such as 0600"),
     "policy": ("fair|first-fit", str, "fair or first-fit"),
     "loss": ("warn|term|ignore", str, "warn, term or ignore"),
@@ -214,9 +212,9 @@ TYPES = {
 
 # One row for each setting, in the order of -V.  Users: c, options of flom.py; d, options of
 # flomd.py, handed on to a daemon that flom.py starts.
-Setting = collections.namedtuple("Setting", "group key short long type default users help")
-SETTINGS = [Setting(*path.split("/"), *(" " + options).split(" ")[-2:], *rest)
-            for path, options, *rest in (
+_COLUMNS = "group key short long type default users help".split()
+SETTINGS = [types.SimpleNamespace(**dict(zip(_COLUMNS, (
+    *path.split("/"), *(" " + options).split(" ")[-2:], *rest)))) for path, options, *rest in (
     ("Trace/DaemonTraceFile", "t daemon-trace-file", "text", None, "cd", "log of the daemon"),
     ("Trace/CommandTraceFile", "T command-trace-file", "text", None, "c", "log of this command"),
     ("Trace/AppendTraceFile", "append-trace-file", "flag", False, "cd", "append to the logs"),
@@ -372,7 +370,9 @@ Impossible = _error("Impossible", "It can never be granted: more than there is."
 Deadlock = _error("Deadlock", "It is held by a command that this one runs under; see `reason`.", 94)
 LockLost = _error("LockLost", "The daemon has vanished, and the lock was not reclaimed.", 95)
 DaemonUnavailable = _error("DaemonUnavailable", "No daemon, or one that does not serve.")
+LATE = "late"  # no rc: there was no answer in time
 REFUSALS = {  # rc: the error, its text
+    LATE: (Timeout, "The lock was not obtained because timeout ({ms} milliseconds) expired"),
     BUSY: (Busy, "Resource already locked, the lock cannot be obtained"),
     CANT_WAIT: (CannotWait, "The resource could be available in the future, but the requester "
                             "can't wait"),
@@ -382,13 +382,13 @@ REFUSALS = {  # rc: the error, its text
     DEADLOCK: (Deadlock, "deadlock: {reason}"),
     STOPPED: (DaemonUnavailable, "the daemon is ending: {reason}"),
     LIMIT: (DaemonUnavailable, "the daemon refuses: {reason}")}
-TOO_LATE = "The lock was not obtained because timeout ({ms} milliseconds) expired"
 
 
-def refusal(error_class, text, reason, verbose):
-    """An error of that class; the reason stands where `text` wants it, with -V at its end."""
-    text += ": {reason}" if verbose and reason and "{reason}" not in text else ""
-    error = error_class(text.replace("{reason}", reason or "no reason given"))
+def refusal(rc, reason, settings):
+    """The error for a refusal; the reason stands where its text wants it, with -V at its end."""
+    error_class, text = REFUSALS[rc]
+    text += ": {reason}" if settings["Verbose"] and reason and "{reason}" not in text else ""
+    error = error_class(text.format(ms=settings["Timeout"], reason=reason or "no reason given"))
     error.reason = reason
     return error
 
@@ -489,16 +489,12 @@ def keyword_settings(keywords, files):
 
 
 def put(text, stream):
-    """Writes a line, whatever the stream's encoding; a closed stream takes nothing."""
+    """Writes a line, whatever the stream's encoding; one that is closed or broken takes nothing."""
     if stream:
         encoding = stream.encoding or "utf-8"
-        try:
+        with contextlib.suppress(BrokenPipeError):
             print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream,
                   flush=True)
-        except BrokenPipeError:  # nobody reads any more; Python would complain at its end, too
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, stream.fileno())
-            os.close(null)
 
 
 class Diary:
@@ -525,26 +521,26 @@ class Diary:
 # --- Discovery ------------------------------------------------------------------------------------
 # Where is the daemon?  On a socket, at an address, or wherever the group's answer says.
 # Here and below, whatever may take time is a generator of *steps*: it yields what it waits for,
-# (descriptor or None, poll events, seconds or None), and is resumed when that has come, when the
-# time is over, or earlier; so it looks again each time.  `finish` runs one to its end and sleeps in
-# poll(); a Command resumes one between two signals, which thus are never kept waiting.
+# (descriptor or None, poll events, seconds), and is resumed when that has come, when the time is
+# over, or earlier; so it looks again each time.  `finish` runs one to its end and sleeps in poll();
+# a Command resumes one between two signals, which thus are never kept waiting.
 clock = time.monotonic
-READ, WRITE = select.POLLIN, select.POLLOUT
+READ, WRITE, FOREVER = select.POLLIN, select.POLLOUT, float("inf")
 
 
-def finish(steps, until=None, otherwise=None):
-    """Runs steps to their end and returns their result; `otherwise` when `until` comes first."""
+def finish(steps, until=FOREVER):
+    """Runs steps to their end and returns their result; None when `until` comes first."""
     try:
-        while until is None or clock() < until:
+        while clock() < until:
             descriptor, events, seconds = next(steps)
-            poll = select.poll()
+            seconds, poll = min(seconds, until - clock()), select.poll()
             if descriptor is not None:
                 poll.register(descriptor, events)
-            poll.poll(None if seconds is None else max(0, seconds) * 1000)
+            poll.poll(None if seconds == FOREVER else max(0, seconds) * 1000)
     except StopIteration as end:
         return end.value
     steps.close()
-    return otherwise
+    return None
 
 
 def one_step(steps):
@@ -590,7 +586,8 @@ def discovering(settings, diary):
             asker.setblocking(False)
             for option, value in (
                     ("MULTICAST_HOPS" if six else "MULTICAST_TTL", settings["DiscoveryTTL"]),
-                    ("MULTICAST_IF", index if six else struct.pack("=8xi", index))):  # ip_mreqn
+                    ("MULTICAST_IF",  # for IPv4 an ip_mreqn
+                     index if six else bytes(8) + index.to_bytes(4, sys.byteorder))):
                 asker.setsockopt(getattr(socket, "IPPROTO_IPV6" if six else "IPPROTO_IP"),
                                  getattr(socket, ("IPV6_" if six else "IP_") + option), value)
             for _ in range(settings["DiscoveryAttempts"]):
@@ -625,8 +622,10 @@ def _hearing(asker, until):
 # --- Starting the daemon --------------------------------------------------------------------------
 # flomd detaches itself: the process started here ends with 0 when the daemon listens, 1 when it
 # cannot serve (often since another came first), 3 when it left the group to another daemon.  What
-# it has to say is kept, for the case that in the end nobody serves.
+# it has to say is kept, for the case that in the end nobody serves.  It comes through a pipe, whose
+# end tells at once that the process has ended.
 CANNOT_SERVE = 1
+AGAIN = 0.02  # s between two looks, two tries
 RECOVERY_WINDOW = 2000  # ms in which a new daemon grants only to those who held before
 
 
@@ -661,27 +660,28 @@ def daemon_options(settings, recovering):
 
 def starting(settings, recovering, until):
     """Steps that start a daemon and end with (exit status, what it said); None: still starting."""
-    argv, said, status = daemon_program() + [*daemon_options(settings, recovering)], b"", None
+    argv, said, ended = daemon_program() + [*daemon_options(settings, recovering)], b"", 0
     reading, writing = os.pipe()
+    wait = reading, READ, AGAIN
     try:
-        pid = os.fork()
-        if not pid:
-            _become_daemon(argv, writing)
-        done = 0
-        while not done and clock() < until:
-            yield None, 0, 0.02 if recovering else 0.005
-            done, status = os.waitpid(pid, os.WNOHANG)
+        try:
+            pid = os.fork() or _become_daemon(argv, writing)
+        finally:
+            os.close(writing)
         os.set_blocking(reading, False)
-        with contextlib.suppress(BlockingIOError):
-            said = os.read(reading, 4096)
-        return os.WEXITSTATUS(status) if done else None, said.decode("utf-8", "replace").strip()
+        while not ended and clock() < until:
+            yield wait
+            with contextlib.suppress(BlockingIOError):
+                data = os.read(reading, 4096)
+                said, wait = said + data, wait if data else (None, 0, 0.001)  # EOF: about to end
+            ended, status = os.waitpid(pid, os.WNOHANG)
+        return os.WEXITSTATUS(status) if ended else None, said.decode("utf-8", "replace").strip()
     except ChildProcessError:  # a program that ignores SIGCHLD has no statuses
         return 0, ""
     except OSError as error:
         return CANNOT_SERVE, f"cannot start flomd: {error.strerror}"
     finally:
         os.close(reading)
-        os.close(writing)
 
 
 def _become_daemon(argv, writing):
@@ -716,7 +716,7 @@ NEXT = {  # (state, step): {rc: next state}
 LONGEST, ENDLESS = 511, 65536  # bytes: of a message sent, of one received
 CHAIN = 8  # ids of FLOM_SESSION that are told and handed on
 WITH_MODE, WITH_ELEMENT = ("simple", "hierarchical"), ("set", "sequence", "timestamp")
-Answer = collections.namedtuple("Answer", "rc element token position reason daemon peerid")
+FIELDS = ("rc", "element", "token", "position", "reason", "daemon", "peerid")  # of an answer
 
 
 def lock_message(settings, about, wait, reclaim=None, held=None):
@@ -748,7 +748,7 @@ def unlock_message(name, rollback):
 
 def plain(text, length):
     """`text` as printable ASCII, cut to a length."""
-    return re.sub("[^ -~]", "?", text)[:length]
+    return "".join([char if " " <= char <= "~" else "?" for char in text[:length]])
 
 
 class Session:
@@ -758,11 +758,11 @@ class Session:
         self.state, self.replies, self._buffer = ASKING, b"", b""
 
     def receive(self, data):
-        """The answers complete with `data` (b"": the end); `replies` to send.  ProtocolError."""
+        """The answers that are complete with `data`; `replies` are to be sent.  ProtocolError."""
         *messages, self._buffer = (self._buffer + data).split(END)
         answers = [self._take(decode(message + END)) for message in messages]
         start = self._buffer.lstrip()[:20]
-        if start and (not data or start[:1] != b"<" or len(self._buffer) > ENDLESS):
+        if start and (start[:1] != b"<" or len(self._buffer) > ENDLESS):
             tls = start[:1] == b"\x15"  # an alert
             raise ProtocolError("it wants TLS" if tls else f"it says {plain(repr(start), 60)}")
         return [answer for answer in answers if answer]
@@ -772,18 +772,19 @@ class Session:
         if (verb, step) == (PING, 8):
             self.replies += encode(PING, 16)
             return None
-        answer, session = message.get("answer"), message.get("session", {})
-        outcomes = NEXT.get((self.state, step), {})
+        answer, outcomes = message.get("answer"), NEXT.get((self.state, step), {})
         if verb != LOCK or answer is None or answer.setdefault("rc", 0) not in outcomes:
             raise ProtocolError(f"verb {verb} step {step} {answer} while {self.state}")
         self.state = outcomes[answer["rc"]]
-        return Answer(*map(answer.get, Answer._fields[:5]), *map(session.get, Answer._fields[5:]))
+        found = {**message.get("session", {}), **answer}
+        return types.SimpleNamespace(**{name: found.get(name) for name in FIELDS})
 
 
 # --- Connection -----------------------------------------------------------------------------------
 # A non-blocking stream to the daemon, with TLS where three files say so, and the session on it.
 # Connecting and the first answer have PATIENCE: a daemon that says nothing is an error.
 PATIENCE, GOODBYE = 10, 5  # s: for a first answer, for the daemon's EOF after ours
+CHUNK = 65536  # bytes read at once
 NOBODY = {errno.ENOENT, errno.ECONNREFUSED, errno.ECONNRESET}  # connect: nobody listens there
 NOT_YET = {errno.EINPROGRESS, errno.EALREADY, errno.EINTR, errno.EAGAIN}
 KEEPALIVE = (15, 5, 3)  # s, s, probes: a holder is to learn of a dead network before the daemon
@@ -819,16 +820,16 @@ def connecting(settings, diary, context):
         except DaemonUnavailable as error:
             failure = str(error)
     for left, (family, address) in zip(range(len(found), 0, -1), found):
-        connection = Connection(family, address)
+        where = address if family == socket.AF_UNIX else show_address(address)
         try:
-            with connection:
-                yield from connection.opening(clock() + PATIENCE / left, context)
+            with Connection(family, where) as connection:
+                yield from connection.opening(address, clock() + PATIENCE / left, context)
                 if family == socket.AF_UNIX and not settings["SocketName"]:
                     connection.check_owner()
                 return connection
         except OSError as error:
             nobody = nobody or error.errno in NOBODY
-            failure = f"cannot connect to {connection.where}: {connection.explain(error)}"
+            failure = f"cannot connect to {where}: {explain(error)}"
     if failure and not nobody:
         raise DaemonUnavailable(failure)
     return None
@@ -857,13 +858,25 @@ def tls_context(settings):
     return context
 
 
+def explain(error):
+    """What an OSError of a connection means."""
+    reason = getattr(error, "reason", None)  # of an SSLError
+    if not reason:
+        return error.strerror or str(error)
+    if type(error).__name__ == "SSLEOFError" or reason in (
+            "WRONG_VERSION_NUMBER", "UNEXPECTED_MESSAGE"):
+        return "TLS: it does not speak TLS, or refuses to"
+    ours = "it refuses our certificate" if "ALERT" in reason else "its certificate"
+    return f"TLS: {ours}: {getattr(error, 'verify_message', None) or reason}"
+
+
 class Connection:
     """A stream to a daemon and the session on it; a `with` block closes it on an error only."""
 
-    def __init__(self, family, address):
-        self.family, self.address, self.session, self.sock = family, address, Session(), None
-        self.where = address if family == socket.AF_UNIX else show_address(address)
-        self._again = (BlockingIOError,)
+    def __init__(self, family, where):
+        self.family, self.where, self.session = family, where, Session()
+        self.sock, self._again = socket.socket(family, socket.SOCK_STREAM), (BlockingIOError,)
+        self.sock.setblocking(False)
 
     def __enter__(self):
         return self
@@ -872,22 +885,20 @@ class Connection:
         if error_class:
             self.close()
 
-    def opening(self, until, context):
+    def opening(self, address, until, context):
         """Steps that connect, with TLS where there is a context; raises OSError."""
-        self.sock = socket.socket(self.family, socket.SOCK_STREAM)
-        self.sock.setblocking(False)
         if self.family != socket.AF_UNIX:
             tune(self.sock, *KEEPALIVE)
-        code = self.sock.connect_ex(self.address)
+        code = self.sock.connect_ex(address)
         while code in NOT_YET and clock() < until:
             # EAGAIN: the backlog of a local daemon is full, which no event tells.
             yield ((None, 0, 0.01) if code == errno.EAGAIN else
                    (self.sock.fileno(), WRITE, until - clock()))
-            code = self.sock.connect_ex(self.address)
+            code = self.sock.connect_ex(address)
         if code in (0, errno.EISCONN):  # TCP can connect to itself
-            code = errno.ECONNREFUSED if self.sock.getsockname() == self.address else 0
-        code = errno.ETIMEDOUT if code in NOT_YET else code
+            code = errno.ECONNREFUSED if self.sock.getsockname() == address else 0
         if code:
+            code = errno.ETIMEDOUT if code in NOT_YET else code
             raise OSError(code, os.strerror(code))
         if context:
             yield from self._securing(until, context)
@@ -904,17 +915,6 @@ class Connection:
             yield self.sock.fileno(), events, until - clock()
         raise OSError(errno.ETIMEDOUT, "it does not answer the TLS handshake")
 
-    def explain(self, error):
-        """What an OSError of this connection means."""
-        reason = getattr(error, "reason", None)  # of an SSLError
-        if not reason:
-            return error.strerror or str(error)
-        if type(error).__name__ == "SSLEOFError" or reason in (
-                "WRONG_VERSION_NUMBER", "UNEXPECTED_MESSAGE"):
-            return "TLS: it does not speak TLS, or refuses to"
-        ours = "it refuses our certificate" if "ALERT" in reason else "its certificate"
-        return f"TLS: {ours}: {getattr(error, 'verify_message', None) or reason}"
-
     def check_name(self, peerid):
         """Refuses a daemon whose certificate has another CN than its peer id."""
         name = dict(sum(self.sock.getpeercert()["subject"], ())).get("commonName")
@@ -927,11 +927,11 @@ class Connection:
         if self.family != socket.AF_UNIX or not hasattr(socket, "SO_PEERCRED"):
             return None, None
         credentials = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        return struct.unpack("=3i", credentials)[:2]
+        return tuple(memoryview(credentials).cast("I")[:2])
 
     def check_owner(self):
         """Refuses a stranger's daemon on this user's own socket: it could grant anything."""
-        for owner in (self.peer()[1], os.stat(self.address).st_uid):
+        for owner in (self.peer()[1], os.stat(self.where).st_uid):
             if owner not in (None, 0, os.getuid()):
                 raise DaemonUnavailable(f"{self.where} belongs to user {owner}: refused; remove "
                                         "it, or name another socket with -s")
@@ -944,11 +944,11 @@ class Connection:
             raise self._ended(error)
 
     def take(self):
-        """The bytes that have come, None when none have; _Gone at the end."""
+        """The bytes that have come, b"" when none have; _Gone at the end."""
         try:
-            data = self.sock.recv(65536)
+            data = self.sock.recv(CHUNK)
         except self._again:
-            return None
+            return b""
         except OSError as error:
             raise self._ended(error)
         if not data:
@@ -956,7 +956,7 @@ class Connection:
         return data
 
     def _ended(self, error):
-        text = self.explain(error)
+        text = explain(error)
         refused = text.startswith("TLS: it refuses")  # TLS 1.3 tells it after the handshake
         return DaemonUnavailable(f"{self.where}: {text}") if refused else _Gone(text)
 
@@ -964,11 +964,7 @@ class Connection:
         """The next answers, [] when none have come; a ping is answered.  _Gone, ProtocolError."""
         answers, data = [], True
         while data and not answers:
-            try:
-                data = self.take()
-            except _Gone:
-                self.session.receive(b"")
-                raise
+            data = self.take()
             answers = self.session.receive(data) if data else []
         replies, self.session.replies = self.session.replies, b""
         if replies:
@@ -976,27 +972,35 @@ class Connection:
         return answers
 
     def answering(self, until):
-        """Steps to the next answers, [] when there are none before `until` (None: for ever)."""
+        """Steps to the next answers, [] when there are none before `until`."""
         try:
             answers = self.receive()
-            while not answers and (until is None or clock() < until):
-                yield self.sock.fileno(), READ, None if until is None else until - clock()
+            while not answers and clock() < until:
+                yield self.sock.fileno(), READ, until - clock()
                 answers = self.receive()
             return answers
         except ProtocolError as error:
             raise DaemonUnavailable(f"{self.where} is no lock daemon: {error}")
 
-    def asking(self, message, until):
-        """Steps that send a last message, half-close and read: b"" for EOF, None: time is over."""
-        data = b""
+    def asking(self, message, patience, last=True):
+        """Steps that send a message, half-close after the `last`, and read to the end of a message.
+
+        Their result is what has come, b"" for EOF, None when nothing came in `patience` s; unless
+        it is the last, each part of it may take as long.
+        """
+        data, until = bytearray(), clock() + patience
         try:
             self.send(message)
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                self.sock.unwrap()  # TLS says goodbye, too
-            socket.socket.shutdown(self.sock, socket.SHUT_WR)  # SSLSocket's ends reading, too
-            while clock() < until and END not in data:
-                data += self.take() or b""
-                yield self.sock.fileno(), READ, until - clock()
+            if last:
+                with contextlib.suppress(OSError, ValueError, AttributeError):
+                    self.sock.unwrap()  # TLS says goodbye, too
+                socket.socket.shutdown(self.sock, socket.SHUT_WR)  # SSLSocket's ends reading, too
+            while clock() < until and END not in data[-2 * CHUNK:]:
+                more = self.take()
+                data += more
+                until = clock() + patience if more and not last else until
+                if not more:
+                    yield self.sock.fileno(), READ, until - clock()
             return data or None
         except (_Gone, OSError):
             return data
@@ -1005,10 +1009,9 @@ class Connection:
 
     def close(self):
         """Ends it, also for copies of the descriptor that a command has inherited."""
-        if self.sock:
-            with contextlib.suppress(OSError):
-                self.sock.shutdown(socket.SHUT_RDWR)
-            self.sock.close()
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
 
 
 # --- Lock (the Python API) ------------------------------------------------------------------------
@@ -1018,7 +1021,7 @@ class Connection:
 # since; a FLoM daemon takes it for an ordinary request, whose grant is as good where it carries no
 # element.  EOF alone means a crash, after which a daemon may be started; rc STOPPED means that
 # somebody wanted it to end: then flom starts none, and watches for one of somebody else.
-AGAIN, RESTART, HURRY = 0.02, 1, 2  # s: between two tries, two starts; how long to try that often
+RESTART, HURRY = 1, 2  # s: between two starts of a daemon; how long to try every AGAIN
 LATECOMER = 5  # s for another's daemon to listen, when ours came too late or cannot serve
 
 
@@ -1071,14 +1074,15 @@ class Lock:
         """Waits for the lock, returns self; `started`: when (monotonic s).  Raises a LockError."""
         if self._owner == os.getpid():
             raise RuntimeError(f"{self.name} is held already")
-        timeout, started = self.settings["Timeout"], clock() if started is None else started
+        timeout = self.settings["Timeout"]
+        deadline = (started or clock()) + (timeout / 1000 if timeout >= 0 else FOREVER)
         self._forget()
         self._context = tls_context(self.settings)
         self._about = {
             "id": self.chain[0], "parent": ",".join(self.chain[1:]) or None, "pid": os.getpid(),
             "user": plain(login(), 32), "host": plain(os.uname().nodename, 64),
             "cmd": plain(self.command, 32), "progress": 1 if self.diary.verbose else None}
-        answer = finish(self._acquiring(started + timeout / 1000 if timeout >= 0 else None))
+        self.connection, answer = finish(self._asking(deadline))
         self.element, self.token, self._owner = answer.element, answer.token, os.getpid()
         return self
 
@@ -1086,7 +1090,7 @@ class Lock:
         """Releases the lock; takes at most 5 s.  A lost lock is forgotten, without an error."""
         connection, owner, self.connection, self._owner = self.connection, self._owner, None, None
         if connection and owner == os.getpid():
-            finish(connection.asking(unlock_message(self.name, rollback), clock() + GOODBYE))
+            finish(connection.asking(unlock_message(self.name, rollback), GOODBYE))
         elif connection:
             connection.sock.close()  # the parent's: shutdown() would end that one, too
 
@@ -1101,10 +1105,8 @@ class Lock:
 
     def check(self):
         """Returns when the lock is held; reclaims it if its daemon vanished, else LockLost."""
-        if self.lost:
-            reason = finish(self.reclaiming(), clock() + RECOVERY_WINDOW / 1000, self.loss)
-            if reason:
-                raise LockLost(f"the lock on {self.name} is lost: {reason}")
+        if self.lost and not finish(self.reclaiming(), clock() + RECOVERY_WINDOW / 1000):
+            raise self.loss
 
     def look(self):
         """Reads what the holder's daemon has sent; False when the daemon has vanished."""
@@ -1116,72 +1118,60 @@ class Lock:
                     self._stopped = "it was stopped"
                     raise _Gone(self._stopped)  # its EOF may come after the command's end
         except (_Gone, ProtocolError, DaemonUnavailable) as error:
-            self.loss = f"{self.connection.where}: {self._stopped or error}"
             self.connection.close()
-            self.connection = None
+            self._lose(f"{self.connection.where}: {self._stopped or error}")
         return self.connection is not None
 
-    def _acquiring(self, deadline):
-        """Steps to the granting answer; `deadline` None: wait for ever."""
-        vanished = False
+    def _lose(self, reason):
+        self.connection, self.loss = None, LockLost(f"the lock on {self.name} is lost: {reason}")
+
+    def _asking(self, deadline, recovering=False, **lost):
+        """Steps to (connection, granting answer); raises the refusal.
+
+        A daemon that ends before its first answer is asked for again, for PATIENCE.  `recovering`:
+        one that served this lock has crashed; `lost`: what is to be reclaimed.
+        """
+        until, patient = clock() + PATIENCE, False
         while True:
-            wait = deadline is None or clock() < deadline
-            connection, answer = yield from self._asking(vanished, vanished, wait=wait)
+            connection = yield from self._reaching(until, recovering, patient)
             try:
                 with connection:
-                    answer = yield from self._waiting(connection, answer, deadline)
-                self.connection = connection
-                return answer
+                    return connection, (yield from self._granting(connection, deadline, lost))
             except _Gone as gone:
-                vanished = True
-                self.diary.say(f"waiting for {self.name}: {connection.where}: {gone}; asking again")
+                where = connection.where
+                if connection.session.state == WAITING:
+                    recovering, until = True, clock() + PATIENCE
+                    self.diary.say(f"waiting for {self.name}: {where}: {gone}; asking again")
+                elif clock() >= until:
+                    hint = "" if self._context else "; it may want TLS"
+                    raise DaemonUnavailable(f"{where} does not answer: {gone}{hint}")
+                else:
+                    yield None, 0, AGAIN
+            patient = True
 
-    def _waiting(self, connection, answer, deadline):
-        """Steps from the first answer to the granting one; raises the refusal, or Timeout."""
-        verbose, too_late = self.diary.verbose, TOO_LATE.format(ms=self.settings["Timeout"])
+    def _granting(self, connection, deadline, lost):
+        """Steps from the request to the granting answer; raises the refusal, or Timeout."""
+        connection.send(lock_message(self.settings, self._about, clock() < deadline, **lost))
+        answers = yield from connection.answering(clock() + PATIENCE)
+        if not answers:
+            raise DaemonUnavailable(f"{connection.where} does not answer within {PATIENCE} s: "
+                                    "stopped, or no lock daemon")
+        if self._context and self.settings["TlsCheckPeerId"]:
+            connection.check_name(answers[0].peerid)
         while connection.session.state == WAITING:
+            answer = answers[-1]
             where = "" if answer.position is None else f", place {answer.position}"
             why = "nobody has created it" if answer.rc == WAIT_RESOURCE else answer.reason
             self.diary.say(f"waiting for {self.name}{where}" + (f", {why}" if why else ""))
             answers = yield from connection.answering(deadline)
             if not answers:  # how long is as old as the answer
                 reason = re.sub(" for [0-9]+:[0-9:]+", "", answer.reason or "")
-                raise refusal(Timeout, too_late, reason, verbose)
-            answer = answers[-1]
-        if answer.rc == BUSY and self.settings["Timeout"] > 0:
-            raise refusal(Timeout, too_late, answer.reason, verbose)
+                raise refusal(LATE, reason, self.settings)
+        answer = answers[-1]
         if answer.rc != OK:
-            raise refusal(*REFUSALS[answer.rc], answer.reason, verbose)
+            late = answer.rc == BUSY and self.settings["Timeout"] > 0
+            raise refusal(LATE if late else answer.rc, answer.reason, self.settings)
         return answer
-
-    def _asking(self, recovering, patient, **request):
-        """Steps to (connection, first answer); a daemon that ends before that is asked for again.
-
-        `recovering`: one that served this lock has crashed; `patient`: go on where there is none.
-        """
-        until = clock() + PATIENCE
-        while True:
-            connection = yield from self._reaching(until, recovering, patient)
-            try:
-                with connection:
-                    return connection, (yield from self._first_answer(connection, request))
-            except _Gone as gone:
-                if clock() >= until:
-                    hint = "" if self._context else "; it may want TLS"
-                    raise DaemonUnavailable(f"{connection.where} does not answer: {gone}{hint}")
-            patient = True
-            yield None, 0, AGAIN
-
-    def _first_answer(self, connection, request):
-        until = clock() + PATIENCE
-        connection.send(lock_message(self.settings, self._about, **request))
-        answers = yield from connection.answering(until)
-        if not answers:
-            raise DaemonUnavailable(f"{connection.where} does not answer within {PATIENCE} s: "
-                                    "stopped, or no lock daemon")
-        if self._context and self.settings["TlsCheckPeerId"]:
-            connection.check_name(answers[0].peerid)
-        return answers[-1]
 
     def _reaching(self, until, recovering, patient):
         """Steps to a connection with the daemon, which is started where that is allowed."""
@@ -1216,22 +1206,22 @@ class Lock:
                     if "," in (self.settings["UnicastAddress"] or "") else None))
 
     def reclaiming(self):
-        """Steps that try to reclaim a lost lock, to None when it is held again or why it is not."""
-        hurry, has_element = clock() + HURRY, kind_of(self.name) in WITH_ELEMENT
+        """Steps that try to reclaim a lost lock, to True when it is held again, False: refused."""
+        hurry, refused = clock() + HURRY, "it was granted to somebody else"
         while True:
             try:
                 connection, answer = yield from self._asking(
-                    True, False, wait=False, reclaim=self.token, held=self.element)
+                    0, recovering=True, reclaim=self.token, held=self.element)
                 known = answer.daemon and answer.element == self.element
-                if answer.rc == OK and (known or not has_element):
+                if known or kind_of(self.name) not in WITH_ELEMENT:
                     self.connection, self._stopped = connection, None
-                    return None
-                rollback = unlock_message(self.name, True) if answer.rc == OK else b""
-                yield from connection.asking(rollback, clock() + GOODBYE)
-                if answer.rc not in (STOPPED, LIMIT):
-                    return answer.reason or "it was granted to somebody else"
-            except LockError as error:
+                    return True
+                yield from connection.asking(unlock_message(self.name, True), GOODBYE)
+                return self._lose(refused)
+            except DaemonUnavailable as error:
                 self.diary.say(f"reclaiming {self.name}: {error}")
+            except LockError as error:
+                return self._lose(error.reason or refused)
             yield None, 0, AGAIN if clock() < hurry else AGAIN * 25
 
 
@@ -1251,33 +1241,31 @@ class Lock:
 # * The command inherits the connection: if flom is killed by KILL the lock stays until the command
 #   has ended, too.  The unlock and the half-close at the end count for every copy of it, so a
 #   process that the command left in the background keeps nothing.
-# * A lock that is lost is a Loss: it reclaims, step by step between two signals, and knows what is
-#   due when: a notice, the end of the recovery window, KILL.
+# * A lock that is lost is reclaimed step by step, between two signals; `due` is when to go on: with
+#   a notice, after the recovery window with TERM, then with KILL.
 PASSED, TYPED, ENDING_HOLD = [{signal.Signals["SIG" + name] for name in row.split()} for row in (
     "TERM INT HUP QUIT USR1 USR2 TSTP CONT", "INT QUIT TSTP HUP", "TERM INT HUP QUIT")]
 SI_USER_BSD = 0x10001  # FreeBSD's SI_USER is positive, as if the kernel had sent the signal
 INHERITED, NOTICE, TICK = 64, 0.2, 0.02  # descriptor; s until a loss is told, between two looks
 
 
-def settle_signals(ignored):
-    """Default for CHLD, none for `ignored`; returns the dispositions found, less Python's own."""
-    found = {number: signal.getsignal(number) or signal.SIG_DFL
-             for number in PASSED | {signal.SIGCHLD, signal.SIGIO} | set(ignored)}
-    found.update({signal.SIGPIPE: signal.SIG_DFL, signal.SIGXFSZ: signal.SIG_DFL})
-    for number in set(ignored):
-        if number in (signal.SIGKILL, signal.SIGSTOP):
-            put(f"flom: warning: {signal.Signals(number).name} cannot be ignored", sys.stderr)
-            del found[number]
-        else:
-            signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    return found
-
-
 class Signals:
-    """Blocks signals from now on and hands them out one at a time."""
+    """Hands signals out one at a time; `found`: dispositions of before, less Python's own."""
 
-    def __init__(self):
+    def __init__(self, ignored):
+        """The default action for CHLD, none for `ignored`."""
+        self.found = {signal.SIGPIPE: signal.SIG_DFL, signal.SIGXFSZ: signal.SIG_DFL}
+        for number in {signal.SIGIO, *ignored, signal.SIGCHLD}:
+            if number in (signal.SIGKILL, signal.SIGSTOP):
+                put(f"flom: warning: {signal.Signals(number).name} cannot be ignored", sys.stderr)
+                continue
+            self.found[number] = signal.getsignal(number) or signal.SIG_DFL
+            if number in ignored:
+                signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    def block(self):
+        """From now on they are handed out by `wait`; those that are ignored stay so."""
         passed = {number for number in PASSED if signal.getsignal(number) != signal.SIG_IGN}
         self.numbers = passed | {signal.SIGCHLD, signal.SIGIO}
         leader = os.getsid(0) == os.getpid()  # a hang-up is told to the session's leader only
@@ -1292,10 +1280,10 @@ class Signals:
         fcntl.fcntl(connection.sock, fcntl.F_SETFL, flags | os.O_ASYNC)
 
     def wait(self, seconds):
-        """(number, typed at the terminal) of the next, (None, False) after `seconds` (or never)."""
+        """(number, typed at the terminal) of the next, (None, False) after `seconds`."""
         if not hasattr(signal, "sigtimedwait"):
             return self._wait_by_looking(seconds)
-        info = (signal.sigwaitinfo(self.numbers) if seconds is None else
+        info = (signal.sigwaitinfo(self.numbers) if seconds == FOREVER else
                 signal.sigtimedwait(self.numbers, max(0, seconds)))
         if not info:
             return None, False
@@ -1303,7 +1291,7 @@ class Signals:
 
     def _wait_by_looking(self, seconds):
         """For macOS, which also does not tell who sent a signal: in the foreground it was typed."""
-        until = clock() + (float("inf") if seconds is None else seconds)
+        until = clock() + seconds
         while not signal.sigpending() & self.numbers:
             if clock() >= until:
                 return None, False
@@ -1348,20 +1336,22 @@ def command_environment(lock):
 
 
 class Command:
-    """A command under a lock; `found`: its signal dispositions; `status`: 128 + n for signal n."""
-    def __init__(self, argv, lock, found):
+    """A command under a lock; `status` is its exit status, 128 + n when signal n killed it."""
+
+    def __init__(self, argv, lock, signals):
         last = lock.element if lock.settings["ElementArgument"] else None
-        self.argv, self.lock, self.found = argv + [last] * (last is not None), lock, found
-        self.status = self.killed_by = self.failure = self.loss = self.pid = None
+        self.argv, self.lock, self.signals = argv + [last] * (last is not None), lock, signals
+        self.status = self.killed_by = self.failure = self.pid = None
+        self.losing, self.due, self.told, self.terminated = None, FOREVER, False, False
 
     def run(self):
         """Runs it and returns flom's status; the lock is still held then, unless it was lost."""
         until = clock() + self.lock.settings["MinHold"] / 1000
-        self.signals = Signals()
+        self.signals.block()
         self._start()
         while self.status is None:
             self._watch_lock()
-            number, typed = self.signals.wait(self.loss.due() if self.loss else None)
+            number, typed = self.signals.wait(self.due - clock())
             self._reap()
             if number in PASSED and not typed:
                 self.kill(number)
@@ -1373,7 +1363,10 @@ class Command:
         self._watch_lock()
         while clock() < until and self.signals.wait(until - clock())[0] not in ENDING_HOLD:
             continue
-        return self.loss.verdict(self.status) if self.loss else self.status
+        if not self.losing or self.status and not self.terminated:  # a loss hides no failure
+            return self.status
+        self._tell()
+        return LockLost.status
 
     def kill(self, number):
         """Sends the command a signal, unless it has ended."""
@@ -1384,9 +1377,7 @@ class Command:
         environment, (self._report, writing) = command_environment(self.lock), os.pipe()
         try:
             self.signals.watch(self.lock.connection)
-            self.pid = os.fork()
-            if not self.pid:
-                self._become(environment, writing)
+            self.pid = os.fork() or self._become(environment, writing)
         except OSError as error:
             self.status, self.failure = NOT_RUN, f"no process for it: {error.strerror}"
         finally:
@@ -1398,7 +1389,7 @@ class Command:
             if self.lock.settings["InheritConnection"]:
                 with contextlib.suppress(OSError):  # EINVAL: descriptors end below 64
                     fcntl.fcntl(self.lock.connection.sock, fcntl.F_DUPFD, INHERITED)
-            for number, disposition in self.found.items():
+            for number, disposition in self.signals.found.items():
                 signal.signal(number, disposition)
             signal.pthread_sigmask(signal.SIG_SETMASK, self.signals.mask)
             execute(self.argv, environment)
@@ -1418,63 +1409,39 @@ class Command:
         """Looks whether the lock is still held; goes on with reclaiming it when it is not."""
         if self.lock.settings["OnLockLoss"] == "ignore":
             return
-        if not self.loss and not self.lock.look():
-            self.loss = Loss(self)
-        if self.loss and self.loss.go_on():
-            self.loss = None
-            self.signals.watch(self.lock.connection)
-            self._watch_lock()
+        if not self.losing and not self.lock.look():
+            self.losing, self.due, self.told = self._losing(clock()), 0, False
+        if clock() >= self.due:
+            self.due = next(self.losing, None)
+            if self.due is None:
+                self.losing, self.due = None, FOREVER
+                self.signals.watch(self.lock.connection)
+                self._watch_lock()
 
-
-class Loss:
-    """A lock that is lost, from the moment in which flom sees it."""
-
-    def __init__(self, command):
-        self.command, self.lock, self.since = command, command.lock, clock()
-        self.steps, self.wake = self.lock.reclaiming(), 0
-        self.reason = self.told = self.terminated = None
-
-    def due(self):
-        """Seconds until `go_on` wants to be called, None when nothing is due any more."""
-        return None if self.wake is None else max(0, self.wake - clock())
-
-    def go_on(self):
-        """Does what is due; True when the lock is reclaimed."""
-        if self.wake is None or clock() < self.wake:
-            return False
-        if self.terminated:
-            self.command.kill(signal.SIGKILL)
-            self.wake = None
-            return False
-        try:
-            descriptor, _, seconds = next(self.steps)
-            self.wake = clock() + (seconds if descriptor is None else TICK)
-        except StopIteration as end:
-            self.wake, self.reason = None, end.value
-            if self.reason is None:
-                return True
-        age = clock() - self.since
-        if self.reason or age >= NOTICE:
-            self._tell()
-        overdue = self.reason or age >= RECOVERY_WINDOW / 1000
-        if overdue and self.lock.settings["OnLockLoss"] == "term":
+    def _losing(self, since):
+        """Does what a loss asks for, yields when to go on, ends when the lock is held again."""
+        for descriptor, _, seconds in self.lock.reclaiming():
+            age = clock() - since
+            if age >= NOTICE:
+                self._tell()
+            if age >= RECOVERY_WINDOW / 1000 and self.lock.settings["OnLockLoss"] == "term":
+                break
+            yield clock() + (seconds if descriptor is None else TICK)
+        if self.lock.connection:
+            return
+        self._tell()
+        if self.lock.settings["OnLockLoss"] == "term":
             self.terminated = True
-            self.command.kill(signal.SIGTERM)
-            self.wake = clock() + self.lock.settings["KillAfter"] / 1000
-        return False
+            self.kill(signal.SIGTERM)
+            yield clock() + self.lock.settings["KillAfter"] / 1000
+            self.kill(signal.SIGKILL)
+        while True:
+            yield FOREVER
 
     def _tell(self):
         if not self.told:
-            self.told, why = True, self.reason or self.lock.loss
-            put(f"flom: the lock on {self.lock.name} is lost: {why}", sys.stderr)
-
-    def verdict(self, status):
-        """flom's exit status after the command's: a lost lock is told, but hides no failure."""
-        self.steps.close()
-        if status and not self.terminated:
-            return status
-        self._tell()
-        return LockLost.status
+            self.told = True
+            put(f"flom: {self.lock.loss}", sys.stderr)
 
 
 # --- Status report --------------------------------------------------------------------------------
@@ -1490,24 +1457,17 @@ def fetch_report(settings):
     connection = yield from connecting(settings, Diary(settings), tls_context(settings))
     if not connection:
         raise DaemonUnavailable(f"no daemon at {place(settings)}")
-    parts, until = [], clock() + PATIENCE
-    try:
-        connection.send(encode(LOCK, 8, element("session", ("peerid", machine_id())), element(
+    data = yield from connection.asking(encode(
+        LOCK, 8, element("session", ("peerid", machine_id())), element(
             "resource", ("name", encode_name(STATUS_RESOURCE)), ("mode", 0), ("wait", 0),
-            ("create", 0), ("lifespan", 0))))
-        while END not in b"".join(parts[-2:]):
-            data = connection.take()
-            if data:
-                parts, until = parts + [data], clock() + PATIENCE
-            elif clock() >= until:
-                raise DaemonUnavailable(f"{connection.where} gives no report in {PATIENCE} s")
-            else:
-                yield connection.sock.fileno(), READ, until - clock()
-        return arrange_report(b"".join(parts))
-    except (_Gone, ProtocolError) as error:
+            ("create", 0), ("lifespan", 0))), PATIENCE, last=False)
+    if not data:
+        why = "it closed the connection" if data is not None else f"{PATIENCE} s have passed"
+        raise DaemonUnavailable(f"{connection.where} gives no report: {why}")
+    try:
+        return arrange_report(data)
+    except ProtocolError as error:
         raise DaemonUnavailable(f"{connection.where} gives no report: {error}")
-    finally:
-        connection.close()
 
 
 def arrange_report(data):
@@ -1535,26 +1495,25 @@ def arrange_report(data):
     return report
 
 
-def report_rows(report, now):
-    """The rows of the table: who holds, who waits in which order, who is parked, what is idle."""
-    yield COLUMNS
+def report_table(report, width):
+    """The table of who holds, who waits in which order, who is parked, what is idle.
+
+    Its columns are aligned, its lines cut to `width` (None: not cut).
+    """
+    rows, now = [COLUMNS], int(time.time())
     parked = [dict(entry, holders=[], waiters=[entry]) for entry in report["parked"]]
     for resource in report["resources"] + parked:
         states = [("holds", entry) for entry in resource["holders"]] + [
             (f"waits {entry.get('position', 'for it')}", entry) for entry in resource["waiters"]]
         for state, entry in states or [("idle", {})]:
             how = [str(entry[key]) for key in ("mode", "quantity", "element") if key in entry]
-            seconds = max(0, int(now) - entry["since"]) if "since" in entry else 0
+            seconds = max(0, now - entry.get("since", now))
             duration = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-            yield (entry.get("node") or resource.get("name", ""), resource.get("kind", ""), state,
-                   entry.get("host") or entry.get("peer", ""), str(entry.get("pid", "")),
-                   entry.get("user", ""), entry.get("cmd", ""), " ".join(how),
-                   duration if "since" in entry else "")
-
-
-def report_table(report, width):
-    """The text of the table, columns aligned, cut to `width` (None: not cut)."""
-    rows = list(report_rows(report, time.time()))
+            rows.append((
+                entry.get("node") or resource.get("name", ""), resource.get("kind", ""), state,
+                entry.get("host") or entry.get("peer", ""), str(entry.get("pid", "")),
+                entry.get("user", ""), entry.get("cmd", ""), " ".join(how),
+                duration if "since" in entry else ""))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip()[:width] for row in rows]
     return "\n".join(lines if rows[1:] else ["nobody holds or awaits a lock"])
@@ -1619,7 +1578,7 @@ def stop_daemon(options, settings):
     pid, immediate = connection.peer()[0], options.action == "immediate"
     data = finish(connection.asking(encode(
         MANAGEMENT, 8, element("session", ("peerid", machine_id())),
-        element("shutdown", ("immediate", int(immediate)))), clock() + PATIENCE))
+        element("shutdown", ("immediate", int(immediate)))), PATIENCE))
     if data is None:
         raise DaemonUnavailable(f"{connection.where} does not answer within {PATIENCE} s")
     if data:
@@ -1644,7 +1603,7 @@ def is_running(pid):
 
 def run_command(options, settings):
     """The main job: lock, run, unlock."""
-    found = settle_signals(settings["IgnoredSignals"])
+    signals = Signals(settings["IgnoredSignals"])
     if not options.command:
         put("No command to execute!", sys.stderr)
         return NOT_RUN
@@ -1656,7 +1615,7 @@ def run_command(options, settings):
     lock.acquire(options.started)
     if lock.element is not None:
         lock.diary.say(f"Locked element is '{lock.element}'", sys.stdout)
-    command = Command(options.command, lock, found)
+    command = Command(options.command, lock, signals)
     status = command.run()
     lock.release(rollback=command.status != 0)
     if command.killed_by == signal.SIGINT and status == command.status:
@@ -1673,7 +1632,13 @@ ACTIONS = {  # the exit status of each is what it returns, None for 0
 
 
 def main():
-    """Runs flom with the arguments of this process; returns its exit status."""
+    """Runs flom and ends this process, without the ms that Python takes for an orderly end."""
+    status = run() or 0
+    os._exit(status)  # whatever has been printed is flushed
+
+
+def run():
+    """Runs flom with the arguments of this process; returns its exit status, None for 0."""
     started, settings = clock(), Settings()
     try:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -1699,4 +1664,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -38,6 +38,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 
 
 # --- Shared with flom.py ------------------------------------------------------------------------
@@ -63,13 +64,13 @@ class ProtocolError(Exception):
 
 # A message is an XML element `msg`; its end is the bytes </msg>.  The reader takes what FLoM's
 # takes, less comments, CDATA and DOCTYPE: one expression cuts tags, one finds their attributes.
+# What is seldom needed is compiled when it is needed, since each flom pays for what it compiles.
 END, HEADER = b"</msg>", '<?xml version="1.0" encoding="UTF-8" ?>'
 _PAIR = r"""([A-Za-z_][-\w.]*)\s*=\s*(?:"([^"<]*)"|'([^'<]*)')"""
-_start = re.compile(r"\s*(?:<\?xml\s[^<>?]*\?>)?", re.ASCII).match
 _tag = re.compile(r"\s*<(/?)([A-Za-z_][-\w.]*)((?:\s+%s)*)\s*(/?)>"
                   % re.sub(r"\((?!\?)", "(?:", _PAIR), re.ASCII).match
 _pairs, _whole = re.compile(_PAIR, re.ASCII).findall, re.compile("-?[0-9]{1,19}").fullmatch
-_entity = re.compile(r"&(?:#([0-9]{1,7})|#x([0-9A-Fa-f]{1,6})|(amp|lt|gt|quot|apos));|&")
+_ENTITY = r"&(?:#([0-9]{1,7})|#x([0-9A-Fa-f]{1,6})|(amp|lt|gt|quot|apos));|&"
 _ENTITIES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'"}
 _ESCAPES = {ord(char): f"&{name};" for name, char in _ENTITIES.items() if char != "'"}
 _ELEMENTS = {"msg", "session", "resource", "answer", "network", "shutdown"}
@@ -101,12 +102,10 @@ def decode(data):
             if attributes or empty or not inside or inside.pop() != tag:
                 raise ProtocolError(f"misplaced </{tag}>")
             continue
-        if tag in elements or (tag == "msg") == bool(inside):
+        if tag in elements or (tag == "msg") == bool(inside) or attributes and tag not in _ELEMENTS:
             raise ProtocolError(f"misplaced <{tag}>")
         if tag in _ELEMENTS:
             elements[tag] = attributes
-        elif attributes:
-            raise ProtocolError(f"unknown element <{tag}> with attributes")
         if not empty:
             inside.append(tag)
         for name in _NUMBERS.keys() & attributes.keys():
@@ -125,14 +124,15 @@ def tags(data):
         text = data.decode("utf-8")
     except UnicodeDecodeError:
         raise ProtocolError("not UTF-8")
-    position = _start(text).end()
+    position = len(HEADER) if text.startswith(HEADER) else re.match(
+        r"\s*(<\?xml\s[^<>?]*\?>)?", text, re.ASCII).end()
     while position < len(text):
         found = _tag(text, position)
         if not found:
             raise ProtocolError(f"unreadable: {text[position:position + 20]!r}")
         closing, name, inner, empty = found.groups()
         pairs = _pairs(inner) if inner else ()
-        unescape = functools.partial(_entity.sub, _character) if "&" in inner else str
+        unescape = functools.partial(re.sub, _ENTITY, _character) if "&" in inner else str
         attributes = {key: unescape(one or other) for key, one, other in pairs}
         if len(attributes) < len(pairs):
             raise ProtocolError(f"<{name}> repeats an attribute")
@@ -162,15 +162,15 @@ def decode_name(text):
 
 # The kinds of resource, told apart by name (the whole name, where FLoM looks at each line).
 _WORD = "[A-Za-z][A-Za-z0-9]*"
-_kind = re.compile(
-    rf"(?P<simple>_RESOURCE|{_WORD})|(?P<numeric>{_WORD}\[[0-9]+\])|(?P<set>{_WORD}(?:\.{_WORD})+)|"
-    rf"(?P<hierarchical>(?:/[^/\\\n]+)+)|(?P<sequence>_[sS]_{_WORD}\[[0-9]+\])|"
-    r"(?P<timestamp>_t_[%#A-Za-z][%#.:A-Za-z0-9]*\[[0-9]+\])").fullmatch
+_KINDS = (("simple", f"_RESOURCE|{_WORD}"), ("numeric", rf"{_WORD}\[[0-9]+\]"),
+          ("set", rf"{_WORD}(\.{_WORD})+"), ("hierarchical", r"(/[^/\\\n]+)+"),
+          ("sequence", rf"_[sS]_{_WORD}\[[0-9]+\]"),
+          ("timestamp", r"_t_[%#A-Za-z][%#.:A-Za-z0-9]*\[[0-9]+\]"))
 
 
 def kind_of(name):
     """The kind of the resource `name`, None when it is no resource name."""
-    kind = _kind(name) and _kind(name).lastgroup
+    kind = next((kind for kind, pattern in _KINDS if re.fullmatch(pattern, name)), None)
     if kind in ("numeric", "sequence", "timestamp"):  # [0] is the name of a numeric one, of no use
         return kind if len(name) < 400 and (kind != "numeric") <= size_of(name) <= MOST else None
     return kind
@@ -190,19 +190,18 @@ def _number(least, greatest, meaning=int):
 
 # The types of settings: the form of the text, what it means (None: it is wrong), what is allowed.
 _NAMES = [name.upper() for name in MODES + LONG_MODES]
-_SIGNALS = {word: int(s) for s in signal.Signals for word in (s.name, s.name[3:], str(int(s)))}
 TYPES = {
     "text": (".+", str, "a text that is not empty"),
-    "flag": ("(?i)yes|y|true|1|on|no|n|false|0|off",
-             lambda value: value.lower() in ("yes", "y", "true", "1", "on"),
-             "yes or no (y n true false 1 0 on off)"),
+    "flag": ("(?i)yes|y|true|1|on|no|n|false|0|off", lambda value: value.lower() in (
+        "yes", "y", "true", "1", "on"), "yes or no (y n true false 1 0 on off)"),
     "name": (".+", lambda name: name if kind_of(name) and name != DEFAULT_RESOURCE else None,
              f"NAME NAME[N] A.B.C /A/B _s_NAME[N] _S_NAME[N] _t_FORMAT[N], N from 1 to {MOST},"),
     "mode": ("(?i)" + "|".join(_NAMES), lambda value: _NAMES.index(value.upper()) % len(MODES),
              "one of " + " ".join(MODES + LONG_MODES)),
     "socket": (".+", lambda value: os.path.abspath(value) if len(
         os.fsencode(os.path.abspath(value))) < 108 else None, "a path of at most 107 bytes"),
-    "signal": (".+", lambda value: _SIGNALS.get(value.upper()), "what --signal-list lists"),
+    "signal": (".+", lambda value: {word: int(s) for s in signal.Signals for word in (
+        s.name, s.name[3:], str(int(s)))}.get(value.upper()), "what --signal-list lists"),
     "octal": ("0?[0-7]{3}", lambda value: int(value, 8), "an octal mode such as 0600"),
     "policy": ("fair|first-fit", str, "fair or first-fit"),
     "loss": ("warn|term|ignore", str, "warn, term or ignore"),
@@ -214,9 +213,9 @@ TYPES = {
 
 # One row for each setting, in the order of -V.  Users: c, options of flom.py; d, options of
 # flomd.py, handed on to a daemon that flom.py starts.
-Setting = collections.namedtuple("Setting", "group key short long type default users help")
-SETTINGS = [Setting(*path.split("/"), *(" " + options).split(" ")[-2:], *rest)
-            for path, options, *rest in (
+_COLUMNS = "group key short long type default users help".split()
+SETTINGS = [types.SimpleNamespace(**dict(zip(_COLUMNS, (
+    *path.split("/"), *(" " + options).split(" ")[-2:], *rest)))) for path, options, *rest in (
     ("Trace/DaemonTraceFile", "t daemon-trace-file", "text", None, "cd", "log of the daemon"),
     ("Trace/CommandTraceFile", "T command-trace-file", "text", None, "c", "log of this command"),
     ("Trace/AppendTraceFile", "append-trace-file", "flag", False, "cd", "append to the logs"),

@@ -37,7 +37,7 @@ def run(tmp_path, monkeypatch, capsys):
     def run(*argv):
         monkeypatch.setattr(sys, "argv", ["flom"] + list(argv))
         try:
-            status = flom.main() or 0
+            status = flom.run() or 0
         except SystemExit as end:
             status = end.code
         return (status,) + tuple(capsys.readouterr())

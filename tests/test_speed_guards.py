@@ -14,9 +14,9 @@ from world import ROOT, pass_time, read, wait_until
 # What flom imports on its common path, and a daemon at its start, no more and no less.  All else
 # that an interpreter loads must come with these by itself.
 OF_FLOM = set("argparse binascii collections contextlib errno fcntl functools os pwd re select "
-              "signal socket struct sys time".split())
-OF_FLOMD = OF_FLOM | set("bisect copy heapq itertools math operator random resource stat threading "
-                         "traceback".split())
+              "signal socket sys time".split())
+OF_FLOMD = OF_FLOM | set("bisect copy heapq itertools math operator random resource stat struct "
+                         "threading traceback".split())
 DEAR = {"asyncio", "base64", "configparser", "ctypes", "datetime", "getpass", "hashlib", "http",
         "inspect", "ipaddress", "json", "logging", "pathlib", "platform", "queue", "shlex",
         "shutil", "ssl", "subprocess", "syslog", "tempfile", "typing", "urllib", "uuid", "xml",
@@ -26,7 +26,8 @@ RUN = """
 import sys
 sys.path.insert(0, sys.argv[1])
 sys.argv = sys.argv[2:]
-status = __import__(sys.argv[0]).main()
+module = __import__(sys.argv[0])
+status = getattr(module, "run", module.main)()  # flom's main ends the process
 print(status, *sys.modules)
 """
 
