@@ -489,12 +489,22 @@ def keyword_settings(keywords, files):
 
 
 def put(text, stream):
-    """Writes a line, whatever the stream's encoding; one that is closed or broken takes nothing."""
-    if stream:
-        encoding = stream.encoding or "utf-8"
-        with contextlib.suppress(BrokenPipeError):
+    """Writes a line, whatever the stream's encoding.  No job ends because a stream is closed,
+    broken or full: what is wrong with it is returned."""
+    try:
+        if stream:
+            encoding = stream.encoding or "utf-8"
             print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream,
                   flush=True)
+    except OSError as error:
+        return error
+
+
+def show(text):
+    """Writes a line that was asked for to stdout; raises UsageError when it cannot be written."""
+    error = put(text, sys.stdout)
+    if error:
+        raise UsageError(f"cannot write to stdout: {error.strerror}")
 
 
 class Diary:
@@ -1537,7 +1547,7 @@ def show_status(options, settings):
         width = os.get_terminal_size(sys.stdout.fileno()).columns if terminal else None
         if options.json:
             import json
-        put(json.dumps(report) if options.json else report_table(report, width), sys.stdout)
+        show(json.dumps(report) if options.json else report_table(report, width))
         if not options.watch:
             return 0
         time.sleep(1)
@@ -1547,8 +1557,8 @@ def show_signals(options, settings):
     """--signal-list, four in a line."""
     known = {16: "SIGSTKFLT"}  # Linux; Python has it from 3.11 on
     known.update((int(number), number.name) for number in signal.Signals)
-    put("".join(f"{number}) {known[number]}\t" + "\n" * (number % 4 == 0)
-                for number in range(1, 32) if number in known), sys.stdout)
+    show("".join(f"{number}) {known[number]}\t" + "\n" * (number % 4 == 0)
+                 for number in range(1, 32) if number in known))
 
 
 def check_configuration(options, settings):
@@ -1628,7 +1638,7 @@ def run_command(options, settings):
 ACTIONS = {  # the exit status of each is what it returns, None for 0
     "run": run_command, "status": show_status, "check": check_configuration,
     "signals": show_signals, "quiesce": stop_daemon, "immediate": stop_daemon,
-    "id": lambda options, settings: put(machine_id(), sys.stdout)}
+    "id": lambda options, settings: show(machine_id())}
 
 
 def main():

@@ -110,6 +110,19 @@ def test_a_command_without_standard_files(box):
     assert [number for number in numbers if number not in (1, 10)] == [64], numbers
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_stdout_stops_no_job(box):
+    """What flom tells of its doings may get lost; what it was asked for may not, silently."""
+    def run(*args):
+        return box.start("sh", "-c", 'exec "$@" >/dev/full', "sh", sys.executable, FLOM,
+                         *box.address, *args).end()
+    box.daemon()
+    assert run("-V", "--", "touch", box.path("ran")).status == 0
+    assert os.path.exists(box.path("ran"))
+    for asked in ("--status", "--unique-id", "--signal-list"):
+        assert run(asked) == (99, "", "flom: cannot write to stdout: No space left on device\n")
+
+
 # Signal dispositions and mask
 
 SETS = [shutil.which("grep"), "-E", "^Sig(Blk|Ign)", "/proc/self/status"]
