@@ -387,10 +387,11 @@ def serving(failure, *opened):
 # ancestor of the request, that is for a command that will not end before the request is granted.
 # Those nested requests are few; they are looked at one by one.
 
-NEW, PARKED, DEFERRED, QUEUED, HELD = "new", "parked", "deferred", "queued", "held"
+PARKED, DEFERRED, QUEUED, HELD = "parked", "deferred", "queued", "held"
 CONFLICTS = ((), (5,), (3, 4, 5), (2, 4, 5), (2, 3, 4, 5), (1, 2, 3, 4, 5))  # by mode
 DEEPEST = 255  # levels of a hierarchical name; FLoM's messages have room for some 120
 LEAST_LIFESPAN = 2000  # ms that an idle resource stays at least; commands in a row rely on it
+REMEMBERED = 50  # lanes of which a resource knows the last grant
 
 Decision = collections.namedtuple("Decision", "session verdict element token position reason")
 Decision.__new__.__defaults__ = (None,) * 4
@@ -402,20 +403,13 @@ class Request:
     parents = ()  # ids of the locks it is nested in
     patient = False  # it ends by itself, or its user says so: never a deadlock
     reclaim = element = None  # the token and the element of a lock that the session says it has
-    key = path = resource = None  # name of the resource, node in a tree, the resource itself
-    token = behind = None  # behind: the waiter found to be in its way
+    state = resource = token = None  # state: None before it stands anywhere and afterwards
+    behind = None  # the waiter found to be in its way
     serial = since = held_since = 0  # order of arrival; s since 1970 of arrival and of the grant
 
     def __init__(self, session, name, mode=0, quantity=1, wait=0, create=0, lifespan=0):
         self.session, self.name, self.mode, self.quantity = session, name, mode, quantity
         self.wait, self.create, self.lifespan = wait, create, lifespan  # lifespan in ms
-        self.state = NEW
-
-    def copy(self):
-        """Another request of the same session, in no place yet."""
-        other = copy.copy(self)
-        other.behind, other.state = None, NEW
-        return other
 
     def same(self, other):
         """Whether `other` repeats this request."""
@@ -424,7 +418,9 @@ class Request:
 
 class Resource:
     """A resource: its holders, its waiters and the policy.  A kind is a class below this one."""
-    has_modes = False
+    serves = bool  # whether the kind can do its work under this name
+    verdict = INVALID_NAME  # on the other names
+    most = MOST  # that a request may ask for at all
 
     def __init__(self, name, first_fit):
         self.name, self.first_fit = name, first_fit
@@ -434,106 +430,69 @@ class Resource:
         self.nested = {}  # (lane, quantity): {session: waiter}, the waiters with living ancestors
         self.lifespan = LEAST_LIFESPAN  # ms
         self.idle_since, self.dates = None, []  # dates: its entries in the table's heap
-        self.last_tokens = [0] * len(MODES)  # of the last grant in each mode
+        self.tokens = {}  # lane: token of the last grant in it
 
     # What a kind says.
 
-    @classmethod
-    def refusal(cls, name):
-        """The verdict on every request for this name, None when the resource can do its work."""
-        return None
-
-    def possible(self, request):
-        """Whether the request can be granted at all, ever."""
-        return True
-
-    def has_room(self, request):
-        """Whether the request is compatible with the holders."""
+    def fits(self, request, now=None):
+        """Whether the request is compatible with the holders, and with `now` its time has come."""
         raise NotImplementedError
-
-    def fits(self, request, now):
-        """Whether the request has room, and its time has come."""
-        return self.has_room(request)
 
     def take(self, request, now):
         """Books the request and returns its element, or None; a reclaim brings its element."""
-        raise NotImplementedError
+        return request.element
 
     def give_back(self, request, committed):
         """Undoes take(); committed: the command of a transactional sequence succeeded."""
-        raise NotImplementedError
+
+    def could_have(self, request):
+        """Whether the element of a reclaim is one of this resource, and free."""
+        return True
 
     def lane(self, request):
         """The lane of the request: waiters of one lane are alike."""
         return None
 
-    def rivals(self, request):
-        """The lanes whose waiters are incompatible with the request."""
-        return self.lanes
-
-    def near(self, request):
-        """The lanes that may move when the request is gone."""
-        return self.lanes
-
-    def clash(self, one, other):
-        """Whether the two requests are incompatible."""
+    def excludes(self, lane, other):
+        """Whether requests of the two lanes are incompatible."""
         return True
 
-    def opponents(self, request):
-        """The holders that the request waits for."""
-        return [] if self.has_room(request) else [
-            holder for holder in self.holders.values() if self.clash(request, holder)]
+    def rivals(self, request):
+        """The lanes that wait for the request when it holds, or is ahead of them."""
+        own = self.lane(request)
+        return [lane for lane in self.lanes if self.excludes(own, lane)]
+
+    def around(self, lane):
+        """A lane that excludes all that this one excludes, and is one of few."""
+        return None
 
     def retry_at(self, now):
         """The time (monotonic) at which a waiter may fit without any release, or None."""
         return None
 
-    def remember(self, request):
-        """Notes a grant for those who reclaim."""
-        mode = request.mode
-        self.last_tokens[mode] = max(self.last_tokens[mode], request.token)
-
-    def reclaimable(self, request):
-        """Whether no grant since the token of the reclaim can have conflicted with it."""
-        modes = CONFLICTS[request.mode] if self.has_modes else range(len(MODES))
-        return all(self.last_tokens[mode] <= request.reclaim for mode in modes)
-
-    def could_have(self, request):
-        """Whether the element of a reclaim is one of this resource."""
-        return True
-
-    @property
-    def stand_in(self):
-        """The kind that behaves like this one, the clock left aside."""
-        return type(self)
-
     # The policy.
 
-    def admits(self, request, now):
-        """Whether the policy grants the request now (nested requests aside)."""
-        return self.fits(request, now) and (
-            not self.waiting or self.first_fit or not self.is_behind(request))
+    def clash(self, one, other):
+        """Whether the two requests are incompatible."""
+        return self.excludes(self.lane(one), self.lane(other))
 
-    def is_behind(self, request):
-        """Whether an incompatible waiter is ahead of the request."""
-        if request.behind is not None and request.behind.state is QUEUED:
-            return True
-        for lane in self.rivals(request):
-            queue = self.lanes.get(lane)
-            if queue:
-                first = next(iter(queue.values()))
-                if first.serial < request.serial:
-                    request.behind = first
-                    return True
-        return False
+    def first(self, lane):
+        """The first waiter of a lane, or None."""
+        queue = self.lanes.get(lane)
+        return next(iter(queue.values())) if queue else None
 
     def ahead(self, request):
-        """The lanes with waiters ahead of the request that it must wait for under the policy."""
-        if self.first_fit:
-            return []
-        lanes = [(next(iter(queue.values())), queue) for queue in self.lanes.values()]
-        return [queue for first, queue in lanes
-                if first.serial < request.serial and self.clash(request, first)]
+        """Yields the first waiter of each lane that the policy puts before the request."""
+        for lane in () if self.first_fit else self.rivals(request):
+            first = self.first(lane)
+            if first is not None and first.serial < request.serial:
+                yield first
+
+    def is_behind(self, request):
+        """Whether the policy puts a waiter before the request."""
+        if request.behind is None or request.behind.state is not QUEUED:
+            request.behind = next(self.ahead(request), None)
+        return request.behind is not None
 
     def enqueue(self, request):
         lane = self.lane(request)
@@ -541,7 +500,7 @@ class Resource:
             self.lanes[lane] = collections.OrderedDict()
         self.lanes[lane][request.session] = request
         self.waiting += 1
-        request.resource, request.state = self, QUEUED
+        request.resource, request.state, request.behind = self, QUEUED, None
 
     def dequeue(self, request):
         lane = self.lane(request)
@@ -549,7 +508,7 @@ class Resource:
         if not self.lanes[lane]:
             del self.lanes[lane]
         self.waiting -= 1
-        request.state, request.behind = NEW, None
+        request.state = request.behind = None
         alike = self.nested.get((lane, request.quantity)) if self.nested else None
         if alike and alike.pop(request.session, None) and not alike:
             del self.nested[lane, request.quantity]
@@ -566,30 +525,47 @@ class Resource:
         self.holders[request.session] = request
 
     def walk(self, lanes, now):
-        """Makes holders, in queue order, of all waiters in `lanes` that the policy grants, and
-        returns them."""
-        granted, heads = [], []
-        for lane in lanes:
-            if lane in self.lanes:
-                heads.append((next(iter(self.lanes[lane].values())).serial, lane))
+        """Yields, in queue order, the waiters in `lanes` that the policy may grant now, then the
+        nested ones that fit.  Each is to be granted, or not, before the next is asked for."""
+        heads = [(self.first(lane).serial, lane) for lane in lanes if lane in self.lanes]
         heapq.heapify(heads)
         while heads:
             lane = heads[0][1]
-            request = next(iter(self.lanes[lane].values()))
-            if self.admits(request, now):
-                self.dequeue(request)
-                self.hold(request, now)
-                granted.append(request)
-                if lane in self.lanes:
-                    heapq.heapreplace(heads, (next(iter(self.lanes[lane].values())).serial, lane))
-                    continue
-            heapq.heappop(heads)
-        return granted
+            request = self.first(lane)
+            yield request
+            if request.state is HELD and lane in self.lanes:
+                heapq.heapreplace(heads, (self.first(lane).serial, lane))
+            else:
+                heapq.heappop(heads)
+        if self.nested:
+            yield from in_order(waiter for alike in self.nested.values()
+                                if self.fits(next(iter(alike.values())), now)
+                                for waiter in alike.values())
 
     def waiters(self):
         """All waiters in order of arrival."""
-        return sorted((request for queue in self.lanes.values() for request in queue.values()),
-                      key=operator.attrgetter("serial"))
+        return in_order(request for queue in self.lanes.values() for request in queue.values())
+
+    # Grants that have been, for those who reclaim.
+
+    def remember(self, lane, token):
+        """Notes a grant; those of lanes that are many become grants of wider lanes."""
+        tokens = self.tokens
+        tokens[lane] = max(token, tokens.pop(lane, 0))
+        if len(tokens) > REMEMBERED:
+            oldest = next(iter(tokens))
+            self.remember(self.around(oldest), tokens.pop(oldest))
+
+    def reclaimable(self, request):
+        """Whether no grant since the token of the reclaim can have conflicted with it."""
+        lane = self.lane(request)
+        return not any(token > request.reclaim and self.excludes(lane, other)
+                       for other, token in self.tokens.items())
+
+
+def in_order(requests):
+    """The requests in order of arrival."""
+    return sorted(requests, key=operator.attrgetter("serial"))
 
 
 # --- Kinds --------------------------------------------------------------------------------------
@@ -598,13 +574,12 @@ class Resource:
 
 class Simple(Resource):
     """Locked as a whole, in one of six modes."""
-    has_modes = True
 
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
         self.held = [0] * len(MODES)  # holders by mode
 
-    def has_room(self, request):
+    def fits(self, request, now=None):
         held = self.held
         for mode in CONFLICTS[request.mode]:
             if held[mode]:
@@ -620,28 +595,95 @@ class Simple(Resource):
     def lane(self, request):
         return request.mode
 
-    def rivals(self, request):
-        return CONFLICTS[request.mode]
+    def excludes(self, lane, other):
+        return other in CONFLICTS[lane]
 
-    def clash(self, one, other):
-        return other.mode in CONFLICTS[one.mode]
+
+class Node:
+    """A node of a tree of numbers: how often each key stands on it, and on it or below it."""
+    __slots__ = ("children", "here", "below")
+
+    def __init__(self):
+        self.children = {}  # level: Node, while anything stands on it or below it
+        self.here, self.below = {}, {}  # key: number, never 0
+
+    def add(self, name, key, difference):
+        """Adds to the number of `key` on the node `name`, as seen from the root."""
+        nodes, levels = [self], name.split("/")[2:]
+        for level in levels:
+            nodes.append(nodes[-1].children.setdefault(level, Node()))
+        for numbers in [nodes[-1].here] + [node.below for node in nodes]:
+            numbers[key] = numbers.get(key, 0) + difference
+            if not numbers[key]:
+                del numbers[key]
+        for above, level, node in zip(nodes, levels, nodes[1:]):
+            if not node.below:
+                del above.children[level]
+
+    def near(self, name):
+        """Yields the keys on the node `name`, above it and below it."""
+        node = self
+        for level in name.split("/")[2:]:
+            yield from node.here
+            node = node.children.get(level)
+            if node is None:
+                return
+        yield from node.below
+
+
+class Hierarchical(Resource):
+    """A tree: a request must be compatible with those on its node, above it and below it.  Holders
+    and waiters are counted in trees of their own, so a request is checked by walking down its path
+    and the cost does not depend on other branches."""
+    serves = staticmethod(lambda name: name.count("/") <= DEEPEST)
+
+    def __init__(self, name, first_fit):
+        super().__init__(name, first_fit)
+        self.held, self.queued = Node(), Node()  # keys: modes; lanes
+
+    def fits(self, request, now=None):
+        conflicts = CONFLICTS[request.mode]
+        return not any(mode in conflicts for mode in self.held.near(request.name))
+
+    def take(self, request, now):
+        self.held.add(request.name, request.mode, 1)
+
+    def give_back(self, request, committed):
+        self.held.add(request.name, request.mode, -1)
+
+    def enqueue(self, request):
+        super().enqueue(request)
+        self.queued.add(request.name, self.lane(request), 1)
+
+    def dequeue(self, request):
+        super().dequeue(request)
+        self.queued.add(request.name, self.lane(request), -1)
+
+    def lane(self, request):
+        return request.name, request.mode
+
+    def excludes(self, lane, other):
+        name, other_name = lane[0] + "/", other[0] + "/"
+        return other[1] in CONFLICTS[lane[1]] and (
+            name.startswith(other_name) or other_name.startswith(name))
+
+    def rivals(self, request):
+        conflicts = CONFLICTS[request.mode]
+        return (lane for lane in self.queued.near(request.name) if lane[1] in conflicts)
+
+    def around(self, lane):
+        return self.name, lane[1]
 
 
 class Numeric(Resource):
     """A pool of units, of which a request takes some."""
+    serves, verdict = staticmethod(size_of), IMPOSSIBLE
 
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
-        self.free = self.units = size_of(name)
+        self.most = self.free = size_of(name)
 
-    @classmethod
-    def refusal(cls, name):
-        return None if size_of(name) else IMPOSSIBLE
-
-    def possible(self, request):
-        return request.quantity <= self.units
-
-    def has_room(self, request):
+    def fits(self, request, now=None):
         return request.quantity <= self.free
 
     def take(self, request, now):
@@ -653,40 +695,38 @@ class Numeric(Resource):
     def lane(self, request):
         return request.quantity if self.first_fit else None
 
-    def near(self, request):
+    def rivals(self, request):
         """Under first-fit, those for whom the units of the request were the last to be missing."""
         if not self.first_fit:
             return self.lanes
         missing = range(self.free - request.quantity + 1, self.free + 1)
-        if len(missing) < len(self.lanes):
-            return [quantity for quantity in missing if quantity in self.lanes]
-        return [quantity for quantity in self.lanes if quantity in missing]
+        fewer, more = sorted((missing, self.lanes), key=len)
+        return [quantity for quantity in fewer if quantity in more]
 
 
 class Set(Resource):
     """Slots with labels; each grant takes one, the search beginning one further each time."""
+    next = 0
 
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
         self.labels = name.split(".")
         self.free = [True] * len(self.labels)
         self.slots = {}  # session: index of its slot
-        self.next = 0
 
-    def _slot(self, request):
-        count = len(self.labels)
-        for index in (range(self.next, self.next + count)):
-            if self.free[index % count] and request.element in (None, self.labels[index % count]):
-                return index % count
-        return None
+    def _slots(self, request):
+        """Yields the free slots that the request may get, in the order of the search."""
+        for slot in itertools.chain(range(self.next, len(self.free)), range(self.next)):
+            if self.free[slot] and request.element in (None, self.labels[slot]):
+                yield slot
 
-    def has_room(self, request):
-        return self._slot(request) is not None
+    def fits(self, request, now=None):
+        return next(self._slots(request), None) is not None
 
     def take(self, request, now):
-        slot = self._slot(request)
+        slot = next(self._slots(request))
         if request.reclaim is None:
-            self.next = (self.next + 1) % len(self.labels)
+            self.next = (self.next + 1) % len(self.free)
         self.free[slot] = False
         self.slots[request.session] = slot
         return self.labels[slot]
@@ -695,160 +735,21 @@ class Set(Resource):
         self.free[self.slots.pop(request.session)] = True
 
 
-class Node:
-    """A node of a tree that holders or waiters stand on or below: their numbers by mode."""
-    __slots__ = ("path", "children", "awaited", "held", "held_below", "queued", "queued_below")
-
-    def __init__(self, path):
-        self.path, self.children = path, {}
-        self.awaited = {}  # those of the children that waiters stand on or below
-        self.held, self.held_below = [0] * len(MODES), [0] * len(MODES)
-        self.queued, self.queued_below = [0] * len(MODES), [0] * len(MODES)
-
-    def empty(self):
-        return not (self.children or any(self.held) or any(self.queued))
-
-
-class Hierarchical(Resource):
-    """A tree: a request must be compatible with those on its node, above it and below it.  Every
-    node counts what is held and queued on it and below it, so a request is checked by walking down
-    its path.  The last grants are remembered with their nodes: a reclaim that is older than those
-    is refused if there was any grant since, be it on another branch."""
-    has_modes = True
-    REMEMBERED = 100  # grants
-
-    def __init__(self, name, first_fit):
-        super().__init__(name, first_fit)
-        self.root = Node(())
-        self.recent = collections.deque(maxlen=self.REMEMBERED)  # (token, path, mode)
-
-    @classmethod
-    def refusal(cls, name):
-        return None if name.count("/") <= DEEPEST else INVALID_NAME
-
-    @staticmethod
-    def _path(request):
-        if request.path is None:
-            request.path = tuple(request.name.split("/")[2:])
-        return request.path
-
-    def _nodes(self, path):
-        """Yields the nodes from the root to `path`, as far as they exist."""
-        node = self.root
-        yield node
-        for level in path:
-            node = node.children.get(level)
-            if node is None:
-                return
-            yield node
-
-    def _count(self, request, at, below, difference):
-        """Adds to the numbers of the request's node (`at`) and of those above it (`below`)."""
-        path, mode, node = self._path(request), request.mode, self.root
-        nodes = [node]
-        for depth, level in enumerate(path, 1):
-            getattr(node, below)[mode] += difference
-            if level not in node.children:
-                node.children[level] = Node(path[:depth])
-            node = node.children[level]
-            nodes.append(node)
-        getattr(node, at)[mode] += difference
-        if at == "queued":
-            for above, node in zip(nodes, nodes[1:]):
-                if any(node.queued) or any(node.queued_below):
-                    above.awaited[node.path[-1]] = node
-                else:
-                    above.awaited.pop(node.path[-1], None)
-        while len(nodes) > 1 and nodes[-1].empty():
-            del nodes[-2].children[nodes.pop().path[-1]]
-
-    def has_room(self, request):
-        path, conflicts, node = self._path(request), CONFLICTS[request.mode], None
-        depth = -1
-        for depth, node in enumerate(self._nodes(path)):
-            if any(node.held[mode] for mode in conflicts):
-                return False
-        return depth < len(path) or not any(node.held_below[mode] for mode in conflicts)
-
-    def take(self, request, now):
-        self._count(request, "held", "held_below", 1)
-
-    def give_back(self, request, committed):
-        self._count(request, "held", "held_below", -1)
-
-    def enqueue(self, request):
-        super().enqueue(request)
-        self._count(request, "queued", "queued_below", 1)
-
-    def dequeue(self, request):
-        super().dequeue(request)
-        self._count(request, "queued", "queued_below", -1)
-
-    def lane(self, request):
-        return self._path(request), request.mode
-
-    def _lanes(self, request, modes):
-        """Yields the lanes of these modes on the request's node, above it and below it."""
-        path, node, depth = self._path(request), None, -1
-        for depth, node in enumerate(self._nodes(path)):
-            yield from ((node.path, mode) for mode in modes if node.queued[mode])
-        below = list(node.awaited.values()) if depth == len(path) else []
-        while below:
-            node = below.pop()
-            yield from ((node.path, mode) for mode in modes if node.queued[mode])
-            if any(node.queued_below[mode] for mode in modes):
-                below.extend(node.awaited.values())
-
-    def rivals(self, request):
-        return self._lanes(request, CONFLICTS[request.mode])
-
-    def near(self, request):
-        return list(self._lanes(request, CONFLICTS[request.mode]))
-
-    def clash(self, one, other):
-        return self._clash(one, self._path(other), other.mode)
-
-    def _clash(self, request, path, mode):
-        shorter = min(len(self._path(request)), len(path))
-        return mode in CONFLICTS[request.mode] and request.path[:shorter] == path[:shorter]
-
-    def remember(self, request):
-        super().remember(request)
-        self.recent.append((request.token, self._path(request), request.mode))
-
-    def reclaimable(self, request):
-        if len(self.recent) == self.REMEMBERED and self.recent[0][0] > request.reclaim:
-            return super().reclaimable(request)
-        return not any(token > request.reclaim and self._clash(request, path, mode)
-                       for token, path, mode in self.recent)
-
-
 class Pool(Resource):
-    """Places for a number of holders: what sequences and timestamps have in common."""
+    """Places for a number of holders."""
 
-    def __init__(self, name, first_fit):
-        super().__init__(name, first_fit)
-        self.places = size_of(name)
-
-    def has_room(self, request):
-        return len(self.holders) < self.places
-
-    def take(self, request, now):
-        return request.element
-
-    def give_back(self, request, committed):
-        pass
+    def fits(self, request, now=None):
+        return len(self.holders) < size_of(self.name)
 
 
 class Sequence(Pool):
     """Each grant carries the next value; a transactional one gets back what was not committed."""
     GREATEST = 2 ** 32 - 1
+    next = 1
 
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
-        self.transactional = name.startswith("_S_")
         self.returned = collections.deque()
-        self.next = 1
 
     def take(self, request, now):
         if request.reclaim is not None:
@@ -862,7 +763,7 @@ class Sequence(Pool):
         return str(value)
 
     def give_back(self, request, committed):
-        if self.transactional and not committed:
+        if self.name.startswith("_S_") and not committed:
             self.returned.append(request.element)
 
     def could_have(self, request):
@@ -871,52 +772,44 @@ class Sequence(Pool):
                 and all(holder.element != value for holder in self.holders.values()))
 
 
+RESOLUTIONS = (("#ffffff", 1), ("#fffff", 10), ("#ffff", 100), ("#fff", 1000), ("#ff", 10 ** 4),
+               ("#f", 10 ** 5), ("%c %r %s %S %T %X", 10 ** 6), ("%M %R", 60 * 10 ** 6),
+               ("%H %I", 3600 * 10 ** 6))  # what the format contains: length in µs
+
+
+def resolution(name):
+    """The interval (µs) of a timestamp resource, None where grants could not be told apart."""
+    return next((length for tokens, length in RESOLUTIONS
+                 if any(token in name for token in tokens.split())), None)
+
+
 class Timestamp(Pool):
     """Each grant carries a time of its own, so it may have to wait for the clock."""
-    RESOLUTIONS = (("#ffffff", 1), ("#fffff", 10), ("#ffff", 100), ("#fff", 1000), ("#ff", 10 ** 4),
-                   ("#f", 10 ** 5), ("%c %r %s %S %T %X", 10 ** 6), ("%M %R", 60 * 10 ** 6),
-                   ("%H %I", 3600 * 10 ** 6))  # what the format contains: length in µs
+    serves = staticmethod(resolution)
+    last = None  # the interval of the last grant
 
-    def __init__(self, name, first_fit):
-        super().__init__(name, first_fit)
-        self.format = name[len("_t_"):name.rindex("[")]
-        self.resolution = self._resolution(name)
-        self.last = None  # the interval of the last grant
-
-    @classmethod
-    def _resolution(cls, name):
-        return next((length for tokens, length in cls.RESOLUTIONS
-                     if any(token in name for token in tokens.split())), None)
-
-    @classmethod
-    def refusal(cls, name):
-        """A format in which two grants could not be told apart is refused."""
-        return None if cls._resolution(name) else INVALID_NAME
-
-    stand_in = Pool
-
-    def could_have(self, request):
-        return request.element is not None and bool(re.fullmatch("[ -~]+", request.element))
-
-    def fits(self, request, now):
-        return self.has_room(request) and (
-            self.last is None or request.reclaim is not None
-            or now.local() // self.resolution > self.last)
+    def fits(self, request, now=None):
+        return super().fits(request) and (
+            now is None or self.last is None or request.reclaim is not None
+            or now.local() // resolution(self.name) > self.last)
 
     def take(self, request, now):
-        self.last = max(now.local() // self.resolution, self.last or 0)
+        self.last = max(now.local() // resolution(self.name), self.last or 0)
         if request.reclaim is not None:
             return request.element
-        text, micros = self.format, f"{now.local() % 10 ** 6:06d}"
+        text, micros = self.name[len("_t_"):self.name.rindex("[")], f"{now.local() % 10 ** 6:06d}"
         for digits in range(6, 0, -1):
             text = text.replace("#" + "f" * digits, "." + micros[:digits])
         return now.format(text)
 
+    def could_have(self, request):
+        return request.element is not None and bool(re.fullmatch("[ -~]+", request.element))
+
     def retry_at(self, now):
         """The start of the next interval, but a second from now at the latest: clocks are set."""
-        if not self.waiting or self.last is None or len(self.holders) >= self.places:
+        if not self.waiting or self.last is None or not super().fits(None):
             return None
-        wanted = (self.last + 1) * self.resolution - now.local()  # µs
+        wanted = (self.last + 1) * resolution(self.name) - now.local()  # µs
         return now.mono + min(max(wanted / 10 ** 6, 0), 1)
 
 
@@ -929,8 +822,8 @@ KINDS = {"simple": Simple, "numeric": Numeric, "set": Set, "hierarchical": Hiera
 # as the engine is.  A session has at most one request; it is in `requests` from its first answer
 # until it has been refused, released or is gone.
 #
-# Times: a resource that is idle, or whose waiters wait for the clock, has one entry in the heap
-# `_due` (perhaps an early one: when it comes up the resource is asked again).
+# Times: what is due stands in the heap `_due`.  A resource that is idle, or whose waiters wait for
+# the clock, has an entry there (perhaps an early one: when it comes up the resource is asked again).
 #
 # The recovery window.  A daemon that follows one that ended under its holders grants reclaims
 # alone for a while.  Others queue; one that would not wait is deferred, since neither "granted" nor
@@ -947,6 +840,11 @@ DAY = 86400 << 32  # a day in tokens
 EPOCH = 1577836800  # tokens count seconds from 2020-01-01 UTC in their upper half
 
 
+def key_of(name):
+    """The name of the resource: of a node in a tree the first level."""
+    return "/" + name.split("/", 2)[1] if name[:1] == "/" else name
+
+
 class LockTable:
     """Requests, releases and disconnects in, lists of decisions out."""
 
@@ -954,16 +852,17 @@ class LockTable:
         self.first_fit, self.most_waiters = first_fit, most_waiters
         self.resources = {}  # name, of a tree that of its first level: Resource
         self.requests = {}  # session: Request
-        self.parked = {}  # name: OrderedDict of session: Request
-        self.deferred = collections.OrderedDict()  # session: time (monotonic)
+        self.parked = {}  # name: {session: Request} in order of arrival
         self.window_until = window_until  # monotonic time at which the recovery window ends
         self.holding = self.waiting = 0
         self.last_token = epoch << 32
         self._by_id = {}  # id: the holder with it
         self._below = {}  # id: {waiter: None}, the waiters nested in the lock with it
         self._new_ways = False  # some may wait for others that they did not wait for before
-        self._due = []
+        self._due = []  # heap of (monotonic time, serial, method, its first argument)
         self._serial = 0
+        if window_until is not None:
+            self._at(window_until, self._end_window, None)
 
     # What comes in.
 
@@ -982,40 +881,25 @@ class LockTable:
 
     def release(self, session, committed, now):
         """The holder lets go; committed: its command succeeded."""
-        request = self.requests[session]
-        request.resource.give_back(request, committed)
-        return self._let_pass(self._forget(request, now), now)
+        return self._let_pass(self._forget(self.requests[session], now, committed), now)
 
     def gone(self, session, now):
         """The session has ended, whatever it held or waited for."""
-        request = self.requests.get(session)
-        if request is None:
+        if session not in self.requests:
             return []
-        if request.state is HELD:
-            return self.release(session, False, now)
-        return self._let_pass(self._forget(request, now), now)
+        return self.release(session, False, now)
 
     def expire(self, now):
         """Does what is due at `now`."""
         decisions = []
-        if self.window_until is not None and self.window_until <= now.mono:
-            decisions += self._end_window(now)
-        while self.deferred and next(iter(self.deferred.values())) <= now.mono:
-            decisions += self._refuse(self.requests[next(iter(self.deferred))], BUSY)
         while self._due and self._due[0][0] <= now.mono:
-            when, _, resource = heapq.heappop(self._due)
-            resource.dates.remove(when)
-            if self.resources.get(resource.name) is resource:  # or one of its name came after
-                decisions += self._settle(resource, list(resource.lanes), now)
+            _, _, act, subject = heapq.heappop(self._due)
+            decisions += act(subject, now)
         return self._let_pass(decisions, now)
 
     def next_deadline(self):
         """The monotonic time at which expire() is to be called, or None."""
-        due = self._due[0][0] if self._due else None
-        if self.window_until is None and not self.deferred:
-            return due
-        times = [due, self.window_until, next(iter(self.deferred.values()), None)]
-        return min(when for when in times if when is not None)
+        return self._due[0][0] if self._due else None
 
     def empty(self):
         """Whether nothing at all is left: no resource, not even an idle one, and no request."""
@@ -1023,7 +907,7 @@ class LockTable:
 
     def resource_of(self, name):
         """The resource to which a name belongs, None when there is none."""
-        return self.resources.get("/" + name.split("/")[1] if name[:1] == "/" else name)
+        return self.resources.get(key_of(name))
 
     # From the request to its place.
 
@@ -1046,16 +930,13 @@ class LockTable:
 
     def _place(self, request, now):
         """Finds or makes the resource of a new request and takes it there."""
-        name = request.key = request.name
+        name = request.name
         resource = self.resources.get(name)
         if resource is None:
-            kind = kind_of(name)
-            refusal = INVALID_NAME if kind is None else KINDS[kind].refusal(name)
-            if refusal is not None:
-                return self._refuse(request, refusal)
-            if kind == "hierarchical":
-                request.key = "/" + name.split("/", 2)[1]
-                resource = self.resources.get(request.key)
+            kind = KINDS.get(kind_of(name))
+            if kind is None or not kind.serves(name):
+                return self._refuse(request, kind.verdict if kind else INVALID_NAME)
+            resource = self.resource_of(name)
         if resource is not None:
             resource.lifespan = max(resource.lifespan, request.lifespan)
             return self._admit(request, resource, now)
@@ -1063,78 +944,61 @@ class LockTable:
             return self._refuse(request, BUSY, "nothing is known of it any more")
         if not request.create:
             return self._park(request, now)
-        resource = KINDS[kind](request.key, self.first_fit)
-        if not resource.possible(request):
+        resource = kind(key_of(name), self.first_fit)
+        if request.quantity > resource.most:
             return self._refuse(request, IMPOSSIBLE)
         return self._create(request, resource, now)
 
     def _create(self, request, resource, now):
         """A new resource: its creator is the first, those that waited for it come next."""
-        resource.lifespan = max(LEAST_LIFESPAN, request.lifespan)
-        self.resources[request.key] = resource
-        decisions = self._admit(request, resource, now)
-        for other in self.parked.pop(request.key, {}).values():
+        self.resources[resource.name] = resource
+        decisions = self._place(request, now)
+        for other in self.parked.pop(resource.name, {}).values():
             self.waiting -= 1
             self._serial += 1
-            other.state, other.serial = NEW, self._serial
-            resource.lifespan = max(resource.lifespan, other.lifespan)
-            decisions += self._admit(other, resource, now)
+            other.state, other.serial = None, self._serial
+            decisions += self._place(other, now)
         self._look_again(resource, now)
         return decisions
 
     def _park(self, request, now):
         """The resource does not exist and the request must not create it."""
-        if not request.wait:
-            if self.window_until is not None:
-                return self._defer(request, now)
-            return self._refuse(request, CANT_WAIT)
-        if self._full():
-            return self._refuse(request, LIMIT)
+        if not request.wait or self._full():
+            return self._turn_away(request, CANT_WAIT, now)
         request.state = PARKED
         self.waiting += 1
-        self.parked.setdefault(request.key, collections.OrderedDict())[request.session] = request
+        self.parked.setdefault(key_of(request.name), {})[request.session] = request
         return [Decision(request.session, WAIT_RESOURCE)]
 
     def _admit(self, request, resource, now):
         """Grants, queues or refuses a request for a resource that exists."""
-        if not resource.possible(request):
+        if request.quantity > resource.most:
             return self._refuse(request, IMPOSSIBLE)
         if request.reclaim is not None:
             return self._reclaim(request, resource, now)
-        if self.window_until is None:
-            if resource.admits(request, now) or (
-                    request.parents and self._may_pass(request, resource, now)):
-                resource.hold(request, now)
-                return [self._granted(request)]
-            if not request.wait:
-                return self._refuse(request, BUSY)
-        elif not request.wait:
-            return self._defer(request, now)
-        if self._full():
-            return self._refuse(request, LIMIT)
+        if self.window_until is None and self._may_have(request, resource, now):
+            resource.hold(request, now)
+            return [self._granted(request)]
+        if not request.wait or self._full():
+            return self._turn_away(request, BUSY, now)
         self._queue(request, resource)
-        if request.parents and self.window_until is None and self._hopeless(request, now):
-            return self._refuse(request, DEADLOCK, self._cycle(request))
+        reason = self._deadlock(request, now) if request.parents else None
+        if reason:
+            return self._refuse(request, DEADLOCK, reason)
         self._look_again(resource, now)
         return [Decision(request.session, ENQUEUED, position=resource.waiting)]
 
-    def _queue(self, request, resource):
-        resource.enqueue(request)
-        self.waiting += 1
-        for ident in request.parents:
-            self._below.setdefault(ident, {})[request] = None
-            if ident in self._by_id:
-                resource.nest(request)
-                self._new_ways = self._new_ways or self._by_id[ident].resource.waiting > 0
-
-    def _dequeued(self, request):
-        self.waiting -= 1
-        for ident in request.parents:
-            below = self._below.get(ident, {})
-            below.pop(request, None)
-            if not below:
-                self._below.pop(ident, None)
-        return request
+    def _may_have(self, request, resource, now):
+        """Whether the policy grants the request now: it fits, and all that are ahead of it wait for
+        its ancestors."""
+        if not resource.fits(request, now):
+            return False
+        if not resource.lanes or not resource.is_behind(request):
+            return True
+        ancestors = self._ancestors(request)
+        # the first of a lane waits for nothing that the others of the lane do not wait for
+        return bool(ancestors) and all(
+            self._way(first, ancestors) for first in resource.ahead(request))
 
     def _granted(self, request, token=None):
         """Keeps the books of a new holder; `token` is that of one that had the lock before."""
@@ -1142,7 +1006,7 @@ class LockTable:
             self.last_token = token = self.last_token + 1
         resource = request.resource
         request.token, resource.idle_since = token, None
-        resource.remember(request)
+        resource.remember(resource.lane(request), token)
         self.holding += 1
         if request.ident and request.ident not in self._by_id:
             self._by_id[request.ident] = request
@@ -1153,13 +1017,39 @@ class LockTable:
         self._new_ways = self._new_ways or isinstance(resource, Timestamp)
         return Decision(request.session, OK, request.element, token)
 
+    def _queue(self, request, resource):
+        resource.enqueue(request)
+        self.waiting += 1
+        for ident in request.parents:
+            self._below.setdefault(ident, {})[request] = None
+            if ident in self._by_id:
+                resource.nest(request)
+                self._new_ways = self._new_ways or self._by_id[ident].resource.waiting > 0
+
+    def _unqueue(self, request):
+        request.resource.dequeue(request)
+        self.waiting -= 1
+        for ident in request.parents:
+            below = self._below.get(ident, {})
+            below.pop(request, None)
+            if not below:
+                self._below.pop(ident, None)
+
     def _full(self):
         return self.most_waiters is not None and self.waiting >= self.most_waiters
 
-    def _defer(self, request, now):
+    def _turn_away(self, request, verdict, now):
+        """The verdict on a request that does not wait, which is deferred in the recovery window,
+        or on one waiter too many."""
+        if request.wait or self.window_until is None:
+            return self._refuse(request, LIMIT if request.wait else verdict)
         request.state = DEFERRED
-        self.deferred[request.session] = now.mono + DEFER
+        self._at(now.mono + DEFER, self._give_up, request)
         return []
+
+    def _give_up(self, request, now):
+        """The request has been deferred long enough."""
+        return self._refuse(request, BUSY) if request.state is DEFERRED else []
 
     def _refuse(self, request, verdict, reason=None, now=None):
         """The final decision of a request that gets nothing; `now` if others may be behind it."""
@@ -1167,54 +1057,42 @@ class LockTable:
 
     # Away again.
 
-    def _forget(self, request, now):
-        """Takes the request out of wherever it stands (what a holder took is given back already);
-        without `now` nobody can be waiting behind it."""
+    def _forget(self, request, now, committed=False):
+        """Takes the request out of wherever it stands; without `now` nobody can be waiting behind
+        it."""
         session, state, resource = request.session, request.state, request.resource
         del self.requests[session]
         if state is HELD:
+            resource.give_back(request, committed)
             del resource.holders[session]
             self.holding -= 1
             if self._by_id.get(request.ident) is request:
                 del self._by_id[request.ident]
         elif state is QUEUED:
-            resource.dequeue(request)
-            self._dequeued(request)
+            self._unqueue(request)
         elif state is PARKED:
-            del self.parked[request.key][session]
-            if not self.parked[request.key]:
-                del self.parked[request.key]
+            key = key_of(request.name)
+            del self.parked[key][session]
+            if not self.parked[key]:
+                del self.parked[key]
             self.waiting -= 1
-        self.deferred.pop(session, None)
-        request.state = NEW
+        request.state = None
         if state in (HELD, QUEUED) and now is not None:
             in_the_way = state is HELD or not self.first_fit
-            return self._settle(resource, resource.near(request) if in_the_way else (), now)
+            return self._settle(resource, resource.rivals(request) if in_the_way else (), now)
         return []
 
     def _settle(self, resource, lanes, now):
         """Grants what can be granted in these lanes, and sees to the resource's next date."""
         granted = []
-        if resource.waiting and self.window_until is None:
-            granted = [self._dequeued(request) for request in resource.walk(lanes, now)]
-            if resource.nested and not self.first_fit:
-                granted += self._passing(resource, now)
-                granted.sort(key=operator.attrgetter("serial"))
+        if resource.lanes and self.window_until is None:
+            for request in resource.walk(lanes, now):
+                if self._may_have(request, resource, now):
+                    self._unqueue(request)
+                    resource.hold(request, now)
+                    granted.append(request)
         self._look_again(resource, now)
-        return [self._granted(request) for request in granted]
-
-    def _passing(self, resource, now):
-        """Makes holders of the nested requests that may pass those ahead of them."""
-        granted, fitting = [], []
-        for alike in resource.nested.values():
-            if resource.fits(next(iter(alike.values())), now):
-                fitting.extend(alike.values())
-        for request in sorted(fitting, key=operator.attrgetter("serial")):
-            if self._may_pass(request, resource, now):
-                resource.dequeue(request)
-                resource.hold(request, now)
-                granted.append(self._dequeued(request))
-        return granted
+        return [self._granted(request) for request in in_order(granted)]
 
     def _let_pass(self, decisions, now):
         """Adds the nested requests that need not wait for those ahead of them any more because
@@ -1222,12 +1100,19 @@ class LockTable:
         while self._new_ways and self.window_until is None and not self.first_fit:
             self._new_ways = False
             for resource in {waiter.resource: None for waiter in self._all_nested()}:
-                decisions += [self._granted(request) for request in self._passing(resource, now)]
+                decisions += self._settle(resource, (), now)
         return decisions
+
+    # Dates.
+
+    def _at(self, when, act, subject):
+        """At `when` expire() will call act(subject, now), which returns decisions."""
+        self._serial += 1
+        heapq.heappush(self._due, (when, self._serial, act, subject))
 
     def _look_again(self, resource, now):
         """Destroys the resource if its idle life is over, or sets the date for the next look."""
-        if resource.holders or resource.waiting:
+        if resource.holders or resource.lanes:
             resource.idle_since = when = None
             if self.window_until is None:
                 when = resource.retry_at(now)
@@ -1239,49 +1124,51 @@ class LockTable:
                 self.resources.pop(resource.name, None)
                 return
         if when is not None and when < min(resource.dates, default=when + 1):
-            self._serial += 1
             resource.dates.append(when)
-            heapq.heappush(self._due, (when, self._serial, resource))
+            self._at(when, self._date_has_come, resource)
+
+    def _date_has_come(self, resource, now):
+        resource.dates = [date for date in resource.dates if date > now.mono]
+        if self.resources.get(resource.name) is not resource:  # one of its name came after it
+            return []
+        return self._settle(resource, resource.lanes, now)
 
     # Reclaims and the recovery window.
 
     def _reclaim(self, request, resource, now):
         """A session that lost its daemon, or its connection, asks for the lock that it has."""
-        before = self._by_id.get(request.ident)
+        before, back = self._by_id.get(request.ident), []
         if before is not None and before.token == request.reclaim and request.same(before):
-            return self._take_over(request, before, now)
-        if request.reclaim > (int(now.wall) - EPOCH << 32) + DAY:
+            # it comes back on a new connection before its old one was seen to have ended
+            back = [Decision(before.session, None)]
+            self._forget(before, None)
+            request.element = before.element
+        elif request.reclaim > (int(now.wall) - EPOCH << 32) + DAY:
             return self._refuse(request, BUSY, "its token lies in the future")
-        if self.window_until is None and not resource.reclaimable(request):
+        elif self.window_until is None and not resource.reclaimable(request):
             return self._refuse(request, BUSY, "it was granted to others since")
-        if not resource.could_have(request) or not resource.fits(request, now):
+        elif not resource.could_have(request) or not resource.fits(request, now):
             return self._refuse(request, BUSY, "it is held by others")
         resource.hold(request, now)
+        if back:
+            request.held_since = before.held_since
         self.last_token = max(self.last_token, request.reclaim)
-        return [self._granted(request, request.reclaim)]
+        return [self._granted(request, request.reclaim)] + back
 
-    def _take_over(self, request, before, now):
-        """The holder comes back on a new connection before its old one was seen to have ended."""
-        resource = before.resource
-        resource.give_back(before, False)
-        request.element = before.element
-        self._forget(before, None)
-        resource.hold(request, now)
-        request.held_since = before.held_since
-        return [self._granted(request, before.token), Decision(before.session, None)]
-
-    def _end_window(self, now):
+    def _end_window(self, _, now):
         self.window_until = None
         decisions = []
         for resource in list(self.resources.values()):
-            if resource.waiting:
-                decisions += self._settle(resource, list(resource.lanes), now)
-        for request in sorted(self._all_nested(), key=operator.attrgetter("serial"), reverse=True):
-            if request.state is QUEUED and self._hopeless(request, now):
-                decisions += self._refuse(request, DEADLOCK, self._cycle(request), now)
-        for session in list(self.deferred):
-            del self.deferred[session]
-            decisions += self._place(self.requests[session], now)
+            if resource.lanes:
+                decisions += self._settle(resource, resource.lanes, now)
+        for request in reversed(in_order(self._all_nested())):
+            reason = self._deadlock(request, now) if request.state is QUEUED else None
+            if reason:
+                decisions += self._refuse(request, DEADLOCK, reason, now)
+        for request in list(self.requests.values()):
+            if request.state is DEFERRED:
+                request.state = None
+                decisions += self._place(request, now)
         return decisions
 
     # Nested requests and deadlock.
@@ -1299,99 +1186,89 @@ class LockTable:
         return {waiter: None for ident, below in self._below.items() if ident in self._by_id
                 for waiter in below}
 
-    def _may_pass(self, request, resource, now):
-        """Whether the request fits, and all that it would wait for wait for its ancestors."""
-        ancestors = self._ancestors(request)
-        # the first of a lane waits for nothing that the others of the lane do not wait for
-        return bool(ancestors) and resource.fits(request, now) and all(
-            self._way(next(iter(lane.values())), ancestors) for lane in resource.ahead(request))
-
     def _way(self, start, goals):
         """The shortest way, as a list of requests, on which `start` waits for one of `goals`: from
         a waiter to the holders and waiters in its way, from a holder to the queued requests below
         it.  Empty when there is none."""
-        came_from, todo, alike = {start: None}, collections.deque([start]), {}
-        while todo:
-            request = todo.popleft()
+        ways, seen, alike = collections.deque([[start]]), {start}, {}
+        while ways:
+            way = ways.popleft()
+            request = way[-1]
             if request is not start and request in goals:
-                way = []
-                while request is not None:
-                    way.append(request)
-                    request = came_from[request]
-                return way[::-1]
+                return way
             if request.state is QUEUED:
-                resource = request.resource
-                kind = resource, resource.lane(request), request.quantity
+                kind = request.resource, request.resource.lane(request), request.quantity
                 if alike.get(kind, 0) >= request.serial:
                     continue  # one behind it that waits for all that this one waits for was here
                 alike[kind] = request.serial
-                beyond = resource.opponents(request)
-                for lane in resource.ahead(request):
-                    beyond += reversed(list(itertools.takewhile(
-                        lambda other: other.serial < request.serial, lane.values())))
+                beyond = self._in_the_way(request, request.resource)
             else:
                 beyond = self._stuck(request)
             for other in beyond:
-                if other not in came_from:
-                    came_from[other] = request
-                    todo.append(other)
+                if other not in seen:
+                    seen.add(other)
+                    ways.append(way + [other])
         return []
 
-    def _hopeless(self, request, now):
-        """Whether a nested request can never be granted, as far as anybody knows."""
-        ancestors = self._ancestors(request) if not request.patient else []
-        around = self._around(request) if ancestors else {}
-        if not any(ancestor.resource in around for ancestor in ancestors):
-            return False
-        copy = self._copy(around, request, now)
-        for resource in list(copy.resources.values()):
-            copy._settle(resource, list(resource.lanes), now)
-        wanted, ending = copy.requests[request.session], list(copy.requests.values())
-        while ending and wanted.state is QUEUED:
-            holder = ending.pop()
-            if holder.state is HELD and not copy._stuck(holder):
-                for decision in copy.gone(holder.session, now):
-                    granted = copy.requests[decision.session]
-                    ending += [granted] + copy._ancestors(granted)
-        return wanted.state is QUEUED
-
-    def _around(self, request):
-        """The resources that can matter for the request: its own, those for which commands under
-        locks of these wait, and so on."""
-        found, todo = {}, [request.resource]
-        while todo:
-            resource = todo.pop()
-            if resource not in found:
-                found[resource] = None
-                todo.extend(waiter.resource for holder in resource.holders.values()
-                            for waiter in self._stuck(holder))
+    @staticmethod
+    def _in_the_way(request, resource):
+        """The holders and the waiters, each lane's last ones first, for which a waiter waits."""
+        found = [] if resource.fits(request) else [
+            holder for holder in resource.holders.values() if resource.clash(request, holder)]
+        for first in resource.ahead(request):
+            queue = resource.lanes[resource.lane(first)].values()
+            found += reversed(list(itertools.takewhile(
+                lambda other: other.serial < request.serial, queue)))
         return found
 
-    def _copy(self, resources, request, now):
-        """A table of copies of the resources and of their requests, but without those that end by
-        themselves."""
-        copy = LockTable(self.first_fit)
-        for resource in resources:
-            fresh = copy.resources[resource.name] = resource.stand_in(resource.name, self.first_fit)
-            for holder in resource.holders.values():
-                shadow = copy.requests[holder.session] = holder.copy()
-                fresh.hold(shadow, now)
-                if self._by_id.get(holder.ident) is holder:
-                    copy._by_id[holder.ident] = shadow
-        for resource in resources:
-            for waiter in resource.waiters():
-                if not waiter.patient or waiter is request:
-                    shadow = copy.requests[waiter.session] = waiter.copy()
-                    copy._queue(shadow, copy.resources[resource.name])
-        return copy
-
-    def _cycle(self, request):
-        """One line that names the resources and holders for which a hopeless request waits."""
-        way = self._way(request, self._ancestors(request))
-        links = [f"{holder.name} is held by {holder.session}" for holder in way
-                 if holder.state is HELD]
+    def _deadlock(self, request, now):
+        """Why a nested request can never be granted, as far as anybody knows, in one line that
+        names the resources and holders for which it waits; None when it can."""
+        ancestors = self._ancestors(request) if not request.patient else []
+        if not ancestors or self.window_until is not None or (
+                self._can_be_granted(request, ancestors, now)):
+            return None
+        links = [f"{holder.name} is held by {holder.session}"
+                 for holder in self._way(request, ancestors) if holder.state is HELD]
         return (", which waits: ".join(links) + ", under which this command runs; a command in the "
                 "background may use --deadlock wait")
+
+    def _can_be_granted(self, request, ancestors, now):
+        """Whether the request is granted when all end that can, and so on."""
+        copies = self._copy_around(request.resource, now)
+        if not any(ancestor.session in copies.requests for ancestor in ancestors):
+            return True
+        for name in list(copies.resources):
+            for waiter in self.resources[name].waiters():
+                if not waiter.patient or waiter is request:
+                    shadow = copies.requests[waiter.session] = copy.copy(waiter)
+                    copies._queue(shadow, copies.resources[name])
+        for resource in list(copies.resources.values()):
+            copies._settle(resource, resource.lanes, now)
+        wanted, ending = copies.requests[request.session], list(copies.requests.values())
+        while ending and wanted.state is QUEUED:
+            holder = ending.pop()
+            if holder.state is HELD and not copies._stuck(holder):
+                for decision in copies.gone(holder.session, now):
+                    granted = copies.requests[decision.session]
+                    ending += [granted] + copies._ancestors(granted)
+        return wanted.state is HELD
+
+    def _copy_around(self, resource, now):
+        """A table with copies of the resource, of those for which commands under its locks wait,
+        and so on; of their requests only the holders, and the clock left aside."""
+        table, todo = LockTable(self.first_fit), [resource]
+        for resource in todo:
+            if resource.name not in table.resources:
+                kind = Pool if isinstance(resource, Timestamp) else type(resource)
+                fresh = table.resources[resource.name] = kind(resource.name, self.first_fit)
+                for holder in resource.holders.values():
+                    shadow = table.requests[holder.session] = copy.copy(holder)
+                    fresh.hold(shadow, now)
+                    if self._by_id.get(holder.ident) is holder:
+                        table._by_id[holder.ident] = shadow
+                        todo.extend(waiter.resource for waiter in self._stuck(holder))
+        return table
 
 
 # --- Session ------------------------------------------------------------------------------------
