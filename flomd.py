@@ -389,8 +389,10 @@ def serving(failure, *opened):
 
 PARKED, DEFERRED, QUEUED, HELD = "parked", "deferred", "queued", "held"
 CONFLICTS = ((), (5,), (3, 4, 5), (2, 4, 5), (2, 3, 4, 5), (1, 2, 3, 4, 5))  # by mode
+EX = 5  # the mode, as it were, of all requests where there are none
 DEEPEST = 255  # levels of a hierarchical name; FLoM's messages have room for some 120
 LEAST_LIFESPAN = 2000  # ms that an idle resource stays at least; commands in a row rely on it
+by_arrival = operator.attrgetter("serial")  # a key
 REMEMBERED = 50  # lanes of which a resource knows the last grant
 
 Decision = collections.namedtuple("Decision", "session verdict element token position reason")
@@ -403,7 +405,7 @@ class Request:
     parents = ()  # ids of the locks it is nested in
     patient = False  # it ends by itself, or its user says so: never a deadlock
     reclaim = element = None  # the token and the element of a lock that the session says it has
-    state = resource = token = None  # state: None before it stands anywhere and afterwards
+    state = resource = lane = token = None  # state: None before it stands anywhere, and afterwards
     behind = None  # the waiter found to be in its way
     serial = since = held_since = 0  # order of arrival; s since 1970 of arrival and of the grant
 
@@ -416,18 +418,29 @@ class Request:
         return (self.name, self.mode, self.quantity) == (other.name, other.mode, other.quantity)
 
 
+def discard(groups, key, member):
+    """Takes the member out of the group, if it is there, and an empty group out of the groups."""
+    group = groups.get(key, ())
+    if member in group:
+        del group[member]
+        if not group:
+            del groups[key]
+
+
 class Resource:
     """A resource: its holders, its waiters and the policy.  A kind is a class below this one."""
     serves = bool  # whether the kind can do its work under this name
     verdict = INVALID_NAME  # on the other names
+    has_modes = timed = False  # timed: a grant may have to wait for the clock
     most = MOST  # that a request may ask for at all
+    elements = "(?s).*"  # what they look like
 
     def __init__(self, name, first_fit):
         self.name, self.first_fit = name, first_fit
         self.holders = {}  # session: Request
-        self.lanes = {}  # lane: OrderedDict of session: Request, in order of arrival
+        self.lanes = collections.defaultdict(collections.OrderedDict)  # lane: waiters by session
         self.waiting = 0
-        self.nested = {}  # (lane, quantity): {session: waiter}, the waiters with living ancestors
+        self.nested = collections.defaultdict(dict)  # (lane, quantity): those with living ancestors
         self.lifespan = LEAST_LIFESPAN  # ms
         self.idle_since, self.dates = None, []  # dates: its entries in the table's heap
         self.tokens = {}  # lane: token of the last grant in it
@@ -445,78 +458,48 @@ class Resource:
     def give_back(self, request, committed):
         """Undoes take(); committed: the command of a transactional sequence succeeded."""
 
-    def could_have(self, request):
-        """Whether the element of a reclaim is one of this resource, and free."""
-        return True
+    def could_have(self, element):
+        """Whether the element of a reclaim may be one of this resource."""
+        return re.fullmatch(self.elements, element or "")
 
     def lane(self, request):
         """The lane of the request: waiters of one lane are alike."""
-        return None
-
-    def excludes(self, lane, other):
-        """Whether requests of the two lanes are incompatible."""
-        return True
+        return request.name, request.mode if self.has_modes else EX
 
     def rivals(self, request):
-        """The lanes that wait for the request when it holds, or is ahead of them."""
-        own = self.lane(request)
-        return [lane for lane in self.lanes if self.excludes(own, lane)]
-
-    def around(self, lane):
-        """A lane that excludes all that this one excludes, and is one of few."""
-        return None
-
-    def retry_at(self, now):
-        """The time (monotonic) at which a waiter may fit without any release, or None."""
-        return None
+        """The lanes that may be incompatible with the request's, as far as its path goes."""
+        return self.lanes
 
     # The policy.
+
+    @staticmethod
+    def excludes(lane, other):
+        """Whether requests of the two lanes are incompatible: by mode, and in a tree one node is
+        the other, or above it, or below it."""
+        name, other_name = lane[0] + "/", other[0] + "/"
+        return other[1] in CONFLICTS[lane[1]] and (
+            name.startswith(other_name) or other_name.startswith(name))
 
     def clash(self, one, other):
         """Whether the two requests are incompatible."""
         return self.excludes(self.lane(one), self.lane(other))
 
-    def first(self, lane):
-        """The first waiter of a lane, or None."""
-        queue = self.lanes.get(lane)
-        return next(iter(queue.values())) if queue else None
-
     def ahead(self, request):
         """Yields the first waiter of each lane that the policy puts before the request."""
+        conflicts, before = CONFLICTS[request.lane[1]], request.serial
         for lane in () if self.first_fit else self.rivals(request):
-            first = self.first(lane)
-            if first is not None and first.serial < request.serial:
-                yield first
+            if lane[1] in conflicts:
+                first = next(iter(self.lanes[lane].values()))
+                if first.serial < before:
+                    yield first
 
-    def is_behind(self, request):
-        """Whether the policy puts a waiter before the request."""
-        if request.behind is None or request.behind.state is not QUEUED:
-            request.behind = next(self.ahead(request), None)
-        return request.behind is not None
-
-    def enqueue(self, request):
-        lane = self.lane(request)
-        if lane not in self.lanes:
-            self.lanes[lane] = collections.OrderedDict()
-        self.lanes[lane][request.session] = request
-        self.waiting += 1
-        request.resource, request.state, request.behind = self, QUEUED, None
-
-    def dequeue(self, request):
-        lane = self.lane(request)
-        del self.lanes[lane][request.session]
-        if not self.lanes[lane]:
-            del self.lanes[lane]
-        self.waiting -= 1
-        request.state = request.behind = None
-        alike = self.nested.get((lane, request.quantity)) if self.nested else None
-        if alike and alike.pop(request.session, None) and not alike:
-            del self.nested[lane, request.quantity]
+    def count(self, request, difference):
+        """One waiter more (1) or less (-1)."""
+        self.waiting += difference
 
     def nest(self, request):
         """Notes that the waiter has living ancestors."""
-        alike = self.nested.setdefault((self.lane(request), request.quantity), {})
-        alike[request.session] = request
+        self.nested[request.lane, request.quantity][request.session] = request
 
     def hold(self, request, now):
         """Makes the request a holder."""
@@ -525,47 +508,46 @@ class Resource:
         self.holders[request.session] = request
 
     def walk(self, lanes, now):
-        """Yields, in queue order, the waiters in `lanes` that the policy may grant now, then the
-        nested ones that fit.  Each is to be granted, or not, before the next is asked for."""
-        heads = [(self.first(lane).serial, lane) for lane in lanes if lane in self.lanes]
+        """Yields, in queue order, the waiters in `lanes` that fit, then the nested ones.  Each is
+        to be granted, or not, before the next is asked for."""
+        heads = [self._head(lane) for lane in lanes if lane in self.lanes]
         heapq.heapify(heads)
         while heads:
-            lane = heads[0][1]
-            request = self.first(lane)
-            yield request
+            _, lane, request = heads[0]
+            if self.fits(request, now):
+                yield request
             if request.state is HELD and lane in self.lanes:
-                heapq.heapreplace(heads, (self.first(lane).serial, lane))
+                heapq.heapreplace(heads, self._head(lane))
             else:
                 heapq.heappop(heads)
-        if self.nested:
-            yield from in_order(waiter for alike in self.nested.values()
-                                if self.fits(next(iter(alike.values())), now)
-                                for waiter in alike.values())
+        fitting = [alike.values() for alike in self.nested.values()
+                   if self.fits(next(iter(alike.values())), now)]
+        for request in sorted(itertools.chain(*fitting), key=by_arrival) if fitting else ():
+            if self.fits(request, now):
+                yield request
+
+    def _head(self, lane):
+        first = next(iter(self.lanes[lane].values()))
+        return first.serial, lane, first
 
     def waiters(self):
         """All waiters in order of arrival."""
-        return in_order(request for queue in self.lanes.values() for request in queue.values())
-
-    # Grants that have been, for those who reclaim.
+        return sorted((request for queue in self.lanes.values() for request in queue.values()),
+                      key=by_arrival)
 
     def remember(self, lane, token):
-        """Notes a grant; those of lanes that are many become grants of wider lanes."""
+        """Notes a grant for those who reclaim; many older ones count as grants of the whole."""
         tokens = self.tokens
-        tokens[lane] = max(token, tokens.pop(lane, 0))
+        last = tokens.pop(lane, 0)
+        tokens[lane] = token if token > last else last
         if len(tokens) > REMEMBERED:
             oldest = next(iter(tokens))
-            self.remember(self.around(oldest), tokens.pop(oldest))
+            self.remember((self.name, oldest[1]), tokens.pop(oldest))
 
     def reclaimable(self, request):
         """Whether no grant since the token of the reclaim can have conflicted with it."""
-        lane = self.lane(request)
-        return not any(token > request.reclaim and self.excludes(lane, other)
+        return not any(token > request.reclaim and self.excludes(request.lane, other)
                        for other, token in self.tokens.items())
-
-
-def in_order(requests):
-    """The requests in order of arrival."""
-    return sorted(requests, key=operator.attrgetter("serial"))
 
 
 # --- Kinds --------------------------------------------------------------------------------------
@@ -574,6 +556,7 @@ def in_order(requests):
 
 class Simple(Resource):
     """Locked as a whole, in one of six modes."""
+    has_modes = True
 
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
@@ -591,12 +574,6 @@ class Simple(Resource):
 
     def give_back(self, request, committed):
         self.held[request.mode] -= 1
-
-    def lane(self, request):
-        return request.mode
-
-    def excludes(self, lane, other):
-        return other in CONFLICTS[lane]
 
 
 class Node:
@@ -633,8 +610,8 @@ class Node:
 
 class Hierarchical(Resource):
     """A tree: a request must be compatible with those on its node, above it and below it.  Holders
-    and waiters are counted in trees of their own, so a request is checked by walking down its path
-    and the cost does not depend on other branches."""
+    and waiters are counted on each node, so other branches cost nothing."""
+    has_modes = True
     serves = staticmethod(lambda name: name.count("/") <= DEEPEST)
 
     def __init__(self, name, first_fit):
@@ -651,28 +628,13 @@ class Hierarchical(Resource):
     def give_back(self, request, committed):
         self.held.add(request.name, request.mode, -1)
 
-    def enqueue(self, request):
-        super().enqueue(request)
-        self.queued.add(request.name, self.lane(request), 1)
-
-    def dequeue(self, request):
-        super().dequeue(request)
-        self.queued.add(request.name, self.lane(request), -1)
-
-    def lane(self, request):
-        return request.name, request.mode
-
-    def excludes(self, lane, other):
-        name, other_name = lane[0] + "/", other[0] + "/"
-        return other[1] in CONFLICTS[lane[1]] and (
-            name.startswith(other_name) or other_name.startswith(name))
+    def count(self, request, difference):
+        super().count(request, difference)
+        self.queued.add(request.name, request.lane, difference)
 
     def rivals(self, request):
         conflicts = CONFLICTS[request.mode]
         return (lane for lane in self.queued.near(request.name) if lane[1] in conflicts)
-
-    def around(self, lane):
-        return self.name, lane[1]
 
 
 class Numeric(Resource):
@@ -693,15 +655,16 @@ class Numeric(Resource):
         self.free += request.quantity
 
     def lane(self, request):
-        return request.quantity if self.first_fit else None
+        return (self.name, EX, request.quantity) if self.first_fit else (self.name, EX)
 
     def rivals(self, request):
         """Under first-fit, those for whom the units of the request were the last to be missing."""
         if not self.first_fit:
             return self.lanes
         missing = range(self.free - request.quantity + 1, self.free + 1)
-        fewer, more = sorted((missing, self.lanes), key=len)
-        return [quantity for quantity in fewer if quantity in more]
+        if len(missing) < len(self.lanes):
+            return [(self.name, EX, quantity) for quantity in missing]
+        return [lane for lane in self.lanes if lane[2] in missing]
 
 
 class Set(Resource):
@@ -744,8 +707,8 @@ class Pool(Resource):
 
 class Sequence(Pool):
     """Each grant carries the next value; a transactional one gets back what was not committed."""
+    elements, next = "[1-9][0-9]{0,9}", 1
     GREATEST = 2 ** 32 - 1
-    next = 1
 
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
@@ -766,10 +729,9 @@ class Sequence(Pool):
         if self.name.startswith("_S_") and not committed:
             self.returned.append(request.element)
 
-    def could_have(self, request):
-        value = request.element or ""
-        return (bool(re.fullmatch("[1-9][0-9]{0,9}", value)) and int(value) <= self.GREATEST
-                and all(holder.element != value for holder in self.holders.values()))
+    def could_have(self, element):
+        return super().could_have(element) and int(element) <= self.GREATEST and all(
+            holder.element != element for holder in self.holders.values())
 
 
 RESOLUTIONS = (("#ffffff", 1), ("#fffff", 10), ("#ffff", 100), ("#fff", 1000), ("#ff", 10 ** 4),
@@ -777,6 +739,7 @@ RESOLUTIONS = (("#ffffff", 1), ("#fffff", 10), ("#ffff", 100), ("#fff", 1000), (
                ("%H %I", 3600 * 10 ** 6))  # what the format contains: length in µs
 
 
+@functools.lru_cache(256)
 def resolution(name):
     """The interval (µs) of a timestamp resource, None where grants could not be told apart."""
     return next((length for tokens, length in RESOLUTIONS
@@ -785,16 +748,16 @@ def resolution(name):
 
 class Timestamp(Pool):
     """Each grant carries a time of its own, so it may have to wait for the clock."""
-    serves = staticmethod(resolution)
-    last = None  # the interval of the last grant
+    serves, elements, timed = staticmethod(resolution), "[ -~]+", True
+    opens = 0  # local time (µs) at which the interval of the last grant is over
 
     def fits(self, request, now=None):
         return super().fits(request) and (
-            now is None or self.last is None or request.reclaim is not None
-            or now.local() // resolution(self.name) > self.last)
+            now is None or request.reclaim is not None or now.local() >= self.opens)
 
     def take(self, request, now):
-        self.last = max(now.local() // resolution(self.name), self.last or 0)
+        length = resolution(self.name)
+        self.opens = max(self.opens, (now.local() // length + 1) * length)
         if request.reclaim is not None:
             return request.element
         text, micros = self.name[len("_t_"):self.name.rindex("[")], f"{now.local() % 10 ** 6:06d}"
@@ -802,15 +765,12 @@ class Timestamp(Pool):
             text = text.replace("#" + "f" * digits, "." + micros[:digits])
         return now.format(text)
 
-    def could_have(self, request):
-        return request.element is not None and bool(re.fullmatch("[ -~]+", request.element))
-
     def retry_at(self, now):
-        """The start of the next interval, but a second from now at the latest: clocks are set."""
-        if not self.waiting or self.last is None or not super().fits(None):
+        """The time (monotonic) at which a waiter may fit without any release, or None: the start
+        of the next interval, but a second from now at the latest, since clocks are set."""
+        if not self.waiting or not super().fits(None):
             return None
-        wanted = (self.last + 1) * resolution(self.name) - now.local()  # µs
-        return now.mono + min(max(wanted / 10 ** 6, 0), 1)
+        return now.mono + min(max((self.opens - now.local()) / 10 ** 6, 0), 1)
 
 
 KINDS = {"simple": Simple, "numeric": Numeric, "set": Set, "hierarchical": Hierarchical,
@@ -821,9 +781,6 @@ KINDS = {"simple": Simple, "numeric": Numeric, "set": Set, "hierarchical": Hiera
 # All resources and all requests: creation, parked requests, idle life, reclaims, deadlocks.  Pure,
 # as the engine is.  A session has at most one request; it is in `requests` from its first answer
 # until it has been refused, released or is gone.
-#
-# Times: what is due stands in the heap `_due`.  A resource that is idle, or whose waiters wait for
-# the clock, has an entry there (perhaps an early one: when it comes up the resource is asked again).
 #
 # The recovery window.  A daemon that follows one that ended under its holders grants reclaims
 # alone for a while.  Others queue; one that would not wait is deferred, since neither "granted" nor
@@ -849,15 +806,16 @@ class LockTable:
     """Requests, releases and disconnects in, lists of decisions out."""
 
     def __init__(self, first_fit=False, epoch=0, window_until=None, most_waiters=None):
-        self.first_fit, self.most_waiters = first_fit, most_waiters
+        self.first_fit = first_fit
+        self.most_waiters = float("inf") if most_waiters is None else most_waiters
         self.resources = {}  # name, of a tree that of its first level: Resource
         self.requests = {}  # session: Request
-        self.parked = {}  # name: {session: Request} in order of arrival
+        self.parked = collections.defaultdict(dict)  # name: {session: Request} as they arrived
         self.window_until = window_until  # monotonic time at which the recovery window ends
         self.holding = self.waiting = 0
         self.last_token = epoch << 32
         self._by_id = {}  # id: the holder with it
-        self._below = {}  # id: {waiter: None}, the waiters nested in the lock with it
+        self._below = collections.defaultdict(dict)  # id: {waiter: None}, those nested in its lock
         self._new_ways = False  # some may wait for others that they did not wait for before
         self._due = []  # heap of (monotonic time, serial, method, its first argument)
         self._serial = 0
@@ -885,9 +843,7 @@ class LockTable:
 
     def gone(self, session, now):
         """The session has ended, whatever it held or waited for."""
-        if session not in self.requests:
-            return []
-        return self.release(session, False, now)
+        return self.release(session, False, now) if session in self.requests else []
 
     def expire(self, now):
         """Does what is due at `now`."""
@@ -921,12 +877,12 @@ class LockTable:
         if before.name == request.name:
             kept = before if before.state is PARKED else before.resource
             kept.lifespan = max(kept.lifespan, request.lifespan)
-        if before.state is HELD:
-            if ((before.name, before.mode) == (request.name, request.mode)
-                    and request.quantity <= before.quantity):
-                return Decision(request.session, OK, before.element, before.token)
+        if before.state is not HELD:
+            return Decision(request.session, WAIT_RESOURCE if before.state is PARKED else ENQUEUED)
+        if request.quantity > before.quantity or not (
+                (request.name, request.mode) == (before.name, before.mode)):
             return Decision(request.session, BUSY)
-        return Decision(request.session, WAIT_RESOURCE if before.state is PARKED else ENQUEUED)
+        return Decision(request.session, OK, before.element, before.token)
 
     def _place(self, request, now):
         """Finds or makes the resource of a new request and takes it there."""
@@ -938,62 +894,61 @@ class LockTable:
                 return self._refuse(request, kind.verdict if kind else INVALID_NAME)
             resource = self.resource_of(name)
         if resource is not None:
-            resource.lifespan = max(resource.lifespan, request.lifespan)
             return self._admit(request, resource, now)
         if request.reclaim is not None and self.window_until is None:
             return self._refuse(request, BUSY, "nothing is known of it any more")
         if not request.create:
             return self._park(request, now)
-        resource = kind(key_of(name), self.first_fit)
-        if request.quantity > resource.most:
-            return self._refuse(request, IMPOSSIBLE)
-        return self._create(request, resource, now)
+        return self._create(request, kind(key_of(name), self.first_fit), now)
 
     def _create(self, request, resource, now):
         """A new resource: its creator is the first, those that waited for it come next."""
+        if request.quantity > resource.most:
+            return self._refuse(request, IMPOSSIBLE)
         self.resources[resource.name] = resource
-        decisions = self._place(request, now)
+        decisions = self._admit(request, resource, now)
         for other in self.parked.pop(resource.name, {}).values():
             self.waiting -= 1
             self._serial += 1
             other.state, other.serial = None, self._serial
-            decisions += self._place(other, now)
+            decisions += self._admit(other, resource, now)
         self._look_again(resource, now)
         return decisions
 
     def _park(self, request, now):
         """The resource does not exist and the request must not create it."""
-        if not request.wait or self._full():
+        if not request.wait or self.waiting >= self.most_waiters:
             return self._turn_away(request, CANT_WAIT, now)
         request.state = PARKED
         self.waiting += 1
-        self.parked.setdefault(key_of(request.name), {})[request.session] = request
+        self.parked[key_of(request.name)][request.session] = request
         return [Decision(request.session, WAIT_RESOURCE)]
 
     def _admit(self, request, resource, now):
         """Grants, queues or refuses a request for a resource that exists."""
+        resource.lifespan = max(resource.lifespan, request.lifespan)
         if request.quantity > resource.most:
             return self._refuse(request, IMPOSSIBLE)
+        request.lane = resource.lane(request)
         if request.reclaim is not None:
             return self._reclaim(request, resource, now)
-        if self.window_until is None and self._may_have(request, resource, now):
+        if self.window_until is None and resource.fits(request, now) and (
+                self._is_next(request, resource)):
             resource.hold(request, now)
             return [self._granted(request)]
-        if not request.wait or self._full():
+        if not request.wait or self.waiting >= self.most_waiters:
             return self._turn_away(request, BUSY, now)
         self._queue(request, resource)
-        reason = self._deadlock(request, now) if request.parents else None
-        if reason:
-            return self._refuse(request, DEADLOCK, reason)
+        if request.parents and self._is_hopeless(request, now):
+            return self._refuse_hopeless(request, now)
         self._look_again(resource, now)
-        return [Decision(request.session, ENQUEUED, position=resource.waiting)]
+        return [Decision(request.session, ENQUEUED, None, None, resource.waiting)]
 
-    def _may_have(self, request, resource, now):
-        """Whether the policy grants the request now: it fits, and all that are ahead of it wait for
-        its ancestors."""
-        if not resource.fits(request, now):
-            return False
-        if not resource.lanes or not resource.is_behind(request):
+    def _is_next(self, request, resource):
+        """Whether all that the policy puts before the request wait for its ancestors."""
+        if resource.lanes and (request.behind is None or request.behind.state is not QUEUED):
+            request.behind = next(resource.ahead(request), None)
+        if request.behind is None:
             return True
         ancestors = self._ancestors(request)
         # the first of a lane waits for nothing that the others of the lane do not wait for
@@ -1006,7 +961,7 @@ class LockTable:
             self.last_token = token = self.last_token + 1
         resource = request.resource
         request.token, resource.idle_since = token, None
-        resource.remember(resource.lane(request), token)
+        resource.remember(request.lane, token)
         self.holding += 1
         if request.ident and request.ident not in self._by_id:
             self._by_id[request.ident] = request
@@ -1014,33 +969,32 @@ class LockTable:
                 waiter.resource.nest(waiter)
                 self._new_ways = True
         # those that waited for the clock may wait for the holders now
-        self._new_ways = self._new_ways or isinstance(resource, Timestamp)
+        self._new_ways = self._new_ways or resource.timed
         return Decision(request.session, OK, request.element, token)
 
     def _queue(self, request, resource):
-        resource.enqueue(request)
+        request.resource, request.state, request.behind = resource, QUEUED, None
+        resource.lanes[request.lane][request.session] = request
+        resource.count(request, 1)
         self.waiting += 1
         for ident in request.parents:
-            self._below.setdefault(ident, {})[request] = None
+            self._below[ident][request] = None
             if ident in self._by_id:
                 resource.nest(request)
                 self._new_ways = self._new_ways or self._by_id[ident].resource.waiting > 0
 
     def _unqueue(self, request):
-        request.resource.dequeue(request)
+        resource = request.resource
+        request.state = request.behind = None
+        discard(resource.lanes, request.lane, request.session)
+        resource.count(request, -1)
         self.waiting -= 1
         for ident in request.parents:
-            below = self._below.get(ident, {})
-            below.pop(request, None)
-            if not below:
-                self._below.pop(ident, None)
-
-    def _full(self):
-        return self.most_waiters is not None and self.waiting >= self.most_waiters
+            discard(self._below, ident, request)
+            discard(resource.nested, (request.lane, request.quantity), request.session)
 
     def _turn_away(self, request, verdict, now):
-        """The verdict on a request that does not wait, which is deferred in the recovery window,
-        or on one waiter too many."""
+        """Refuses one waiter too many, or a request that does not wait: that may be deferred."""
         if request.wait or self.window_until is None:
             return self._refuse(request, LIMIT if request.wait else verdict)
         request.state = DEFERRED
@@ -1058,8 +1012,7 @@ class LockTable:
     # Away again.
 
     def _forget(self, request, now, committed=False):
-        """Takes the request out of wherever it stands; without `now` nobody can be waiting behind
-        it."""
+        """Takes the request out of wherever it stands; without `now` nobody waits behind it."""
         session, state, resource = request.session, request.state, request.resource
         del self.requests[session]
         if state is HELD:
@@ -1071,15 +1024,12 @@ class LockTable:
         elif state is QUEUED:
             self._unqueue(request)
         elif state is PARKED:
-            key = key_of(request.name)
-            del self.parked[key][session]
-            if not self.parked[key]:
-                del self.parked[key]
+            discard(self.parked, key_of(request.name), session)
             self.waiting -= 1
         request.state = None
         if state in (HELD, QUEUED) and now is not None:
-            in_the_way = state is HELD or not self.first_fit
-            return self._settle(resource, resource.rivals(request) if in_the_way else (), now)
+            freed = resource.lanes and (state is HELD or not self.first_fit)
+            return self._settle(resource, resource.rivals(request) if freed else (), now)
         return []
 
     def _settle(self, resource, lanes, now):
@@ -1087,12 +1037,13 @@ class LockTable:
         granted = []
         if resource.lanes and self.window_until is None:
             for request in resource.walk(lanes, now):
-                if self._may_have(request, resource, now):
+                if self._is_next(request, resource):
                     self._unqueue(request)
                     resource.hold(request, now)
                     granted.append(request)
+            granted.sort(key=by_arrival)
         self._look_again(resource, now)
-        return [self._granted(request) for request in in_order(granted)]
+        return [self._granted(request) for request in granted]
 
     def _let_pass(self, decisions, now):
         """Adds the nested requests that need not wait for those ahead of them any more because
@@ -1111,10 +1062,11 @@ class LockTable:
         heapq.heappush(self._due, (when, self._serial, act, subject))
 
     def _look_again(self, resource, now):
-        """Destroys the resource if its idle life is over, or sets the date for the next look."""
+        """Destroys the resource if its idle life is over, or sets a date for the next look, which
+        may turn out to be early."""
         if resource.holders or resource.lanes:
             resource.idle_since = when = None
-            if self.window_until is None:
+            if resource.timed and self.window_until is None:
                 when = resource.retry_at(now)
         else:
             if resource.idle_since is None:
@@ -1147,7 +1099,7 @@ class LockTable:
             return self._refuse(request, BUSY, "its token lies in the future")
         elif self.window_until is None and not resource.reclaimable(request):
             return self._refuse(request, BUSY, "it was granted to others since")
-        elif not resource.could_have(request) or not resource.fits(request, now):
+        elif not resource.could_have(request.element) or not resource.fits(request, now):
             return self._refuse(request, BUSY, "it is held by others")
         resource.hold(request, now)
         if back:
@@ -1161,10 +1113,9 @@ class LockTable:
         for resource in list(self.resources.values()):
             if resource.lanes:
                 decisions += self._settle(resource, resource.lanes, now)
-        for request in reversed(in_order(self._all_nested())):
-            reason = self._deadlock(request, now) if request.state is QUEUED else None
-            if reason:
-                decisions += self._refuse(request, DEADLOCK, reason, now)
+        for request in sorted(self._all_nested(), key=by_arrival, reverse=True):
+            if request.state is QUEUED and self._is_hopeless(request, now):
+                decisions += self._refuse_hopeless(request, now)
         for request in list(self.requests.values()):
             if request.state is DEFERRED:
                 request.state = None
@@ -1187,57 +1138,54 @@ class LockTable:
                 for waiter in below}
 
     def _way(self, start, goals):
-        """The shortest way, as a list of requests, on which `start` waits for one of `goals`: from
-        a waiter to the holders and waiters in its way, from a holder to the queued requests below
-        it.  Empty when there is none."""
+        """The shortest way, as a list of requests, on which the waiter `start` waits, over others,
+        for one of `goals`; empty when there is none."""
         ways, seen, alike = collections.deque([[start]]), {start}, {}
         while ways:
             way = ways.popleft()
             request = way[-1]
-            if request is not start and request in goals:
+            if request in goals:
                 return way
             if request.state is QUEUED:
-                kind = request.resource, request.resource.lane(request), request.quantity
+                kind = request.resource, request.lane, request.quantity
                 if alike.get(kind, 0) >= request.serial:
                     continue  # one behind it that waits for all that this one waits for was here
                 alike[kind] = request.serial
-                beyond = self._in_the_way(request, request.resource)
-            else:
-                beyond = self._stuck(request)
-            for other in beyond:
+            for other in self._in_the_way(request):
                 if other not in seen:
                     seen.add(other)
                     ways.append(way + [other])
         return []
 
-    @staticmethod
-    def _in_the_way(request, resource):
-        """The holders and the waiters, each lane's last ones first, for which a waiter waits."""
+    def _in_the_way(self, request):
+        """What a waiter waits for, holders and waiters, of each lane the last first; what a holder
+        waits for, the queued requests below it."""
+        if request.state is HELD:
+            return self._stuck(request)
+        resource = request.resource
         found = [] if resource.fits(request) else [
             holder for holder in resource.holders.values() if resource.clash(request, holder)]
         for first in resource.ahead(request):
-            queue = resource.lanes[resource.lane(first)].values()
-            found += reversed(list(itertools.takewhile(
-                lambda other: other.serial < request.serial, queue)))
+            queue = reversed(resource.lanes[first.lane].values())
+            found += [other for other in queue if other.serial < request.serial]
         return found
 
-    def _deadlock(self, request, now):
-        """Why a nested request can never be granted, as far as anybody knows, in one line that
-        names the resources and holders for which it waits; None when it can."""
-        ancestors = self._ancestors(request) if not request.patient else []
-        if not ancestors or self.window_until is not None or (
-                self._can_be_granted(request, ancestors, now)):
-            return None
-        links = [f"{holder.name} is held by {holder.session}"
-                 for holder in self._way(request, ancestors) if holder.state is HELD]
-        return (", which waits: ".join(links) + ", under which this command runs; a command in the "
-                "background may use --deadlock wait")
+    def _refuse_hopeless(self, request, now):
+        """The reason, in one line, names the resources and the holders on the way to itself."""
+        way = self._way(request, self._ancestors(request))
+        links = [f"{one.name} is held by {one.session}" for one in way if one.state is HELD]
+        return self._refuse(request, DEADLOCK, ", which waits: ".join(links) + (
+            ", under which this command runs; a command in the background may use --deadlock wait"
+        ), now)
 
-    def _can_be_granted(self, request, ancestors, now):
-        """Whether the request is granted when all end that can, and so on."""
+    def _is_hopeless(self, request, now):
+        """Whether a nested request can never be granted, as far as anybody knows."""
+        ancestors = self._ancestors(request)
+        if not ancestors or request.patient or self.window_until is not None:
+            return False
         copies = self._copy_around(request.resource, now)
         if not any(ancestor.session in copies.requests for ancestor in ancestors):
-            return True
+            return False
         for name in list(copies.resources):
             for waiter in self.resources[name].waiters():
                 if not waiter.patient or waiter is request:
@@ -1252,7 +1200,7 @@ class LockTable:
                 for decision in copies.gone(holder.session, now):
                     granted = copies.requests[decision.session]
                     ending += [granted] + copies._ancestors(granted)
-        return wanted.state is HELD
+        return wanted.state is QUEUED
 
     def _copy_around(self, resource, now):
         """A table with copies of the resource, of those for which commands under its locks wait,
@@ -1260,7 +1208,7 @@ class LockTable:
         table, todo = LockTable(self.first_fit), [resource]
         for resource in todo:
             if resource.name not in table.resources:
-                kind = Pool if isinstance(resource, Timestamp) else type(resource)
+                kind = Pool if resource.timed else type(resource)
                 fresh = table.resources[resource.name] = kind(resource.name, self.first_fit)
                 for holder in resource.holders.values():
                     shadow = table.requests[holder.session] = copy.copy(holder)
