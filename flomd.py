@@ -392,8 +392,8 @@ CONFLICTS = ((), (5,), (3, 4, 5), (2, 4, 5), (2, 3, 4, 5), (1, 2, 3, 4, 5))  # b
 EX = 5  # the mode, as it were, of all requests where there are none
 DEEPEST = 255  # levels of a hierarchical name; FLoM's messages have room for some 120
 LEAST_LIFESPAN = 2000  # ms that an idle resource stays at least; commands in a row rely on it
-by_arrival = operator.attrgetter("serial")  # a key
 REMEMBERED = 50  # lanes of which a resource knows the last grant
+by_arrival = operator.attrgetter("serial")  # to sort requests
 
 Decision = collections.namedtuple("Decision", "session verdict element token position reason")
 Decision.__new__.__defaults__ = (None,) * 4
@@ -432,8 +432,8 @@ class Resource:
     serves = bool  # whether the kind can do its work under this name
     verdict = INVALID_NAME  # on the other names
     has_modes = timed = False  # timed: a grant may have to wait for the clock
-    most = MOST  # that a request may ask for at all
-    elements = "(?s).*"  # what they look like
+    most = MOST  # quantity that can be granted at all
+    elements = "(?s).*"  # what the elements look like
 
     def __init__(self, name, first_fit):
         self.name, self.first_fit = name, first_fit
@@ -442,7 +442,7 @@ class Resource:
         self.waiting = 0
         self.nested = collections.defaultdict(dict)  # (lane, quantity): those with living ancestors
         self.lifespan = LEAST_LIFESPAN  # ms
-        self.idle_since, self.dates = None, []  # dates: its entries in the table's heap
+        self.idle_since, self.dates = None, []  # dates: its entries in the table's heap, last first
         self.tokens = {}  # lane: token of the last grant in it
 
     # What a kind says.
@@ -462,20 +462,24 @@ class Resource:
         """Whether the element of a reclaim may be one of this resource."""
         return re.fullmatch(self.elements, element or "")
 
+    def count(self, request, difference):
+        """Told of each waiter that comes (1) or goes (-1)."""
+        self.waiting += difference
+
     def lane(self, request):
         """The lane of the request: waiters of one lane are alike."""
         return request.name, request.mode if self.has_modes else EX
 
     def rivals(self, request):
-        """The lanes that may be incompatible with the request's, as far as its path goes."""
+        """The lanes to search for those that are incompatible with the request's."""
         return self.lanes
 
     # The policy.
 
     @staticmethod
     def excludes(lane, other):
-        """Whether requests of the two lanes are incompatible: by mode, and in a tree one node is
-        the other, or above it, or below it."""
+        """Whether requests of the two lanes are incompatible: their modes are, and in a tree one
+        node is the other, or above it, or below it."""
         name, other_name = lane[0] + "/", other[0] + "/"
         return other[1] in CONFLICTS[lane[1]] and (
             name.startswith(other_name) or other_name.startswith(name))
@@ -493,10 +497,6 @@ class Resource:
                 if first.serial < before:
                     yield first
 
-    def count(self, request, difference):
-        """One waiter more (1) or less (-1)."""
-        self.waiting += difference
-
     def nest(self, request):
         """Notes that the waiter has living ancestors."""
         self.nested[request.lane, request.quantity][request.session] = request
@@ -508,8 +508,8 @@ class Resource:
         self.holders[request.session] = request
 
     def walk(self, lanes, now):
-        """Yields, in queue order, the waiters in `lanes` that fit, then the nested ones.  Each is
-        to be granted, or not, before the next is asked for."""
+        """Yields, in queue order, the waiters in `lanes` that fit and are first, then the nested
+        ones that fit.  Each is to be granted, or not, before the next is asked for."""
         heads = [self._head(lane) for lane in lanes if lane in self.lanes]
         heapq.heapify(heads)
         while heads:
@@ -1046,8 +1046,7 @@ class LockTable:
         return [self._granted(request) for request in granted]
 
     def _let_pass(self, decisions, now):
-        """Adds the nested requests that need not wait for those ahead of them any more because
-        those have come to wait, somewhere else, for an ancestor."""
+        """Grants nested requests, too, when those ahead of them have come to wait for ancestors."""
         while self._new_ways and self.window_until is None and not self.first_fit:
             self._new_ways = False
             for resource in {waiter.resource: None for waiter in self._all_nested()}:
@@ -1062,8 +1061,7 @@ class LockTable:
         heapq.heappush(self._due, (when, self._serial, act, subject))
 
     def _look_again(self, resource, now):
-        """Destroys the resource if its idle life is over, or sets a date for the next look, which
-        may turn out to be early."""
+        """Destroys the resource if its idle life is over, or sets a date for the next look."""
         if resource.holders or resource.lanes:
             resource.idle_since = when = None
             if resource.timed and self.window_until is None:
@@ -1075,7 +1073,7 @@ class LockTable:
             if when <= now.mono:
                 self.resources.pop(resource.name, None)
                 return
-        if when is not None and when < min(resource.dates, default=when + 1):
+        if when is not None and (not resource.dates or when < resource.dates[-1]):
             resource.dates.append(when)
             self._at(when, self._date_has_come, resource)
 
@@ -1171,12 +1169,12 @@ class LockTable:
         return found
 
     def _refuse_hopeless(self, request, now):
-        """The reason, in one line, names the resources and the holders on the way to itself."""
+        """Refuses it; the reason, one line, names the resources and holders for which it waits."""
         way = self._way(request, self._ancestors(request))
         links = [f"{one.name} is held by {one.session}" for one in way if one.state is HELD]
-        return self._refuse(request, DEADLOCK, ", which waits: ".join(links) + (
-            ", under which this command runs; a command in the background may use --deadlock wait"
-        ), now)
+        reason = ", which waits: ".join(links) + (
+            ", under which this command runs; a command in the background may use --deadlock wait")
+        return self._refuse(request, DEADLOCK, reason, now)
 
     def _is_hopeless(self, request, now):
         """Whether a nested request can never be granted, as far as anybody knows."""
