@@ -490,11 +490,11 @@ class Resource:
 
     def ahead(self, request):
         """Yields the first waiter of each lane that the policy puts before the request."""
-        conflicts, before = CONFLICTS[request.lane[1]], request.serial
+        conflicts = CONFLICTS[request.lane[1]]
         for lane in () if self.first_fit else self.rivals(request):
             if lane[1] in conflicts:
                 first = next(iter(self.lanes[lane].values()))
-                if first.serial < before:
+                if first.serial < request.serial:
                     yield first
 
     def nest(self, request):
@@ -677,17 +677,16 @@ class Set(Resource):
         self.free = [True] * len(self.labels)
         self.slots = {}  # session: index of its slot
 
-    def _slots(self, request):
-        """Yields the free slots that the request may get, in the order of the search."""
-        for slot in itertools.chain(range(self.next, len(self.free)), range(self.next)):
-            if self.free[slot] and request.element in (None, self.labels[slot]):
-                yield slot
-
     def fits(self, request, now=None):
-        return next(self._slots(request), None) is not None
+        return len(self.slots) < len(self.free)
+
+    def could_have(self, element):
+        return any(free and element in (None, label) for free, label in zip(self.free, self.labels))
 
     def take(self, request, now):
-        slot = next(self._slots(request))
+        order = itertools.chain(range(self.next, len(self.free)), range(self.next))
+        slot = next(slot for slot in order
+                    if self.free[slot] and request.element in (None, self.labels[slot]))
         if request.reclaim is None:
             self.next = (self.next + 1) % len(self.free)
         self.free[slot] = False
@@ -700,9 +699,10 @@ class Set(Resource):
 
 class Pool(Resource):
     """Places for a number of holders."""
+    places = staticmethod(functools.lru_cache(256)(size_of))
 
     def fits(self, request, now=None):
-        return len(self.holders) < size_of(self.name)
+        return len(self.holders) < self.places(self.name)
 
 
 class Sequence(Pool):
@@ -926,7 +926,8 @@ class LockTable:
 
     def _admit(self, request, resource, now):
         """Grants, queues or refuses a request for a resource that exists."""
-        resource.lifespan = max(resource.lifespan, request.lifespan)
+        if request.lifespan > resource.lifespan:
+            resource.lifespan = request.lifespan
         if request.quantity > resource.most:
             return self._refuse(request, IMPOSSIBLE)
         request.lane = resource.lane(request)
@@ -952,8 +953,7 @@ class LockTable:
             return True
         ancestors = self._ancestors(request)
         # the first of a lane waits for nothing that the others of the lane do not wait for
-        return bool(ancestors) and all(
-            self._way(first, ancestors) for first in resource.ahead(request))
+        return bool(ancestors) and all(self._way(one, ancestors) for one in resource.ahead(request))
 
     def _granted(self, request, token=None):
         """Keeps the books of a new holder; `token` is that of one that had the lock before."""
@@ -1156,8 +1156,7 @@ class LockTable:
         return []
 
     def _in_the_way(self, request):
-        """What a waiter waits for, holders and waiters, of each lane the last first; what a holder
-        waits for, the queued requests below it."""
+        """Whom a waiter waits for, each lane's last first, or whom a holder's command waits for."""
         if request.state is HELD:
             return self._stuck(request)
         resource = request.resource
