@@ -520,11 +520,11 @@ class Resource:
                 heapq.heapreplace(heads, self._head(lane))
             else:
                 heapq.heappop(heads)
-        fitting = [alike.values() for alike in self.nested.values()
-                   if self.fits(next(iter(alike.values())), now)]
-        for request in sorted(itertools.chain(*fitting), key=by_arrival) if fitting else ():
-            if self.fits(request, now):
-                yield request
+        if self.nested:
+            fitting = [alike.values() for alike in self.nested.values()
+                       if self.fits(next(iter(alike.values())), now)]
+            nested = sorted(itertools.chain(*fitting), key=by_arrival)
+            yield from (request for request in nested if self.fits(request, now))
 
     def _head(self, lane):
         first = next(iter(self.lanes[lane].values()))
