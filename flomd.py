@@ -386,10 +386,13 @@ def serving(failure, *opened):
 # ancestor of the request, that is for a command that will not end before the request is granted.
 # Those nested requests are few; they are looked at one by one.
 
-NEW, PARKED, DEFERRED, QUEUED, HELD = "new", "parked", "deferred", "queued", "held"
+PARKED, DEFERRED, QUEUED, HELD = "parked", "deferred", "queued", "held"
 CONFLICTS = ((), (5,), (3, 4, 5), (2, 4, 5), (2, 3, 4, 5), (1, 2, 3, 4, 5))  # by mode
+EX = 5  # the mode, as it were, of all requests where there are none
 DEEPEST = 255  # levels of a hierarchical name; FLoM's messages have room for some 120
 LEAST_LIFESPAN = 2000  # ms that an idle resource stays at least; commands in a row rely on it
+REMEMBERED = 50  # lanes of which a resource knows the last grant
+by_arrival = operator.attrgetter("serial")  # to sort requests
 
 Decision = collections.namedtuple("Decision", "session verdict element token position reason")
 Decision.__new__.__defaults__ = (None,) * 4
@@ -401,162 +404,101 @@ class Request:
     parents = ()  # ids of the locks it is nested in
     patient = False  # it ends by itself, or its user says so: never a deadlock
     reclaim = element = None  # the token and the element of a lock that the session says it has
-    key = path = resource = None  # name of the resource, node in a tree, the resource itself
-    token = behind = None  # behind: the waiter found to be in its way
+    state = resource = lane = token = None  # state: None before it stands anywhere, and afterwards
+    behind = None  # the waiter found to be in its way
     serial = since = held_since = 0  # order of arrival; s since 1970 of arrival and of the grant
 
     def __init__(self, session, name, mode=0, quantity=1, wait=0, create=0, lifespan=0):
         self.session, self.name, self.mode, self.quantity = session, name, mode, quantity
         self.wait, self.create, self.lifespan = wait, create, lifespan  # lifespan in ms
-        self.state = NEW
-
-    def copy(self):
-        """Another request of the same session, in no place yet."""
-        other = copy.copy(self)
-        other.behind, other.state = None, NEW
-        return other
 
     def same(self, other):
         """Whether `other` repeats this request."""
         return (self.name, self.mode, self.quantity) == (other.name, other.mode, other.quantity)
 
 
+def discard(groups, key, member):
+    """Takes the member out of the group, if it is there, and an empty group out of the groups."""
+    group = groups.get(key, ())
+    if member in group:
+        del group[member]
+        if not group:
+            del groups[key]
+
+
 class Resource:
     """A resource: its holders, its waiters and the policy.  A kind is a class below this one."""
-    has_modes = False
+    serves = bool  # whether the kind can do its work under this name
+    verdict = INVALID_NAME  # on the other names
+    has_modes = timed = False  # timed: a grant may have to wait for the clock
+    most = MOST  # quantity that can be granted at all
+    elements = "(?s).*"  # what the elements look like
 
     def __init__(self, name, first_fit):
         self.name, self.first_fit = name, first_fit
         self.holders = {}  # session: Request
-        self.lanes = {}  # lane: OrderedDict of session: Request, in order of arrival
+        self.lanes = collections.defaultdict(collections.OrderedDict)  # lane: waiters by session
         self.waiting = 0
-        self.nested = {}  # (lane, quantity): {session: waiter}, the waiters with living ancestors
+        self.nested = collections.defaultdict(dict)  # (lane, quantity): those with living ancestors
         self.lifespan = LEAST_LIFESPAN  # ms
-        self.idle_since, self.dates = None, []  # dates: its entries in the table's heap
-        self.last_tokens = [0] * len(MODES)  # of the last grant in each mode
+        self.idle_since, self.dates = None, []  # dates: its entries in the table's heap, last first
+        self.tokens = {}  # lane: token of the last grant in it
 
     # What a kind says.
 
-    @classmethod
-    def refusal(cls, name):
-        """The verdict on every request for this name, None when the resource can do its work."""
-        return None
-
-    def possible(self, request):
-        """Whether the request can be granted at all, ever."""
-        return True
-
-    def has_room(self, request):
-        """Whether the request is compatible with the holders."""
+    def fits(self, request, now=None):
+        """Whether the request is compatible with the holders, and with `now` its time has come."""
         raise NotImplementedError
-
-    def fits(self, request, now):
-        """Whether the request has room, and its time has come."""
-        return self.has_room(request)
 
     def take(self, request, now):
         """Books the request and returns its element, or None; a reclaim brings its element."""
-        raise NotImplementedError
+        return request.element
 
     def give_back(self, request, committed):
         """Undoes take(); committed: the command of a transactional sequence succeeded."""
-        raise NotImplementedError
+
+    def could_have(self, element):
+        """Whether the element of a reclaim may be one of this resource."""
+        return re.fullmatch(self.elements, element or "")
+
+    def count(self, request, difference):
+        """Told of each waiter that comes (1) or goes (-1)."""
+        self.waiting += difference
 
     def lane(self, request):
         """The lane of the request: waiters of one lane are alike."""
-        return None
+        return request.name, request.mode if self.has_modes else EX
 
     def rivals(self, request):
-        """The lanes whose waiters are incompatible with the request."""
+        """The lanes to search for those that are incompatible with the request's."""
         return self.lanes
-
-    def near(self, request):
-        """The lanes that may move when the request is gone."""
-        return self.lanes
-
-    def clash(self, one, other):
-        """Whether the two requests are incompatible."""
-        return True
-
-    def opponents(self, request):
-        """The holders that the request waits for."""
-        return [] if self.has_room(request) else [
-            holder for holder in self.holders.values() if self.clash(request, holder)]
-
-    def retry_at(self, now):
-        """The time (monotonic) at which a waiter may fit without any release, or None."""
-        return None
-
-    def remember(self, request):
-        """Notes a grant for those who reclaim."""
-        mode = request.mode
-        self.last_tokens[mode] = max(self.last_tokens[mode], request.token)
-
-    def reclaimable(self, request):
-        """Whether no grant since the token of the reclaim can have conflicted with it."""
-        modes = CONFLICTS[request.mode] if self.has_modes else range(len(MODES))
-        return all(self.last_tokens[mode] <= request.reclaim for mode in modes)
-
-    def could_have(self, request):
-        """Whether the element of a reclaim is one of this resource."""
-        return True
-
-    @property
-    def stand_in(self):
-        """The kind that behaves like this one, the clock left aside."""
-        return type(self)
 
     # The policy.
 
-    def admits(self, request, now):
-        """Whether the policy grants the request now (nested requests aside)."""
-        return self.fits(request, now) and (
-            not self.waiting or self.first_fit or not self.is_behind(request))
+    @staticmethod
+    def excludes(lane, other):
+        """Whether requests of the two lanes are incompatible: their modes are, and in a tree one
+        node is the other, or above it, or below it."""
+        name, other_name = lane[0] + "/", other[0] + "/"
+        return other[1] in CONFLICTS[lane[1]] and (
+            name.startswith(other_name) or other_name.startswith(name))
 
-    def is_behind(self, request):
-        """Whether an incompatible waiter is ahead of the request."""
-        if request.behind is not None and request.behind.state is QUEUED:
-            return True
-        for lane in self.rivals(request):
-            queue = self.lanes.get(lane)
-            if queue:
-                first = next(iter(queue.values()))
-                if first.serial < request.serial:
-                    request.behind = first
-                    return True
-        return False
+    def clash(self, one, other):
+        """Whether the two requests are incompatible."""
+        return self.excludes(self.lane(one), self.lane(other))
 
     def ahead(self, request):
-        """The lanes with waiters ahead of the request that it must wait for under the policy."""
-        if self.first_fit:
-            return []
-        lanes = [(next(iter(queue.values())), queue) for queue in self.lanes.values()]
-        return [queue for first, queue in lanes
-                if first.serial < request.serial and self.clash(request, first)]
-
-    def enqueue(self, request):
-        lane = self.lane(request)
-        if lane not in self.lanes:
-            self.lanes[lane] = collections.OrderedDict()
-        self.lanes[lane][request.session] = request
-        self.waiting += 1
-        request.resource, request.state = self, QUEUED
-
-    def dequeue(self, request):
-        lane = self.lane(request)
-        del self.lanes[lane][request.session]
-        if not self.lanes[lane]:
-            del self.lanes[lane]
-        self.waiting -= 1
-        request.state, request.behind = NEW, None
-        alike = self.nested.get((lane, request.quantity)) if self.nested else None
-        if alike and alike.pop(request.session, None) and not alike:
-            del self.nested[lane, request.quantity]
+        """Yields the first waiter of each lane that the policy puts before the request."""
+        conflicts = CONFLICTS[request.lane[1]]
+        for lane in () if self.first_fit else self.rivals(request):
+            if lane[1] in conflicts:
+                first = next(iter(self.lanes[lane].values()))
+                if first.serial < request.serial:
+                    yield first
 
     def nest(self, request):
         """Notes that the waiter has living ancestors."""
-        alike = self.nested.setdefault((self.lane(request), request.quantity), {})
-        alike[request.session] = request
+        self.nested[request.lane, request.quantity][request.session] = request
 
     def hold(self, request, now):
         """Makes the request a holder."""
@@ -565,30 +507,46 @@ class Resource:
         self.holders[request.session] = request
 
     def walk(self, lanes, now):
-        """Makes holders, in queue order, of all waiters in `lanes` that the policy grants, and
-        returns them."""
-        granted, heads = [], []
-        for lane in lanes:
-            if lane in self.lanes:
-                heads.append((next(iter(self.lanes[lane].values())).serial, lane))
+        """Yields, in queue order, the waiters in `lanes` that fit and are first, then the nested
+        ones that fit.  Each is to be granted, or not, before the next is asked for."""
+        heads = [self._head(lane) for lane in lanes if lane in self.lanes]
         heapq.heapify(heads)
         while heads:
-            lane = heads[0][1]
-            request = next(iter(self.lanes[lane].values()))
-            if self.admits(request, now):
-                self.dequeue(request)
-                self.hold(request, now)
-                granted.append(request)
-                if lane in self.lanes:
-                    heapq.heapreplace(heads, (next(iter(self.lanes[lane].values())).serial, lane))
-                    continue
-            heapq.heappop(heads)
-        return granted
+            _, lane, request = heads[0]
+            if self.fits(request, now):
+                yield request
+            if request.state is HELD and lane in self.lanes:
+                heapq.heapreplace(heads, self._head(lane))
+            else:
+                heapq.heappop(heads)
+        if self.nested:
+            fitting = [alike.values() for alike in self.nested.values()
+                       if self.fits(next(iter(alike.values())), now)]
+            nested = sorted(itertools.chain(*fitting), key=by_arrival)
+            yield from (request for request in nested if self.fits(request, now))
+
+    def _head(self, lane):
+        first = next(iter(self.lanes[lane].values()))
+        return first.serial, lane, first
 
     def waiters(self):
         """All waiters in order of arrival."""
         return sorted((request for queue in self.lanes.values() for request in queue.values()),
-                      key=operator.attrgetter("serial"))
+                      key=by_arrival)
+
+    def remember(self, lane, token):
+        """Notes a grant for those who reclaim; many older ones count as grants of the whole."""
+        tokens = self.tokens
+        last = tokens.pop(lane, 0)
+        tokens[lane] = token if token > last else last
+        if len(tokens) > REMEMBERED:
+            oldest = next(iter(tokens))
+            self.remember((self.name, oldest[1]), tokens.pop(oldest))
+
+    def reclaimable(self, request):
+        """Whether no grant since the token of the reclaim can have conflicted with it."""
+        return not any(token > request.reclaim and self.excludes(request.lane, other)
+                       for other, token in self.tokens.items())
 
 
 # --- Kinds --------------------------------------------------------------------------------------
@@ -603,7 +561,7 @@ class Simple(Resource):
         super().__init__(name, first_fit)
         self.held = [0] * len(MODES)  # holders by mode
 
-    def has_room(self, request):
+    def fits(self, request, now=None):
         held = self.held
         for mode in CONFLICTS[request.mode]:
             if held[mode]:
@@ -616,31 +574,77 @@ class Simple(Resource):
     def give_back(self, request, committed):
         self.held[request.mode] -= 1
 
-    def lane(self, request):
-        return request.mode
+
+class Node:
+    """A node of a tree of numbers: how often each key stands on it, and on it or below it."""
+    __slots__ = ("children", "here", "below")
+
+    def __init__(self):
+        self.children = {}  # level: Node, while anything stands on it or below it
+        self.here, self.below = {}, {}  # key: number, never 0
+
+    def add(self, name, key, difference):
+        """Adds to the number of `key` on the node `name`, as seen from the root."""
+        nodes, levels = [self], name.split("/")[2:]
+        for level in levels:
+            nodes.append(nodes[-1].children.setdefault(level, Node()))
+        for numbers in [nodes[-1].here] + [node.below for node in nodes]:
+            numbers[key] = numbers.get(key, 0) + difference
+            if not numbers[key]:
+                del numbers[key]
+        for above, level, node in zip(nodes, levels, nodes[1:]):
+            if not node.below:
+                del above.children[level]
+
+    def near(self, name):
+        """Yields the keys on the node `name`, above it and below it."""
+        node = self
+        for level in name.split("/")[2:]:
+            yield from node.here
+            node = node.children.get(level)
+            if node is None:
+                return
+        yield from node.below
+
+
+class Hierarchical(Resource):
+    """A tree: a request must be compatible with those on its node, above it and below it.  Holders
+    and waiters are counted on each node, so other branches cost nothing."""
+    has_modes = True
+    serves = staticmethod(lambda name: name.count("/") <= DEEPEST)
+
+    def __init__(self, name, first_fit):
+        super().__init__(name, first_fit)
+        self.held, self.queued = Node(), Node()  # keys: modes; lanes
+
+    def fits(self, request, now=None):
+        conflicts = CONFLICTS[request.mode]
+        return not any(mode in conflicts for mode in self.held.near(request.name))
+
+    def take(self, request, now):
+        self.held.add(request.name, request.mode, 1)
+
+    def give_back(self, request, committed):
+        self.held.add(request.name, request.mode, -1)
+
+    def count(self, request, difference):
+        super().count(request, difference)
+        self.queued.add(request.name, request.lane, difference)
 
     def rivals(self, request):
-        return CONFLICTS[request.mode]
-
-    def clash(self, one, other):
-        return other.mode in CONFLICTS[one.mode]
+        conflicts = CONFLICTS[request.mode]
+        return (lane for lane in self.queued.near(request.name) if lane[1] in conflicts)
 
 
 class Numeric(Resource):
     """A pool of units, of which a request takes some."""
+    serves, verdict = staticmethod(size_of), IMPOSSIBLE
 
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
-        self.free = self.units = size_of(name)
+        self.most = self.free = size_of(name)
 
-    @classmethod
-    def refusal(cls, name):
-        return None if size_of(name) else IMPOSSIBLE
-
-    def possible(self, request):
-        return request.quantity <= self.units
-
-    def has_room(self, request):
+    def fits(self, request, now=None):
         return request.quantity <= self.free
 
     def take(self, request, now):
@@ -650,42 +654,40 @@ class Numeric(Resource):
         self.free += request.quantity
 
     def lane(self, request):
-        return request.quantity if self.first_fit else None
+        return (self.name, EX, request.quantity) if self.first_fit else (self.name, EX)
 
-    def near(self, request):
+    def rivals(self, request):
         """Under first-fit, those for whom the units of the request were the last to be missing."""
         if not self.first_fit:
             return self.lanes
         missing = range(self.free - request.quantity + 1, self.free + 1)
         if len(missing) < len(self.lanes):
-            return [quantity for quantity in missing if quantity in self.lanes]
-        return [quantity for quantity in self.lanes if quantity in missing]
+            return [(self.name, EX, quantity) for quantity in missing]
+        return [lane for lane in self.lanes if lane[2] in missing]
 
 
 class Set(Resource):
     """Slots with labels; each grant takes one, the search beginning one further each time."""
+    next = 0
 
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
         self.labels = name.split(".")
         self.free = [True] * len(self.labels)
         self.slots = {}  # session: index of its slot
-        self.next = 0
 
-    def _slot(self, request):
-        count = len(self.labels)
-        for index in (range(self.next, self.next + count)):
-            if self.free[index % count] and request.element in (None, self.labels[index % count]):
-                return index % count
-        return None
+    def fits(self, request, now=None):
+        return len(self.slots) < len(self.free)
 
-    def has_room(self, request):
-        return self._slot(request) is not None
+    def could_have(self, element):
+        return any(free and element in (None, label) for free, label in zip(self.free, self.labels))
 
     def take(self, request, now):
-        slot = self._slot(request)
+        order = itertools.chain(range(self.next, len(self.free)), range(self.next))
+        slot = next(slot for slot in order
+                    if self.free[slot] and request.element in (None, self.labels[slot]))
         if request.reclaim is None:
-            self.next = (self.next + 1) % len(self.labels)
+            self.next = (self.next + 1) % len(self.free)
         self.free[slot] = False
         self.slots[request.session] = slot
         return self.labels[slot]
@@ -694,160 +696,22 @@ class Set(Resource):
         self.free[self.slots.pop(request.session)] = True
 
 
-class Node:
-    """A node of a tree that holders or waiters stand on or below: their numbers by mode."""
-    __slots__ = ("path", "children", "awaited", "held", "held_below", "queued", "queued_below")
-
-    def __init__(self, path):
-        self.path, self.children = path, {}
-        self.awaited = {}  # those of the children that waiters stand on or below
-        self.held, self.held_below = [0] * len(MODES), [0] * len(MODES)
-        self.queued, self.queued_below = [0] * len(MODES), [0] * len(MODES)
-
-    def empty(self):
-        return not (self.children or any(self.held) or any(self.queued))
-
-
-class Hierarchical(Resource):
-    """A tree: a request must be compatible with those on its node, above it and below it.  Every
-    node counts what is held and queued on it and below it, so a request is checked by walking down
-    its path.  The last grants are remembered with their nodes: a reclaim that is older than those
-    is refused if there was any grant since, be it on another branch."""
-    has_modes = True
-    REMEMBERED = 100  # grants
-
-    def __init__(self, name, first_fit):
-        super().__init__(name, first_fit)
-        self.root = Node(())
-        self.recent = collections.deque(maxlen=self.REMEMBERED)  # (token, path, mode)
-
-    @classmethod
-    def refusal(cls, name):
-        return None if name.count("/") <= DEEPEST else INVALID_NAME
-
-    @staticmethod
-    def _path(request):
-        if request.path is None:
-            request.path = tuple(request.name.split("/")[2:])
-        return request.path
-
-    def _nodes(self, path):
-        """Yields the nodes from the root to `path`, as far as they exist."""
-        node = self.root
-        yield node
-        for level in path:
-            node = node.children.get(level)
-            if node is None:
-                return
-            yield node
-
-    def _count(self, request, at, below, difference):
-        """Adds to the numbers of the request's node (`at`) and of those above it (`below`)."""
-        path, mode, node = self._path(request), request.mode, self.root
-        nodes = [node]
-        for depth, level in enumerate(path, 1):
-            getattr(node, below)[mode] += difference
-            if level not in node.children:
-                node.children[level] = Node(path[:depth])
-            node = node.children[level]
-            nodes.append(node)
-        getattr(node, at)[mode] += difference
-        if at == "queued":
-            for above, node in zip(nodes, nodes[1:]):
-                if any(node.queued) or any(node.queued_below):
-                    above.awaited[node.path[-1]] = node
-                else:
-                    above.awaited.pop(node.path[-1], None)
-        while len(nodes) > 1 and nodes[-1].empty():
-            del nodes[-2].children[nodes.pop().path[-1]]
-
-    def has_room(self, request):
-        path, conflicts, node = self._path(request), CONFLICTS[request.mode], None
-        depth = -1
-        for depth, node in enumerate(self._nodes(path)):
-            if any(node.held[mode] for mode in conflicts):
-                return False
-        return depth < len(path) or not any(node.held_below[mode] for mode in conflicts)
-
-    def take(self, request, now):
-        self._count(request, "held", "held_below", 1)
-
-    def give_back(self, request, committed):
-        self._count(request, "held", "held_below", -1)
-
-    def enqueue(self, request):
-        super().enqueue(request)
-        self._count(request, "queued", "queued_below", 1)
-
-    def dequeue(self, request):
-        super().dequeue(request)
-        self._count(request, "queued", "queued_below", -1)
-
-    def lane(self, request):
-        return self._path(request), request.mode
-
-    def _lanes(self, request, modes):
-        """Yields the lanes of these modes on the request's node, above it and below it."""
-        path, node, depth = self._path(request), None, -1
-        for depth, node in enumerate(self._nodes(path)):
-            yield from ((node.path, mode) for mode in modes if node.queued[mode])
-        below = list(node.awaited.values()) if depth == len(path) else []
-        while below:
-            node = below.pop()
-            yield from ((node.path, mode) for mode in modes if node.queued[mode])
-            if any(node.queued_below[mode] for mode in modes):
-                below.extend(node.awaited.values())
-
-    def rivals(self, request):
-        return self._lanes(request, CONFLICTS[request.mode])
-
-    def near(self, request):
-        return list(self._lanes(request, CONFLICTS[request.mode]))
-
-    def clash(self, one, other):
-        return self._clash(one, self._path(other), other.mode)
-
-    def _clash(self, request, path, mode):
-        shorter = min(len(self._path(request)), len(path))
-        return mode in CONFLICTS[request.mode] and request.path[:shorter] == path[:shorter]
-
-    def remember(self, request):
-        super().remember(request)
-        self.recent.append((request.token, self._path(request), request.mode))
-
-    def reclaimable(self, request):
-        if len(self.recent) == self.REMEMBERED and self.recent[0][0] > request.reclaim:
-            return super().reclaimable(request)
-        return not any(token > request.reclaim and self._clash(request, path, mode)
-                       for token, path, mode in self.recent)
-
-
 class Pool(Resource):
-    """Places for a number of holders: what sequences and timestamps have in common."""
+    """Places for a number of holders."""
+    places = staticmethod(functools.lru_cache(256)(size_of))
 
-    def __init__(self, name, first_fit):
-        super().__init__(name, first_fit)
-        self.places = size_of(name)
-
-    def has_room(self, request):
-        return len(self.holders) < self.places
-
-    def take(self, request, now):
-        return request.element
-
-    def give_back(self, request, committed):
-        pass
+    def fits(self, request, now=None):
+        return len(self.holders) < self.places(self.name)
 
 
 class Sequence(Pool):
     """Each grant carries the next value; a transactional one gets back what was not committed."""
+    elements, next = "[1-9][0-9]{0,9}", 1
     GREATEST = 2 ** 32 - 1
 
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
-        self.transactional = name.startswith("_S_")
         self.returned = collections.deque()
-        self.next = 1
 
     def take(self, request, now):
         if request.reclaim is not None:
@@ -861,62 +725,51 @@ class Sequence(Pool):
         return str(value)
 
     def give_back(self, request, committed):
-        if self.transactional and not committed:
+        if self.name.startswith("_S_") and not committed:
             self.returned.append(request.element)
 
-    def could_have(self, request):
-        value = request.element or ""
-        return (bool(re.fullmatch("[1-9][0-9]{0,9}", value)) and int(value) <= self.GREATEST
-                and all(holder.element != value for holder in self.holders.values()))
+    def could_have(self, element):
+        return super().could_have(element) and int(element) <= self.GREATEST and all(
+            holder.element != element for holder in self.holders.values())
+
+
+RESOLUTIONS = (("#ffffff", 1), ("#fffff", 10), ("#ffff", 100), ("#fff", 1000), ("#ff", 10 ** 4),
+               ("#f", 10 ** 5), ("%c %r %s %S %T %X", 10 ** 6), ("%M %R", 60 * 10 ** 6),
+               ("%H %I", 3600 * 10 ** 6))  # what the format contains: length in µs
+
+
+@functools.lru_cache(256)
+def resolution(name):
+    """The interval (µs) of a timestamp resource, None where grants could not be told apart."""
+    return next((length for tokens, length in RESOLUTIONS
+                 if any(token in name for token in tokens.split())), None)
 
 
 class Timestamp(Pool):
     """Each grant carries a time of its own, so it may have to wait for the clock."""
-    RESOLUTIONS = (("#ffffff", 1), ("#fffff", 10), ("#ffff", 100), ("#fff", 1000), ("#ff", 10 ** 4),
-                   ("#f", 10 ** 5), ("%c %r %s %S %T %X", 10 ** 6), ("%M %R", 60 * 10 ** 6),
-                   ("%H %I", 3600 * 10 ** 6))  # what the format contains: length in µs
+    serves, elements, timed = staticmethod(resolution), "[ -~]+", True
+    opens = 0  # local time (µs) at which the interval of the last grant is over
 
-    def __init__(self, name, first_fit):
-        super().__init__(name, first_fit)
-        self.format = name[len("_t_"):name.rindex("[")]
-        self.resolution = self._resolution(name)
-        self.last = None  # the interval of the last grant
-
-    @classmethod
-    def _resolution(cls, name):
-        return next((length for tokens, length in cls.RESOLUTIONS
-                     if any(token in name for token in tokens.split())), None)
-
-    @classmethod
-    def refusal(cls, name):
-        """A format in which two grants could not be told apart is refused."""
-        return None if cls._resolution(name) else INVALID_NAME
-
-    stand_in = Pool
-
-    def could_have(self, request):
-        return request.element is not None and bool(re.fullmatch("[ -~]+", request.element))
-
-    def fits(self, request, now):
-        return self.has_room(request) and (
-            self.last is None or request.reclaim is not None
-            or now.local() // self.resolution > self.last)
+    def fits(self, request, now=None):
+        return super().fits(request) and (
+            now is None or request.reclaim is not None or now.local() >= self.opens)
 
     def take(self, request, now):
-        self.last = max(now.local() // self.resolution, self.last or 0)
+        length = resolution(self.name)
+        self.opens = max(self.opens, (now.local() // length + 1) * length)
         if request.reclaim is not None:
             return request.element
-        text, micros = self.format, f"{now.local() % 10 ** 6:06d}"
+        text, micros = self.name[len("_t_"):self.name.rindex("[")], f"{now.local() % 10 ** 6:06d}"
         for digits in range(6, 0, -1):
             text = text.replace("#" + "f" * digits, "." + micros[:digits])
         return now.format(text)
 
     def retry_at(self, now):
-        """The start of the next interval, but a second from now at the latest: clocks are set."""
-        if not self.waiting or self.last is None or len(self.holders) >= self.places:
+        """The time (monotonic) at which a waiter may fit without any release, or None: the start
+        of the next interval, but a second from now at the latest, since clocks are set."""
+        if not self.waiting or not super().fits(None):
             return None
-        wanted = (self.last + 1) * self.resolution - now.local()  # µs
-        return now.mono + min(max(wanted / 10 ** 6, 0), 1)
+        return now.mono + min(max((self.opens - now.local()) / 10 ** 6, 0), 1)
 
 
 KINDS = {"simple": Simple, "numeric": Numeric, "set": Set, "hierarchical": Hierarchical,
@@ -927,9 +780,6 @@ KINDS = {"simple": Simple, "numeric": Numeric, "set": Set, "hierarchical": Hiera
 # All resources and all requests: creation, parked requests, idle life, reclaims, deadlocks.  Pure,
 # as the engine is.  A session has at most one request; it is in `requests` from its first answer
 # until it has been refused, released or is gone.
-#
-# Times: a resource that is idle, or whose waiters wait for the clock, has one entry in the heap
-# `_due` (perhaps an early one: when it comes up the resource is asked again).
 #
 # The recovery window.  A daemon that follows one that ended under its holders grants reclaims
 # alone for a while.  Others queue; one that would not wait is deferred, since neither "granted" nor
@@ -946,23 +796,30 @@ DAY = 86400 << 32  # a day in tokens
 EPOCH = 1577836800  # tokens count seconds from 2020-01-01 UTC in their upper half
 
 
+def key_of(name):
+    """The name of the resource: of a node in a tree the first level."""
+    return "/" + name.split("/", 2)[1] if name[:1] == "/" else name
+
+
 class LockTable:
     """Requests, releases and disconnects in, lists of decisions out."""
 
     def __init__(self, first_fit=False, epoch=0, window_until=None, most_waiters=None):
-        self.first_fit, self.most_waiters = first_fit, most_waiters
+        self.first_fit = first_fit
+        self.most_waiters = float("inf") if most_waiters is None else most_waiters
         self.resources = {}  # name, of a tree that of its first level: Resource
         self.requests = {}  # session: Request
-        self.parked = {}  # name: OrderedDict of session: Request
-        self.deferred = collections.OrderedDict()  # session: time (monotonic)
+        self.parked = collections.defaultdict(dict)  # name: {session: Request} as they arrived
         self.window_until = window_until  # monotonic time at which the recovery window ends
         self.holding = self.waiting = 0
         self.last_token = epoch << 32
         self._by_id = {}  # id: the holder with it
-        self._below = {}  # id: {waiter: None}, the waiters nested in the lock with it
+        self._below = collections.defaultdict(dict)  # id: {waiter: None}, those nested in its lock
         self._new_ways = False  # some may wait for others that they did not wait for before
-        self._due = []
+        self._due = []  # heap of (monotonic time, serial, method, its first argument)
         self._serial = 0
+        if window_until is not None:
+            self._at(window_until, self._end_window, None)
 
     # What comes in.
 
@@ -981,40 +838,23 @@ class LockTable:
 
     def release(self, session, committed, now):
         """The holder lets go; committed: its command succeeded."""
-        request = self.requests[session]
-        request.resource.give_back(request, committed)
-        return self._let_pass(self._forget(request, now), now)
+        return self._let_pass(self._forget(self.requests[session], now, committed), now)
 
     def gone(self, session, now):
         """The session has ended, whatever it held or waited for."""
-        request = self.requests.get(session)
-        if request is None:
-            return []
-        if request.state is HELD:
-            return self.release(session, False, now)
-        return self._let_pass(self._forget(request, now), now)
+        return self.release(session, False, now) if session in self.requests else []
 
     def expire(self, now):
         """Does what is due at `now`."""
         decisions = []
-        if self.window_until is not None and self.window_until <= now.mono:
-            decisions += self._end_window(now)
-        while self.deferred and next(iter(self.deferred.values())) <= now.mono:
-            decisions += self._refuse(self.requests[next(iter(self.deferred))], BUSY)
         while self._due and self._due[0][0] <= now.mono:
-            when, _, resource = heapq.heappop(self._due)
-            resource.dates.remove(when)
-            if self.resources.get(resource.name) is resource:  # or one of its name came after
-                decisions += self._settle(resource, list(resource.lanes), now)
+            _, _, act, subject = heapq.heappop(self._due)
+            decisions += act(subject, now)
         return self._let_pass(decisions, now)
 
     def next_deadline(self):
         """The monotonic time at which expire() is to be called, or None."""
-        due = self._due[0][0] if self._due else None
-        if self.window_until is None and not self.deferred:
-            return due
-        times = [due, self.window_until, next(iter(self.deferred.values()), None)]
-        return min(when for when in times if when is not None)
+        return self._due[0][0] if self._due else None
 
     def empty(self):
         """Whether nothing at all is left: no resource, not even an idle one, and no request."""
@@ -1022,7 +862,7 @@ class LockTable:
 
     def resource_of(self, name):
         """The resource to which a name belongs, None when there is none."""
-        return self.resources.get("/" + name.split("/")[1] if name[:1] == "/" else name)
+        return self.resources.get(key_of(name))
 
     # From the request to its place.
 
@@ -1036,104 +876,83 @@ class LockTable:
         if before.name == request.name:
             kept = before if before.state is PARKED else before.resource
             kept.lifespan = max(kept.lifespan, request.lifespan)
-        if before.state is HELD:
-            if ((before.name, before.mode) == (request.name, request.mode)
-                    and request.quantity <= before.quantity):
-                return Decision(request.session, OK, before.element, before.token)
+        if before.state is not HELD:
+            return Decision(request.session, WAIT_RESOURCE if before.state is PARKED else ENQUEUED)
+        if request.quantity > before.quantity or not (
+                (request.name, request.mode) == (before.name, before.mode)):
             return Decision(request.session, BUSY)
-        return Decision(request.session, WAIT_RESOURCE if before.state is PARKED else ENQUEUED)
+        return Decision(request.session, OK, before.element, before.token)
 
     def _place(self, request, now):
         """Finds or makes the resource of a new request and takes it there."""
-        name = request.key = request.name
+        name = request.name
         resource = self.resources.get(name)
         if resource is None:
-            kind = kind_of(name)
-            refusal = INVALID_NAME if kind is None else KINDS[kind].refusal(name)
-            if refusal is not None:
-                return self._refuse(request, refusal)
-            if kind == "hierarchical":
-                request.key = "/" + name.split("/", 2)[1]
-                resource = self.resources.get(request.key)
+            kind = KINDS.get(kind_of(name))
+            if kind is None or not kind.serves(name):
+                return self._refuse(request, kind.verdict if kind else INVALID_NAME)
+            resource = self.resource_of(name)
         if resource is not None:
-            resource.lifespan = max(resource.lifespan, request.lifespan)
             return self._admit(request, resource, now)
         if request.reclaim is not None and self.window_until is None:
             return self._refuse(request, BUSY, "nothing is known of it any more")
         if not request.create:
             return self._park(request, now)
-        resource = KINDS[kind](request.key, self.first_fit)
-        if not resource.possible(request):
-            return self._refuse(request, IMPOSSIBLE)
-        return self._create(request, resource, now)
+        return self._create(request, kind(key_of(name), self.first_fit), now)
 
     def _create(self, request, resource, now):
         """A new resource: its creator is the first, those that waited for it come next."""
-        resource.lifespan = max(LEAST_LIFESPAN, request.lifespan)
-        self.resources[request.key] = resource
+        if request.quantity > resource.most:
+            return self._refuse(request, IMPOSSIBLE)
+        self.resources[resource.name] = resource
         decisions = self._admit(request, resource, now)
-        for other in self.parked.pop(request.key, {}).values():
+        for other in self.parked.pop(resource.name, {}).values():
             self.waiting -= 1
             self._serial += 1
-            other.state, other.serial = NEW, self._serial
-            resource.lifespan = max(resource.lifespan, other.lifespan)
+            other.state, other.serial = None, self._serial
             decisions += self._admit(other, resource, now)
         self._look_again(resource, now)
         return decisions
 
     def _park(self, request, now):
         """The resource does not exist and the request must not create it."""
-        if not request.wait:
-            if self.window_until is not None:
-                return self._defer(request, now)
-            return self._refuse(request, CANT_WAIT)
-        if self._full():
-            return self._refuse(request, LIMIT)
+        if not request.wait or self.waiting >= self.most_waiters:
+            return self._turn_away(request, CANT_WAIT, now)
         request.state = PARKED
         self.waiting += 1
-        self.parked.setdefault(request.key, collections.OrderedDict())[request.session] = request
+        self.parked[key_of(request.name)][request.session] = request
         return [Decision(request.session, WAIT_RESOURCE)]
 
     def _admit(self, request, resource, now):
         """Grants, queues or refuses a request for a resource that exists."""
-        if not resource.possible(request):
+        if request.lifespan > resource.lifespan:
+            resource.lifespan = request.lifespan
+        if request.quantity > resource.most:
             return self._refuse(request, IMPOSSIBLE)
+        request.lane = resource.lane(request)
         if request.reclaim is not None:
             return self._reclaim(request, resource, now)
-        if self.window_until is None:
-            if resource.admits(request, now) or (
-                    request.parents and self._may_pass(request, resource, now)):
-                resource.hold(request, now)
-                return [self._granted(request)]
-            if not request.wait:
-                return self._refuse(request, BUSY)
-        elif not request.wait:
-            return self._defer(request, now)
-        if self._full():
-            return self._refuse(request, LIMIT)
+        if self.window_until is None and resource.fits(request, now) and (
+                self._is_next(request, resource)):
+            resource.hold(request, now)
+            return [self._granted(request)]
+        if not request.wait or self.waiting >= self.most_waiters:
+            return self._turn_away(request, BUSY, now)
         self._queue(request, resource)
-        if request.parents and self.window_until is None and self._hopeless(request, now):
-            return self._refuse(request, DEADLOCK, self._cycle(request))
+        if request.parents and self._is_hopeless(request, now):
+            return self._refuse_hopeless(request, now)
         self._look_again(resource, now)
-        return [Decision(request.session, ENQUEUED, position=resource.waiting)]
+        return [Decision(request.session, ENQUEUED, None, None, resource.waiting)]
 
-    def _queue(self, request, resource):
-        resource.enqueue(request)
-        self.waiting += 1
-        for ident in request.parents:
-            self._below.setdefault(ident, {})[request] = None
-            if ident in self._by_id:
-                resource.nest(request)
-                self._new_ways = self._new_ways or self._by_id[ident].resource.waiting > 0
-
-    def _dequeued(self, request):
-        self.waiting -= 1
-        for ident in request.parents:
-            below = self._below.get(ident, {})
-            below.pop(request, None)
-            if not below:
-                self._below.pop(ident, None)
-        return request
+    def _is_next(self, request, resource):
+        """Whether all that the policy puts before the request wait for its ancestors."""
+        if resource.lanes and (request.behind is None or request.behind.state is not QUEUED):
+            request.behind = next(resource.ahead(request), None)
+        if request.behind is None:
+            return True
+        ancestors = self._ancestors(request)
+        # the first of a lane waits for nothing that the others of the lane do not wait for
+        return bool(ancestors) and all(self._way(one, ancestors) for one in resource.ahead(request))
 
     def _granted(self, request, token=None):
         """Keeps the books of a new holder; `token` is that of one that had the lock before."""
@@ -1141,7 +960,7 @@ class LockTable:
             self.last_token = token = self.last_token + 1
         resource = request.resource
         request.token, resource.idle_since = token, None
-        resource.remember(request)
+        resource.remember(request.lane, token)
         self.holding += 1
         if request.ident and request.ident not in self._by_id:
             self._by_id[request.ident] = request
@@ -1149,16 +968,41 @@ class LockTable:
                 waiter.resource.nest(waiter)
                 self._new_ways = True
         # those that waited for the clock may wait for the holders now
-        self._new_ways = self._new_ways or isinstance(resource, Timestamp)
+        self._new_ways = self._new_ways or resource.timed
         return Decision(request.session, OK, request.element, token)
 
-    def _full(self):
-        return self.most_waiters is not None and self.waiting >= self.most_waiters
+    def _queue(self, request, resource):
+        request.resource, request.state, request.behind = resource, QUEUED, None
+        resource.lanes[request.lane][request.session] = request
+        resource.count(request, 1)
+        self.waiting += 1
+        for ident in request.parents:
+            self._below[ident][request] = None
+            if ident in self._by_id:
+                resource.nest(request)
+                self._new_ways = self._new_ways or self._by_id[ident].resource.waiting > 0
 
-    def _defer(self, request, now):
+    def _unqueue(self, request):
+        resource = request.resource
+        request.state = request.behind = None
+        discard(resource.lanes, request.lane, request.session)
+        resource.count(request, -1)
+        self.waiting -= 1
+        for ident in request.parents:
+            discard(self._below, ident, request)
+            discard(resource.nested, (request.lane, request.quantity), request.session)
+
+    def _turn_away(self, request, verdict, now):
+        """Refuses one waiter too many, or a request that does not wait: that may be deferred."""
+        if request.wait or self.window_until is None:
+            return self._refuse(request, LIMIT if request.wait else verdict)
         request.state = DEFERRED
-        self.deferred[request.session] = now.mono + DEFER
+        self._at(now.mono + DEFER, self._give_up, request)
         return []
+
+    def _give_up(self, request, now):
+        """The request has been deferred long enough."""
+        return self._refuse(request, BUSY) if request.state is DEFERRED else []
 
     def _refuse(self, request, verdict, reason=None, now=None):
         """The final decision of a request that gets nothing; `now` if others may be behind it."""
@@ -1166,69 +1010,60 @@ class LockTable:
 
     # Away again.
 
-    def _forget(self, request, now):
-        """Takes the request out of wherever it stands (what a holder took is given back already);
-        without `now` nobody can be waiting behind it."""
+    def _forget(self, request, now, committed=False):
+        """Takes the request out of wherever it stands; without `now` nobody waits behind it."""
         session, state, resource = request.session, request.state, request.resource
         del self.requests[session]
         if state is HELD:
+            resource.give_back(request, committed)
             del resource.holders[session]
             self.holding -= 1
             if self._by_id.get(request.ident) is request:
                 del self._by_id[request.ident]
         elif state is QUEUED:
-            resource.dequeue(request)
-            self._dequeued(request)
+            self._unqueue(request)
         elif state is PARKED:
-            del self.parked[request.key][session]
-            if not self.parked[request.key]:
-                del self.parked[request.key]
+            discard(self.parked, key_of(request.name), session)
             self.waiting -= 1
-        self.deferred.pop(session, None)
-        request.state = NEW
+        request.state = None
         if state in (HELD, QUEUED) and now is not None:
-            in_the_way = state is HELD or not self.first_fit
-            return self._settle(resource, resource.near(request) if in_the_way else (), now)
+            freed = resource.lanes and (state is HELD or not self.first_fit)
+            return self._settle(resource, resource.rivals(request) if freed else (), now)
         return []
 
     def _settle(self, resource, lanes, now):
         """Grants what can be granted in these lanes, and sees to the resource's next date."""
         granted = []
-        if resource.waiting and self.window_until is None:
-            granted = [self._dequeued(request) for request in resource.walk(lanes, now)]
-            if resource.nested and not self.first_fit:
-                granted += self._passing(resource, now)
-                granted.sort(key=operator.attrgetter("serial"))
+        if resource.lanes and self.window_until is None:
+            for request in resource.walk(lanes, now):
+                if self._is_next(request, resource):
+                    self._unqueue(request)
+                    resource.hold(request, now)
+                    granted.append(request)
+            granted.sort(key=by_arrival)
         self._look_again(resource, now)
         return [self._granted(request) for request in granted]
 
-    def _passing(self, resource, now):
-        """Makes holders of the nested requests that may pass those ahead of them."""
-        granted, fitting = [], []
-        for alike in resource.nested.values():
-            if resource.fits(next(iter(alike.values())), now):
-                fitting.extend(alike.values())
-        for request in sorted(fitting, key=operator.attrgetter("serial")):
-            if self._may_pass(request, resource, now):
-                resource.dequeue(request)
-                resource.hold(request, now)
-                granted.append(self._dequeued(request))
-        return granted
-
     def _let_pass(self, decisions, now):
-        """Adds the nested requests that need not wait for those ahead of them any more because
-        those have come to wait, somewhere else, for an ancestor."""
+        """Grants nested requests, too, when those ahead of them have come to wait for ancestors."""
         while self._new_ways and self.window_until is None and not self.first_fit:
             self._new_ways = False
             for resource in {waiter.resource: None for waiter in self._all_nested()}:
-                decisions += [self._granted(request) for request in self._passing(resource, now)]
+                decisions += self._settle(resource, (), now)
         return decisions
 
+    # Dates.
+
+    def _at(self, when, act, subject):
+        """At `when` expire() will call act(subject, now), which returns decisions."""
+        self._serial += 1
+        heapq.heappush(self._due, (when, self._serial, act, subject))
+
     def _look_again(self, resource, now):
-        """Destroys the resource if its idle life is over, or sets the date for the next look."""
-        if resource.holders or resource.waiting:
+        """Destroys the resource if its idle life is over, or sets a date for the next look."""
+        if resource.holders or resource.lanes:
             resource.idle_since = when = None
-            if self.window_until is None:
+            if resource.timed and self.window_until is None:
                 when = resource.retry_at(now)
         else:
             if resource.idle_since is None:
@@ -1237,50 +1072,51 @@ class LockTable:
             if when <= now.mono:
                 self.resources.pop(resource.name, None)
                 return
-        if when is not None and when < min(resource.dates, default=when + 1):
-            self._serial += 1
+        if when is not None and (not resource.dates or when < resource.dates[-1]):
             resource.dates.append(when)
-            heapq.heappush(self._due, (when, self._serial, resource))
+            self._at(when, self._date_has_come, resource)
+
+    def _date_has_come(self, resource, now):
+        resource.dates = [date for date in resource.dates if date > now.mono]
+        if self.resources.get(resource.name) is not resource:  # one of its name came after it
+            return []
+        return self._settle(resource, resource.lanes, now)
 
     # Reclaims and the recovery window.
 
     def _reclaim(self, request, resource, now):
         """A session that lost its daemon, or its connection, asks for the lock that it has."""
-        before = self._by_id.get(request.ident)
+        before, back = self._by_id.get(request.ident), []
         if before is not None and before.token == request.reclaim and request.same(before):
-            return self._take_over(request, before, now)
-        if request.reclaim > (int(now.wall) - EPOCH << 32) + DAY:
+            # it comes back on a new connection before its old one was seen to have ended
+            back = [Decision(before.session, None)]
+            self._forget(before, None)
+            request.element = before.element
+        elif request.reclaim > (int(now.wall) - EPOCH << 32) + DAY:
             return self._refuse(request, BUSY, "its token lies in the future")
-        if self.window_until is None and not resource.reclaimable(request):
+        elif self.window_until is None and not resource.reclaimable(request):
             return self._refuse(request, BUSY, "it was granted to others since")
-        if not resource.could_have(request) or not resource.fits(request, now):
+        elif not resource.could_have(request.element) or not resource.fits(request, now):
             return self._refuse(request, BUSY, "it is held by others")
         resource.hold(request, now)
+        if back:
+            request.held_since = before.held_since
         self.last_token = max(self.last_token, request.reclaim)
-        return [self._granted(request, request.reclaim)]
+        return [self._granted(request, request.reclaim)] + back
 
-    def _take_over(self, request, before, now):
-        """The holder comes back on a new connection before its old one was seen to have ended."""
-        resource = before.resource
-        resource.give_back(before, False)
-        request.element = before.element
-        self._forget(before, None)
-        resource.hold(request, now)
-        request.held_since = before.held_since
-        return [self._granted(request, before.token), Decision(before.session, None)]
-
-    def _end_window(self, now):
+    def _end_window(self, _, now):
         self.window_until = None
         decisions = []
         for resource in list(self.resources.values()):
-            if resource.waiting:
-                decisions += self._settle(resource, list(resource.lanes), now)
-        for request in sorted(self._all_nested(), key=operator.attrgetter("serial"), reverse=True):
-            if request.state is QUEUED and self._hopeless(request, now):
-                decisions += self._refuse(request, DEADLOCK, self._cycle(request), now)
-        for session in list(self.deferred):
-            del self.deferred[session]
-            decisions += self._place(self.requests[session], now)
+            if resource.lanes:
+                decisions += self._settle(resource, resource.lanes, now)
+        for request in sorted(self._all_nested(), key=by_arrival, reverse=True):
+            if request.state is QUEUED and self._is_hopeless(request, now):
+                decisions += self._refuse_hopeless(request, now)
+        for request in list(self.requests.values()):
+            if request.state is DEFERRED:
+                request.state = None
+                decisions += self._place(request, now)
         return decisions
 
     # Nested requests and deadlock.
@@ -1298,99 +1134,85 @@ class LockTable:
         return {waiter: None for ident, below in self._below.items() if ident in self._by_id
                 for waiter in below}
 
-    def _may_pass(self, request, resource, now):
-        """Whether the request fits, and all that it would wait for wait for its ancestors."""
-        ancestors = self._ancestors(request)
-        # the first of a lane waits for nothing that the others of the lane do not wait for
-        return bool(ancestors) and resource.fits(request, now) and all(
-            self._way(next(iter(lane.values())), ancestors) for lane in resource.ahead(request))
-
     def _way(self, start, goals):
-        """The shortest way, as a list of requests, on which `start` waits for one of `goals`: from
-        a waiter to the holders and waiters in its way, from a holder to the queued requests below
-        it.  Empty when there is none."""
-        came_from, todo, alike = {start: None}, collections.deque([start]), {}
-        while todo:
-            request = todo.popleft()
-            if request is not start and request in goals:
-                way = []
-                while request is not None:
-                    way.append(request)
-                    request = came_from[request]
-                return way[::-1]
+        """The shortest way, as a list of requests, on which the waiter `start` waits, over others,
+        for one of `goals`; empty when there is none."""
+        ways, seen, alike = collections.deque([[start]]), {start}, {}
+        while ways:
+            way = ways.popleft()
+            request = way[-1]
+            if request in goals:
+                return way
             if request.state is QUEUED:
-                resource = request.resource
-                kind = resource, resource.lane(request), request.quantity
+                kind = request.resource, request.lane, request.quantity
                 if alike.get(kind, 0) >= request.serial:
                     continue  # one behind it that waits for all that this one waits for was here
                 alike[kind] = request.serial
-                beyond = resource.opponents(request)
-                for lane in resource.ahead(request):
-                    beyond += reversed(list(itertools.takewhile(
-                        lambda other: other.serial < request.serial, lane.values())))
-            else:
-                beyond = self._stuck(request)
-            for other in beyond:
-                if other not in came_from:
-                    came_from[other] = request
-                    todo.append(other)
+            for other in self._in_the_way(request):
+                if other not in seen:
+                    seen.add(other)
+                    ways.append(way + [other])
         return []
 
-    def _hopeless(self, request, now):
-        """Whether a nested request can never be granted, as far as anybody knows."""
-        ancestors = self._ancestors(request) if not request.patient else []
-        around = self._around(request) if ancestors else {}
-        if not any(ancestor.resource in around for ancestor in ancestors):
-            return False
-        copy = self._copy(around, request, now)
-        for resource in list(copy.resources.values()):
-            copy._settle(resource, list(resource.lanes), now)
-        wanted, ending = copy.requests[request.session], list(copy.requests.values())
-        while ending and wanted.state is QUEUED:
-            holder = ending.pop()
-            if holder.state is HELD and not copy._stuck(holder):
-                for decision in copy.gone(holder.session, now):
-                    granted = copy.requests[decision.session]
-                    ending += [granted] + copy._ancestors(granted)
-        return wanted.state is QUEUED
-
-    def _around(self, request):
-        """The resources that can matter for the request: its own, those for which commands under
-        locks of these wait, and so on."""
-        found, todo = {}, [request.resource]
-        while todo:
-            resource = todo.pop()
-            if resource not in found:
-                found[resource] = None
-                todo.extend(waiter.resource for holder in resource.holders.values()
-                            for waiter in self._stuck(holder))
+    def _in_the_way(self, request):
+        """Whom a waiter waits for, each lane's last first, or whom a holder's command waits for."""
+        if request.state is HELD:
+            return self._stuck(request)
+        resource = request.resource
+        found = [] if resource.fits(request) else [
+            holder for holder in resource.holders.values() if resource.clash(request, holder)]
+        for first in resource.ahead(request):
+            queue = reversed(resource.lanes[first.lane].values())
+            found += [other for other in queue if other.serial < request.serial]
         return found
 
-    def _copy(self, resources, request, now):
-        """A table of copies of the resources and of their requests, but without those that end by
-        themselves."""
-        copy = LockTable(self.first_fit)
-        for resource in resources:
-            fresh = copy.resources[resource.name] = resource.stand_in(resource.name, self.first_fit)
-            for holder in resource.holders.values():
-                shadow = copy.requests[holder.session] = holder.copy()
-                fresh.hold(shadow, now)
-                if self._by_id.get(holder.ident) is holder:
-                    copy._by_id[holder.ident] = shadow
-        for resource in resources:
-            for waiter in resource.waiters():
-                if not waiter.patient or waiter is request:
-                    shadow = copy.requests[waiter.session] = waiter.copy()
-                    copy._queue(shadow, copy.resources[resource.name])
-        return copy
-
-    def _cycle(self, request):
-        """One line that names the resources and holders for which a hopeless request waits."""
+    def _refuse_hopeless(self, request, now):
+        """Refuses it; the reason, one line, names the resources and holders for which it waits."""
         way = self._way(request, self._ancestors(request))
-        links = [f"{holder.name} is held by {holder.session}" for holder in way
-                 if holder.state is HELD]
-        return (", which waits: ".join(links) + ", under which this command runs; a command in the "
-                "background may use --deadlock wait")
+        links = [f"{one.name} is held by {one.session}" for one in way if one.state is HELD]
+        reason = ", which waits: ".join(links) + (
+            ", under which this command runs; a command in the background may use --deadlock wait")
+        return self._refuse(request, DEADLOCK, reason, now)
+
+    def _is_hopeless(self, request, now):
+        """Whether a nested request can never be granted, as far as anybody knows."""
+        ancestors = self._ancestors(request)
+        if not ancestors or request.patient or self.window_until is not None:
+            return False
+        copies = self._copy_around(request.resource, now)
+        if not any(ancestor.session in copies.requests for ancestor in ancestors):
+            return False
+        for name in list(copies.resources):
+            for waiter in self.resources[name].waiters():
+                if not waiter.patient or waiter is request:
+                    shadow = copies.requests[waiter.session] = copy.copy(waiter)
+                    copies._queue(shadow, copies.resources[name])
+        for resource in list(copies.resources.values()):
+            copies._settle(resource, resource.lanes, now)
+        wanted, ending = copies.requests[request.session], list(copies.requests.values())
+        while ending and wanted.state is QUEUED:
+            holder = ending.pop()
+            if holder.state is HELD and not copies._stuck(holder):
+                for decision in copies.gone(holder.session, now):
+                    granted = copies.requests[decision.session]
+                    ending += [granted] + copies._ancestors(granted)
+        return wanted.state is QUEUED
+
+    def _copy_around(self, resource, now):
+        """A table with copies of the resource, of those for which commands under its locks wait,
+        and so on; of their requests only the holders, and the clock left aside."""
+        table, todo = LockTable(self.first_fit), [resource]
+        for resource in todo:
+            if resource.name not in table.resources:
+                kind = Pool if resource.timed else type(resource)
+                fresh = table.resources[resource.name] = kind(resource.name, self.first_fit)
+                for holder in resource.holders.values():
+                    shadow = table.requests[holder.session] = copy.copy(holder)
+                    fresh.hold(shadow, now)
+                    if self._by_id.get(holder.ident) is holder:
+                        table._by_id[holder.ident] = shadow
+                        todo.extend(waiter.resource for waiter in self._stuck(holder))
+        return table
 
 
 # --- Session ------------------------------------------------------------------------------------

@@ -132,12 +132,13 @@ def values_are_conserved(resource, holders):
 
 
 def nodes_are_needed(resource, holders):
-    names = [one.name + "/" for one in holders + resource.waiters()]
-    todo = [(resource.name + "/", resource.root)]
-    while todo:
-        name, node = todo.pop()
-        assert node is resource.root or any(one.startswith(name) for one in names), name
-        todo += [(f"{name}{level}/", child) for level, child in node.children.items()]
+    for root, users in ((resource.held, holders), (resource.queued, resource.waiters())):
+        names, todo = [one.name + "/" for one in users], [(resource.name + "/", root)]
+        while todo:
+            name, node = todo.pop()
+            assert node is root or any(one.startswith(name) for one in names), name
+            assert sum(node.below.values()) == sum(one.startswith(name) for one in names), name
+            todo += [(f"{name}{level}/", child) for level, child in node.children.items()]
 
 
 CONSERVED = {"hierarchical": nodes_are_needed, "numeric": units_are_conserved,

@@ -9,11 +9,14 @@ def world(request):
 
 
 def nodes(world, name="/srv"):
-    """How many nodes the tree has."""
-    found, todo = 0, [world.table.resources[name].root]
+    """How many nodes of the tree holders or waiters stand on or below."""
+    resource = world.table.resources[name]
+    found, todo = {""}, [("", resource.held), ("", resource.queued)]
     while todo:
-        found, todo = found + 1, todo + list(todo.pop().children.values())
-    return found
+        path, node = todo.pop()
+        found.add(path)
+        todo += [(f"{path}/{level}", child) for level, child in node.children.items()]
+    return len(found)
 
 
 def test_ancestors_and_descendants_count_and_siblings_do_not(world):
