@@ -1135,13 +1135,15 @@ class LockTable:
                 for waiter in below}
 
     def _way(self, start, goals):
-        """The shortest way, as a list of requests, on which the waiter `start` waits, over others,
+        """The shortest way, as a sequence of requests, on which the waiter `start` waits, over others,
         for one of `goals`; empty when there is none."""
-        ways, seen, alike = collections.deque([[start]]), {start}, {}
-        while ways:
-            way = ways.popleft()
-            request = way[-1]
+        came_from, todo, alike = {start: None}, collections.deque([start]), {}
+        while todo:
+            request = todo.popleft()
             if request in goals:
+                way = collections.deque([request])
+                while came_from[way[0]] is not None:
+                    way.appendleft(came_from[way[0]])
                 return way
             if request.state is QUEUED:
                 kind = request.resource, request.lane, request.quantity
@@ -1149,10 +1151,10 @@ class LockTable:
                     continue  # one behind it that waits for all that this one waits for was here
                 alike[kind] = request.serial
             for other in self._in_the_way(request):
-                if other not in seen:
-                    seen.add(other)
-                    ways.append(way + [other])
-        return []
+                if other not in came_from:
+                    came_from[other] = request
+                    todo.append(other)
+        return ()
 
     def _in_the_way(self, request):
         """Whom a waiter waits for, each lane's last first, or whom a holder's command waits for."""
