@@ -27,7 +27,6 @@ import itertools
 import operator
 import os
 import pwd
-import random
 import re
 import select
 import signal
@@ -1443,7 +1442,7 @@ class Session:
     ("lock", Request), ("unlock", committed), ("status", client), ("shutdown", immediate) or
     ("send", bytes)."""
     __slots__ = ("connection", "unread", "ours", "answered", "asked", "holds", "about", "peer_id",
-                 "place", "request")
+                 "request")
 
     def __init__(self, connection):
         self.connection, self.unread = connection, b""
@@ -1451,7 +1450,6 @@ class Session:
         self.asked = self.holds = self.request = None  # two names, and the last request
         self.about = {}  # what a client of ours says of itself
         self.peer_id = None  # of the client's host
-        self.place = None  # in the queue, as the client knows it
 
     def __str__(self):
         """Who it is, as people see it."""
@@ -1629,7 +1627,8 @@ def _who(request):
 # never blocks.  Closing is idempotent and tells the lock table.
 
 MOST_UNREAD = 256 * 1024  # bytes that may wait for a slow reader
-PATIENCE = 10  # s for the first message, and for the end of a half-closed connection
+PATIENCE = 10  # s for the first message, for a part of a report, and to close after the last word
+PIECES = 300  # of a status report that one turn of the loop makes
 LOCAL = "local"  # the peer on a UNIX socket
 READABLE, WRITABLE = select.POLLIN, select.POLLOUT  # the numbers that epoll uses, too
 WOULD_BLOCK = (BlockingIOError, InterruptedError)
@@ -1637,24 +1636,23 @@ WOULD_BLOCK = (BlockingIOError, InterruptedError)
 
 class Connection:
     """One client."""
-    __slots__ = ("daemon", "socket", "peer", "local", "session", "output", "report", "over",
-                 "surplus", "writing", "name")
+    __slots__ = ("daemon", "socket", "peer", "session", "output", "report", "over", "surplus",
+                 "writing", "name")
     would_block = WOULD_BLOCK
 
-    def __init__(self, daemon, connection, peer, surplus):
+    def __init__(self, daemon, connection, peer):
         self.daemon, self.socket, self.peer = daemon, connection, peer
-        self.local = peer == LOCAL
         self.session = Session(self)
         self.output = b""  # what the client has not taken yet
-        self.report = None  # iterator over the rest of a status report
-        self.over = False  # half-closed by us: nothing that comes counts any more
-        self.surplus = surplus  # beyond the limit of clients: to be refused
+        self.report = None  # iterator over the rest of a status report, which follows the output
+        self.over = False  # no more is said, and nothing that comes counts any more
+        self.surplus = False  # beyond the limit of clients: to be refused
         self.writing = False  # the poller waits until it can write
         self.name = None  # the common name of the peer's certificate
 
     def handle(self, events):
         """What the poller has seen."""
-        if events & WRITABLE and self.socket is not None:
+        if events & WRITABLE:
             self._flush()
         if events & ~WRITABLE and self.socket is not None and self._read():
             self._read()
@@ -1686,24 +1684,23 @@ class Connection:
 
     def send(self, data):
         """Sends now what the client takes now, the rest when it can take more."""
-        if self.output or self.report:
-            self.output += data
-        else:
-            self.output = data
+        self.output += data
+        if not self.writing:
             self._flush()
         if len(self.output) > MOST_UNREAD:
             self.close("does not read")
 
-    def send_report(self, pieces):
-        """Sends the pieces of a status report as the client takes them, then half-closes."""
-        if self.report is None:
-            self.report = pieces
+    def finish(self, report=None):
+        """Sends what is left, and the pieces of the report, then half-closes."""
+        if self.socket is not None and not self.over:
+            self.over, self.report = True, report
+            self.daemon.expect(self)
             self._flush()
 
     def _flush(self):
         """Writes what can be written; afterwards the poller knows whether something is left."""
         try:
-            while self.output:
+            while self.output or self.report and self._refill():
                 sent = self.socket.send(self.output)
                 self.output = self.output[sent:]
         except self.would_block:
@@ -1711,35 +1708,27 @@ class Connection:
         except OSError:
             self.close()
             return
-        if bool(self.output) != self.writing:
-            self.writing = not self.writing
-            self.daemon.poller.change(self.socket, self.writing)
-        if self.over and not self.output:
-            self._shut()
-        if self.report is not None and len(self.output) < 65536:
-            self.daemon.report_soon(self)
+        left = bool(self.output or self.report)
+        if left != self.writing:
+            self._watch(left)
+        if self.over and not left:
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_WR)
 
-    def refill(self):
-        """Takes the next pieces of the report, a few hundred."""
-        if self.socket is not None:
-            pieces = list(itertools.islice(self.report, 300))
-            self.output += "".join(pieces).encode("ascii")
-            if not pieces:
-                self.report = None
-                self.finish()
-            self._flush()
+    def _refill(self):
+        """The next pieces of the report, in a turn of the loop in which no other report goes on."""
+        if self.daemon.reported is self.daemon.now:
+            return False
+        self.daemon.reported = self.daemon.now
+        self.daemon.expect(self)
+        self.output = "".join(itertools.islice(self.report, PIECES)).encode("ascii")
+        if not self.output:
+            self.report = None
+        return self.output
 
-    def finish(self):
-        """Half-closes once everything is written; the client has PATIENCE to close its side."""
-        if self.socket is not None and not self.over:
-            self.over = True
-            self.daemon.expect(self)
-            if not self.output and self.report is None:
-                self._shut()
-
-    def _shut(self):
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_WR)
+    def _watch(self, writing):
+        self.writing = writing
+        self.daemon.poller.change(self.socket, writing)
 
     def tell(self, decision):
         """Tells the client of a decision about its request."""
@@ -1748,10 +1737,10 @@ class Connection:
         answer = None if decision.verdict is None else self.session.answer(decision)
         if answer is None:
             self.close()
-            return
-        self.send(answer)
-        if decision.verdict in FINAL:
-            self.finish()
+        elif not self.over:
+            self.send(answer)
+            if decision.verdict in FINAL:
+                self.finish()
 
     def close(self, reason=None):
         """Ends the connection, for a reason to be logged; what it held goes on to others."""
@@ -1765,7 +1754,7 @@ class Connection:
 
     def credentials(self):
         """(pid, uid) of the peer on a local socket, (None, None) where the system cannot tell."""
-        if not self.local or not hasattr(socket, "SO_PEERCRED"):
+        if self.peer != LOCAL or not hasattr(socket, "SO_PEERCRED"):
             return None, None
         raw = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         return struct.unpack("3i", raw)[:2]
@@ -1803,10 +1792,10 @@ class TlsConnection(Connection):
     """One client behind TLS."""
     __slots__ = ("shaking", "would_block")
 
-    def __init__(self, daemon, connection, peer, surplus, context):
+    def __init__(self, daemon, connection, peer):
         import ssl
-        super().__init__(daemon, context.wrap_socket(
-            connection, server_side=True, do_handshake_on_connect=False), peer, surplus)
+        super().__init__(daemon, daemon.tls.wrap_socket(
+            connection, server_side=True, do_handshake_on_connect=False), peer)
         self.shaking, self.would_block = True, (ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
     def handle(self, events):
@@ -1818,24 +1807,18 @@ class TlsConnection(Connection):
                 self._read()
 
     def _shake(self):
-        writing = False
         try:
             self.socket.do_handshake()
             self.shaking, subject = False, self.socket.getpeercert().get("subject", ())
             self.name = dict(pair for part in subject for pair in part).get("commonName")
         except self.would_block as error:
-            writing = isinstance(error, self.would_block[1])
+            self._watch(isinstance(error, self.would_block[1]))
         except OSError as error:
-            self.daemon.log.limited(f"{self.peer}: no TLS: {error}")
             if getattr(error, "reason", "") == "WRONG_VERSION_NUMBER":
                 with contextlib.suppress(OSError):  # plain text: it is to know what is wrong
                     socket.socket.recv(self.socket, 4096)
                     socket.socket.send(self.socket, TLS_ALERT)
-            self.close()
-            return
-        if writing != self.writing:
-            self.writing = writing
-            self.daemon.poller.change(self.socket, writing)
+            self.close(f"no TLS: {error}")
 
 
 # --- Listeners ----------------------------------------------------------------------------------
@@ -1858,7 +1841,10 @@ class Listener:
         self.label = f"unix:{address}" if self.local else f"tcp:{show_address(address)}"
         listening.setblocking(False)
         listening.listen(BACKLOG)
-        daemon.poller.add(listening, self.handle)
+        self._resume()
+
+    def _resume(self):
+        self.daemon.poller.add(self.socket, self.handle)
 
     def handle(self, events):
         """Accepts those that have come, a batch at a time."""
@@ -1875,13 +1861,8 @@ class Listener:
                 self.daemon.dates[self._resume] = self.daemon.now.mono + PAUSE
                 return
             connection.setblocking(False)
-            try:
+            with contextlib.suppress(OSError):  # TLS: it has gone already
                 self.daemon.welcome(connection, LOCAL if self.local else show_address(address))
-            except OSError:  # TLS: it has gone already
-                continue
-
-    def _resume(self):
-        self.daemon.poller.add(self.socket, self.handle)
 
     def close(self):
         """Stops listening; removes the path of a UNIX socket that is its own."""
@@ -1897,13 +1878,19 @@ def unix_socket(path, mode):
     """A bound UNIX socket at `path` with these permissions; its lock must be held already."""
     _remove_stale(path)
     bound = socket.socket(socket.AF_UNIX)
+    with serving(f"cannot create the socket {path}", bound), creating(mode):
+        bound.bind(path)
+    return bound
+
+
+@contextlib.contextmanager
+def creating(mode):
+    """Files that are created get these permissions, whatever the starter's umask was."""
     before = os.umask(0o777 & ~mode)
     try:
-        with serving(f"cannot create the socket {path}", bound):
-            bound.bind(path)
+        yield
     finally:
         os.umask(before)
-    return bound
 
 
 def _remove_stale(path):
@@ -1955,9 +1942,7 @@ def inherited_sockets():
     mine = os.environ.get("LISTEN_PID") == str(os.getpid())
     for number in range(3, 3 + int(os.environ.get("LISTEN_FDS", "0") if mine else 0)):
         given = socket.socket(fileno=number)
-        name = given.getsockname()  # tells the family, which Python 3.6 does not find out itself
-        family = socket.AF_UNIX if isinstance(name, (str, bytes)) else (
-            socket.AF_INET6 if len(name) == 4 else socket.AF_INET)
+        family = given.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)  # 3.6 does not look itself
         yield socket.socket(family, socket.SOCK_STREAM, fileno=given.detach())
 
 
@@ -1978,6 +1963,7 @@ def inherited_sockets():
 CANDIDACY, QUESTIONS = 0.4, 4  # s, and questions in that time
 SOON = (0.5, 0.5, 1)  # s between the winner's first questions
 OFTEN = 5  # s between questions from then on, a fifth more or less
+DRAIN = 255  # what is written to the loop where it reads the numbers of signals, too
 MULTICAST = {  # level; names there and forms: of all groups (Linux; Python has none), sender, join
     socket.AF_INET: (socket.IPPROTO_IP, 49, socket.IP_MULTICAST_TTL,
                      socket.IP_MULTICAST_IF, "@8xi", socket.IP_ADD_MEMBERSHIP, "@4xi"),
@@ -1990,25 +1976,24 @@ class Group:
 
     def __init__(self, settings, pair):
         self.settings, self.pair = settings, pair
-        host, interface = settings["MulticastAddress"], settings["NetworkInterface"]
-        with serving(f"cannot use the group {host}"):
+        host, self.port = settings["MulticastAddress"], settings["MulticastPort"]
+        interface, failure = settings["NetworkInterface"], f"cannot join {host} port {self.port}"
+        with serving(failure):
             self.index = socket.if_nametoindex(interface) if interface else 0
             self.family, _, _, _, self.address = socket.getaddrinfo(
-                host, settings["MulticastPort"], 0, socket.SOCK_DGRAM)[0]
+                host, self.port, 0, socket.SOCK_DGRAM)[0]
         if self.family == socket.AF_INET6:
             self.index = self.index or self.address[3]
             self.address = self.address[:3] + (self.index,)
-        self.port = self.address[1]
         # one hears the group's questions; the other asks and hears the answers: never from the
         # group's port, since a FLoM daemon there ends on an answer
         self.socket, self.asker = (socket.socket(self.family, socket.SOCK_DGRAM) for _ in range(2))
         self.socket.setblocking(False)
         self.asker.setblocking(False)
-        with serving(f"cannot join the group {self.address[0]} port {self.port}", self.socket,
-                     self.asker):
+        with serving(failure, self.socket, self.asker):
             self._join(*MULTICAST[self.family])
-        self.own_port = None  # of the TCP listener, once it serves
         self.asked = 0  # when it asked last
+        self.probe = None  # the thread that looks for another daemon
 
     def _join(self, level, of_all, hops, sender, sender_form, join, join_form):
         """Joins on the interface asked for, else on all; raises OSError when none takes part."""
@@ -2040,88 +2025,86 @@ class Group:
             self.asker.sendto(encode(DISCOVER, 8, daemon=self.pair[1], started=self.pair[0]),
                               self.address)
 
-    @staticmethod
-    def _datagrams(source, step):
-        """Yields (elements, sender) of the discovery messages of this step that have come: a batch
-        of them, since a flood has no end."""
+    def _heard(self, source, step):
+        """Yields (pair, network, sender) of the messages of this step from others that have come;
+        the pair is None when the sender is not one of ours.  A batch, since a flood has no end."""
         for _ in range(64):
             try:
                 data, sender = source.recvfrom(2048)
+                elements = decode(data)
             except WOULD_BLOCK:
                 return
-            except OSError:
-                continue  # an ICMP error for something sent before
-            with contextlib.suppress(ProtocolError):
-                elements = decode(data)
-                if (elements["msg"]["verb"], elements["msg"]["step"]) == (DISCOVER, step):
-                    yield elements, sender
-
-    @staticmethod
-    def _pair(elements):
-        """(started, id) of the daemon that sent the message, None when it is not one of ours."""
-        head = elements["msg"]
-        return (head["started"], head["daemon"]) if {"started", "daemon"} <= head.keys() else None
+            except (OSError, ProtocolError):
+                continue  # OSError: ICMP's, for something sent before
+            head = elements["msg"]
+            pair = (head["started"], head["daemon"]) if {"started", "daemon"} <= set(head) else None
+            if (head["verb"], head["step"]) == (DISCOVER, step) and pair != self.pair:
+                yield pair, elements.get("network", {}), sender
 
     def elect(self):
         """Returns when this daemon is to serve the group, raises SteppedBack when another is."""
         for _ in range(QUESTIONS):
             self.ask()
-            left, until = CANDIDACY, time.monotonic() + CANDIDACY / QUESTIONS
-            while left > 0:
-                left = until - time.monotonic()
-                select.select([self.socket, self.asker], [], [], max(0, left))
-                for elements, _ in self._datagrams(self.asker, 16):
-                    if self._pair(elements) != self.pair:
-                        raise SteppedBack("another daemon serves the group")
-                self._meet_candidates()
-
-    def _meet_candidates(self):
-        others = {self._pair(elements) for elements, _ in self._datagrams(self.socket, 8)}
-        others -= {None, self.pair}
-        if others and min(others) < self.pair:
-            raise SteppedBack("another daemon is about to serve the group")
-        if others:
-            self.ask()
+            until = time.monotonic() + CANDIDACY / QUESTIONS
+            while time.monotonic() < until:
+                select.select([self.socket, self.asker], [], [], max(0, until - time.monotonic()))
+                if list(self._heard(self.asker, 16)):
+                    raise SteppedBack("another daemon serves the group")
+                rivals = [pair for pair, _, _ in self._heard(self.socket, 8) if pair]
+                if rivals and min(rivals) < self.pair:
+                    raise SteppedBack("another daemon is about to serve the group")
+                if rivals:
+                    self.ask()
 
     def serve(self, daemon, port):
         """Begins to answer: `port` is where the daemon listens."""
-        self.daemon, self.own_port = daemon, port
-        self.pauses = list(SOON)
-        daemon.dates[self._ask_again] = daemon.now.mono + self.pauses.pop(0)
+        # no address when the daemon listens on all: the asker knows then
+        self.daemon, self.network = daemon, element(
+            "network", ("address", self.settings["UnicastAddress"] or ""), ("port", port))
+        self.pauses = iter(SOON)
+        daemon.dates[self._ask_again] = daemon.now.mono + next(self.pauses)
         daemon.poller.add(self.socket, self.hear)
         daemon.poller.add(self.asker, self.hear_answers)
 
+    def _ask_again(self):
+        import random
+        self.ask()
+        self.daemon.dates[self._ask_again] = self.daemon.now.mono + next(
+            self.pauses, OFTEN * random.uniform(0.8, 1.2))
+
     def hear(self, events):
         """Answers the questions that have come."""
-        for elements, sender in self._datagrams(self.socket, 8):
-            other = self._pair(elements)
-            if other == self.pair or sender[1] == self.port:
+        for other, _, sender in self._heard(self.socket, 8):
+            if sender[1] == self.port:
                 continue
-            # no address when the daemon listens on all: the asker knows then
-            network = element("network", ("address", self.settings["UnicastAddress"] or ""),
-                              ("port", self.own_port))
             ours = {"daemon": self.pair[1], "started": self.pair[0]} if other else {}
             with contextlib.suppress(OSError):
-                self.socket.sendto(encode(DISCOVER, 16, network, **ours), sender)
+                self.socket.sendto(encode(DISCOVER, 16, self.network, **ours), sender)
             if other and self.daemon.now.mono > self.asked + SOON[0]:
                 self.ask()  # if it serves, too, the sooner this is found the better
 
     def hear_answers(self, events):
         """Looks for other daemons in the answers to this one's own questions."""
-        for elements, sender in self._datagrams(self.asker, 16):
-            other, network = self._pair(elements), elements.get("network", {})
-            if other == self.pair or "port" not in network:
+        for other, network, sender in self._heard(self.asker, 16):
+            if "port" not in network:
                 continue
             host = network.get("address") or sender[0]
             self.daemon.log.limited(f"another daemon answers for the group: {host!r} port "
                                     f"{network['port']}", "error")
-            if other is None or other < self.pair:
-                self.daemon.verify(other, (host, network["port"]) + tuple(sender[2:]))
+            if sender[3:] and sender[3] and ":" in host:  # link-local: on this interface
+                host = f"{host.split('%')[0]}%{sender[3]}"
+            probing = self.probe and self.probe.is_alive()
+            if (other is None or other < self.pair) and not probing and self.daemon.ending is None:
+                self.probe = threading.Thread(target=self._verify, daemon=True,
+                                              args=(other, (host, network["port"])))
+                self.probe.start()
 
-    def _ask_again(self):
-        self.ask()
-        pause = self.pauses.pop(0) if self.pauses else OFTEN * random.uniform(0.8, 1.2)
-        self.daemon.dates[self._ask_again] = self.daemon.now.mono + pause
+    def _verify(self, pair, address):
+        """Wakes the loop to drain if the other daemon is there.  A thread, as connecting blocks."""
+        with contextlib.suppress(OSError, LookupError, ValueError, CannotServe):
+            context = tls_context(self.settings, server=False) if self.daemon.tls else None
+            if daemon_at(address, context) == (pair and pair[1]):
+                self.daemon.waker.send(bytes([DRAIN]))
 
     def close(self):
         """Leaves the group: no more answers, no more questions."""
@@ -2129,6 +2112,7 @@ class Group:
         for member in (self.socket, self.asker):
             self.daemon.poller.remove(member)
             member.close()
+
 
 
 def daemon_at(address, context):
@@ -2139,25 +2123,17 @@ def daemon_at(address, context):
         element("resource", ("name", encode_name(STATUS_RESOURCE)), ("mode", 0), ("wait", 0),
                 ("create", 0), ("lifespan", 0)))
     until, answer = time.monotonic() + PATIENCE, b""
-    family, kind, _, _, found = socket.getaddrinfo(*address[:2], 0, socket.SOCK_STREAM)[0]
-    if family == socket.AF_INET6 and address[3:]:  # the scope of a link-local address
-        found = found[:3] + (found[3] or address[3],)
-    with contextlib.ExitStack() as stack:
-        asking = stack.enter_context(socket.socket(family, kind))
-        asking.settimeout(PATIENCE)
-        asking.connect(found)
-        if context:
-            asking = stack.enter_context(context.wrap_socket(asking))
+    connected = socket.create_connection(address, PATIENCE)
+    with context.wrap_socket(connected) if context else connected as asking:
         asking.sendall(question)
-        while True:
-            asking.settimeout(max(0.001, until - time.monotonic()))
-            data = asking.recv(4096)
+        for data in iter(lambda: asking.recv(4096), b""):
             answer += data
             found = re.search(rb"<session (?:[^>]* daemon=.([0-9a-f]+))?[^>]*>", answer)
             if found:
                 return found.group(1) and found.group(1).decode()
-            if not data or len(answer) > 8192:
-                raise LookupError("no lock daemon")
+            if len(answer) > 8192 or time.monotonic() > until:
+                break
+    raise LookupError("no lock daemon")
 
 
 # --- Event loop ---------------------------------------------------------------------------------
@@ -2221,40 +2197,42 @@ class Moment:
 class Daemon:
     """Brings together the lock table, the connections, the listeners and the group."""
 
-    def __init__(self, settings, options, log, pair):
+    def __init__(self, settings, options, log, pair, state, table):
         self.settings, self.log, self.pair = settings, log, pair
+        self.state, self.table = state, table
         self.now = Moment()
         self.poller, self.dates = Poller(), {}
         self.connections = set()
         # connections that must begin, or end, within PATIENCE seconds: their dates, in order
         self.silent = collections.OrderedDict()
-        self.listeners, self.group, self.state, self.probing = [], None, None, False
-        self.publisher = None
-        self.table = None  # made when it is known what the predecessor left
+        self.listeners, self.group, self.publisher = [], None, None
         self.tls = tls_context(settings, server=True) if settings["TlsCertificate"] else None
         self.most_clients = options.max_clients or most_files() - RESERVE
         self.ending = None  # why; "quiesce" and "drain" wait for those that are served
-        self.curious = set()  # sessions that want to know their place
-        self.reporting = collections.OrderedDict()  # connections whose report goes on
-        self.quiet_since = self.now.mono  # when the last lock was released
+        self.curious = {}  # session that wants to know its place: the place as it knows it
+        self.reported = None  # the turn of the loop, by its Moment, in which a report went on
         self._decisions, self._applying = collections.deque(), False
 
     def run(self):
         """Serves until it is told to end or nobody needs it."""
         self._rest()
-        handlers = self.poller.handlers
+        handlers, handle = self.poller.handlers, None
         while self.ending is None or self.ending in ("quiesce", "drain") and self.connections:
             first = self._first_date()
             events = self.poller.wait(None if first is None else max(0, first - time.monotonic()))
             self.now = Moment()
-            for number, what in events:
-                handle = handlers.get(number)  # None when an event before this one closed it
-                try:
-                    handle and handle(what)
-                except Exception:  # a bug: it may cost one connection, never the daemon
-                    self._survive(handle)
-            if first is not None and first <= self.now.mono:
-                self._call(self._do_what_is_due)
+            try:
+                for number, what in events:
+                    handle = handlers.get(number)  # None when an event before this one closed it
+                    if handle:
+                        handle(what)
+                if first is not None and first <= self.now.mono:
+                    handle = self._do_what_is_due
+                    handle()
+            except Exception:  # a bug: it may cost one connection, never the daemon
+                self.log.limited(traceback.format_exc(), "error")
+                if isinstance(handle.__self__, Connection):
+                    handle.__self__.close()
 
     def _first_date(self):
         first = self.table.next_deadline()
@@ -2272,18 +2250,7 @@ class Daemon:
         self._rest()
         for purpose in [key for key, when in self.dates.items() if when <= self.now.mono]:
             if self.dates.pop(purpose, None) is not None:
-                self._call(purpose)
-
-    def _call(self, function):
-        try:
-            function()
-        except Exception:
-            self._survive(function)
-
-    def _survive(self, function):
-        self.log.limited(traceback.format_exc(), "error")
-        if isinstance(function.__self__, Connection):
-            function.__self__.close()
+                purpose()
 
     def _rest(self):
         """Begins the last part of the daemon's life once nobody uses it."""
@@ -2301,9 +2268,8 @@ class Daemon:
         if peer != LOCAL:
             tune(accepted, self.settings["TcpKeepaliveTime"], self.settings["TcpKeepaliveIntvl"],
                  self.settings["TcpKeepaliveProbes"])
-        surplus = len(self.connections) >= self.most_clients
-        connection = (TlsConnection(self, accepted, peer, surplus, self.tls) if self.tls
-                      else Connection(self, accepted, peer, surplus))
+        connection = (TlsConnection if self.tls else Connection)(self, accepted, peer)
+        connection.surplus = len(self.connections) >= self.most_clients
         self.connections.add(connection)
         self.dates.pop(self._end_of_life, None)
         self.expect(connection)
@@ -2330,18 +2296,13 @@ class Daemon:
         if self.publisher:
             self.publisher.changed()
         if not self.table.holding and self.state.marked:
-            self.quiet_since = self.now.mono
-            self.dates.setdefault(self.clear_mark, self.now.mono + QUIET)
+            self.dates[self.clear_mark] = QUIET + max(self.now.mono, self.table.window_until or 0)
         if decisions:
             self.apply(decisions)
 
     def clear_mark(self):
-        """Clears the mark on disk, unless it is too early."""
-        if self.quiet_since + QUIET > self.now.mono:
-            self.dates[self.clear_mark] = self.quiet_since + QUIET
-        elif self.table.window_until is not None:
-            self.dates[self.clear_mark] = self.table.window_until
-        elif not self.table.holding:
+        """Clears the mark on disk, if nobody holds a lock and no former holder may come back."""
+        if self.state.marked and not self.table.holding and self.table.window_until is None:
             self.state.mark(False)
 
     # What clients want.
@@ -2371,26 +2332,23 @@ class Daemon:
         """The decision for a session that wants to know why it waits, and how that changes."""
         session, resource = decision.session, self.table.resource_of(decision.session.asked)
         if decision.verdict == ENQUEUED:
-            session.place = decision.position, in_the_way(resource, session.request)[:1]
-            self.curious.add(session)
+            self.curious[session] = decision.position, in_the_way(resource, session.request)[:1]
             self.dates.setdefault(self._tell_places, self.now.mono + 1)
         return decision._replace(
             reason=decision.reason or resource and held_by(resource, self.now, session.request))
 
     def _tell_places(self):
         """Once a second: tells those that want to know it of a new place, or another holder."""
-        wanted = {}
-        for session in list(self.curious):
-            request = self.table.requests.get(session)
-            if request is not None and request.state is QUEUED:
-                wanted.setdefault(request.resource, set()).add(session)
-            else:
-                self.curious.discard(session)
-        for resource, sessions in wanted.items():
+        known, self.curious = self.curious, {}
+        requests = filter(None, map(self.table.requests.get, known))
+        for resource in {request.resource for request in requests if request.state is QUEUED}:
             for position, request in enumerate(resource.waiters(), 1):
-                if request.session in sessions and request.session.place != (
-                        position, in_the_way(resource, request)[:1]):
-                    self.apply([Decision(request.session, ENQUEUED, position=position)])
+                session = request.session
+                place = session in known and (position, in_the_way(resource, request)[:1])
+                if place and place == known[session]:
+                    self.curious[session] = place
+                elif place:
+                    self.apply([Decision(session, ENQUEUED, position=position)])
         if self.curious:
             self.dates[self._tell_places] = self.now.mono + 1
 
@@ -2415,7 +2373,7 @@ class Daemon:
         self._released(self.table.release(connection.session, committed, self.now))
 
     def _status(self, connection, client):
-        if client.startswith("flomd.py"):  # see Daemon.verify()
+        if client.startswith("flomd.py"):  # see daemon_at()
             self.log.limited(f"{connection.peer}: another daemon finds this one", "error")
         listening = [listener.label for listener in self.listeners]
         if self.group:
@@ -2423,17 +2381,7 @@ class Daemon:
         introduction = (Session.first_to_ours + '<answer rc="0"/>' + element(
             "daemon", ("version", VERSION), ("since", self.pair[0] // 1000),
             ("policy", self.settings["Policy"]), ("listening", " ".join(listening))))
-        connection.send_report(report(self.table, introduction, self.now))
-
-    def report_soon(self, connection):
-        """One report at a turn of the loop goes on, however many are wanted."""
-        self.reporting[connection] = None
-        self.dates[self._report] = 0
-
-    def _report(self):
-        self.reporting.popitem(last=False)[0].refill()
-        if self.reporting:
-            self.dates[self._report] = 0
+        connection.finish(report(self.table, introduction, self.now))
 
     def _shutdown(self, connection, immediate):
         refusal = self._may_stop(connection)
@@ -2450,7 +2398,7 @@ class Daemon:
 
     def _may_stop(self, connection):
         """Why the peer of this connection may not stop the daemon, None when it may."""
-        if connection.local:
+        if connection.peer == LOCAL:
             _, uid = connection.credentials()
             allowed = uid in (None, 0, os.getuid())
             return None if allowed else f"{owner(uid)} is neither {owner(os.getuid())} nor root"
@@ -2471,7 +2419,7 @@ class Daemon:
         self.log.info(f"ending: {reason}")
         self.ending = reason
         for connection in list(self.connections):
-            if connection.session.ours and connection.socket is not None:
+            if connection.session.ours:
                 connection.session.answered = True
                 connection.tell(Decision(connection.session, STOPPED,
                                          reason="the daemon ends: " + reason))
@@ -2481,39 +2429,20 @@ class Daemon:
         self.log.info("ending when the last client has gone")
         self.ending = self.ending or "quiesce"
 
-    def verify(self, pair, address):
-        """Another daemon serves the group and goes before this one, so it says: is it there?  To
-        connect may take its time, so a thread does it and wakes the loop with the result."""
-        if not self.probing and self.ending is None:
-            self.probing = True
-            threading.Thread(target=self._probe, args=(pair, address), daemon=True).start()
-
-    def _probe(self, pair, address):
-        confirmed = False
-        with contextlib.suppress(OSError, LookupError, ValueError, CannotServe):
-            context = tls_context(self.settings, server=False) if self.tls else None
-            confirmed = daemon_at(address, context) == (pair and pair[1])
-        self.waker.send(b"\xff" if confirmed else b"\xfe")
-
-    def probed(self, confirmed):
-        """The thread of verify() has ended."""
-        self.probing = False
-        if confirmed and self.group:
-            self.drain()
-
     def drain(self):
-        """Leaves the group to another daemon."""
+        """Leaves the group to another daemon, which serves it, too."""
+        if not self.group:
+            return
         self.log.error("draining: another daemon serves the group")
         self.ending = "drain"
-        self.dates.pop(self._end_of_life, None)
-        self._hide()
+        self.hide()
         self._applying = True  # a waiter that makes way grants nothing any more
         for connection in [other for other in self.connections if other.session.holds is None]:
             connection.close()
         self._decisions.clear()
         self._applying = False
 
-    def _hide(self):
+    def hide(self):
         """From now on no client finds the daemon."""
         for way in self.listeners + [self.group] * bool(self.group):
             way.close()
@@ -2521,15 +2450,12 @@ class Daemon:
 
     def close(self):
         """Removes what the daemon has put into the file system and closes its sockets."""
-        self._hide()
+        self.hide()
         if self.publisher:
             self.publisher.close()
-        if self.state and self.state.marked and not self.table.holding and (
-                self.table.window_until is None):
-            self.state.mark(False)
-        for connection in list(self.connections):
-            with contextlib.suppress(OSError):
-                connection.socket.close()
+        self.clear_mark()
+        for connection in self.connections:
+            connection.socket.close()
 
 
 def most_files():
@@ -2547,7 +2473,7 @@ def most_files():
 
 # --- Signals and lifespan -----------------------------------------------------------------------
 # Handlers do nothing; Python writes the number of each signal to a socket that the loop reads, and
-# the thread that looks for another daemon writes 255 or 254 there: yes or no.
+# the thread that looks for another daemon writes DRAIN there when it has found one.
 
 
 class Signals:
@@ -2559,10 +2485,10 @@ class Signals:
         daemon.waker.setblocking(False)
         self.actions = {signal.SIGTERM: lambda: daemon.stop("it got SIGTERM"),
                         signal.SIGINT: lambda: daemon.stop("it got SIGINT"),
-                        signal.SIGUSR1: daemon.quiesce, signal.SIGHUP: daemon.log.open,
-                        255: lambda: daemon.probed(True), 254: lambda: daemon.probed(False)}
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+                        signal.SIGUSR1: daemon.quiesce, signal.SIGHUP: daemon.log.open}
+        for number in self.actions:
             signal.signal(number, lambda number, frame: None)
+        self.actions[DRAIN] = daemon.drain
         signal.set_wakeup_fd(daemon.waker.fileno())
         daemon.poller.add(self.reader, self.handle)
 
@@ -3057,14 +2983,15 @@ def recovery_window(settings, state, rebooted):
     return 0  # nobody on this host has survived its boot
 
 
-def open_listeners(daemon, settings):
+def open_listeners(daemon, group):
     """The daemon listens: on what it was given, else on its socket and its addresses."""
     daemon.listeners = [Listener(daemon, given) for given in inherited_sockets()]
     if daemon.listeners:
         return
+    settings = daemon.settings
     local, host, port = local_socket(settings), settings["UnicastAddress"], settings["UnicastPort"]
-    if daemon.group and not host:
-        host, port = "::" if daemon.group.family == socket.AF_INET6 else "0.0.0.0", 0
+    if group and not host:
+        host, port = "::" if group.family == socket.AF_INET6 else "0.0.0.0", 0
     if local:
         mode = settings["SocketMode"]
         if mode is None:
@@ -3076,40 +3003,36 @@ def open_listeners(daemon, settings):
 
 def prepare(settings, options, log):
     """A daemon that listens; raises CannotServe or SteppedBack."""
-    pair = (int(time.time() * 1000), os.urandom(8).hex())
     if not settings["SocketName"] and "," in (settings["UnicastAddress"] or ""):
         raise CannotServe("a daemon has one address")
+    pair = (int(time.time() * 1000), os.urandom(8).hex())
     state = open_states(settings, options, log)
-    daemon = Daemon(settings, options, log, pair)
-    Session.introduce(machine_id(), pair[1])
     if state.number is None:
         time.sleep(1 - time.time() % 1)  # tokens of two daemons in one second would be the same
-    if settings["MulticastAddress"]:
-        daemon.group = Group(settings, pair)
-        daemon.group.elect()
-    daemon.state = state
-    rebooted = state.begin()
+    group = Group(settings, pair) if settings["MulticastAddress"] else None
+    if group:
+        group.elect()
+    window = recovery_window(settings, state, rebooted=state.begin())
+    table = LockTable(settings["Policy"] == "first-fit", state.epoch,
+                      time.monotonic() + window if window else None, options.max_waiters)
+    daemon = Daemon(settings, options, log, pair, state, table)
+    Session.introduce(machine_id(), pair[1])
     try:
-        open_listeners(daemon, settings)
+        open_listeners(daemon, group)
+        if options.pid_file:
+            with serving(f"cannot write {options.pid_file}"), open(options.pid_file, "w") as file:
+                file.write(f"{os.getpid()}\n")
     except CannotServe:
-        for listener in daemon.listeners:
-            listener.close()
+        daemon.hide()
         raise
-    daemon.now = Moment()
-    window = recovery_window(settings, state, rebooted)
-    daemon.table = LockTable(settings["Policy"] == "first-fit", state.epoch,
-                             daemon.now.mono + window if window else None, options.max_waiters)
     if state.marked:
         daemon.dates[daemon.clear_mark] = daemon.now.mono + window + QUIET
-    if daemon.group:
-        daemon.group.serve(daemon, daemon.listeners[-1].socket.getsockname()[1])
+    if group:
+        daemon.group = group
+        group.serve(daemon, daemon.listeners[-1].socket.getsockname()[1])
     if settings["MountPointVFS"] or options.metrics:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the publisher's children
         daemon.publisher = Publisher(daemon, settings["MountPointVFS"], options.metrics)
-    path = options.pid_file
-    if path:
-        with serving(f"cannot write {path}", daemon), open(path, "w") as file:
-            file.write(f"{os.getpid()}\n")
     return daemon
 
 

@@ -15,7 +15,7 @@ from world import ROOT, pass_time, read, wait_until
 # that an interpreter loads must come with these by itself.
 OF_FLOM = set("argparse binascii collections contextlib errno fcntl functools os pwd re select "
               "signal socket struct sys time".split())
-OF_FLOMD = OF_FLOM | set("bisect copy heapq itertools math operator random resource stat threading "
+OF_FLOMD = OF_FLOM | set("bisect copy heapq itertools operator resource stat threading "
                          "traceback".split())
 DEAR = {"asyncio", "base64", "configparser", "ctypes", "datetime", "getpass", "hashlib", "http",
         "inspect", "ipaddress", "json", "logging", "pathlib", "platform", "queue", "shlex",
@@ -150,7 +150,7 @@ def test_modules_of_the_daemon(box):
     allowed = baseline(box, OF_FLOMD, parser)
     assert used - allowed == set()
     assert OF_FLOMD & allowed - used == set()
-    assert used & DEAR <= baseline(box, {"random"}, parser)
+    assert used & DEAR == set()
 
 
 # System calls
