@@ -1876,7 +1876,8 @@ class Listener:
 
 def unix_socket(path, mode):
     """A bound UNIX socket at `path` with these permissions; its lock must be held already."""
-    _remove_stale(path)
+    with serving(f"cannot use {path}"):
+        _remove_stale(path)
     bound = socket.socket(socket.AF_UNIX)
     with serving(f"cannot create the socket {path}", bound), creating(mode):
         bound.bind(path)
@@ -1894,22 +1895,14 @@ def creating(mode):
 
 
 def _remove_stale(path):
-    """Removes a socket on which nobody listens; raises CannotServe for anything else there."""
-    with serving(f"cannot use {path}"), socket.socket(socket.AF_UNIX) as probe:
-        try:
-            found = os.lstat(path)
-        except FileNotFoundError:
-            return
-        if not stat.S_ISSOCK(found.st_mode):
-            raise CannotServe(f"{path} is there and is no socket")
+    """Removes a socket on which nobody listens; anything else there is left to bind to refuse."""
+    with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         failure = probe.connect_ex(path)
-        if failure in (0, errno.EAGAIN):
-            raise CannotServe(f"another daemon serves {path}")
-        if failure not in (errno.ECONNREFUSED, errno.ENOENT):
-            raise OSError(failure, os.strerror(failure))
-    with serving(f"cannot remove the stale socket {path} of {owner(found.st_uid)}"):
-        with contextlib.suppress(FileNotFoundError):
+    if failure in (0, errno.EAGAIN):
+        raise CannotServe(f"another daemon serves {path}")
+    if failure == errno.ECONNREFUSED and stat.S_ISSOCK(os.lstat(path).st_mode):
+        with serving(f"cannot remove the stale socket {path} of {owner(os.lstat(path).st_uid)}"):
             os.unlink(path)
 
 
@@ -2513,47 +2506,42 @@ _record = re.compile(rb"flomd (\d{10}) (.{36}) ([01]) (\d{10})\n").match
 QUIET = 1  # s without any holder before the mark is cleared
 
 
-def open_state(path, shared):
-    """Opens the file, made if it is not there, or raises CannotServe; `shared`: anybody's."""
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-    mode = 0o666 if shared else 0o600
-    before = os.umask(0)
-    try:
-        try:
-            number = os.open(path, flags)
-        except FileNotFoundError:
-            number = os.open(path, flags | os.O_CREAT, mode)
-    except OSError as error:
-        why = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
-        raise CannotServe(f"cannot open {path}: {why}")
-    finally:
-        os.umask(before)
-    found = os.fstat(number)
-    if (not stat.S_ISREG(found.st_mode) or found.st_nlink > 1
-            or not shared and found.st_uid != os.getuid()):
-        os.close(number)
-        raise CannotServe(f"{path} is no file of {owner(os.getuid())}")
-    return number
-
-
-def lock_file(number, wait):
-    """Takes the flock of the file; returns whether it could be had."""
-    with contextlib.suppress(*WOULD_BLOCK):
-        fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        return True
-    return False
-
-
 class State:
-    """The record in the file `number` (None: there is none and nothing is remembered)."""
+    """The record in the file at `path` (None: nothing is remembered), which is made if it is not
+    there; `shared`: it may be anybody's.  Raises CannotServe."""
 
-    def __init__(self, number, durable):
-        self.number, self.durable = number, durable
-        found = number is not None and _record(os.pread(number, 128, 0))
+    def __init__(self, path, shared=False, durable=False):
+        self.path, self.durable = path or os.devnull, durable
+        with serving(f"cannot open {self.path}"):
+            self.number = self._open(0o666 if shared else 0o600)
+            found = os.fstat(self.number)
+        if path and not (stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+                         and (shared or found.st_uid == os.getuid())):
+            raise CannotServe(f"{path} is no file of {owner(os.getuid())}")
+        self._read()
+
+    def _open(self, mode):
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:  # kernels refuse O_CREAT for the files of others in a sticky directory
+            return os.open(self.path, flags)
+        except FileNotFoundError:
+            with creating(mode):
+                return os.open(self.path, flags | os.O_CREAT, mode)
+
+    def _read(self):
+        found = _record(os.pread(self.number, 128, 0))
         epoch, boot, held, pid = found.groups() if found else (b"0", b"", b"0", b"0")
         self.epoch, self.pid = int(epoch), int(pid)  # of the predecessor, until begin()
-        self.unclean, self.boot = held == b"1", boot.decode("ascii", "replace").strip()
-        self.marked = self.unclean
+        self.marked = self.unclean = held == b"1"
+        self.boot = boot.decode("ascii", "replace").strip()
+
+    def lock(self, wait=False):
+        """Takes the flock of the file; returns whether it could be had."""
+        with contextlib.suppress(*WOULD_BLOCK):
+            fcntl.flock(self.number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            self._read()
+            return True
+        return False
 
     def begin(self):
         """Writes this daemon's record and returns whether the system was booted since the last."""
@@ -2561,18 +2549,16 @@ class State:
         with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read().strip()
         self.epoch = max(int(time.time()) - EPOCH, self.epoch + 1)
-        if self.number is not None:
-            os.pwrite(self.number, RECORD.format(
-                epoch=self.epoch, boot=boot, held=int(self.unclean), pid=os.getpid()).encode(), 0)
-            if self.durable:
-                os.fsync(self.number)
+        os.pwrite(self.number, RECORD.format(
+            epoch=self.epoch, boot=boot, held=int(self.unclean), pid=os.getpid()).encode(), 0)
+        if self.durable:
+            os.fsync(self.number)
         return self.boot != boot
 
     def mark(self, held):
         """Somebody is about to hold a lock, or nobody has held one for a while."""
         self.marked = held
-        if self.number is not None:
-            os.pwrite(self.number, b"1" if held else b"0", MARK_AT)
+        os.pwrite(self.number, b"1" if held else b"0", MARK_AT)
 
 
 # What others may watch: the tree of -m, in FLoM's layout, and the text of --metrics for Prometheus.
@@ -2590,12 +2576,13 @@ class Publisher:
 
     def __init__(self, daemon, mount, metrics):
         self.daemon, self.mount, self.metrics = daemon, mount, metrics
-        self.verdicts, self.lost, self.version = collections.Counter(), 0, 0
+        self.verdicts, self.lost = collections.Counter(), 0
         self.waits, self.waited = [0] * (len(WAITS) + 1), 0.0
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the children
         if mount:
-            self.write_tree()
+            self._publish_tree()
         if metrics:
-            self._write_metrics()
+            self._publish_metrics()
 
     def note(self, decision):
         """Counts a decision."""
@@ -2610,34 +2597,32 @@ class Publisher:
     def changed(self):
         """The tree is to be written again, but not more often than it may."""
         if self.mount:
-            self.daemon.dates.setdefault(self.write_tree, self.daemon.now.mono + TREE_PAUSE)
+            self.daemon.dates.setdefault(self._publish_tree, self.daemon.now.mono + TREE_PAUSE)
 
-    def write_tree(self):
-        self.version += 1
-        self._in_child(self._write_tree)
+    def _publish_tree(self):
+        self._in_child(self._write_tree, f".status-{time.time():f}")
 
-    def _write_metrics(self):
-        self.daemon.dates[self._write_metrics] = self.daemon.now.mono + METRICS_PAUSE
-        self._in_child(self._write_text)
+    def _publish_metrics(self):
+        self.daemon.dates[self._publish_metrics] = self.daemon.now.mono + METRICS_PAUSE
+        self._in_child(self._write_metrics, f"{self.metrics}.{os.getpid()}")
 
     @staticmethod
-    def _in_child(write):
+    def _in_child(write, name):
         if not os.fork():
             try:
                 close_files(keep=-1)  # or clients would wait for this process, too
-                write()
+                write(name)
             finally:
                 os._exit(0)
 
-    def _write_tree(self):
-        new = f".status-{self.version}"
-        link = os.path.join(self.mount, f"{new}-link")
-        for path, text in self._tree():
-            path = os.path.join(self.mount, new, path)
+    def _write_tree(self, new):
+        top, link = os.path.join(self.mount, new), os.path.join(self.mount, f"{new}-link")
+        os.mkdir(top)
+        for path, text in tree(self.daemon.table):
+            path = os.path.join(top, path)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
                 file.write(f"{text}\n")
-        os.makedirs(os.path.join(self.mount, new), exist_ok=True)
         os.symlink(new, link)
         os.replace(link, os.path.join(self.mount, "status"))
         self._remove_but(new)
@@ -2645,73 +2630,44 @@ class Publisher:
     def _remove_but(self, kept):
         for name in os.listdir(self.mount):
             path = os.path.join(self.mount, name)
-            if name.startswith(".status-") and os.path.islink(path):
+            if name == kept or not name.startswith(".status-"):
+                continue
+            if os.path.islink(path):
                 os.unlink(path)
-            elif name.startswith(".status-") and name != kept:
-                for folder, _, files in os.walk(path, topdown=False):
-                    for file in files:
-                        os.unlink(os.path.join(folder, file))
-                    os.rmdir(folder)
+            for folder, _, files in os.walk(path, topdown=False):
+                for file in files:
+                    os.unlink(os.path.join(folder, file))
+                os.rmdir(folder)
 
-    def _tree(self):
-        """Yields (path, content) of the files."""
-        table = self.daemon.table
-        for number, resource in enumerate(table.resources.values(), 1):
-            folder, kind = f"lockers/{number}", kind_of(resource.name)
-            yield f"{folder}/resource_name", resource.name
-            yield f"{folder}/resource_type", kind
-            for role, requests in (("holders", resource.holders.values()),
-                                   ("waitings", resource.waiters())):
-                for place, request in enumerate(requests, 1):
-                    yield from ((f"{folder}/{role}/{place}/{key}", value)
-                                for key, value in self._details(request, kind))
-        parked = [request for queue in table.parked.values() for request in queue.values()]
-        for number, request in enumerate(parked, 1):
-            yield f"incubator/{number}/peer_name", request.session
-            yield f"incubator/{number}/resource_name", request.name
-            yield f"incubator/{number}/resource_type", kind_of(request.name)
+    def _write_metrics(self, new):
+        with open(new, "w") as file:
+            file.write("".join(self._figures()))
+        os.chmod(new, 0o644)
+        os.replace(new, self.metrics)
 
-    @staticmethod
-    def _details(request, kind):
-        yield "peer_name", request.session
-        if kind in ("simple", "hierarchical"):
-            yield "lock_mode", MODES[request.mode]
-        elif kind == "numeric":
-            yield "quantity", request.quantity
-        elif request.element and kind in ("sequence", "timestamp"):
-            yield f"{kind}_value", request.element
-
-    def _write_text(self):
-        part = f"{self.metrics}.{os.getpid()}"
-        with open(part, "w") as file:
-            file.write("".join(self._text()))
-        os.chmod(part, 0o644)
-        os.replace(part, self.metrics)
-
-    def _text(self):
+    def _figures(self):
         """Yields the metrics in Prometheus' text format."""
         table, count = self.daemon.table, self.verdicts
-        kinds = collections.Counter(kind_of(name) for name in table.resources)
+        kinds = collections.Counter(map(kind_of, table.resources))
         bounds = [f"{bound:g}" for bound in WAITS] + ["+Inf"]
-        waits = [(f'_bucket{{le="{bound}"}}', total)
-                 for bound, total in zip(bounds, itertools.accumulate(self.waits))]
+        waits = {f'_bucket{{le="{bound}"}}': total
+                 for bound, total in zip(bounds, itertools.accumulate(self.waits))}
+        waits.update(_sum=f"{self.waited:.6f}", _count=sum(self.waits))
         for name, kind, what, values in (
-                ("sessions", "gauge", "Open connections.", [("", len(self.daemon.connections))]),
-                ("resources", "gauge", "Resources by kind.", [
-                    (f'{{kind="{kind}"}}', kinds[kind]) for kind in KINDS]),
-                ("holders", "gauge", "Sessions that hold a lock.", [("", table.holding)]),
-                ("waiters", "gauge", "Sessions that wait for a lock.", [("", table.waiting)]),
-                ("grants_total", "counter", "Locks granted.", [("", count[OK])]),
-                ("refusals_total", "counter", "Requests refused, by reason.", [
-                    (f'{{reason="{REFUSED[rc]}"}}', count[rc]) for rc in REFUSED]),
+                ("sessions", "gauge", "Open connections.", {"": len(self.daemon.connections)}),
+                ("resources", "gauge", "Resources by kind.",
+                 {f'{{kind="{kind}"}}': kinds[kind] for kind in KINDS}),
+                ("holders", "gauge", "Sessions that hold a lock.", {"": table.holding}),
+                ("waiters", "gauge", "Sessions that wait for a lock.", {"": table.waiting}),
+                ("grants_total", "counter", "Locks granted.", {"": count[OK]}),
+                ("refusals_total", "counter", "Requests refused, by reason.",
+                 {f'{{reason="{REFUSED[rc]}"}}': count[rc] for rc in REFUSED}),
                 ("lost_sessions_total", "counter", "Sessions that ended while they held a lock.",
-                 [("", self.lost)]),
-                ("epoch", "gauge", "Upper half of the fencing tokens.",
-                 [("", self.daemon.state.epoch)]),
-                ("wait_seconds", "histogram", "Time from the request to the grant.", waits + [
-                    ("_sum", f"{self.waited:.6f}"), ("_count", sum(self.waits))])):
+                 {"": self.lost}),
+                ("epoch", "gauge", "Upper half of the tokens.", {"": self.daemon.state.epoch}),
+                ("wait_seconds", "histogram", "Time from the request to the grant.", waits)):
             yield f"# HELP flomd_{name} {what}\n# TYPE flomd_{name} {kind}\n"
-            yield from (f"flomd_{name}{labels} {value}\n" for labels, value in values)
+            yield from (f"flomd_{name}{labels} {value}\n" for labels, value in values.items())
 
     def close(self):
         """Removes what it has published."""
@@ -2721,6 +2677,38 @@ class Publisher:
             if self.mount:
                 os.unlink(os.path.join(self.mount, "status"))
                 self._remove_but(None)
+
+
+def tree(table):
+    """Yields (path, content) of the files that show the table."""
+    for number, resource in enumerate(table.resources.values(), 1):
+        top = f"lockers/{number}"
+        yield from _named(top, resource)
+        for role, requests in (("holders", resource.holders.values()),
+                               ("waitings", resource.waiters())):
+            for place, request in enumerate(requests, 1):
+                yield from _shown(f"{top}/{role}/{place}", request)
+    parked = (request for queue in table.parked.values() for request in queue.values())
+    for number, request in enumerate(parked, 1):
+        top = f"incubator/{number}"
+        yield from _named(top, request)
+        yield f"{top}/peer_name", request.session
+
+
+def _named(top, thing):
+    yield f"{top}/resource_name", thing.name
+    yield f"{top}/resource_type", kind_of(thing.name)
+
+
+def _shown(top, request):
+    yield f"{top}/peer_name", request.session
+    kind = kind_of(request.name)
+    if kind in ("simple", "hierarchical"):
+        yield f"{top}/lock_mode", MODES[request.mode]
+    elif kind == "numeric":
+        yield f"{top}/quantity", request.quantity
+    elif kind in ("sequence", "timestamp") and request.element:
+        yield f"{top}/{kind}_value", request.element
 
 
 # --- Daemonize ----------------------------------------------------------------------------------
@@ -2944,32 +2932,31 @@ def local_socket(settings):
 def open_states(settings, options, log):
     """The State, its lock taken; raises CannotServe when another daemon has the local socket."""
     durable, shared = bool(settings["StateDir"]), bool(settings["SocketName"])
-    lock = local_socket(settings) and local_socket(settings) + ".lock"
-    path = lock or "/tmp/flom-{}-{}-{}.lock".format(
+    local = local_socket(settings)
+    lock = f"{local}.lock" if local else "/tmp/flom-{}-{}-{}.lock".format(
         owner(os.getuid()), settings["UnicastAddress"] or settings["MulticastAddress"],
         settings["UnicastPort" if settings["UnicastAddress"] else "MulticastPort"])
-    if durable:
-        path = os.path.join(settings["StateDir"], os.path.basename(path))
-    if lock:
-        number = open_state(lock, shared)
-        if not lock_file(number, wait=False):
-            holder = State(number, False).pid
+    path = os.path.join(settings["StateDir"], os.path.basename(lock)) if durable else lock
+    if local:
+        state = State(lock, shared, durable)
+        if not state.lock():
             if not options.foreground:
-                raise CannotServe(f"another daemon (pid {holder}) serves {lock[:-len('.lock')]}")
-            log.info(f"waiting for the daemon with pid {holder} to end")
-            lock_file(number, wait=True)
-        if lock == path:
-            return State(number, durable)
+                raise CannotServe(f"another daemon (pid {state.pid}) serves {local}")
+            log.info(f"waiting for the daemon with pid {state.pid} to end")
+            state.lock(wait=True)
+        if os.path.realpath(path) == os.path.realpath(lock):
+            return state
+        state.begin()  # for the pid
     try:
-        number = open_state(path, shared)
+        state = State(path, shared, durable)
+        if state.lock():
+            return state  # or it is another daemon's, elsewhere on the same file system
     except CannotServe as error:
         if durable:
             raise
         log.error(f"{error}; nothing will be remembered")
-        number = None
-    if number is not None and not lock_file(number, wait=False):
-        number = None  # another daemon's, elsewhere on the same file system
-    return State(number, durable)
+    time.sleep(1 - time.time() % 1)  # tokens of two daemons in one second would be the same
+    return State(None)
 
 
 def recovery_window(settings, state, rebooted):
@@ -3007,8 +2994,6 @@ def prepare(settings, options, log):
         raise CannotServe("a daemon has one address")
     pair = (int(time.time() * 1000), os.urandom(8).hex())
     state = open_states(settings, options, log)
-    if state.number is None:
-        time.sleep(1 - time.time() % 1)  # tokens of two daemons in one second would be the same
     group = Group(settings, pair) if settings["MulticastAddress"] else None
     if group:
         group.elect()
@@ -3031,7 +3016,6 @@ def prepare(settings, options, log):
         daemon.group = group
         group.serve(daemon, daemon.listeners[-1].socket.getsockname()[1])
     if settings["MountPointVFS"] or options.metrics:
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the publisher's children
         daemon.publisher = Publisher(daemon, settings["MountPointVFS"], options.metrics)
     return daemon
 
