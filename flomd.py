@@ -1402,6 +1402,7 @@ class LockTable:
 
 TLS_RECORD = b"\x16"  # the first byte of a handshake, never that of a message
 LONGEST = 65536  # bytes of a message; FLoM's own limits, 511 and 1023, are the client's care
+TOO_LONG = f"a message of more than {LONGEST} bytes"
 FINAL = {CANT_WAIT, INVALID_NAME, DEADLOCK, LIMIT, STOPPED}  # the daemon half-closes after these
 
 
@@ -1472,34 +1473,29 @@ class Session:
         return make_call(self, elements)
 
     def _calls(self, data):
-        data, start = self.unread + data, 0
+        data = self.unread + data
         if data[:1] == TLS_RECORD:
             raise ProtocolError("TLS, where the daemon is configured without")
-        while True:
-            end = data.find(END, start) + len(END)
-            whole = end >= len(END)
-            if (end if whole else len(data)) - start > LONGEST:
-                raise ProtocolError(f"a message of more than {LONGEST} bytes")
-            if not whole:
-                self.unread = data[start:]
-                return
-            read = read_known_message if end - start < 512 else read_message
-            elements = read(data[start:end])
-            start, self.unread = end, b""
-            yield self._call(elements)
+        *messages, self.unread = data.split(END)
+        for message in messages:
+            if len(message) + len(END) > LONGEST:
+                raise ProtocolError(TOO_LONG)
+            read = read_known_message if len(message) < 512 else read_message
+            yield self._call(read(message + END))
+        if len(self.unread) > LONGEST:
+            raise ProtocolError(TOO_LONG)
 
     def _lock(self, elements):
-        wanted = elements.get("resource", {})
-        if "name" not in wanted:
+        wanted, about = elements.get("resource", {}), elements.get("session", {})
+        name = wanted.get("name")
+        if name is None:
             raise ProtocolError("a lock without a name")
-        name = wanted["name"]
         if name == STATUS_RESOURCE:
-            return "status", elements.get("session", {}).get("client", "")
-        self.answered, self.asked = False, name
-        request = Request(self, name, wanted.get("mode", 0), wanted.get("quantity", 1),
-                          wanted.get("wait", 0), wanted.get("create", 0), wanted.get("lifespan", 0))
-        about = elements.get("session", {})
-        self.peer_id = about.get("peerid")
+            return "status", about.get("client", "")
+        self.answered, self.asked, self.peer_id = False, name, about.get("peerid")
+        self.request = request = Request(
+            self, name, wanted.get("mode", 0), wanted.get("quantity", 1), wanted.get("wait", 0),
+            wanted.get("create", 0), wanted.get("lifespan", 0))
         if "client" in about:
             self.ours, self.about = True, dict(about)
             request.ident = about.get("id")
@@ -1507,7 +1503,6 @@ class Session:
             request.patient = wanted.get("deadlock") == "wait"
             request.reclaim = wanted.get("reclaim")
             request.element = None if request.reclaim is None else wanted.get("held")
-        self.request = request
         return "lock", request
 
     def _unlock(self, elements):
@@ -1590,10 +1585,14 @@ def report(table, introduction, now):
     yield introduction
     for resource in list(table.resources.values()):
         yield _resource_report(resource, now)
-    for queue in list(table.parked.values()):
-        for request in queue.values():
-            yield element("parked", ("name", encode_name(request.name)), *_who(request))
+    for request in parked(table):
+        yield element("parked", ("name", encode_name(request.name)), *_who(request))
     yield END.decode()
+
+
+def parked(table):
+    """The requests that wait for somebody to create their resources."""
+    return [request for queue in table.parked.values() for request in queue.values()]
 
 
 def _resource_report(resource, now):
@@ -1673,10 +1672,13 @@ class Connection:
         return self.session.asked is None and self.socket is not None
 
     def _obey(self, data):
+        daemon = self.daemon
         try:
             for call, *details in self.session.calls(data):
-                self.daemon.silent.pop(self, None)
-                self.daemon.CALLS[call](self.daemon, self, *details)
+                daemon.silent.pop(self, None)
+                daemon.CALLS[call](daemon, self, *details)
+                if daemon.decisions:
+                    daemon.tell()
                 if self.socket is None or self.over:
                     return
         except ProtocolError as error:
@@ -1985,7 +1987,7 @@ class Group:
         self.asker.setblocking(False)
         with serving(failure, self.socket, self.asker):
             self._join(*MULTICAST[self.family])
-        self.asked = 0  # when it asked last
+        self.label = f"udp:{self.address[0]}:{self.port}"
         self.probe = None  # the thread that looks for another daemon
 
     def _join(self, level, of_all, hops, sender, sender_form, join, join_form):
@@ -2013,7 +2015,6 @@ class Group:
 
     def ask(self):
         """Sends one question to the group; a network that is down is asked again later."""
-        self.asked = time.monotonic()
         with contextlib.suppress(OSError):
             self.asker.sendto(encode(DISCOVER, 8, daemon=self.pair[1], started=self.pair[0]),
                               self.address)
@@ -2073,8 +2074,6 @@ class Group:
             ours = {"daemon": self.pair[1], "started": self.pair[0]} if other else {}
             with contextlib.suppress(OSError):
                 self.socket.sendto(encode(DISCOVER, 16, self.network, **ours), sender)
-            if other and self.daemon.now.mono > self.asked + SOON[0]:
-                self.ask()  # if it serves, too, the sooner this is found the better
 
     def hear_answers(self, events):
         """Looks for other daemons in the answers to this one's own questions."""
@@ -2113,8 +2112,7 @@ def daemon_at(address, context):
     and blocks.  Raises OSError or LookupError when there is no lock daemon."""
     question = encode(
         LOCK, 8, element("session", ("peerid", machine_id()), ("client", f"flomd.py/{VERSION}")),
-        element("resource", ("name", encode_name(STATUS_RESOURCE)), ("mode", 0), ("wait", 0),
-                ("create", 0), ("lifespan", 0)))
+        element("resource", ("name", encode_name(STATUS_RESOURCE))))
     until, answer = time.monotonic() + PATIENCE, b""
     connected = socket.create_connection(address, PATIENCE)
     with context.wrap_socket(connected) if context else connected as asking:
@@ -2198,18 +2196,18 @@ class Daemon:
         self.connections = set()
         # connections that must begin, or end, within PATIENCE seconds: their dates, in order
         self.silent = collections.OrderedDict()
-        self.listeners, self.group, self.publisher = [], None, None
+        self.ways, self.publisher = [], None  # how clients find it: listeners and the group
         self.tls = tls_context(settings, server=True) if settings["TlsCertificate"] else None
         self.most_clients = options.max_clients or most_files() - RESERVE
         self.ending = None  # why; "quiesce" and "drain" wait for those that are served
         self.curious = {}  # session that wants to know its place: the place as it knows it
         self.reported = None  # the turn of the loop, by its Moment, in which a report went on
-        self._decisions, self._applying = collections.deque(), False
+        self.decisions = collections.deque()  # not told yet
 
     def run(self):
         """Serves until it is told to end or nobody needs it."""
         self._rest()
-        handlers, handle = self.poller.handlers, None
+        handlers, due = self.poller.handlers, self._do_what_is_due
         while self.ending is None or self.ending in ("quiesce", "drain") and self.connections:
             first = self._first_date()
             events = self.poller.wait(None if first is None else max(0, first - time.monotonic()))
@@ -2219,9 +2217,10 @@ class Daemon:
                     handle = handlers.get(number)  # None when an event before this one closed it
                     if handle:
                         handle(what)
+                handle = due
                 if first is not None and first <= self.now.mono:
-                    handle = self._do_what_is_due
-                    handle()
+                    due()
+                self.tell()
             except Exception:  # a bug: it may cost one connection, never the daemon
                 self.log.limited(traceback.format_exc(), "error")
                 if isinstance(handle.__self__, Connection):
@@ -2237,7 +2236,7 @@ class Daemon:
         return first
 
     def _do_what_is_due(self):
-        self.apply(self.table.expire(self.now))
+        self.decisions.extend(self.table.expire(self.now))
         while self.silent and next(iter(self.silent.values())) <= self.now.mono:
             next(iter(self.silent)).close("silent")
         self._rest()
@@ -2280,18 +2279,17 @@ class Daemon:
         self.connections.discard(connection)
         self.silent.pop(connection, None)
         if connection.session in self.table.requests:
-            self._released(self.table.gone(connection.session, self.now))
+            self.decisions.extend(self.table.gone(connection.session, self.now))
+            self.released()
         if not self.connections:
             self._rest()
 
-    def _released(self, decisions):
+    def released(self):
         """The mark on disk may be cleared when nobody has held a lock for a while."""
         if self.publisher:
             self.publisher.changed()
         if not self.table.holding and self.state.marked:
             self.dates[self.clear_mark] = QUIET + max(self.now.mono, self.table.window_until or 0)
-        if decisions:
-            self.apply(decisions)
 
     def clear_mark(self):
         """Clears the mark on disk, if nobody holds a lock and no former holder may come back."""
@@ -2300,26 +2298,17 @@ class Daemon:
 
     # What clients want.
 
-    def apply(self, decisions):
-        """Tells the sessions; closing one while telling may bring more decisions."""
-        if not decisions:
-            return
-        self._decisions.extend(decisions)
-        if self._applying:
-            return
-        self._applying = True
-        try:
-            while self._decisions:
-                decision = self._decisions.popleft()
-                if decision.verdict == OK and not self.state.marked:
-                    self.state.mark(True)
-                if self.publisher:
-                    self.publisher.note(decision)
-                if decision.verdict in (ENQUEUED, BUSY) and "progress" in decision.session.about:
-                    decision = self._explained(decision)
-                decision.session.connection.tell(decision)
-        finally:
-            self._applying = False
+    def tell(self):
+        """Tells the sessions what was decided; closing one of them may bring more decisions."""
+        while self.decisions:
+            decision = self.decisions.popleft()
+            if decision.verdict == OK and not self.state.marked:
+                self.state.mark(True)
+            if self.publisher:
+                self.publisher.note(decision)
+            if decision.verdict in (ENQUEUED, BUSY) and "progress" in decision.session.about:
+                decision = self._explained(decision)
+            decision.session.connection.tell(decision)
 
     def _explained(self, decision):
         """The decision for a session that wants to know why it waits, and how that changes."""
@@ -2341,7 +2330,7 @@ class Daemon:
                 if place and place == known[session]:
                     self.curious[session] = place
                 elif place:
-                    self.apply([Decision(session, ENQUEUED, position=position)])
+                    self.decisions.append(Decision(session, ENQUEUED, position=position))
         if self.curious:
             self.dates[self._tell_places] = self.now.mono + 1
 
@@ -2360,21 +2349,23 @@ class Daemon:
             pid, uid = connection.credentials() if session.ours else (None, None)
             if pid:  # on a local socket the system knows best who asks
                 session.about.update(pid=str(pid), user=owner(uid))
-            self.apply(self.table.request(request, self.now))
+            self.decisions.extend(self.table.request(request, self.now))
 
     def _unlock(self, connection, committed):
-        self._released(self.table.release(connection.session, committed, self.now))
+        self.decisions.extend(self.table.release(connection.session, committed, self.now))
+        self.released()
 
     def _status(self, connection, client):
         if client.startswith("flomd.py"):  # see daemon_at()
             self.log.limited(f"{connection.peer}: another daemon finds this one", "error")
-        listening = [listener.label for listener in self.listeners]
-        if self.group:
-            listening.append(f"udp:{self.group.address[0]}:{self.group.port}")
         introduction = (Session.first_to_ours + '<answer rc="0"/>' + element(
             "daemon", ("version", VERSION), ("since", self.pair[0] // 1000),
-            ("policy", self.settings["Policy"]), ("listening", " ".join(listening))))
+            ("policy", self.settings["Policy"]), ("listening", self.listening())))
         connection.finish(report(self.table, introduction, self.now))
+
+    def listening(self):
+        """Where clients find the daemon, in one line."""
+        return " ".join(way.label for way in self.ways)
 
     def _shutdown(self, connection, immediate):
         refusal = self._may_stop(connection)
@@ -2409,6 +2400,7 @@ class Daemon:
 
     def stop(self, reason):
         """Ends at once; clients of ours are told that it is by order."""
+        self.tell()
         self.log.info(f"ending: {reason}")
         self.ending = reason
         for connection in list(self.connections):
@@ -2424,22 +2416,20 @@ class Daemon:
 
     def drain(self):
         """Leaves the group to another daemon, which serves it, too."""
-        if not self.group:
+        if not self.ways:
             return
         self.log.error("draining: another daemon serves the group")
         self.ending = "drain"
         self.hide()
-        self._applying = True  # a waiter that makes way grants nothing any more
+        self.tell()
         for connection in [other for other in self.connections if other.session.holds is None]:
             connection.close()
-        self._decisions.clear()
-        self._applying = False
+        self.decisions.clear()  # a waiter that makes way grants nothing any more
 
     def hide(self):
         """From now on no client finds the daemon."""
-        for way in self.listeners + [self.group] * bool(self.group):
-            way.close()
-        self.listeners, self.group = [], None
+        while self.ways:
+            self.ways.pop().close()
 
     def close(self):
         """Removes what the daemon has put into the file system and closes its sockets."""
@@ -2571,6 +2561,15 @@ REFUSED = {BUSY: "busy", CANT_WAIT: "cannot_wait", IMPOSSIBLE: "impossible", DEA
            LIMIT: "limit", INVALID_NAME: "invalid_name"}
 
 
+IN_TREE = {  # kind: the file that tells what a request asks for or has got, and its content
+    "simple": lambda request: ("lock_mode", MODES[request.mode]),
+    "hierarchical": lambda request: ("lock_mode", MODES[request.mode]),
+    "numeric": lambda request: ("quantity", request.quantity),
+    "set": lambda request: ("element", None),
+    "sequence": lambda request: ("sequence_value", request.element),
+    "timestamp": lambda request: ("timestamp_value", request.element)}
+
+
 class Publisher:
     """Publishes the state of the daemon while somebody watches it."""
 
@@ -2682,33 +2681,21 @@ class Publisher:
 def tree(table):
     """Yields (path, content) of the files that show the table."""
     for number, resource in enumerate(table.resources.values(), 1):
-        top = f"lockers/{number}"
-        yield from _named(top, resource)
+        folder, kind = f"lockers/{number}", kind_of(resource.name)
+        yield f"{folder}/resource_name", resource.name
+        yield f"{folder}/resource_type", kind
         for role, requests in (("holders", resource.holders.values()),
                                ("waitings", resource.waiters())):
             for place, request in enumerate(requests, 1):
-                yield from _shown(f"{top}/{role}/{place}", request)
-    parked = (request for queue in table.parked.values() for request in queue.values())
-    for number, request in enumerate(parked, 1):
-        top = f"incubator/{number}"
-        yield from _named(top, request)
-        yield f"{top}/peer_name", request.session
-
-
-def _named(top, thing):
-    yield f"{top}/resource_name", thing.name
-    yield f"{top}/resource_type", kind_of(thing.name)
-
-
-def _shown(top, request):
-    yield f"{top}/peer_name", request.session
-    kind = kind_of(request.name)
-    if kind in ("simple", "hierarchical"):
-        yield f"{top}/lock_mode", MODES[request.mode]
-    elif kind == "numeric":
-        yield f"{top}/quantity", request.quantity
-    elif kind in ("sequence", "timestamp") and request.element:
-        yield f"{top}/{kind}_value", request.element
+                yield f"{folder}/{role}/{place}/peer_name", request.session
+                name, value = IN_TREE[kind](request)
+                if value is not None:
+                    yield f"{folder}/{role}/{place}/{name}", value
+    for number, request in enumerate(parked(table), 1):
+        folder = f"incubator/{number}"
+        yield f"{folder}/peer_name", request.session
+        yield f"{folder}/resource_name", request.name
+        yield f"{folder}/resource_type", kind_of(request.name)
 
 
 # --- Daemonize ----------------------------------------------------------------------------------
@@ -2844,6 +2831,9 @@ class Log:
 # --- Options ------------------------------------------------------------------------------------
 
 
+ADDRESSES = ("SocketName", "UnicastAddress", "MulticastAddress")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, with errors in one line."""
 
@@ -2867,8 +2857,8 @@ def make_parser():
     add("-f", "--foreground", action="store_true", help="do not detach, log to stderr")
     add("-c", "--config-file", metavar="FILE", help="read after the system's and the user's file")
     add("--no-files", action="store_true", help="read no configuration file")
-    add("--pid-file", metavar="FILE", help="where the pid is written")
-    add("--metrics", metavar="FILE", help="where to write figures for Prometheus")
+    for name, what in (("pid-file", "the pid"), ("metrics", "figures for Prometheus")):
+        add(f"--{name}", metavar="FILE", type=os.path.abspath, help=f"where to write {what}")
     add("--log", metavar="FILE|syslog|stderr", help="where to log (syslog, with -f stderr)")
     add("--log-level", choices=list(LEVELS), default="info", help="error, warning, info or debug")
     for name, what in (("clients", "connections"), ("waiters", "waiting requests")):
@@ -2892,13 +2882,11 @@ def read_options(arguments):
     """(settings, options) from the command line and the files; raises UsageError."""
     options = make_parser().parse_args(arguments)
     settings = Settings(Lifespan=-1)
-    for name in ("pid_file", "metrics"):
-        if getattr(options, name):
-            setattr(options, name, os.path.abspath(getattr(options, name)))
     if not options.no_files:
         for path in ("/etc/flom.conf", "/usr/local/etc/flom.conf", os.path.expanduser("~/.flom")):
             settings.read_file(path)
-    of_clients = dict(settings.origins)
+    # the files that clients read, too, may name another daemon: an address in them counts last
+    of_clients = {key: settings.values.pop(key) for key in ADDRESSES if key in settings.values}
     if options.config_file:
         settings.read_file(options.config_file, required=True)
     for setting in SETTINGS:
@@ -2906,11 +2894,8 @@ def read_options(arguments):
         if text is not None:
             short = f"-{setting.short}/" if setting.short else ""
             settings.set(setting, [text], f"{short}--{setting.long}")
-    # the files that clients read too may name another daemon: an address in them counts last
-    keys = ("SocketName", "UnicastAddress", "MulticastAddress")
-    own = [key for key in keys if settings.origins.get(key) != of_clients.get(key)]
-    for key in set(keys).difference(own) if own else ():
-        settings.values.pop(key, None)
+    if not any(key in settings.values for key in ADDRESSES):
+        settings.values.update(of_clients)
     if settings["SocketName"] and settings["MulticastAddress"]:
         raise UsageError(f"{settings.origins['SocketName']} and "
                          f"{settings.origins['MulticastAddress']} exclude each other")
@@ -2972,20 +2957,18 @@ def recovery_window(settings, state, rebooted):
 
 def open_listeners(daemon, group):
     """The daemon listens: on what it was given, else on its socket and its addresses."""
-    daemon.listeners = [Listener(daemon, given) for given in inherited_sockets()]
-    if daemon.listeners:
+    settings, ways = daemon.settings, daemon.ways
+    ways.extend(Listener(daemon, given) for given in inherited_sockets())
+    if ways:
         return
-    settings = daemon.settings
     local, host, port = local_socket(settings), settings["UnicastAddress"], settings["UnicastPort"]
     if group and not host:
         host, port = "::" if group.family == socket.AF_INET6 else "0.0.0.0", 0
     if local:
-        mode = settings["SocketMode"]
-        if mode is None:
-            mode = 0o666 if settings["SocketName"] else 0o600
-        daemon.listeners.append(Listener(daemon, unix_socket(local, mode), local))
+        mode = settings["SocketMode"] or (0o666 if settings["SocketName"] else 0o600)
+        ways.append(Listener(daemon, unix_socket(local, mode), local))
     if host:
-        daemon.listeners.append(Listener(daemon, tcp_socket(settings, host, port)))
+        ways.append(Listener(daemon, tcp_socket(settings, host, port)))
 
 
 def prepare(settings, options, log):
@@ -3010,11 +2993,10 @@ def prepare(settings, options, log):
     except CannotServe:
         daemon.hide()
         raise
-    if state.marked:
-        daemon.dates[daemon.clear_mark] = daemon.now.mono + window + QUIET
+    daemon.released()
     if group:
-        daemon.group = group
-        group.serve(daemon, daemon.listeners[-1].socket.getsockname()[1])
+        group.serve(daemon, daemon.ways[-1].socket.getsockname()[1])
+        daemon.ways.append(group)
     if settings["MountPointVFS"] or options.metrics:
         daemon.publisher = Publisher(daemon, settings["MountPointVFS"], options.metrics)
     return daemon
@@ -3022,9 +3004,8 @@ def prepare(settings, options, log):
 
 def serve(settings, options):
     """Runs the daemon to its end; returns the exit status."""
-    target = options.log or settings["DaemonTraceFile"] or (
-        "stderr" if options.foreground else "syslog")
-    traced = target == settings["DaemonTraceFile"] and not options.log
+    traced = not options.log and settings["DaemonTraceFile"]
+    target = options.log or traced or ("stderr" if options.foreground else "syslog")
     log = Log(target if target in ("syslog", "stderr") else os.path.abspath(target),
               "debug" if traced else options.log_level,
               append=settings["AppendTraceFile"] or not traced)
@@ -3032,16 +3013,16 @@ def serve(settings, options):
     try:
         log.open()
         daemon = prepare(settings, options, log)
-    except CannotServe as error:
-        os.write(2, f"flomd: {error}\n".encode("utf-8", "replace"))
-        report_ready(writer, 1)
-        return 1
-    except SteppedBack as error:
-        log.info(str(error))
-        report_ready(writer, 3)
-        return 3
+    except (CannotServe, SteppedBack) as error:
+        status = 1 if isinstance(error, CannotServe) else 3
+        if status == 3:
+            log.info(str(error))
+        else:
+            os.write(2, f"flomd: {error}\n".encode("utf-8", "replace"))
+        report_ready(writer, status)
+        return status
     Signals(daemon)
-    log.info("serving " + " ".join(listener.label for listener in daemon.listeners))
+    log.info(f"serving {daemon.listening()}")
     report_ready(writer, 0)
     notify("READY=1")
     try:
