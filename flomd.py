@@ -1449,8 +1449,7 @@ class Session:
         self.connection, self.unread = connection, b""
         self.ours = self.answered = False  # a client of ours; the last lock 8 has had its answer
         self.asked = self.holds = self.request = None  # two names, and the last request
-        self.about = {}  # what a client of ours says of itself
-        self.peer_id = None  # of the client's host
+        self.about, self.peer_id = {}, None  # what a client of ours says of itself; its host's id
 
     def __str__(self):
         """Who it is, as people see it."""
@@ -1652,6 +1651,8 @@ class Connection:
     def handle(self, events):
         """What the poller has seen."""
         if events & WRITABLE:
+            if self.over:
+                self.daemon.expect(self)  # it has taken a part of the report
             self._flush()
         if events & ~WRITABLE and self.socket is not None and self._read():
             self._read()
@@ -1722,7 +1723,6 @@ class Connection:
         if self.daemon.reported is self.daemon.now:
             return False
         self.daemon.reported = self.daemon.now
-        self.daemon.expect(self)
         self.output = "".join(itertools.islice(self.report, PIECES)).encode("ascii")
         if not self.output:
             self.report = None
@@ -2220,7 +2220,8 @@ class Daemon:
                 handle = due
                 if first is not None and first <= self.now.mono:
                     due()
-                self.tell()
+                if self.decisions:
+                    self.tell()
             except Exception:  # a bug: it may cost one connection, never the daemon
                 self.log.limited(traceback.format_exc(), "error")
                 if isinstance(handle.__self__, Connection):
@@ -2561,15 +2562,6 @@ REFUSED = {BUSY: "busy", CANT_WAIT: "cannot_wait", IMPOSSIBLE: "impossible", DEA
            LIMIT: "limit", INVALID_NAME: "invalid_name"}
 
 
-IN_TREE = {  # kind: the file that tells what a request asks for or has got, and its content
-    "simple": lambda request: ("lock_mode", MODES[request.mode]),
-    "hierarchical": lambda request: ("lock_mode", MODES[request.mode]),
-    "numeric": lambda request: ("quantity", request.quantity),
-    "set": lambda request: ("element", None),
-    "sequence": lambda request: ("sequence_value", request.element),
-    "timestamp": lambda request: ("timestamp_value", request.element)}
-
-
 class Publisher:
     """Publishes the state of the daemon while somebody watches it."""
 
@@ -2609,7 +2601,7 @@ class Publisher:
     def _in_child(write, name):
         if not os.fork():
             try:
-                close_files(keep=-1)  # or clients would wait for this process, too
+                close_files()  # or clients would wait for this process, too
                 write(name)
             finally:
                 os._exit(0)
@@ -2687,15 +2679,23 @@ def tree(table):
         for role, requests in (("holders", resource.holders.values()),
                                ("waitings", resource.waiters())):
             for place, request in enumerate(requests, 1):
-                yield f"{folder}/{role}/{place}/peer_name", request.session
-                name, value = IN_TREE[kind](request)
-                if value is not None:
-                    yield f"{folder}/{role}/{place}/{name}", value
+                yield from ((f"{folder}/{role}/{place}/{key}", value)
+                            for key, value in _details(request, kind))
     for number, request in enumerate(parked(table), 1):
         folder = f"incubator/{number}"
         yield f"{folder}/peer_name", request.session
         yield f"{folder}/resource_name", request.name
         yield f"{folder}/resource_type", kind_of(request.name)
+
+
+def _details(request, kind):
+    yield "peer_name", request.session
+    if kind in ("simple", "hierarchical"):
+        yield "lock_mode", MODES[request.mode]
+    elif kind == "numeric":
+        yield "quantity", request.quantity
+    elif request.element and kind in ("sequence", "timestamp"):
+        yield f"{kind}_value", request.element
 
 
 # --- Daemonize ----------------------------------------------------------------------------------
@@ -2725,16 +2725,14 @@ def detach():
     return writer
 
 
-def close_files(keep):
+def close_files(keep=2):
     """Closes every descriptor but 0, 1, 2 and `keep`."""
     try:
-        numbers = [int(name) for name in os.listdir("/proc/self/fd")]
+        last = max(map(int, os.listdir("/proc/self/fd")))
     except OSError:
-        numbers = range(3, min(most_files(), 4096))
-    for number in numbers:
-        if number > 2 and number != keep:
-            with contextlib.suppress(OSError):
-                os.close(number)
+        last = min(most_files(), 4096)
+    os.closerange(3, keep)
+    os.closerange(keep + 1, last + 1)
 
 
 def report_ready(writer, status):
@@ -3013,14 +3011,14 @@ def serve(settings, options):
     try:
         log.open()
         daemon = prepare(settings, options, log)
-    except (CannotServe, SteppedBack) as error:
-        status = 1 if isinstance(error, CannotServe) else 3
-        if status == 3:
-            log.info(str(error))
-        else:
-            os.write(2, f"flomd: {error}\n".encode("utf-8", "replace"))
-        report_ready(writer, status)
-        return status
+    except CannotServe as error:
+        os.write(2, f"flomd: {error}\n".encode("utf-8", "replace"))
+        report_ready(writer, 1)
+        return 1
+    except SteppedBack as error:
+        log.info(str(error))
+        report_ready(writer, 3)
+        return 3
     Signals(daemon)
     log.info(f"serving {daemon.listening()}")
     report_ready(writer, 0)
