@@ -27,7 +27,6 @@ import itertools
 import operator
 import os
 import pwd
-import random
 import re
 import select
 import signal
@@ -35,9 +34,7 @@ import socket
 import stat
 import struct
 import sys
-import threading
 import time
-import traceback
 import types
 
 
@@ -1226,6 +1223,7 @@ class LockTable:
 
 TLS_RECORD = b"\x16"  # the first byte of a handshake, never that of a message
 LONGEST = 65536  # bytes of a message; FLoM's own limits, 511 and 1023, are the client's care
+TOO_LONG = f"a message of more than {LONGEST} bytes"
 FINAL = {CANT_WAIT, INVALID_NAME, DEADLOCK, LIMIT, STOPPED}  # the daemon half-closes after these
 
 
@@ -1266,15 +1264,13 @@ class Session:
     ("lock", Request), ("unlock", committed), ("status", client), ("shutdown", immediate) or
     ("send", bytes)."""
     __slots__ = ("connection", "unread", "ours", "answered", "asked", "holds", "about", "peer_id",
-                 "place", "request")
+                 "request")
 
     def __init__(self, connection):
         self.connection, self.unread = connection, b""
         self.ours = self.answered = False  # a client of ours; the last lock 8 has had its answer
         self.asked = self.holds = self.request = None  # two names, and the last request
-        self.about = {}  # what a client of ours says of itself
-        self.peer_id = None  # of the client's host
-        self.place = None  # in the queue, as the client knows it
+        self.about, self.peer_id = {}, None  # what a client of ours says of itself; its host's id
 
     def __str__(self):
         """Who it is, as people see it."""
@@ -1297,34 +1293,29 @@ class Session:
         return make_call(self, elements)
 
     def _calls(self, data):
-        data, start = self.unread + data, 0
+        data = self.unread + data
         if data[:1] == TLS_RECORD:
             raise ProtocolError("TLS, where the daemon is configured without")
-        while True:
-            end = data.find(END, start) + len(END)
-            whole = end >= len(END)
-            if (end if whole else len(data)) - start > LONGEST:
-                raise ProtocolError(f"a message of more than {LONGEST} bytes")
-            if not whole:
-                self.unread = data[start:]
-                return
-            read = read_known_message if end - start < 512 else read_message
-            elements = read(data[start:end])
-            start, self.unread = end, b""
-            yield self._call(elements)
+        *messages, self.unread = data.split(END)
+        for message in messages:
+            if len(message) + len(END) > LONGEST:
+                raise ProtocolError(TOO_LONG)
+            read = read_known_message if len(message) < 512 else read_message
+            yield self._call(read(message + END))
+        if len(self.unread) > LONGEST:
+            raise ProtocolError(TOO_LONG)
 
     def _lock(self, elements):
-        wanted = elements.get("resource", {})
-        if "name" not in wanted:
+        wanted, about = elements.get("resource", {}), elements.get("session", {})
+        name = wanted.get("name")
+        if name is None:
             raise ProtocolError("a lock without a name")
-        name = wanted["name"]
         if name == STATUS_RESOURCE:
-            return "status", elements.get("session", {}).get("client", "")
-        self.answered, self.asked = False, name
-        request = Request(self, name, wanted.get("mode", 0), wanted.get("quantity", 1),
-                          wanted.get("wait", 0), wanted.get("create", 0), wanted.get("lifespan", 0))
-        about = elements.get("session", {})
-        self.peer_id = about.get("peerid")
+            return "status", about.get("client", "")
+        self.answered, self.asked, self.peer_id = False, name, about.get("peerid")
+        self.request = request = Request(
+            self, name, wanted.get("mode", 0), wanted.get("quantity", 1), wanted.get("wait", 0),
+            wanted.get("create", 0), wanted.get("lifespan", 0))
         if "client" in about:
             self.ours, self.about = True, dict(about)
             request.ident = about.get("id")
@@ -1332,7 +1323,6 @@ class Session:
             request.patient = wanted.get("deadlock") == "wait"
             request.reclaim = wanted.get("reclaim")
             request.element = None if request.reclaim is None else wanted.get("held")
-        self.request = request
         return "lock", request
 
     def _unlock(self, elements):
@@ -1415,10 +1405,14 @@ def report(table, introduction, now):
     yield introduction
     for resource in list(table.resources.values()):
         yield _resource_report(resource, now)
-    for queue in list(table.parked.values()):
-        for request in queue.values():
-            yield element("parked", ("name", encode_name(request.name)), *_who(request))
+    for request in parked(table):
+        yield element("parked", ("name", encode_name(request.name)), *_who(request))
     yield END.decode()
+
+
+def parked(table):
+    """The requests that wait for somebody to create their resources."""
+    return [request for queue in table.parked.values() for request in queue.values()]
 
 
 def _resource_report(resource, now):
@@ -1452,7 +1446,8 @@ def _who(request):
 # never blocks.  Closing is idempotent and tells the lock table.
 
 MOST_UNREAD = 256 * 1024  # bytes that may wait for a slow reader
-PATIENCE = 10  # s for the first message, and for the end of a half-closed connection
+PATIENCE = 10  # s for the first message, for a part of a report, and to close after the last word
+PIECES = 300  # of a status report that one turn of the loop makes
 LOCAL = "local"  # the peer on a UNIX socket
 READABLE, WRITABLE = select.POLLIN, select.POLLOUT  # the numbers that epoll uses, too
 WOULD_BLOCK = (BlockingIOError, InterruptedError)
@@ -1460,24 +1455,25 @@ WOULD_BLOCK = (BlockingIOError, InterruptedError)
 
 class Connection:
     """One client."""
-    __slots__ = ("daemon", "socket", "peer", "local", "session", "output", "report", "over",
-                 "surplus", "writing", "name")
+    __slots__ = ("daemon", "socket", "peer", "session", "output", "report", "over", "surplus",
+                 "writing", "name")
     would_block = WOULD_BLOCK
 
-    def __init__(self, daemon, connection, peer, surplus):
+    def __init__(self, daemon, connection, peer):
         self.daemon, self.socket, self.peer = daemon, connection, peer
-        self.local = peer == LOCAL
         self.session = Session(self)
         self.output = b""  # what the client has not taken yet
-        self.report = None  # iterator over the rest of a status report
-        self.over = False  # half-closed by us: nothing that comes counts any more
-        self.surplus = surplus  # beyond the limit of clients: to be refused
+        self.report = None  # iterator over the rest of a status report, which follows the output
+        self.over = False  # no more is said, and nothing that comes counts any more
+        self.surplus = False  # beyond the limit of clients: to be refused
         self.writing = False  # the poller waits until it can write
         self.name = None  # the common name of the peer's certificate
 
     def handle(self, events):
         """What the poller has seen."""
-        if events & WRITABLE and self.socket is not None:
+        if events & WRITABLE:
+            if self.over:
+                self.daemon.expect(self)  # it has taken a part of the report
             self._flush()
         if events & ~WRITABLE and self.socket is not None and self._read():
             self._read()
@@ -1498,10 +1494,13 @@ class Connection:
         return self.session.asked is None and self.socket is not None
 
     def _obey(self, data):
+        daemon = self.daemon
         try:
             for call, *details in self.session.calls(data):
-                self.daemon.silent.pop(self, None)
-                self.daemon.CALLS[call](self.daemon, self, *details)
+                daemon.silent.pop(self, None)
+                daemon.CALLS[call](daemon, self, *details)
+                if daemon.decisions:
+                    daemon.tell()
                 if self.socket is None or self.over:
                     return
         except ProtocolError as error:
@@ -1509,24 +1508,23 @@ class Connection:
 
     def send(self, data):
         """Sends now what the client takes now, the rest when it can take more."""
-        if self.output or self.report:
-            self.output += data
-        else:
-            self.output = data
+        self.output += data
+        if not self.writing:
             self._flush()
         if len(self.output) > MOST_UNREAD:
             self.close("does not read")
 
-    def send_report(self, pieces):
-        """Sends the pieces of a status report as the client takes them, then half-closes."""
-        if self.report is None:
-            self.report = pieces
+    def finish(self, report=None):
+        """Sends what is left, and the pieces of the report, then half-closes."""
+        if self.socket is not None and not self.over:
+            self.over, self.report = True, report
+            self.daemon.expect(self)
             self._flush()
 
     def _flush(self):
         """Writes what can be written; afterwards the poller knows whether something is left."""
         try:
-            while self.output:
+            while self.output or self.report and self._refill():
                 sent = self.socket.send(self.output)
                 self.output = self.output[sent:]
         except self.would_block:
@@ -1534,35 +1532,26 @@ class Connection:
         except OSError:
             self.close()
             return
-        if bool(self.output) != self.writing:
-            self.writing = not self.writing
-            self.daemon.poller.change(self.socket, self.writing)
-        if self.over and not self.output:
-            self._shut()
-        if self.report is not None and len(self.output) < 65536:
-            self.daemon.report_soon(self)
+        left = bool(self.output or self.report)
+        if left != self.writing:
+            self._watch(left)
+        if self.over and not left:
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_WR)
 
-    def refill(self):
-        """Takes the next pieces of the report, a few hundred."""
-        if self.socket is not None:
-            pieces = list(itertools.islice(self.report, 300))
-            self.output += "".join(pieces).encode("ascii")
-            if not pieces:
-                self.report = None
-                self.finish()
-            self._flush()
+    def _refill(self):
+        """The next pieces of the report, in a turn of the loop in which no other report goes on."""
+        if self.daemon.reported is self.daemon.now:
+            return False
+        self.daemon.reported = self.daemon.now
+        self.output = "".join(itertools.islice(self.report, PIECES)).encode("ascii")
+        if not self.output:
+            self.report = None
+        return self.output
 
-    def finish(self):
-        """Half-closes once everything is written; the client has PATIENCE to close its side."""
-        if self.socket is not None and not self.over:
-            self.over = True
-            self.daemon.expect(self)
-            if not self.output and self.report is None:
-                self._shut()
-
-    def _shut(self):
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_WR)
+    def _watch(self, writing):
+        self.writing = writing
+        self.daemon.poller.change(self.socket, writing)
 
     def tell(self, decision):
         """Tells the client of a decision about its request."""
@@ -1571,10 +1560,10 @@ class Connection:
         answer = None if decision.verdict is None else self.session.answer(decision)
         if answer is None:
             self.close()
-            return
-        self.send(answer)
-        if decision.verdict in FINAL:
-            self.finish()
+        elif not self.over:
+            self.send(answer)
+            if decision.verdict in FINAL:
+                self.finish()
 
     def close(self, reason=None):
         """Ends the connection, for a reason to be logged; what it held goes on to others."""
@@ -1588,7 +1577,7 @@ class Connection:
 
     def credentials(self):
         """(pid, uid) of the peer on a local socket, (None, None) where the system cannot tell."""
-        if not self.local or not hasattr(socket, "SO_PEERCRED"):
+        if self.peer != LOCAL or not hasattr(socket, "SO_PEERCRED"):
             return None, None
         raw = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         return struct.unpack("3i", raw)[:2]
@@ -1626,10 +1615,10 @@ class TlsConnection(Connection):
     """One client behind TLS."""
     __slots__ = ("shaking", "would_block")
 
-    def __init__(self, daemon, connection, peer, surplus, context):
+    def __init__(self, daemon, connection, peer):
         import ssl
-        super().__init__(daemon, context.wrap_socket(
-            connection, server_side=True, do_handshake_on_connect=False), peer, surplus)
+        super().__init__(daemon, daemon.tls.wrap_socket(
+            connection, server_side=True, do_handshake_on_connect=False), peer)
         self.shaking, self.would_block = True, (ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
     def handle(self, events):
@@ -1641,24 +1630,18 @@ class TlsConnection(Connection):
                 self._read()
 
     def _shake(self):
-        writing = False
         try:
             self.socket.do_handshake()
             self.shaking, subject = False, self.socket.getpeercert().get("subject", ())
             self.name = dict(pair for part in subject for pair in part).get("commonName")
         except self.would_block as error:
-            writing = isinstance(error, self.would_block[1])
+            self._watch(isinstance(error, self.would_block[1]))
         except OSError as error:
-            self.daemon.log.limited(f"{self.peer}: no TLS: {error}")
             if getattr(error, "reason", "") == "WRONG_VERSION_NUMBER":
                 with contextlib.suppress(OSError):  # plain text: it is to know what is wrong
                     socket.socket.recv(self.socket, 4096)
                     socket.socket.send(self.socket, TLS_ALERT)
-            self.close()
-            return
-        if writing != self.writing:
-            self.writing = writing
-            self.daemon.poller.change(self.socket, writing)
+            self.close(f"no TLS: {error}")
 
 
 # --- Listeners ----------------------------------------------------------------------------------
@@ -1681,7 +1664,10 @@ class Listener:
         self.label = f"unix:{address}" if self.local else f"tcp:{show_address(address)}"
         listening.setblocking(False)
         listening.listen(BACKLOG)
-        daemon.poller.add(listening, self.handle)
+        self._resume()
+
+    def _resume(self):
+        self.daemon.poller.add(self.socket, self.handle)
 
     def handle(self, events):
         """Accepts those that have come, a batch at a time."""
@@ -1698,13 +1684,8 @@ class Listener:
                 self.daemon.dates[self._resume] = self.daemon.now.mono + PAUSE
                 return
             connection.setblocking(False)
-            try:
+            with contextlib.suppress(OSError):  # TLS: it has gone already
                 self.daemon.welcome(connection, LOCAL if self.local else show_address(address))
-            except OSError:  # TLS: it has gone already
-                continue
-
-    def _resume(self):
-        self.daemon.poller.add(self.socket, self.handle)
 
     def close(self):
         """Stops listening; removes the path of a UNIX socket that is its own."""
@@ -1718,34 +1699,33 @@ class Listener:
 
 def unix_socket(path, mode):
     """A bound UNIX socket at `path` with these permissions; its lock must be held already."""
-    _remove_stale(path)
+    with serving(f"cannot use {path}"):
+        _remove_stale(path)
     bound = socket.socket(socket.AF_UNIX)
-    before = os.umask(0o777 & ~mode)
-    try:
-        with serving(f"cannot create the socket {path}", bound):
-            bound.bind(path)
-    finally:
-        os.umask(before)
+    with serving(f"cannot create the socket {path}", bound), creating(mode):
+        bound.bind(path)
     return bound
 
 
+@contextlib.contextmanager
+def creating(mode):
+    """Files that are created get these permissions, whatever the starter's umask was."""
+    before = os.umask(0o777 & ~mode)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def _remove_stale(path):
-    """Removes a socket on which nobody listens; raises CannotServe for anything else there."""
-    with serving(f"cannot use {path}"), socket.socket(socket.AF_UNIX) as probe:
-        try:
-            found = os.lstat(path)
-        except FileNotFoundError:
-            return
-        if not stat.S_ISSOCK(found.st_mode):
-            raise CannotServe(f"{path} is there and is no socket")
+    """Removes a socket on which nobody listens; anything else there is left to bind to refuse."""
+    with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         failure = probe.connect_ex(path)
-        if failure in (0, errno.EAGAIN):
-            raise CannotServe(f"another daemon serves {path}")
-        if failure not in (errno.ECONNREFUSED, errno.ENOENT):
-            raise OSError(failure, os.strerror(failure))
-    with serving(f"cannot remove the stale socket {path} of {owner(found.st_uid)}"):
-        with contextlib.suppress(FileNotFoundError):
+    if failure in (0, errno.EAGAIN):
+        raise CannotServe(f"another daemon serves {path}")
+    if failure == errno.ECONNREFUSED and stat.S_ISSOCK(os.lstat(path).st_mode):
+        with serving(f"cannot remove the stale socket {path} of {owner(os.lstat(path).st_uid)}"):
             os.unlink(path)
 
 
@@ -1778,9 +1758,7 @@ def inherited_sockets():
     mine = os.environ.get("LISTEN_PID") == str(os.getpid())
     for number in range(3, 3 + int(os.environ.get("LISTEN_FDS", "0") if mine else 0)):
         given = socket.socket(fileno=number)
-        name = given.getsockname()  # tells the family, which Python 3.6 does not find out itself
-        family = socket.AF_UNIX if isinstance(name, (str, bytes)) else (
-            socket.AF_INET6 if len(name) == 4 else socket.AF_INET)
+        family = given.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)  # 3.6 does not look itself
         yield socket.socket(family, socket.SOCK_STREAM, fileno=given.detach())
 
 
@@ -1801,6 +1779,7 @@ def inherited_sockets():
 CANDIDACY, QUESTIONS = 0.4, 4  # s, and questions in that time
 SOON = (0.5, 0.5, 1)  # s between the winner's first questions
 OFTEN = 5  # s between questions from then on, a fifth more or less
+DRAIN = 255  # what is written to the loop where it reads the numbers of signals, too
 MULTICAST = {  # level; names there and forms: of all groups (Linux; Python has none), sender, join
     socket.AF_INET: (socket.IPPROTO_IP, 49, socket.IP_MULTICAST_TTL,
                      socket.IP_MULTICAST_IF, "@8xi", socket.IP_ADD_MEMBERSHIP, "@4xi"),
@@ -1813,25 +1792,24 @@ class Group:
 
     def __init__(self, settings, pair):
         self.settings, self.pair = settings, pair
-        host, interface = settings["MulticastAddress"], settings["NetworkInterface"]
-        with serving(f"cannot use the group {host}"):
+        host, self.port = settings["MulticastAddress"], settings["MulticastPort"]
+        interface, failure = settings["NetworkInterface"], f"cannot join {host} port {self.port}"
+        with serving(failure):
             self.index = socket.if_nametoindex(interface) if interface else 0
             self.family, _, _, _, self.address = socket.getaddrinfo(
-                host, settings["MulticastPort"], 0, socket.SOCK_DGRAM)[0]
+                host, self.port, 0, socket.SOCK_DGRAM)[0]
         if self.family == socket.AF_INET6:
             self.index = self.index or self.address[3]
             self.address = self.address[:3] + (self.index,)
-        self.port = self.address[1]
         # one hears the group's questions; the other asks and hears the answers: never from the
         # group's port, since a FLoM daemon there ends on an answer
         self.socket, self.asker = (socket.socket(self.family, socket.SOCK_DGRAM) for _ in range(2))
         self.socket.setblocking(False)
         self.asker.setblocking(False)
-        with serving(f"cannot join the group {self.address[0]} port {self.port}", self.socket,
-                     self.asker):
+        with serving(failure, self.socket, self.asker):
             self._join(*MULTICAST[self.family])
-        self.own_port = None  # of the TCP listener, once it serves
-        self.asked = 0  # when it asked last
+        self.label = f"udp:{self.address[0]}:{self.port}"
+        self.probe = None  # the thread that looks for another daemon
 
     def _join(self, level, of_all, hops, sender, sender_form, join, join_form):
         """Joins on the interface asked for, else on all; raises OSError when none takes part."""
@@ -1858,93 +1836,89 @@ class Group:
 
     def ask(self):
         """Sends one question to the group; a network that is down is asked again later."""
-        self.asked = time.monotonic()
         with contextlib.suppress(OSError):
             self.asker.sendto(encode(DISCOVER, 8, daemon=self.pair[1], started=self.pair[0]),
                               self.address)
 
-    @staticmethod
-    def _datagrams(source, step):
-        """Yields (elements, sender) of the discovery messages of this step that have come: a batch
-        of them, since a flood has no end."""
+    def _heard(self, source, step):
+        """Yields (pair, network, sender) of the messages of this step from others that have come;
+        the pair is None when the sender is not one of ours.  A batch, since a flood has no end."""
         for _ in range(64):
             try:
                 data, sender = source.recvfrom(2048)
+                elements = decode(data)
             except WOULD_BLOCK:
                 return
-            except OSError:
-                continue  # an ICMP error for something sent before
-            with contextlib.suppress(ProtocolError):
-                elements = decode(data)
-                if (elements["msg"]["verb"], elements["msg"]["step"]) == (DISCOVER, step):
-                    yield elements, sender
-
-    @staticmethod
-    def _pair(elements):
-        """(started, id) of the daemon that sent the message, None when it is not one of ours."""
-        head = elements["msg"]
-        return (head["started"], head["daemon"]) if {"started", "daemon"} <= head.keys() else None
+            except (OSError, ProtocolError):
+                continue  # OSError: ICMP's, for something sent before
+            head = elements["msg"]
+            pair = (head["started"], head["daemon"]) if {"started", "daemon"} <= set(head) else None
+            if (head["verb"], head["step"]) == (DISCOVER, step) and pair != self.pair:
+                yield pair, elements.get("network", {}), sender
 
     def elect(self):
         """Returns when this daemon is to serve the group, raises SteppedBack when another is."""
         for _ in range(QUESTIONS):
             self.ask()
-            left, until = CANDIDACY, time.monotonic() + CANDIDACY / QUESTIONS
-            while left > 0:
-                left = until - time.monotonic()
-                select.select([self.socket, self.asker], [], [], max(0, left))
-                for elements, _ in self._datagrams(self.asker, 16):
-                    if self._pair(elements) != self.pair:
-                        raise SteppedBack("another daemon serves the group")
-                self._meet_candidates()
-
-    def _meet_candidates(self):
-        others = {self._pair(elements) for elements, _ in self._datagrams(self.socket, 8)}
-        others -= {None, self.pair}
-        if others and min(others) < self.pair:
-            raise SteppedBack("another daemon is about to serve the group")
-        if others:
-            self.ask()
+            until = time.monotonic() + CANDIDACY / QUESTIONS
+            while time.monotonic() < until:
+                select.select([self.socket, self.asker], [], [], max(0, until - time.monotonic()))
+                if list(self._heard(self.asker, 16)):
+                    raise SteppedBack("another daemon serves the group")
+                rivals = [pair for pair, _, _ in self._heard(self.socket, 8) if pair]
+                if rivals and min(rivals) < self.pair:
+                    raise SteppedBack("another daemon is about to serve the group")
+                if rivals:
+                    self.ask()
 
     def serve(self, daemon, port):
         """Begins to answer: `port` is where the daemon listens."""
-        self.daemon, self.own_port = daemon, port
-        self.pauses = list(SOON)
-        daemon.dates[self._ask_again] = daemon.now.mono + self.pauses.pop(0)
+        # no address when the daemon listens on all: the asker knows then
+        self.daemon, self.network = daemon, element(
+            "network", ("address", self.settings["UnicastAddress"] or ""), ("port", port))
+        self.pauses = iter(SOON)
+        daemon.dates[self._ask_again] = daemon.now.mono + next(self.pauses)
         daemon.poller.add(self.socket, self.hear)
         daemon.poller.add(self.asker, self.hear_answers)
 
+    def _ask_again(self):
+        import random
+        self.ask()
+        self.daemon.dates[self._ask_again] = self.daemon.now.mono + next(
+            self.pauses, OFTEN * random.uniform(0.8, 1.2))
+
     def hear(self, events):
         """Answers the questions that have come."""
-        for elements, sender in self._datagrams(self.socket, 8):
-            other = self._pair(elements)
-            if other == self.pair or sender[1] == self.port:
+        for other, _, sender in self._heard(self.socket, 8):
+            if sender[1] == self.port:
                 continue
-            # no address when the daemon listens on all: the asker knows then
-            network = element("network", ("address", self.settings["UnicastAddress"] or ""),
-                              ("port", self.own_port))
             ours = {"daemon": self.pair[1], "started": self.pair[0]} if other else {}
             with contextlib.suppress(OSError):
-                self.socket.sendto(encode(DISCOVER, 16, network, **ours), sender)
-            if other and self.daemon.now.mono > self.asked + SOON[0]:
-                self.ask()  # if it serves, too, the sooner this is found the better
+                self.socket.sendto(encode(DISCOVER, 16, self.network, **ours), sender)
 
     def hear_answers(self, events):
         """Looks for other daemons in the answers to this one's own questions."""
-        for elements, sender in self._datagrams(self.asker, 16):
-            other, network = self._pair(elements), elements.get("network", {})
-            if other == self.pair or "port" not in network:
+        for other, network, sender in self._heard(self.asker, 16):
+            if "port" not in network:
                 continue
             host = network.get("address") or sender[0]
             self.daemon.log.limited(f"another daemon answers for the group: {host!r} port "
                                     f"{network['port']}", "error")
-            if other is None or other < self.pair:
-                self.daemon.verify(other, (host, network["port"]) + tuple(sender[2:]))
+            if sender[3:] and sender[3] and ":" in host:  # link-local: on this interface
+                host = f"{host.split('%')[0]}%{sender[3]}"
+            probing = self.probe and self.probe.is_alive()
+            if (other is None or other < self.pair) and not probing and self.daemon.ending is None:
+                import threading
+                self.probe = threading.Thread(target=self._verify, daemon=True,
+                                              args=(other, (host, network["port"])))
+                self.probe.start()
 
-    def _ask_again(self):
-        self.ask()
-        pause = self.pauses.pop(0) if self.pauses else OFTEN * random.uniform(0.8, 1.2)
-        self.daemon.dates[self._ask_again] = self.daemon.now.mono + pause
+    def _verify(self, pair, address):
+        """Wakes the loop to drain if the other daemon is there.  A thread, as connecting blocks."""
+        with contextlib.suppress(OSError, LookupError, ValueError, CannotServe):
+            context = tls_context(self.settings, server=False) if self.daemon.tls else None
+            if daemon_at(address, context) == (pair and pair[1]):
+                self.daemon.waker.send(bytes([DRAIN]))
 
     def close(self):
         """Leaves the group: no more answers, no more questions."""
@@ -1954,33 +1928,25 @@ class Group:
             member.close()
 
 
+
 def daemon_at(address, context):
     """The id of the daemon at a TCP address, None when it is FLoM's; it asks as a client would,
     and blocks.  Raises OSError or LookupError when there is no lock daemon."""
     question = encode(
         LOCK, 8, element("session", ("peerid", machine_id()), ("client", f"flomd.py/{VERSION}")),
-        element("resource", ("name", encode_name(STATUS_RESOURCE)), ("mode", 0), ("wait", 0),
-                ("create", 0), ("lifespan", 0)))
+        element("resource", ("name", encode_name(STATUS_RESOURCE))))
     until, answer = time.monotonic() + PATIENCE, b""
-    family, kind, _, _, found = socket.getaddrinfo(*address[:2], 0, socket.SOCK_STREAM)[0]
-    if family == socket.AF_INET6 and address[3:]:  # the scope of a link-local address
-        found = found[:3] + (found[3] or address[3],)
-    with contextlib.ExitStack() as stack:
-        asking = stack.enter_context(socket.socket(family, kind))
-        asking.settimeout(PATIENCE)
-        asking.connect(found)
-        if context:
-            asking = stack.enter_context(context.wrap_socket(asking))
+    connected = socket.create_connection(address, PATIENCE)
+    with context.wrap_socket(connected) if context else connected as asking:
         asking.sendall(question)
-        while True:
-            asking.settimeout(max(0.001, until - time.monotonic()))
-            data = asking.recv(4096)
+        for data in iter(lambda: asking.recv(4096), b""):
             answer += data
             found = re.search(rb"<session (?:[^>]* daemon=.([0-9a-f]+))?[^>]*>", answer)
             if found:
                 return found.group(1) and found.group(1).decode()
-            if not data or len(answer) > 8192:
-                raise LookupError("no lock daemon")
+            if len(answer) > 8192 or time.monotonic() > until:
+                break
+    raise LookupError("no lock daemon")
 
 
 # --- Event loop ---------------------------------------------------------------------------------
@@ -2044,40 +2010,45 @@ class Moment:
 class Daemon:
     """Brings together the lock table, the connections, the listeners and the group."""
 
-    def __init__(self, settings, options, log, pair):
+    def __init__(self, settings, options, log, pair, state, table):
         self.settings, self.log, self.pair = settings, log, pair
+        self.state, self.table = state, table
         self.now = Moment()
         self.poller, self.dates = Poller(), {}
         self.connections = set()
         # connections that must begin, or end, within PATIENCE seconds: their dates, in order
         self.silent = collections.OrderedDict()
-        self.listeners, self.group, self.state, self.probing = [], None, None, False
-        self.publisher = None
-        self.table = None  # made when it is known what the predecessor left
+        self.ways, self.publisher = [], None  # how clients find it: listeners and the group
         self.tls = tls_context(settings, server=True) if settings["TlsCertificate"] else None
         self.most_clients = options.max_clients or most_files() - RESERVE
         self.ending = None  # why; "quiesce" and "drain" wait for those that are served
-        self.curious = set()  # sessions that want to know their place
-        self.reporting = collections.OrderedDict()  # connections whose report goes on
-        self.quiet_since = self.now.mono  # when the last lock was released
-        self._decisions, self._applying = collections.deque(), False
+        self.curious = {}  # session that wants to know its place: the place as it knows it
+        self.reported = None  # the turn of the loop, by its Moment, in which a report went on
+        self.decisions = collections.deque()  # not told yet
 
     def run(self):
         """Serves until it is told to end or nobody needs it."""
         self._rest()
-        handlers = self.poller.handlers
+        handlers, due = self.poller.handlers, self._do_what_is_due
         while self.ending is None or self.ending in ("quiesce", "drain") and self.connections:
             first = self._first_date()
             events = self.poller.wait(None if first is None else max(0, first - time.monotonic()))
             self.now = Moment()
-            for number, what in events:
-                handle = handlers.get(number)  # None when an event before this one closed it
-                try:
-                    handle and handle(what)
-                except Exception:  # a bug: it may cost one connection, never the daemon
-                    self._survive(handle)
-            if first is not None and first <= self.now.mono:
-                self._call(self._do_what_is_due)
+            try:
+                for number, what in events:
+                    handle = handlers.get(number)  # None when an event before this one closed it
+                    if handle:
+                        handle(what)
+                handle = due
+                if first is not None and first <= self.now.mono:
+                    due()
+                if self.decisions:
+                    self.tell()
+            except Exception:  # a bug: it may cost one connection, never the daemon
+                import traceback
+                self.log.limited(traceback.format_exc(), "error")
+                if isinstance(handle.__self__, Connection):
+                    handle.__self__.close()
 
     def _first_date(self):
         first = self.table.next_deadline()
@@ -2089,24 +2060,13 @@ class Daemon:
         return first
 
     def _do_what_is_due(self):
-        self.apply(self.table.expire(self.now))
+        self.decisions.extend(self.table.expire(self.now))
         while self.silent and next(iter(self.silent.values())) <= self.now.mono:
             next(iter(self.silent)).close("silent")
         self._rest()
         for purpose in [key for key, when in self.dates.items() if when <= self.now.mono]:
             if self.dates.pop(purpose, None) is not None:
-                self._call(purpose)
-
-    def _call(self, function):
-        try:
-            function()
-        except Exception:
-            self._survive(function)
-
-    def _survive(self, function):
-        self.log.limited(traceback.format_exc(), "error")
-        if isinstance(function.__self__, Connection):
-            function.__self__.close()
+                purpose()
 
     def _rest(self):
         """Begins the last part of the daemon's life once nobody uses it."""
@@ -2124,9 +2084,8 @@ class Daemon:
         if peer != LOCAL:
             tune(accepted, self.settings["TcpKeepaliveTime"], self.settings["TcpKeepaliveIntvl"],
                  self.settings["TcpKeepaliveProbes"])
-        surplus = len(self.connections) >= self.most_clients
-        connection = (TlsConnection(self, accepted, peer, surplus, self.tls) if self.tls
-                      else Connection(self, accepted, peer, surplus))
+        connection = (TlsConnection if self.tls else Connection)(self, accepted, peer)
+        connection.surplus = len(self.connections) >= self.most_clients
         self.connections.add(connection)
         self.dates.pop(self._end_of_life, None)
         self.expect(connection)
@@ -2144,76 +2103,58 @@ class Daemon:
         self.connections.discard(connection)
         self.silent.pop(connection, None)
         if connection.session in self.table.requests:
-            self._released(self.table.gone(connection.session, self.now))
+            self.decisions.extend(self.table.gone(connection.session, self.now))
+            self.released()
         if not self.connections:
             self._rest()
 
-    def _released(self, decisions):
+    def released(self):
         """The mark on disk may be cleared when nobody has held a lock for a while."""
         if self.publisher:
             self.publisher.changed()
         if not self.table.holding and self.state.marked:
-            self.quiet_since = self.now.mono
-            self.dates.setdefault(self.clear_mark, self.now.mono + QUIET)
-        if decisions:
-            self.apply(decisions)
+            self.dates[self.clear_mark] = QUIET + max(self.now.mono, self.table.window_until or 0)
 
     def clear_mark(self):
-        """Clears the mark on disk, unless it is too early."""
-        if self.quiet_since + QUIET > self.now.mono:
-            self.dates[self.clear_mark] = self.quiet_since + QUIET
-        elif self.table.window_until is not None:
-            self.dates[self.clear_mark] = self.table.window_until
-        elif not self.table.holding:
+        """Clears the mark on disk, if nobody holds a lock and no former holder may come back."""
+        if self.state.marked and not self.table.holding and self.table.window_until is None:
             self.state.mark(False)
 
     # What clients want.
 
-    def apply(self, decisions):
-        """Tells the sessions; closing one while telling may bring more decisions."""
-        if not decisions:
-            return
-        self._decisions.extend(decisions)
-        if self._applying:
-            return
-        self._applying = True
-        try:
-            while self._decisions:
-                decision = self._decisions.popleft()
-                if decision.verdict == OK and not self.state.marked:
-                    self.state.mark(True)
-                if self.publisher:
-                    self.publisher.note(decision)
-                if decision.verdict in (ENQUEUED, BUSY) and "progress" in decision.session.about:
-                    decision = self._explained(decision)
-                decision.session.connection.tell(decision)
-        finally:
-            self._applying = False
+    def tell(self):
+        """Tells the sessions what was decided; closing one of them may bring more decisions."""
+        while self.decisions:
+            decision = self.decisions.popleft()
+            if decision.verdict == OK and not self.state.marked:
+                self.state.mark(True)
+            if self.publisher:
+                self.publisher.note(decision)
+            if decision.verdict in (ENQUEUED, BUSY) and "progress" in decision.session.about:
+                decision = self._explained(decision)
+            decision.session.connection.tell(decision)
 
     def _explained(self, decision):
         """The decision for a session that wants to know why it waits, and how that changes."""
         session, resource = decision.session, self.table.resource_of(decision.session.asked)
         if decision.verdict == ENQUEUED:
-            session.place = decision.position, in_the_way(resource, session.request)[:1]
-            self.curious.add(session)
+            self.curious[session] = decision.position, in_the_way(resource, session.request)[:1]
             self.dates.setdefault(self._tell_places, self.now.mono + 1)
         return decision._replace(
             reason=decision.reason or resource and held_by(resource, self.now, session.request))
 
     def _tell_places(self):
         """Once a second: tells those that want to know it of a new place, or another holder."""
-        wanted = {}
-        for session in list(self.curious):
-            request = self.table.requests.get(session)
-            if request is not None and request.state is QUEUED:
-                wanted.setdefault(request.resource, set()).add(session)
-            else:
-                self.curious.discard(session)
-        for resource, sessions in wanted.items():
+        known, self.curious = self.curious, {}
+        requests = filter(None, map(self.table.requests.get, known))
+        for resource in {request.resource for request in requests if request.state is QUEUED}:
             for position, request in enumerate(resource.waiters(), 1):
-                if request.session in sessions and request.session.place != (
-                        position, in_the_way(resource, request)[:1]):
-                    self.apply([Decision(request.session, ENQUEUED, position=position)])
+                session = request.session
+                place = session in known and (position, in_the_way(resource, request)[:1])
+                if place and place == known[session]:
+                    self.curious[session] = place
+                elif place:
+                    self.decisions.append(Decision(session, ENQUEUED, position=position))
         if self.curious:
             self.dates[self._tell_places] = self.now.mono + 1
 
@@ -2232,31 +2173,23 @@ class Daemon:
             pid, uid = connection.credentials() if session.ours else (None, None)
             if pid:  # on a local socket the system knows best who asks
                 session.about.update(pid=str(pid), user=owner(uid))
-            self.apply(self.table.request(request, self.now))
+            self.decisions.extend(self.table.request(request, self.now))
 
     def _unlock(self, connection, committed):
-        self._released(self.table.release(connection.session, committed, self.now))
+        self.decisions.extend(self.table.release(connection.session, committed, self.now))
+        self.released()
 
     def _status(self, connection, client):
-        if client.startswith("flomd.py"):  # see Daemon.verify()
+        if client.startswith("flomd.py"):  # see daemon_at()
             self.log.limited(f"{connection.peer}: another daemon finds this one", "error")
-        listening = [listener.label for listener in self.listeners]
-        if self.group:
-            listening.append(f"udp:{self.group.address[0]}:{self.group.port}")
         introduction = (Session.first_to_ours + '<answer rc="0"/>' + element(
             "daemon", ("version", VERSION), ("since", self.pair[0] // 1000),
-            ("policy", self.settings["Policy"]), ("listening", " ".join(listening))))
-        connection.send_report(report(self.table, introduction, self.now))
+            ("policy", self.settings["Policy"]), ("listening", self.listening())))
+        connection.finish(report(self.table, introduction, self.now))
 
-    def report_soon(self, connection):
-        """One report at a turn of the loop goes on, however many are wanted."""
-        self.reporting[connection] = None
-        self.dates[self._report] = 0
-
-    def _report(self):
-        self.reporting.popitem(last=False)[0].refill()
-        if self.reporting:
-            self.dates[self._report] = 0
+    def listening(self):
+        """Where clients find the daemon, in one line."""
+        return " ".join(way.label for way in self.ways)
 
     def _shutdown(self, connection, immediate):
         refusal = self._may_stop(connection)
@@ -2273,7 +2206,7 @@ class Daemon:
 
     def _may_stop(self, connection):
         """Why the peer of this connection may not stop the daemon, None when it may."""
-        if connection.local:
+        if connection.peer == LOCAL:
             _, uid = connection.credentials()
             allowed = uid in (None, 0, os.getuid())
             return None if allowed else f"{owner(uid)} is neither {owner(os.getuid())} nor root"
@@ -2291,10 +2224,11 @@ class Daemon:
 
     def stop(self, reason):
         """Ends at once; clients of ours are told that it is by order."""
+        self.tell()
         self.log.info(f"ending: {reason}")
         self.ending = reason
         for connection in list(self.connections):
-            if connection.session.ours and connection.socket is not None:
+            if connection.session.ours:
                 connection.session.answered = True
                 connection.tell(Decision(connection.session, STOPPED,
                                          reason="the daemon ends: " + reason))
@@ -2304,55 +2238,31 @@ class Daemon:
         self.log.info("ending when the last client has gone")
         self.ending = self.ending or "quiesce"
 
-    def verify(self, pair, address):
-        """Another daemon serves the group and goes before this one, so it says: is it there?  To
-        connect may take its time, so a thread does it and wakes the loop with the result."""
-        if not self.probing and self.ending is None:
-            self.probing = True
-            threading.Thread(target=self._probe, args=(pair, address), daemon=True).start()
-
-    def _probe(self, pair, address):
-        confirmed = False
-        with contextlib.suppress(OSError, LookupError, ValueError, CannotServe):
-            context = tls_context(self.settings, server=False) if self.tls else None
-            confirmed = daemon_at(address, context) == (pair and pair[1])
-        self.waker.send(b"\xff" if confirmed else b"\xfe")
-
-    def probed(self, confirmed):
-        """The thread of verify() has ended."""
-        self.probing = False
-        if confirmed and self.group:
-            self.drain()
-
     def drain(self):
-        """Leaves the group to another daemon."""
+        """Leaves the group to another daemon, which serves it, too."""
+        if not self.ways:
+            return
         self.log.error("draining: another daemon serves the group")
         self.ending = "drain"
-        self.dates.pop(self._end_of_life, None)
-        self._hide()
-        self._applying = True  # a waiter that makes way grants nothing any more
+        self.hide()
+        self.tell()
         for connection in [other for other in self.connections if other.session.holds is None]:
             connection.close()
-        self._decisions.clear()
-        self._applying = False
+        self.decisions.clear()  # a waiter that makes way grants nothing any more
 
-    def _hide(self):
+    def hide(self):
         """From now on no client finds the daemon."""
-        for way in self.listeners + [self.group] * bool(self.group):
-            way.close()
-        self.listeners, self.group = [], None
+        while self.ways:
+            self.ways.pop().close()
 
     def close(self):
         """Removes what the daemon has put into the file system and closes its sockets."""
-        self._hide()
+        self.hide()
         if self.publisher:
             self.publisher.close()
-        if self.state and self.state.marked and not self.table.holding and (
-                self.table.window_until is None):
-            self.state.mark(False)
-        for connection in list(self.connections):
-            with contextlib.suppress(OSError):
-                connection.socket.close()
+        self.clear_mark()
+        for connection in self.connections:
+            connection.socket.close()
 
 
 def most_files():
@@ -2370,7 +2280,7 @@ def most_files():
 
 # --- Signals and lifespan -----------------------------------------------------------------------
 # Handlers do nothing; Python writes the number of each signal to a socket that the loop reads, and
-# the thread that looks for another daemon writes 255 or 254 there: yes or no.
+# the thread that looks for another daemon writes DRAIN there when it has found one.
 
 
 class Signals:
@@ -2382,10 +2292,10 @@ class Signals:
         daemon.waker.setblocking(False)
         self.actions = {signal.SIGTERM: lambda: daemon.stop("it got SIGTERM"),
                         signal.SIGINT: lambda: daemon.stop("it got SIGINT"),
-                        signal.SIGUSR1: daemon.quiesce, signal.SIGHUP: daemon.log.open,
-                        255: lambda: daemon.probed(True), 254: lambda: daemon.probed(False)}
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+                        signal.SIGUSR1: daemon.quiesce, signal.SIGHUP: daemon.log.open}
+        for number in self.actions:
             signal.signal(number, lambda number, frame: None)
+        self.actions[DRAIN] = daemon.drain
         signal.set_wakeup_fd(daemon.waker.fileno())
         daemon.poller.add(self.reader, self.handle)
 
@@ -2410,47 +2320,42 @@ _record = re.compile(rb"flomd (\d{10}) (.{36}) ([01]) (\d{10})\n").match
 QUIET = 1  # s without any holder before the mark is cleared
 
 
-def open_state(path, shared):
-    """Opens the file, made if it is not there, or raises CannotServe; `shared`: anybody's."""
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-    mode = 0o666 if shared else 0o600
-    before = os.umask(0)
-    try:
-        try:
-            number = os.open(path, flags)
-        except FileNotFoundError:
-            number = os.open(path, flags | os.O_CREAT, mode)
-    except OSError as error:
-        why = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
-        raise CannotServe(f"cannot open {path}: {why}")
-    finally:
-        os.umask(before)
-    found = os.fstat(number)
-    if (not stat.S_ISREG(found.st_mode) or found.st_nlink > 1
-            or not shared and found.st_uid != os.getuid()):
-        os.close(number)
-        raise CannotServe(f"{path} is no file of {owner(os.getuid())}")
-    return number
-
-
-def lock_file(number, wait):
-    """Takes the flock of the file; returns whether it could be had."""
-    with contextlib.suppress(*WOULD_BLOCK):
-        fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        return True
-    return False
-
-
 class State:
-    """The record in the file `number` (None: there is none and nothing is remembered)."""
+    """The record in the file at `path` (None: nothing is remembered), which is made if it is not
+    there; `shared`: it may be anybody's.  Raises CannotServe."""
 
-    def __init__(self, number, durable):
-        self.number, self.durable = number, durable
-        found = number is not None and _record(os.pread(number, 128, 0))
+    def __init__(self, path, shared=False, durable=False):
+        self.path, self.durable = path or os.devnull, durable
+        with serving(f"cannot open {self.path}"):
+            self.number = self._open(0o666 if shared else 0o600)
+            found = os.fstat(self.number)
+        if path and not (stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+                         and (shared or found.st_uid == os.getuid())):
+            raise CannotServe(f"{path} is no file of {owner(os.getuid())}")
+        self._read()
+
+    def _open(self, mode):
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:  # kernels refuse O_CREAT for the files of others in a sticky directory
+            return os.open(self.path, flags)
+        except FileNotFoundError:
+            with creating(mode):
+                return os.open(self.path, flags | os.O_CREAT, mode)
+
+    def _read(self):
+        found = _record(os.pread(self.number, 128, 0))
         epoch, boot, held, pid = found.groups() if found else (b"0", b"", b"0", b"0")
         self.epoch, self.pid = int(epoch), int(pid)  # of the predecessor, until begin()
-        self.unclean, self.boot = held == b"1", boot.decode("ascii", "replace").strip()
-        self.marked = self.unclean
+        self.marked = self.unclean = held == b"1"
+        self.boot = boot.decode("ascii", "replace").strip()
+
+    def lock(self, wait=False):
+        """Takes the flock of the file; returns whether it could be had."""
+        with contextlib.suppress(*WOULD_BLOCK):
+            fcntl.flock(self.number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            self._read()
+            return True
+        return False
 
     def begin(self):
         """Writes this daemon's record and returns whether the system was booted since the last."""
@@ -2458,18 +2363,16 @@ class State:
         with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read().strip()
         self.epoch = max(int(time.time()) - EPOCH, self.epoch + 1)
-        if self.number is not None:
-            os.pwrite(self.number, RECORD.format(
-                epoch=self.epoch, boot=boot, held=int(self.unclean), pid=os.getpid()).encode(), 0)
-            if self.durable:
-                os.fsync(self.number)
+        os.pwrite(self.number, RECORD.format(
+            epoch=self.epoch, boot=boot, held=int(self.unclean), pid=os.getpid()).encode(), 0)
+        if self.durable:
+            os.fsync(self.number)
         return self.boot != boot
 
     def mark(self, held):
         """Somebody is about to hold a lock, or nobody has held one for a while."""
         self.marked = held
-        if self.number is not None:
-            os.pwrite(self.number, b"1" if held else b"0", MARK_AT)
+        os.pwrite(self.number, b"1" if held else b"0", MARK_AT)
 
 
 # What others may watch: the tree of -m, in FLoM's layout, and the text of --metrics for Prometheus.
@@ -2487,12 +2390,13 @@ class Publisher:
 
     def __init__(self, daemon, mount, metrics):
         self.daemon, self.mount, self.metrics = daemon, mount, metrics
-        self.verdicts, self.lost, self.version = collections.Counter(), 0, 0
+        self.verdicts, self.lost = collections.Counter(), 0
         self.waits, self.waited = [0] * (len(WAITS) + 1), 0.0
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the children
         if mount:
-            self.write_tree()
+            self._publish_tree()
         if metrics:
-            self._write_metrics()
+            self._publish_metrics()
 
     def note(self, decision):
         """Counts a decision."""
@@ -2507,34 +2411,32 @@ class Publisher:
     def changed(self):
         """The tree is to be written again, but not more often than it may."""
         if self.mount:
-            self.daemon.dates.setdefault(self.write_tree, self.daemon.now.mono + TREE_PAUSE)
+            self.daemon.dates.setdefault(self._publish_tree, self.daemon.now.mono + TREE_PAUSE)
 
-    def write_tree(self):
-        self.version += 1
-        self._in_child(self._write_tree)
+    def _publish_tree(self):
+        self._in_child(self._write_tree, f".status-{time.time():f}")
 
-    def _write_metrics(self):
-        self.daemon.dates[self._write_metrics] = self.daemon.now.mono + METRICS_PAUSE
-        self._in_child(self._write_text)
+    def _publish_metrics(self):
+        self.daemon.dates[self._publish_metrics] = self.daemon.now.mono + METRICS_PAUSE
+        self._in_child(self._write_metrics, f"{self.metrics}.{os.getpid()}")
 
     @staticmethod
-    def _in_child(write):
+    def _in_child(write, name):
         if not os.fork():
             try:
-                close_files(keep=-1)  # or clients would wait for this process, too
-                write()
+                close_files()  # or clients would wait for this process, too
+                write(name)
             finally:
                 os._exit(0)
 
-    def _write_tree(self):
-        new = f".status-{self.version}"
-        link = os.path.join(self.mount, f"{new}-link")
-        for path, text in self._tree():
-            path = os.path.join(self.mount, new, path)
+    def _write_tree(self, new):
+        top, link = os.path.join(self.mount, new), os.path.join(self.mount, f"{new}-link")
+        os.mkdir(top)
+        for path, text in tree(self.daemon.table):
+            path = os.path.join(top, path)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
                 file.write(f"{text}\n")
-        os.makedirs(os.path.join(self.mount, new), exist_ok=True)
         os.symlink(new, link)
         os.replace(link, os.path.join(self.mount, "status"))
         self._remove_but(new)
@@ -2542,73 +2444,44 @@ class Publisher:
     def _remove_but(self, kept):
         for name in os.listdir(self.mount):
             path = os.path.join(self.mount, name)
-            if name.startswith(".status-") and os.path.islink(path):
+            if name == kept or not name.startswith(".status-"):
+                continue
+            if os.path.islink(path):
                 os.unlink(path)
-            elif name.startswith(".status-") and name != kept:
-                for folder, _, files in os.walk(path, topdown=False):
-                    for file in files:
-                        os.unlink(os.path.join(folder, file))
-                    os.rmdir(folder)
+            for folder, _, files in os.walk(path, topdown=False):
+                for file in files:
+                    os.unlink(os.path.join(folder, file))
+                os.rmdir(folder)
 
-    def _tree(self):
-        """Yields (path, content) of the files."""
-        table = self.daemon.table
-        for number, resource in enumerate(table.resources.values(), 1):
-            folder, kind = f"lockers/{number}", kind_of(resource.name)
-            yield f"{folder}/resource_name", resource.name
-            yield f"{folder}/resource_type", kind
-            for role, requests in (("holders", resource.holders.values()),
-                                   ("waitings", resource.waiters())):
-                for place, request in enumerate(requests, 1):
-                    yield from ((f"{folder}/{role}/{place}/{key}", value)
-                                for key, value in self._details(request, kind))
-        parked = [request for queue in table.parked.values() for request in queue.values()]
-        for number, request in enumerate(parked, 1):
-            yield f"incubator/{number}/peer_name", request.session
-            yield f"incubator/{number}/resource_name", request.name
-            yield f"incubator/{number}/resource_type", kind_of(request.name)
+    def _write_metrics(self, new):
+        with open(new, "w") as file:
+            file.write("".join(self._figures()))
+        os.chmod(new, 0o644)
+        os.replace(new, self.metrics)
 
-    @staticmethod
-    def _details(request, kind):
-        yield "peer_name", request.session
-        if kind in ("simple", "hierarchical"):
-            yield "lock_mode", MODES[request.mode]
-        elif kind == "numeric":
-            yield "quantity", request.quantity
-        elif request.element and kind in ("sequence", "timestamp"):
-            yield f"{kind}_value", request.element
-
-    def _write_text(self):
-        part = f"{self.metrics}.{os.getpid()}"
-        with open(part, "w") as file:
-            file.write("".join(self._text()))
-        os.chmod(part, 0o644)
-        os.replace(part, self.metrics)
-
-    def _text(self):
+    def _figures(self):
         """Yields the metrics in Prometheus' text format."""
         table, count = self.daemon.table, self.verdicts
-        kinds = collections.Counter(kind_of(name) for name in table.resources)
+        kinds = collections.Counter(map(kind_of, table.resources))
         bounds = [f"{bound:g}" for bound in WAITS] + ["+Inf"]
-        waits = [(f'_bucket{{le="{bound}"}}', total)
-                 for bound, total in zip(bounds, itertools.accumulate(self.waits))]
+        waits = {f'_bucket{{le="{bound}"}}': total
+                 for bound, total in zip(bounds, itertools.accumulate(self.waits))}
+        waits.update(_sum=f"{self.waited:.6f}", _count=sum(self.waits))
         for name, kind, what, values in (
-                ("sessions", "gauge", "Open connections.", [("", len(self.daemon.connections))]),
-                ("resources", "gauge", "Resources by kind.", [
-                    (f'{{kind="{kind}"}}', kinds[kind]) for kind in KINDS]),
-                ("holders", "gauge", "Sessions that hold a lock.", [("", table.holding)]),
-                ("waiters", "gauge", "Sessions that wait for a lock.", [("", table.waiting)]),
-                ("grants_total", "counter", "Locks granted.", [("", count[OK])]),
-                ("refusals_total", "counter", "Requests refused, by reason.", [
-                    (f'{{reason="{REFUSED[rc]}"}}', count[rc]) for rc in REFUSED]),
+                ("sessions", "gauge", "Open connections.", {"": len(self.daemon.connections)}),
+                ("resources", "gauge", "Resources by kind.",
+                 {f'{{kind="{kind}"}}': kinds[kind] for kind in KINDS}),
+                ("holders", "gauge", "Sessions that hold a lock.", {"": table.holding}),
+                ("waiters", "gauge", "Sessions that wait for a lock.", {"": table.waiting}),
+                ("grants_total", "counter", "Locks granted.", {"": count[OK]}),
+                ("refusals_total", "counter", "Requests refused, by reason.",
+                 {f'{{reason="{REFUSED[rc]}"}}': count[rc] for rc in REFUSED}),
                 ("lost_sessions_total", "counter", "Sessions that ended while they held a lock.",
-                 [("", self.lost)]),
-                ("epoch", "gauge", "Upper half of the fencing tokens.",
-                 [("", self.daemon.state.epoch)]),
-                ("wait_seconds", "histogram", "Time from the request to the grant.", waits + [
-                    ("_sum", f"{self.waited:.6f}"), ("_count", sum(self.waits))])):
+                 {"": self.lost}),
+                ("epoch", "gauge", "Upper half of the tokens.", {"": self.daemon.state.epoch}),
+                ("wait_seconds", "histogram", "Time from the request to the grant.", waits)):
             yield f"# HELP flomd_{name} {what}\n# TYPE flomd_{name} {kind}\n"
-            yield from (f"flomd_{name}{labels} {value}\n" for labels, value in values)
+            yield from (f"flomd_{name}{labels} {value}\n" for labels, value in values.items())
 
     def close(self):
         """Removes what it has published."""
@@ -2618,6 +2491,34 @@ class Publisher:
             if self.mount:
                 os.unlink(os.path.join(self.mount, "status"))
                 self._remove_but(None)
+
+
+def tree(table):
+    """Yields (path, content) of the files that show the table."""
+    for number, resource in enumerate(table.resources.values(), 1):
+        folder, kind = f"lockers/{number}", kind_of(resource.name)
+        yield f"{folder}/resource_name", resource.name
+        yield f"{folder}/resource_type", kind
+        for role, requests in (("holders", resource.holders.values()),
+                               ("waitings", resource.waiters())):
+            for place, request in enumerate(requests, 1):
+                yield from ((f"{folder}/{role}/{place}/{key}", value)
+                            for key, value in _details(request, kind))
+    for number, request in enumerate(parked(table), 1):
+        folder = f"incubator/{number}"
+        yield f"{folder}/peer_name", request.session
+        yield f"{folder}/resource_name", request.name
+        yield f"{folder}/resource_type", kind_of(request.name)
+
+
+def _details(request, kind):
+    yield "peer_name", request.session
+    if kind in ("simple", "hierarchical"):
+        yield "lock_mode", MODES[request.mode]
+    elif kind == "numeric":
+        yield "quantity", request.quantity
+    elif request.element and kind in ("sequence", "timestamp"):
+        yield f"{kind}_value", request.element
 
 
 # --- Daemonize ----------------------------------------------------------------------------------
@@ -2647,16 +2548,14 @@ def detach():
     return writer
 
 
-def close_files(keep):
+def close_files(keep=2):
     """Closes every descriptor but 0, 1, 2 and `keep`."""
     try:
-        numbers = [int(name) for name in os.listdir("/proc/self/fd")]
+        last = max(map(int, os.listdir("/proc/self/fd")))
     except OSError:
-        numbers = range(3, min(most_files(), 4096))
-    for number in numbers:
-        if number > 2 and number != keep:
-            with contextlib.suppress(OSError):
-                os.close(number)
+        last = min(most_files(), 4096)
+    os.closerange(3, keep)
+    os.closerange(keep + 1, last + 1)
 
 
 def report_ready(writer, status):
@@ -2753,6 +2652,9 @@ class Log:
 # --- Options ------------------------------------------------------------------------------------
 
 
+ADDRESSES = ("SocketName", "UnicastAddress", "MulticastAddress")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, with errors in one line."""
 
@@ -2776,8 +2678,8 @@ def make_parser():
     add("-f", "--foreground", action="store_true", help="do not detach, log to stderr")
     add("-c", "--config-file", metavar="FILE", help="read after the system's and the user's file")
     add("--no-files", action="store_true", help="read no configuration file")
-    add("--pid-file", metavar="FILE", help="where the pid is written")
-    add("--metrics", metavar="FILE", help="where to write figures for Prometheus")
+    for name, what in (("pid-file", "the pid"), ("metrics", "figures for Prometheus")):
+        add(f"--{name}", metavar="FILE", type=os.path.abspath, help=f"where to write {what}")
     add("--log", metavar="FILE|syslog|stderr", help="where to log (syslog, with -f stderr)")
     add("--log-level", choices=list(LEVELS), default="info", help="error, warning, info or debug")
     for name, what in (("clients", "connections"), ("waiters", "waiting requests")):
@@ -2801,13 +2703,11 @@ def read_options(arguments):
     """(settings, options) from the command line and the files; raises UsageError."""
     options = make_parser().parse_args(arguments)
     settings = Settings(Lifespan=-1)
-    for name in ("pid_file", "metrics"):
-        if getattr(options, name):
-            setattr(options, name, os.path.abspath(getattr(options, name)))
     if not options.no_files:
         for path in ("/etc/flom.conf", "/usr/local/etc/flom.conf", os.path.expanduser("~/.flom")):
             settings.read_file(path)
-    of_clients = dict(settings.origins)
+    # the files that clients read, too, may name another daemon: an address in them counts last
+    of_clients = {key: settings.values.pop(key) for key in ADDRESSES if key in settings.values}
     if options.config_file:
         settings.read_file(options.config_file, required=True)
     for setting in SETTINGS:
@@ -2815,11 +2715,8 @@ def read_options(arguments):
         if text is not None:
             short = f"-{setting.short}/" if setting.short else ""
             settings.set(setting, [text], f"{short}--{setting.long}")
-    # the files that clients read too may name another daemon: an address in them counts last
-    keys = ("SocketName", "UnicastAddress", "MulticastAddress")
-    own = [key for key in keys if settings.origins.get(key) != of_clients.get(key)]
-    for key in set(keys).difference(own) if own else ():
-        settings.values.pop(key, None)
+    if not any(key in settings.values for key in ADDRESSES):
+        settings.values.update(of_clients)
     if settings["SocketName"] and settings["MulticastAddress"]:
         raise UsageError(f"{settings.origins['SocketName']} and "
                          f"{settings.origins['MulticastAddress']} exclude each other")
@@ -2841,32 +2738,31 @@ def local_socket(settings):
 def open_states(settings, options, log):
     """The State, its lock taken; raises CannotServe when another daemon has the local socket."""
     durable, shared = bool(settings["StateDir"]), bool(settings["SocketName"])
-    lock = local_socket(settings) and local_socket(settings) + ".lock"
-    path = lock or "/tmp/flom-{}-{}-{}.lock".format(
+    local = local_socket(settings)
+    lock = f"{local}.lock" if local else "/tmp/flom-{}-{}-{}.lock".format(
         owner(os.getuid()), settings["UnicastAddress"] or settings["MulticastAddress"],
         settings["UnicastPort" if settings["UnicastAddress"] else "MulticastPort"])
-    if durable:
-        path = os.path.join(settings["StateDir"], os.path.basename(path))
-    if lock:
-        number = open_state(lock, shared)
-        if not lock_file(number, wait=False):
-            holder = State(number, False).pid
+    path = os.path.join(settings["StateDir"], os.path.basename(lock)) if durable else lock
+    if local:
+        state = State(lock, shared, durable)
+        if not state.lock():
             if not options.foreground:
-                raise CannotServe(f"another daemon (pid {holder}) serves {lock[:-len('.lock')]}")
-            log.info(f"waiting for the daemon with pid {holder} to end")
-            lock_file(number, wait=True)
-        if lock == path:
-            return State(number, durable)
+                raise CannotServe(f"another daemon (pid {state.pid}) serves {local}")
+            log.info(f"waiting for the daemon with pid {state.pid} to end")
+            state.lock(wait=True)
+        if os.path.realpath(path) == os.path.realpath(lock):
+            return state
+        state.begin()  # for the pid
     try:
-        number = open_state(path, shared)
+        state = State(path, shared, durable)
+        if state.lock():
+            return state  # or it is another daemon's, elsewhere on the same file system
     except CannotServe as error:
         if durable:
             raise
         log.error(f"{error}; nothing will be remembered")
-        number = None
-    if number is not None and not lock_file(number, wait=False):
-        number = None  # another daemon's, elsewhere on the same file system
-    return State(number, durable)
+    time.sleep(1 - time.time() % 1)  # tokens of two daemons in one second would be the same
+    return State(None)
 
 
 def recovery_window(settings, state, rebooted):
@@ -2880,67 +2776,57 @@ def recovery_window(settings, state, rebooted):
     return 0  # nobody on this host has survived its boot
 
 
-def open_listeners(daemon, settings):
+def open_listeners(daemon, group):
     """The daemon listens: on what it was given, else on its socket and its addresses."""
-    daemon.listeners = [Listener(daemon, given) for given in inherited_sockets()]
-    if daemon.listeners:
+    settings, ways = daemon.settings, daemon.ways
+    ways.extend(Listener(daemon, given) for given in inherited_sockets())
+    if ways:
         return
     local, host, port = local_socket(settings), settings["UnicastAddress"], settings["UnicastPort"]
-    if daemon.group and not host:
-        host, port = "::" if daemon.group.family == socket.AF_INET6 else "0.0.0.0", 0
+    if group and not host:
+        host, port = "::" if group.family == socket.AF_INET6 else "0.0.0.0", 0
     if local:
-        mode = settings["SocketMode"]
-        if mode is None:
-            mode = 0o666 if settings["SocketName"] else 0o600
-        daemon.listeners.append(Listener(daemon, unix_socket(local, mode), local))
+        mode = settings["SocketMode"] or (0o666 if settings["SocketName"] else 0o600)
+        ways.append(Listener(daemon, unix_socket(local, mode), local))
     if host:
-        daemon.listeners.append(Listener(daemon, tcp_socket(settings, host, port)))
+        ways.append(Listener(daemon, tcp_socket(settings, host, port)))
 
 
 def prepare(settings, options, log):
     """A daemon that listens; raises CannotServe or SteppedBack."""
-    pair = (int(time.time() * 1000), os.urandom(8).hex())
     if not settings["SocketName"] and "," in (settings["UnicastAddress"] or ""):
         raise CannotServe("a daemon has one address")
+    pair = (int(time.time() * 1000), os.urandom(8).hex())
     state = open_states(settings, options, log)
-    daemon = Daemon(settings, options, log, pair)
+    group = Group(settings, pair) if settings["MulticastAddress"] else None
+    if group:
+        group.elect()
+    window = recovery_window(settings, state, rebooted=state.begin())
+    table = LockTable(settings["Policy"] == "first-fit", state.epoch,
+                      time.monotonic() + window if window else None, options.max_waiters)
+    daemon = Daemon(settings, options, log, pair, state, table)
     Session.introduce(machine_id(), pair[1])
-    if state.number is None:
-        time.sleep(1 - time.time() % 1)  # tokens of two daemons in one second would be the same
-    if settings["MulticastAddress"]:
-        daemon.group = Group(settings, pair)
-        daemon.group.elect()
-    daemon.state = state
-    rebooted = state.begin()
     try:
-        open_listeners(daemon, settings)
+        open_listeners(daemon, group)
+        if options.pid_file:
+            with serving(f"cannot write {options.pid_file}"), open(options.pid_file, "w") as file:
+                file.write(f"{os.getpid()}\n")
     except CannotServe:
-        for listener in daemon.listeners:
-            listener.close()
+        daemon.hide()
         raise
-    daemon.now = Moment()
-    window = recovery_window(settings, state, rebooted)
-    daemon.table = LockTable(settings["Policy"] == "first-fit", state.epoch,
-                             daemon.now.mono + window if window else None, options.max_waiters)
-    if state.marked:
-        daemon.dates[daemon.clear_mark] = daemon.now.mono + window + QUIET
-    if daemon.group:
-        daemon.group.serve(daemon, daemon.listeners[-1].socket.getsockname()[1])
+    daemon.released()
+    if group:
+        group.serve(daemon, daemon.ways[-1].socket.getsockname()[1])
+        daemon.ways.append(group)
     if settings["MountPointVFS"] or options.metrics:
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the publisher's children
         daemon.publisher = Publisher(daemon, settings["MountPointVFS"], options.metrics)
-    path = options.pid_file
-    if path:
-        with serving(f"cannot write {path}", daemon), open(path, "w") as file:
-            file.write(f"{os.getpid()}\n")
     return daemon
 
 
 def serve(settings, options):
     """Runs the daemon to its end; returns the exit status."""
-    target = options.log or settings["DaemonTraceFile"] or (
-        "stderr" if options.foreground else "syslog")
-    traced = target == settings["DaemonTraceFile"] and not options.log
+    traced = not options.log and settings["DaemonTraceFile"]
+    target = options.log or traced or ("stderr" if options.foreground else "syslog")
     log = Log(target if target in ("syslog", "stderr") else os.path.abspath(target),
               "debug" if traced else options.log_level,
               append=settings["AppendTraceFile"] or not traced)
@@ -2957,7 +2843,7 @@ def serve(settings, options):
         report_ready(writer, 3)
         return 3
     Signals(daemon)
-    log.info("serving " + " ".join(listener.label for listener in daemon.listeners))
+    log.info(f"serving {daemon.listening()}")
     report_ready(writer, 0)
     notify("READY=1")
     try:

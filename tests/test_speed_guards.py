@@ -15,8 +15,7 @@ from world import ROOT, pass_time, read, wait_until
 # that an interpreter loads must come with these by itself.
 OF_FLOM = set("argparse binascii collections contextlib errno fcntl functools os pwd re select "
               "signal socket sys time".split())
-OF_FLOMD = OF_FLOM | set("bisect copy heapq itertools math operator random resource stat struct "
-                         "threading traceback".split())
+OF_FLOMD = OF_FLOM | set("bisect copy heapq itertools operator resource stat struct".split())
 DEAR = {"asyncio", "base64", "configparser", "ctypes", "datetime", "getpass", "hashlib", "http",
         "inspect", "ipaddress", "json", "logging", "pathlib", "platform", "queue", "shlex",
         "shutil", "ssl", "subprocess", "syslog", "tempfile", "typing", "urllib", "uuid", "xml",
@@ -151,7 +150,7 @@ def test_modules_of_the_daemon(box):
     allowed = baseline(box, OF_FLOMD, parser)
     assert used - allowed == set()
     assert OF_FLOMD & allowed - used == set()
-    assert used & DEAR <= baseline(box, {"random"}, parser)
+    assert used & DEAR == set()
 
 
 # System calls
