@@ -1,5 +1,6 @@
 """Fixtures: `box`, one host's folder and processes; `hosts(n)`, several hosts; see world.py."""
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from network import Host, Network, Unavailable  # noqa: E402
-from world import Boxes  # noqa: E402
+from world import FLOM, Boxes  # noqa: E402
 
 SECOND_TRIES = []
 
@@ -81,6 +82,10 @@ def pytest_configure(config):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     config.flom_is_between = is_between()
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.path.dirname(FLOM))
 
 
 def pytest_runtest_protocol(item, nextitem):

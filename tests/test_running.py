@@ -11,7 +11,7 @@ import time
 
 import pytest
 from commands import count
-from world import FLOM, FLOMD, Gate, free_port, pass_time, read, wait_until
+from world import FLOM, FLOM_PY, FLOMD, FLOMD_PY, Gate, free_port, pass_time, read, wait_until
 
 SHOW = ["sh", "-c", "env | grep ^FLOM_ | sort"]
 OUTER = {f"FLOM_{name}": "outer" for name in ("RESOURCE", "MODE", "ELEMENT", "TOKEN", "SESSION")}
@@ -168,7 +168,7 @@ def test_no_process_can_be_had(box):
     python = sys.executable if os.geteuid() else shutil.which("python3", path=os.defpath)
     if python is None:
         pytest.skip(f"no python3 in {os.defpath} that every user can run")
-    for script in (FLOM, FLOMD):
+    for script in (FLOM_PY, FLOMD_PY):
         shutil.copy(script, box.folder)
     os.chmod(box.folder, 0o777)
 

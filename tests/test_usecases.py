@@ -7,7 +7,7 @@ import shutil
 import signal
 
 import pytest
-from world import FLOM, FLOMD, pass_time, wait_until
+from world import FLOM_PY, FLOMD_PY, pass_time, wait_until
 
 BUSY = "Resource already locked, the lock cannot be obtained\n"
 
@@ -117,7 +117,7 @@ def users(boxes):
     users = [boxes.make(), boxes.make()]
     for number, user in enumerate(users, 100000 + 2 * os.getpid()):
         as_user(user, number, python, users[0].folder)
-    for script in (FLOM, FLOMD):
+    for script in (FLOM_PY, FLOMD_PY):
         shutil.copy(script, users[0].folder)
     yield users
     for user in users:
