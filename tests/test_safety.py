@@ -13,7 +13,7 @@ from fakes import PEER, FlomClient, message
 from world import FLOM, FLOMD, PYTHON, endpoint, free_port, wait_until
 
 ME = os.getuid()
-STRANGER = 60000 + os.getpid() % 5000 if ME == 0 else None  # no user of this system
+STRANGER = 60000 + os.getpid() % 2000 * 2 if ME == 0 else None  # no user of this system
 READ = "+dac_read_search"  # the interpreter may lie in a folder that only root can search
 needs_root = pytest.mark.skipif(ME != 0, reason="only root can become another user")
 

@@ -52,14 +52,16 @@ Result = collections.namedtuple("Result", "status out err")
 
 def wait_until(predicate, seconds=10):
     """The first true value of predicate(), asked until then; AssertionError after the deadline."""
-    deadline, pause = time.monotonic() + seconds, 0.001
+    begun = time.monotonic()
+    deadline, pause = begun + seconds, 0.001
     while True:
-        value = predicate()
+        value, asked = predicate(), time.monotonic()
         if value:
             return value
-        assert time.monotonic() < deadline, f"not within {seconds} s: {predicate}"
+        assert asked < deadline, f"not within {seconds} s: {predicate}"
         time.sleep(pause)
-        pause = min(2 * pause, 0.05)
+        # what is asked within no time is asked often
+        pause, begun = min(2 * pause, max(0.005, 10 * (asked - begun)), 0.05), time.monotonic()
 
 
 def pass_time(seconds):
@@ -92,6 +94,20 @@ class Process(subprocess.Popen):
     @property
     def err(self):
         return read(self.paths[1])
+
+    def wait(self, timeout=None):
+        """Until the very moment of its end; Popen looks every 50 ms, which is a client's life."""
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+        try:
+            deadline = time.monotonic() + (3600 if timeout is None else timeout)
+            while self.poll() is None:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise subprocess.TimeoutExpired(self.args, timeout)
+                signal.sigtimedwait([signal.SIGCHLD], min(left, 0.05))  # a thread may have got it
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return self.returncode
 
     def end(self, seconds=20):
         """Waits for its end and returns (status, out, err)."""
@@ -167,7 +183,8 @@ class Box:
 
     def flomd(self, *args, **options):
         """Starts flomd.py with these options and no others."""
-        return self.start(*PYTHON, FLOMD, *args, **options)
+        program = options.pop("program", (FLOMD,))
+        return self.start(*PYTHON, *program, *args, **options)
 
     def daemon(self, *args, **options):
         """Starts `flomd.py -f` and waits until it accepts connections."""
