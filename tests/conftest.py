@@ -142,6 +142,7 @@ def pytest_terminal_summary(terminalreporter):
 
 def pytest_report_header(config):
     without = ", without other processes" if config.flom_is_between else ""
+    without += ", in several processes" if "FLOM_CLAIMS" in os.environ else ""
     return f"flom: the whole suite{without}, user {os.geteuid()}"
 
 

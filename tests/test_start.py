@@ -2,7 +2,7 @@
 import os
 
 import pytest
-from world import COUNT, FLOM, PYTHON, SOAK, free_port, wait_until
+from world import COUNT, FLOM, FLOM_PY, PYTHON, SOAK, free_port, wait_until
 
 # How many clients in each round.
 LOCAL = [50] * COUNT.rounds if SOAK else [50, 8, 8]
@@ -14,12 +14,12 @@ WAIT = 'exec 3<"$0"; read _ <&3; exec 3<&-; exec "$@"'  # becomes the client whe
 def start_together(boxes, count, options):
     """Starts clients, round robin in these boxes, that are let go at one moment."""
     first = boxes[0]
-    fifo = first.path("go")
+    fifo, script = first.path("go"), FLOM if count > 8 else FLOM_PY  # as it is, and compiled
     os.mkfifo(fifo)
     clients = []
     for number in range(count):
         box = boxes[number % len(boxes)]
-        client = [*PYTHON, FLOM, *box.address, *options, "--",
+        client = [*PYTHON, script, *box.address, *options, "--",
                   "/bin/sh", "-c", LOG, str(number), first.log]
         clients.append(box.start("/bin/sh", "-c", WAIT, fifo, *client))
     with open(fifo, "w"):  # opens when the first of them reads, and lets none go
