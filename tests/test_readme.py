@@ -40,7 +40,7 @@ SYSUSERS = SH + "grep '^u flom ' {folder}/etc/sysusers.d/*.conf >>{log}\n"
 
 def blocks():
     """The blocks of README: fenced ones with their language, indented ones are sh."""
-    found, inside, lines = [], None, []
+    found, inside, language, lines = [], None, "sh", []
     for line in README.splitlines() + [""]:
         fence = re.fullmatch("```([a-z]*)", line)
         if fence and inside == "fence":
@@ -51,10 +51,10 @@ def blocks():
         elif inside == "fence":
             lines.append(line)
         elif line.startswith("    "):
-            inside = "sh"
+            inside = language = "sh"
             lines.append(line[4:])
         elif inside == "sh":
-            found.append(Block("sh", "\n".join(lines)))
+            found.append(Block(language, "\n".join(lines)))
             inside, lines = None, []
     assert inside is None
     return found
