@@ -208,11 +208,16 @@ def test_min_hold_counts_from_the_start_of_the_command(box):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_min_hold_ends_by_a_signal(box, number):
+@pytest.mark.parametrize("known", [True, False])
+def test_min_hold_ends_by_a_signal(box, number, known):
+    """The command has ended, whether flom knows it yet or not."""
     began = time.monotonic()
-    holder = box.flom("--min-hold", "60000", "--", *box.note("a"))
-    wait_until(lambda: box.events() == ["a"])
+    holder, gate = box.hold("a", "--min-hold", "60000")
+    holder.send_signal(signal.SIGCONT if known else signal.SIGSTOP)
+    gate.open()
+    wait_until(lambda: set(box.running()) == {holder.pid, *box.daemons()})
     holder.send_signal(number)
+    holder.send_signal(signal.SIGCONT)
     status, _, err = holder.end()
     assert (status in (0, 128 + number, -number), err) == (True, "")
     assert time.monotonic() - began < 10 and box.run("-o", "0", "--", "true").status == 0
