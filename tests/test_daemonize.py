@@ -70,7 +70,7 @@ def test_when_the_starter_has_ended_the_daemon_listens(box):
 def test_in_the_foreground_it_stays_and_logs_to_stderr(box):
     daemon = box.daemon()
     assert box.daemons() == [daemon.pid] == [peer_pid(box.socket)]
-    assert f"unix:{box.socket}" in daemon.err
+    wait_until(lambda: f"unix:{box.socket}" in daemon.err)
     daemon.send_signal(signal.SIGTERM)
     assert daemon.end().status == 0
 
