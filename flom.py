@@ -1371,8 +1371,10 @@ class Command:
             put(f"flom: cannot execute {self.argv[0]!r}: {self.failure}", sys.stderr)
             return NOT_RUN
         self._watch_lock()
-        while clock() < until and self.signals.wait(until - clock())[0] not in ENDING_HOLD:
-            continue
+        if typed:  # it was for the command
+            number = None
+        while clock() < until and number not in ENDING_HOLD:
+            number, _ = self.signals.wait(until - clock())
         if not self.losing or self.status and not self.terminated:  # a loss hides no failure
             return self.status
         self._tell()

@@ -2561,9 +2561,9 @@ def close_files(keep=2):
 def report_ready(writer, status):
     """Ends the starter, if there is one, with `status`, and lets go of its stderr."""
     if writer is not None:
+        os.dup2(0, 2)  # first, since the starter may look as soon as it is told
         os.write(writer, str(status).encode())
         os.close(writer)
-        os.dup2(0, 2)
 
 
 def forget_signals():

@@ -1,7 +1,9 @@
-"""Commands that tests run under a lock, and ways to run flom.py that make a moment last.
+"""Commands that tests run under a lock, and ways to run the scripts that make a moment last, or
+a time short.
 
 A Counter counts the signals that reach it.  `driven` runs flom with a line of Python executed
-first, which may hold it at a place that is otherwise passed within microseconds.
+first, which may hold it at a place that is otherwise passed within microseconds; `driven_daemon`
+does so with flomd.
 """
 import fcntl
 import os
@@ -36,6 +38,14 @@ def hold(there, gate):
 
 exec(sys.argv.pop(1))
 sys.exit(flom.main())
+"""
+
+DAEMON_DRIVER = f"""\
+import sys
+sys.path.insert(0, {ROOT!r})
+import flomd
+exec(sys.argv.pop(1))
+sys.exit(flomd.main())
 """
 
 # A shell with job control, as far as the tests need one: it runs a command in the foreground, and
@@ -110,6 +120,11 @@ def driven(box, code, *args, **options):
     """Starts flom after this Python code; `address` as for Box.flom."""
     address = options.pop("address", box.address)
     return box.start(*PYTHON, "-c", DRIVER, code, *address, *args, **options)
+
+
+def driven_daemon(box, code, *args, **options):
+    """Starts a daemon as Box.daemon does, after this Python code."""
+    return box.daemon(*args, program=("-c", DAEMON_DRIVER, code), **options)
 
 
 def pending(pid, number):

@@ -1,5 +1,6 @@
 """Fixtures: `box`, one host's folder and processes; `hosts(n)`, several hosts; see world.py."""
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from network import Host, Network, Unavailable  # noqa: E402
-from world import Boxes  # noqa: E402
+from world import FLOM, Boxes  # noqa: E402
 
 SECOND_TRIES = []
 
@@ -83,6 +84,40 @@ def pytest_configure(config):
     config.flom_is_between = is_between()
 
 
+def pytest_unconfigure():
+    shutil.rmtree(os.path.dirname(FLOM))
+
+
+def to_run(items):
+    """Those tests that no other process of together.py has claimed (by a file), from this one's
+    own share of them on."""
+    folder, job, jobs = os.environ["FLOM_CLAIMS"].split(":")
+    start = len(items) * int(job) // int(jobs)
+    for number in [*range(start, len(items)), *range(start)]:
+        try:
+            os.close(os.open(os.path.join(folder, str(number)), os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            continue
+        yield items[number]
+
+
+def pytest_runtestloop(session):
+    """As pytest's own loop, with to_run() in place of all."""
+    if "FLOM_CLAIMS" not in os.environ or session.testsfailed or session.config.option.collectonly:
+        return None
+    rest = to_run(session.items)
+    item = next(rest, None)
+    while item is not None:
+        following = next(rest, None)  # of which what they share is kept
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if session.shouldfail:
+            raise session.Failed(session.shouldfail)
+        if session.shouldstop:
+            raise session.Interrupted(session.shouldstop)
+        item = following
+    return True
+
+
 def pytest_runtest_protocol(item, nextitem):
     """With FLOM_SECOND_TRY=1 a test that failed runs once more: on a shared machine a host may
     stand still for longer than a test allows.  The summary names those that needed it."""
@@ -107,6 +142,7 @@ def pytest_terminal_summary(terminalreporter):
 
 def pytest_report_header(config):
     without = ", without other processes" if config.flom_is_between else ""
+    without += ", in several processes" if "FLOM_CLAIMS" in os.environ else ""
     return f"flom: the whole suite{without}, user {os.geteuid()}"
 
 

@@ -10,7 +10,7 @@ import sys
 import flom
 import pytest
 from test_settings import VERBOSE
-from world import FLOM, read
+from world import FLOM_PY, read
 
 BAD = {  # for each type of setting, texts that are wrong
     "text": [""], "flag": ["", "maybe", "2"],
@@ -308,7 +308,7 @@ def test_what_cannot_be_executed(box, command, why):
 
 
 def test_the_daemon_is_looked_for_and_the_two_ways_out_are_named(box):
-    copy = box.write("flom.py", read(FLOM))
+    copy = box.write("flom.py", read(FLOM_PY))
     done = box.start(sys.executable, copy, *box.address, "--", "echo", "x",
                      env={"PATH": "/usr/bin:/bin"}).end()
     assert done[:2] == (99, "") and done.err.count("\n") == 1 and box.folder in done.err
@@ -319,7 +319,7 @@ def test_the_daemon_is_looked_for_and_the_two_ways_out_are_named(box):
 
 
 def test_a_link_to_flom_finds_the_daemon_beside_the_file(box):
-    os.symlink(FLOM, box.path("flom"))
+    os.symlink(FLOM_PY, box.path("flom"))
     done = box.start(sys.executable, box.path("flom"), *box.address, "--", "echo", "x").end()
     assert done == (0, "x\n", "")
 

@@ -22,7 +22,7 @@ import flom
 import flomd
 import pytest
 
-from world import FLOM, FLOMD, PYTHON, ROOT, can_connect, comm, read, wait_until
+from world import FLOM_PY, FLOMD_PY, PYTHON, ROOT, can_connect, comm, read, wait_until
 
 CONTRIB = os.path.join(ROOT, "contrib")
 MODES = set(flom.MODES + flom.LONG_MODES)
@@ -328,7 +328,7 @@ def test_the_scripts_are_for_every_shell(box, shell):
 
 def test_the_checksums_are_what_sha256sum_checks(box):
     expected = ""
-    for path in (FLOM, FLOMD):
+    for path in (FLOM_PY, FLOMD_PY):
         with open(path, "rb") as file:
             digest = hashlib.sha256(file.read()).hexdigest()
         expected += f"{digest}  {os.path.basename(path)}\n"
@@ -386,7 +386,7 @@ class Service:
         self.box, self.run_dir = box, box.path("run")
         self.address = ("-s", os.path.join(self.run_dir, "s"))
         self.program = box.write("flomd", "#!/bin/sh\nexec {} \"$@\"\n".format(
-            " ".join(shlex.quote(word) for word in PYTHON + [FLOMD])))
+            " ".join(shlex.quote(word) for word in PYTHON + [FLOMD_PY])))
         os.chmod(self.program, 0o755)
 
     def defaults(self, name, **more):

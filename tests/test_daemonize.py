@@ -1,4 +1,5 @@
 """The daemon as a process: detached or not, readiness, pid file, one for a socket, its end."""
+import contextlib
 import os
 import re
 import signal
@@ -17,8 +18,11 @@ def detached(box, *options, **more):
 
 def files(pid):
     """{descriptor: what it is} of a process."""
-    folder = f"/proc/{pid}/fd"
-    return {int(name): os.readlink(os.path.join(folder, name)) for name in os.listdir(folder)}
+    folder, found = f"/proc/{pid}/fd", {}
+    for name in os.listdir(folder):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found[int(name)] = os.readlink(os.path.join(folder, name))
+    return found
 
 
 def test_it_keeps_nothing_of_its_starter(box):
@@ -28,10 +32,11 @@ def test_it_keeps_nothing_of_its_starter(box):
     os.close(writing)
     assert os.getsid(pid) not in (pid, os.getsid(0)) and os.getpgid(pid) != os.getpgid(0)
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
+    # that through which its starter was told is closed a moment later
+    wait_until(lambda: not any(name.startswith("pipe:") for name in files(pid).values()))
     found = files(pid)
     assert [found[number] for number in (0, 1, 2)] == ["/dev/null"] * 3
     others = {name for number, name in found.items() if number > 2}
-    assert not [name for name in others if name.startswith("pipe:")]
     assert {name for name in others if name.startswith("/")} == {box.socket + ".lock"}
     assert comm(pid) == "flomd"
 
@@ -70,7 +75,7 @@ def test_when_the_starter_has_ended_the_daemon_listens(box):
 def test_in_the_foreground_it_stays_and_logs_to_stderr(box):
     daemon = box.daemon()
     assert box.daemons() == [daemon.pid] == [peer_pid(box.socket)]
-    assert f"unix:{box.socket}" in daemon.err
+    wait_until(lambda: f"unix:{box.socket}" in daemon.err)
     daemon.send_signal(signal.SIGTERM)
     assert daemon.end().status == 0
 

@@ -12,9 +12,11 @@ import socket
 import subprocess
 import time
 
+import flomd
 import pytest
 from attack import generated
 from certificates import Certificates
+from commands import driven_daemon
 from fakes import LOCK, PEER, PING, FlomClient, b64, message, read_message
 from world import COUNT, DATA, PYTHON, ROOT, SOAK, endpoint, free_port, pass_time, wait_until
 
@@ -67,6 +69,16 @@ def status_of(daemon, key):
 
 def files_of(daemon):
     return len(os.listdir(f"/proc/{daemon.pid}/fd"))
+
+
+def files_at_rest(box, daemon):
+    """Those without a connection.  The one that box.daemon() has tried may still be there when the
+    first answer comes to another one, but not when the second does."""
+    with FlomClient(*endpoint(box.address)) as client:
+        for _ in range(2):
+            client.socket.sendall(message(PING, 8))
+            assert read_message(client.socket)
+        return files_of(daemon) - 1
 
 
 def used(daemon):
@@ -188,10 +200,11 @@ def test_one_byte_at_a_time(box):
 
 def test_connections_that_send_one_byte_and_stop(box, certificates):
     """They are closed within 10 s; meanwhile nobody is hindered, and the CPU rests.  With TLS it
-    is the handshake that must be over by then."""
-    daemon = box.daemon()
+    is the handshake that must be over by then.  (Here: within 4 s.)"""
+    assert flomd.PATIENCE == 10
+    daemon = driven_daemon(box, "flomd.PATIENCE = 4")
     other = dict(address=("-s", box.path("t")) + certificates.options())
-    other_daemon = box.daemon(**other)
+    other_daemon = driven_daemon(box, "flomd.PATIENCE = 4", **other)
     with connections(box, MANY) as silent, contextlib.ExitStack() as stack:
         silent += [stack.enter_context(FlomClient(socket.AF_UNIX, box.path("t")))
                    for _ in range(20)]
@@ -203,7 +216,7 @@ def test_connections_that_send_one_byte_and_stop(box, certificates):
             assert part_of_cpu(other_daemon, 2) < 0.05
         for client in silent:
             assert client.socket.recv(1) == b""
-        assert 8 < time.monotonic() - begin < 14
+        assert 3 < time.monotonic() - begin < 8
     assert daemon.err.count("silent") <= 10
     assert box.run("--", "echo", "x") == (0, "x\n", "")
     assert box.run("--", "echo", "x", **other) == (0, "x\n", "")
@@ -225,13 +238,13 @@ def fill(client, data):
 def test_connections_that_never_read(box):
     """Pings are answered up to 256 KiB that nobody reads; then that connection is closed."""
     daemon = box.daemon()
-    idle = files_of(daemon)
+    idle = files_at_rest(box, daemon)
     with beside(box), connections(box, MANY) as clients:
         assert fill(clients[0], message(PING, 8) * 50)
         for client in clients[1:]:
             client.socket.sendall(message(PING, 8) * 20 + lock8("R1", 0) * 20)
     wait_until(lambda: files_of(daemon) <= idle)
-    assert "does not read" in daemon.err
+    wait_until(lambda: "does not read" in daemon.err)
 
 
 def test_a_status_report_that_nobody_reads(box):
@@ -254,7 +267,8 @@ def test_at_the_limit_of_open_files(box):
     def limit():
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 
-    daemon = box.daemon(preexec_fn=limit)
+    assert flomd.PAUSE == 1
+    daemon = driven_daemon(box, "flomd.PAUSE = 0.3", preexec_fn=limit)
     holder, gate = box.hold("a", "-r", "R1")
     waiting = FlomClient(*endpoint(box.address))
     assert waiting.ask("R1") == (16, 1, None)
@@ -302,7 +316,7 @@ def test_max_waiters(box):
 def test_idle_holders_cost_nothing(box):
     """While they hold the CPU rests; afterwards descriptors and memory are back."""
     daemon = box.daemon()
-    before, at_rest = [], files_of(daemon)
+    before, at_rest = [], files_at_rest(box, daemon)
     for turn in range(3):
         with connections(box, HOLDERS) as clients:
             for number, client in enumerate(clients):

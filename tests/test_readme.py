@@ -12,7 +12,7 @@ import shutil
 
 import flom
 import pytest
-from world import FLOM, FLOMD, PYTHON, ROOT, comm, free_port, read, wait_until
+from world import FLOM_PY, FLOMD_PY, PYTHON, ROOT, comm, free_port, read, wait_until
 
 README = read(os.path.join(ROOT, "README.md"))
 Block = collections.namedtuple("Block", "language text")
@@ -40,7 +40,7 @@ SYSUSERS = SH + "grep '^u flom ' {folder}/etc/sysusers.d/*.conf >>{log}\n"
 
 def blocks():
     """The blocks of README: fenced ones with their language, indented ones are sh."""
-    found, inside, lines = [], None, []
+    found, inside, language, lines = [], None, "sh", []
     for line in README.splitlines() + [""]:
         fence = re.fullmatch("```([a-z]*)", line)
         if fence and inside == "fence":
@@ -51,10 +51,10 @@ def blocks():
         elif inside == "fence":
             lines.append(line)
         elif line.startswith("    "):
-            inside = "sh"
+            inside = language = "sh"
             lines.append(line[4:])
         elif inside == "sh":
-            found.append(Block("sh", "\n".join(lines)))
+            found.append(Block(language, "\n".join(lines)))
             inside, lines = None, []
     assert inside is None
     return found
@@ -80,8 +80,8 @@ def furnish(box, *settings, hosts=()):
     """Makes the box a place for README's commands: bin/ with stand-ins, the scripts, ~/.flom."""
     os.mkdir(box.path("bin"))
     python = " ".join(PYTHON)
-    for name, text in [("flom", f'{SH}exec {python} {FLOM} "$@"\n'),
-                       ("flomd", f'{SH}exec {python} {FLOMD} "$@"\n'),
+    for name, text in [("flom", f'{SH}exec {python} {FLOM_PY} "$@"\n'),
+                       ("flomd", f'{SH}exec {python} {FLOMD_PY} "$@"\n'),
                        ("python3", f'{SH}exec {python} "$@"\n'),
                        ("systemctl", SYSTEMCTL.format(log=box.log, folder=box.folder)),
                        ("systemd-sysusers", SYSUSERS.format(log=box.log, folder=box.folder)),
@@ -145,7 +145,7 @@ def test_two_hosts_in_five_commands(hosts, texts):
     one, two = hosts(2)
     furnish(one, hosts=[one, two])
     work = os.mkdir(one.path("work")) or one.path("work")
-    for script in (FLOM, FLOMD):
+    for script in (FLOM_PY, FLOMD_PY):
         shutil.copy(script, work)
     commands = block(*texts).text.splitlines()
     assert len(commands) == 5
@@ -384,7 +384,7 @@ def test_the_examples_of_the_docstring(hosts):
     furnish(one)
     for name in ("make", "report.sh"):
         executable(one, f"bin/{name}", PRINTS.format(log=one.log))
-    executable(one, "bin/flom.py", f'{SH}exec {" ".join(PYTHON)} {FLOM} "$@"\n')
+    executable(one, "bin/flom.py", f'{SH}exec {" ".join(PYTHON)} {FLOM_PY} "$@"\n')
     lines = [line.strip() for line in flom.__doc__.splitlines()
              if line.startswith("    flom.py ") and " -- " in line]
     assert len(lines) == 5

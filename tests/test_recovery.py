@@ -58,9 +58,9 @@ def hold_all(box, *options):
 def end_all(box, holders, waiters):
     """The holders end well, and only then the waiters are served."""
     assert not [line for line in box.events() if line.startswith("late")]
-    for name, (holder, gate) in holders.items():
+    for _, gate in holders.values():
         gate.open()
-    for name, (holder, gate) in holders.items():
+    for name, (holder, _) in holders.items():
         assert holder.end().status == 0, (name, holder.err)
         assert "granted" not in holder.err
     for waiter in waiters:

@@ -11,7 +11,7 @@ import time
 
 import pytest
 from commands import count
-from world import FLOM, FLOMD, Gate, free_port, pass_time, read, wait_until
+from world import FLOM, FLOM_PY, FLOMD, FLOMD_PY, Gate, free_port, pass_time, read, wait_until
 
 SHOW = ["sh", "-c", "env | grep ^FLOM_ | sort"]
 OUTER = {f"FLOM_{name}": "outer" for name in ("RESOURCE", "MODE", "ELEMENT", "TOKEN", "SESSION")}
@@ -181,7 +181,7 @@ def test_no_process_can_be_had(box):
     python = sys.executable if os.geteuid() else shutil.which("python3", path=os.defpath)
     if python is None:
         pytest.skip(f"no python3 in {os.defpath} that every user can run")
-    for script in (FLOM, FLOMD):
+    for script in (FLOM_PY, FLOMD_PY):
         shutil.copy(script, box.folder)
     os.chmod(box.folder, 0o777)
 
@@ -221,11 +221,16 @@ def test_min_hold_counts_from_the_start_of_the_command(box):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_min_hold_ends_by_a_signal(box, number):
+@pytest.mark.parametrize("known", [True, False])
+def test_min_hold_ends_by_a_signal(box, number, known):
+    """The command has ended, whether flom knows it yet or not."""
     began = time.monotonic()
-    holder = box.flom("--min-hold", "60000", "--", *box.note("a"))
-    wait_until(lambda: box.events() == ["a"])
+    holder, gate = box.hold("a", "--min-hold", "60000")
+    holder.send_signal(signal.SIGCONT if known else signal.SIGSTOP)
+    gate.open()
+    wait_until(lambda: set(box.running()) == {holder.pid, *box.daemons()})
     holder.send_signal(number)
+    holder.send_signal(signal.SIGCONT)
     status, _, err = holder.end()
     assert (status in (0, 128 + number, -number), err) == (True, "")
     assert time.monotonic() - began < 10 and box.run("-o", "0", "--", "true").status == 0

@@ -4,7 +4,9 @@ import signal
 import socket
 import threading
 
+import flom
 import pytest
+from commands import driven
 from world import can_connect, free_port, wait_until
 
 HOSTS = ["127.0.0.1", "::1"]
@@ -85,7 +87,7 @@ def test_one_daemon_serves_a_socket_and_an_address_as_one_lock_space(box):
     assert box.run("-o", "0", "--", "true", address=tcp).status == 0
 
 
-# Where nobody answers: `-o 300` ends with a message, by the 10 s that connecting has
+# Where nobody answers: `-o 300` ends with a message, by the 10 s that connecting has (here: 3 s)
 
 class Silent:
     """A listener that says nothing, or nothing but `words`."""
@@ -141,13 +143,14 @@ def full_port():
 
 def test_where_nobody_answers_flom_ends_with_a_message(box, silent):
     """A port that takes no connection, one that says nothing, and a stopped daemon; at once."""
+    assert flom.PATIENCE == 10
     daemon = box.daemon()
     sockets, full = full_port()
     os.kill(daemon.pid, signal.SIGSTOP)
     try:
         addresses = [at("127.0.0.1", full), at("127.0.0.1", silent()), ("-s", box.socket)]
-        clients = [box.flom("-o", "300", "-d", "0", "--", "echo", "x", address=address)
-                   for address in addresses]
+        clients = [driven(box, "flom.PATIENCE = 3", "-o", "300", "-d", "0", "--", "echo", "x",
+                          address=address) for address in addresses]
         for client in clients:
             status, out, err = client.end(seconds=25)
             assert status in (98, 99) and out == "" and err.count("\n") == 1, (client.args, err)

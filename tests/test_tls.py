@@ -7,7 +7,7 @@ import ssl
 import pytest
 from certificates import Certificates, TlsClient
 from fakes import FlomClient
-from world import endpoint, free_port, wait_until
+from world import can_connect, endpoint, free_port, wait_until
 
 NO_TLS = ()
 
@@ -204,7 +204,7 @@ def test_the_daemon_killed_under_a_holder(tls):
     waiter = tls.waiter("-r", "R1", "--", *tls.note("b"))
     first = tls.the_daemon()
     tls.kill(first)
-    wait_until(lambda: tls.daemons() not in ([], [first]))
+    wait_until(lambda: tls.daemons() not in ([], [first]) and can_connect(tls.bare))
     assert tls.run("-r", "R1", "-o", "0", "-d", "0", "--", "true").status == 98
     gate.open()
     assert holder.end().status == 0 and waiter.end(seconds=30).status == 0

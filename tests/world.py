@@ -5,6 +5,8 @@ are found again.  What a test has started must have ended when it ends, idle dae
 end with the box; a process or a socket left behind fails the test.
 """
 import collections
+import importlib.util
+import marshal
 import os
 import shutil
 import signal
@@ -15,11 +17,30 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-FLOM, FLOMD = os.path.join(ROOT, "flom.py"), os.path.join(ROOT, "flomd.py")
-PYTHON = [sys.executable, "-W", "error"]
+PYTHON = [sys.executable, "-S", "-W", "error"]
 DATA = os.path.join(ROOT, "tests", "data")
+
+
+def compiled(*scripts):
+    """Puts the scripts into a folder of their own, under their names but compiled, which is half
+    the work of their start, and returns their paths (conftest.py removes it).
+
+    Python tells a compiled file by its first bytes, so `flom.py` is run as ever, and finds
+    `flomd.py` beside it.
+    """
+    folder = tempfile.mkdtemp(prefix="f", dir="/tmp")
+    os.chmod(folder, 0o755)  # for the other users of test_safety.py
+    header = importlib.util.MAGIC_NUMBER.ljust(12 if sys.version_info < (3, 7) else 16, b"\0")
+    for script in scripts:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            code = compile(read(script), script, "exec", dont_inherit=True)
+        with open(os.path.join(folder, os.path.basename(script)), "wb") as file:
+            file.write(header + marshal.dumps(code))
+    return [os.path.join(folder, os.path.basename(script)) for script in scripts]
 
 # How often the tests do what they repeat.
 Count = collections.namedtuple("Count", "rounds kills heals messages")
@@ -31,14 +52,16 @@ Result = collections.namedtuple("Result", "status out err")
 
 def wait_until(predicate, seconds=10):
     """The first true value of predicate(), asked until then; AssertionError after the deadline."""
-    deadline, pause = time.monotonic() + seconds, 0.001
+    begun = time.monotonic()
+    deadline, pause = begun + seconds, 0.001
     while True:
-        value = predicate()
+        value, asked = predicate(), time.monotonic()
         if value:
             return value
-        assert time.monotonic() < deadline, f"not within {seconds} s: {predicate}"
+        assert asked < deadline, f"not within {seconds} s: {predicate}"
         time.sleep(pause)
-        pause = min(2 * pause, 0.05)
+        # what is asked within no time is asked often
+        pause, begun = min(2 * pause, max(0.005, 10 * (asked - begun)), 0.05), time.monotonic()
 
 
 def pass_time(seconds):
@@ -71,6 +94,20 @@ class Process(subprocess.Popen):
     @property
     def err(self):
         return read(self.paths[1])
+
+    def wait(self, timeout=None):
+        """Until the very moment of its end; Popen looks every 50 ms, which is a client's life."""
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+        try:
+            deadline = time.monotonic() + (3600 if timeout is None else timeout)
+            while self.poll() is None:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise subprocess.TimeoutExpired(self.args, timeout)
+                signal.sigtimedwait([signal.SIGCHLD], min(left, 0.05))  # a thread may have got it
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return self.returncode
 
     def end(self, seconds=20):
         """Waits for its end and returns (status, out, err)."""
@@ -146,7 +183,8 @@ class Box:
 
     def flomd(self, *args, **options):
         """Starts flomd.py with these options and no others."""
-        return self.start(*PYTHON, FLOMD, *args, **options)
+        program = options.pop("program", (FLOMD,))
+        return self.start(*PYTHON, *program, *args, **options)
 
     def daemon(self, *args, **options):
         """Starts `flomd.py -f` and waits until it accepts connections."""
@@ -294,6 +332,11 @@ class Boxes:
 def read(path):
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         return file.read()
+
+
+# The scripts as they are, for tests of the files themselves, and what all others run.
+FLOM_PY, FLOMD_PY = os.path.join(ROOT, "flom.py"), os.path.join(ROOT, "flomd.py")
+FLOM, FLOMD = compiled(FLOM_PY, FLOMD_PY)
 
 
 def comm(pid):

@@ -1,0 +1,31 @@
+"""python tests/together.py [arguments of pytest]: the whole suite in several pytests at once.
+
+Half of its time the suite waits, so one process leaves the cores idle.  Each pytest collects all
+tests and runs those that no other has begun (see conftest.py); the first one writes as ever, what
+the others have to say follows when all have ended.  The status is the worst of theirs.
+"""
+import os
+import subprocess
+import sys
+import tempfile
+
+JOBS = 2
+
+
+def main():
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *sys.argv[1:]]
+    with tempfile.TemporaryDirectory(prefix="f", dir="/tmp") as claims:
+        logs = [None] + [tempfile.TemporaryFile() for _ in range(1, JOBS)]
+        runs = [subprocess.Popen(command, stdout=log,
+                                 env=dict(os.environ, FLOM_CLAIMS=f"{claims}:{job}:{JOBS}"))
+                for job, log in enumerate(logs)]
+        statuses = [run.wait() for run in runs]
+        for log in logs[1:]:
+            log.seek(0)
+            sys.stdout.flush()
+            sys.stdout.buffer.write(log.read())
+    return max(map(abs, statuses))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
