@@ -1370,6 +1370,7 @@ class Command:
         if self.failure:
             put(f"flom: cannot execute {self.argv[0]!r}: {self.failure}", sys.stderr)
             return NOT_RUN
+        self.due = 0 if self.losing else FOREVER  # the answer to a reclaim may have come
         self._watch_lock()
         if typed:  # it was for the command
             number = None

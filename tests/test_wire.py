@@ -433,6 +433,7 @@ def test_one_who_gives_up_waiting_says_nothing_more(box, floms):
         parked = box.run("-r", "R2", "-e", "no", "-o", "50", "--", "echo", "wrong")
         message = "The lock was not obtained because timeout (50 milliseconds) expired\n"
         assert late == parked == (98, "", message)
+        wait_until(lambda: len(floms.peers) == 1)
         killed = box.flom("-r", "R1", "--", "echo", "wrong")
         wait_until(floms.waiting)
         box.kill(killed.pid, 15)
