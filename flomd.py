@@ -398,6 +398,7 @@ Decision.__new__.__defaults__ = (None,) * 4
 class Request:
     """What a session asks for: a waiter while it is queued, a holder once it is granted."""
     ident = None  # of the client's lock, for nested requests and reclaims
+    origin = None  # the process or host that asks: only there a lock comes back to
     parents = ()  # ids of the locks it is nested in
     patient = False  # it ends by itself, or its user says so: never a deadlock
     reclaim = element = None  # the token and the element of a lock that the session says it has
@@ -1084,7 +1085,8 @@ class LockTable:
     def _reclaim(self, request, resource, now):
         """A session that lost its daemon, or its connection, asks for the lock that it has."""
         before, back = self._by_id.get(request.ident), []
-        if before is not None and before.token == request.reclaim and request.same(before):
+        if before is not None and request.same(before) and (
+                (before.token, before.origin) == (request.reclaim, request.origin)):
             # it comes back on a new connection before its old one was seen to have ended
             back = [Decision(before.session, None)]
             self._forget(before, None)
@@ -2173,6 +2175,7 @@ class Daemon:
             pid, uid = connection.credentials() if session.ours else (None, None)
             if pid:  # on a local socket the system knows best who asks
                 session.about.update(pid=str(pid), user=owner(uid))
+            request.origin = pid or connection.peer.rpartition(":")[0]
             self.decisions.extend(self.table.request(request, self.now))
 
     def _unlock(self, connection, committed):

@@ -15,6 +15,7 @@ import time
 import flom
 import pytest
 from commands import count, driven
+from fakes import FlomClient
 from world import endpoint, free_port, wait_until
 
 ALONE = ("-d", "0")  # no client starts a daemon
@@ -242,6 +243,22 @@ def test_a_reset_connection_is_made_again(box, relay, sides):
         gate.open()
         assert holder.end() == (0, "", "")
     assert all(waiter.end().status == 0 for waiter in waiters)
+
+
+def test_a_stranger_cannot_take_a_lock_over(box):
+    """Anybody reads id and token of a holder in the report; they are of use to that alone."""
+    box.daemon()
+    holder, gate = box.hold("1", "-r", "R1")
+    [resource] = json.loads(box.run("--status", "--json").out)["resources"]
+    [entry] = resource["holders"]
+    session = f'client="flom.py/1.0" id="{entry["id"]}" peerid="0"'
+    with FlomClient(*endpoint(box.address)) as thief:
+        thief.socket.sendall(
+            f'<msg level="3" verb="1" step="8"><session {session}/><resource name="UjE=" mode="5" '
+            f'wait="0" create="1" reclaim="{entry["token"]}"/></msg>'.encode())
+        assert thief.answer(16) == (16, 4, None)
+    gate.open()
+    assert holder.end() == (0, "", "")
 
 
 @pytest.mark.parametrize("choice", ["warn", "term"])
