@@ -260,6 +260,20 @@ def test_a_status_report_that_nobody_reads(box):
     assert box.run("--", "echo", "x") == (0, "x\n", "")
 
 
+def test_a_reader_who_takes_nothing_of_a_report(box):
+    """It is closed when it has taken no part of it for 10 s.  (Here: 1 s.)"""
+    daemon = driven_daemon(box, "flomd.PATIENCE = 1")
+    with connections(box, MANY + 1) as clients:
+        *holders, reader = clients
+        for number, client in enumerate(holders):
+            assert client.lock(f"R{number}x{'y' * 8000}") is True
+        reader.socket.sendall(message(LOCK, 8, f'<resource name="{b64("_STATUS")}" wait="0"/>'))
+        wait_until(lambda: "silent" in daemon.err)
+        reader.socket.settimeout(5)
+        assert b"</msg>" not in b"".join(iter(lambda: reader.socket.recv(65536), b""))
+    assert box.run("--", "echo", "x") == (0, "x\n", "")
+
+
 # Limits
 
 def test_at_the_limit_of_open_files(box):

@@ -209,6 +209,18 @@ def test_a_link_in_place_of_the_state_is_not_followed(box, where):
     wait_until(lambda: not box.daemons())
 
 
+@pytest.mark.parametrize("where", ["", "other", "alias"])
+def test_a_second_daemon_names_the_first(box, where):
+    """With its state beside the socket, elsewhere, or beside it under another name."""
+    os.mkdir(box.path("other"))
+    os.symlink(os.path.dirname(box.socket), box.path("alias"))
+    options = [*box.address, *(["--state-dir", box.path(where)] if where else [])]
+    daemon = box.daemon(address=options)
+    done = box.flomd("--no-files", *options).end()
+    assert (done.status, done.out) == (1, "")
+    assert done.err == f"flomd: another daemon (pid {daemon.pid}) serves {box.socket}\n"
+
+
 # The long test.  Clients of two boxes, one local, one over TCP, hold and wait for five resources.
 # Each command logs that it enters and that it exits, in between it works for a moment.
 
