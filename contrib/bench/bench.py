@@ -11,6 +11,7 @@ machine, where the absolute figures mean little.  Everything is kept in a folder
 import argparse
 import atexit
 import collections
+import contextlib
 import os
 import shutil
 import signal
@@ -74,8 +75,11 @@ class Bench:
         self.processes.remove(process)
 
     def quietly(self, argv):
-        return subprocess.call(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, env=self.environment)
+        """The status of a command; it is killed when it has not ended after 10 s."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return subprocess.call(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL, env=self.environment, timeout=10)
+        return "none in 10 s"
 
     def daemon(self, python, bare=False):
         """A flomd, or the yardstick, that accepts connections: (process, path of its socket)."""
