@@ -426,7 +426,7 @@ def discard(groups, key, member):
 
 class Resource:
     """A resource: its holders, its waiters and the policy.  A kind is a class below this one."""
-    serves = bool  # whether the kind can do its work under this name
+    serves = staticmethod(lambda name: True)  # whether the kind can do its work under this name
     verdict = INVALID_NAME  # on the other names
     has_modes = timed = False  # timed: a grant may have to wait for the clock
     most = MOST  # quantity that can be granted at all
@@ -1134,8 +1134,8 @@ class LockTable:
                 for waiter in below}
 
     def _way(self, start, goals):
-        """The shortest way, as a sequence of requests, on which the waiter `start` waits, over others,
-        for one of `goals`; empty when there is none."""
+        """The shortest way, a sequence of requests, on which the waiter `start` waits, over
+        others, for one of `goals`; empty when there is none."""
         came_from, todo, alike = {start: None}, collections.deque([start]), {}
         while todo:
             request = todo.popleft()
