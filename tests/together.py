@@ -1,6 +1,6 @@
 """python tests/together.py [arguments of pytest]: the whole suite in several pytests at once.
 
-Half of its time the suite waits, so one process leaves the cores idle.  Each pytest collects all
+Most of its time the suite waits, so one process leaves the cores idle.  Each pytest collects all
 tests and runs those that no other has begun (see conftest.py); the first one writes as ever, what
 the others have to say follows when all have ended.  The status is the worst of theirs.
 """
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 
-JOBS = 2
+JOBS = 4  # on 2 cores 1.6 times as fast as 2
 
 
 def main():
