@@ -11,7 +11,6 @@ machine, where the absolute figures mean little.  Everything is kept in a folder
 import argparse
 import atexit
 import collections
-import contextlib
 import os
 import shutil
 import signal
@@ -20,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -76,10 +76,14 @@ class Bench:
 
     def quietly(self, argv):
         """The status of a command; it is killed when it has not ended after 10 s."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return subprocess.call(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL, env=self.environment, timeout=10)
-        return "none in 10 s"
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL, env=self.environment)
+        killer = threading.Timer(10, process.kill)  # wait(10) would look now and then only
+        killer.start()
+        try:
+            return process.wait()
+        finally:
+            killer.cancel()
 
     def daemon(self, python, bare=False):
         """A flomd, or the yardstick, that accepts connections: (process, path of its socket)."""
