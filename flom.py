@@ -45,7 +45,8 @@ import types
 VERSION = "1.0"
 LOCK, UNLOCK, PING, DISCOVER, MANAGEMENT = 1, 2, 3, 4, 5  # verbs
 OK, ENQUEUED, WAIT_RESOURCE, BUSY, CANT_WAIT, IMPOSSIBLE = 0, 1, 2, 4, 5, 6  # rc of an answer
-DEADLOCK, STOPPED, LIMIT, INVALID_NAME = 7, 8, 9, -14  # 7, 8 and 9 to clients of ours only
+DEADLOCK, STOPPED, LIMIT, EVICTED = 7, 8, 9, 10  # to clients of ours only
+INVALID_NAME = -14
 MODES = "NL CR CW PR PW EX".split()
 LONG_MODES = ["NullLock", "ConcurrentRead", "ConcurrentWrite", "ProtectedRead", "ProtectedWrite",
               "Exclusive"]
@@ -184,7 +185,24 @@ def _number(least, greatest, meaning=int):
     def convert(value):
         result = meaning(int(value, 16 if "x" in value.lower() else 10))
         return result if least <= result <= greatest else None
-    return "[+-]?[0-9]{1,20}|0[xX][0-9a-fA-F]{1,16}", convert, f"one of {least} to {greatest}"
+    return _NUMBER, convert, f"one of {least} to {greatest}"
+
+
+_NUMBER = "[+-]?[0-9]{1,20}|0[xX][0-9a-fA-F]{1,16}"
+# No fraction is finer than 1 ms: a short time must not become 0, which often means "never".
+_TIME = _NUMBER + r"|[+-]?[0-9]{1,10}(ms|(\.[0-9]{1,3})?[smh])"
+UNITS = {"ms": 1, "s": 1000, "m": 60000, "h": 3600000}  # ms
+
+
+def _time(least, meaning=int):
+    """A type: ms, as in FLoM, or a number with a unit."""
+    whole = _number(least, MOST, meaning)[1]
+
+    def convert(value):
+        number = value.rstrip("smh")
+        unit = UNITS.get(value[len(number):])
+        return whole(str(round(float(number) * unit)) if unit else value)
+    return _TIME, convert, f"{least} to {MOST} ms, or a time as 500ms 5s 1.5m 2h,"
 
 
 # The types of settings: the form of the text, what it means (None: it is wrong), what is allowed.
@@ -204,11 +222,11 @@ TYPES = {
     "octal": ("0?[0-7]{3}", lambda value: int(value, 8), "an octal mode such as 0600"),
     "policy": ("fair|first-fit", str, "fair or first-fit"),
     "loss": ("warn|term|ignore", str, "warn, term or ignore"),
-    "deadlock": ("fail|wait", str, "fail or wait"), "any": _number(-MOST, MOST),
-    "ms": _number(0, MOST), "size": _number(0, MOST, abs), "port": _number(1, 65535),
+    "deadlock": ("fail|wait|reuse", str, "fail, wait or reuse"), "any": _time(-MOST),
+    "ms": _time(0), "size": _time(0, abs), "port": _number(1, 65535),
     "count": _number(1, MOST, lambda value: abs(value) or 1), "hops": _number(0, 255),
-    "units": _number(1, MOST, lambda value: value or 1), "s": _number(1, 32767),
-    "probes": _number(1, 127), "status": _number(0, 255)}
+    "units": _number(1, MOST, lambda value: value or 1), "number": _number(1, MOST),
+    "s": _number(1, 32767), "probes": _number(1, 127), "status": _number(0, 255)}
 
 # One row for each setting, in the order of -V.  Users: c, options of flom.py; d, options of
 # flomd.py, handed on to a daemon that flom.py starts.
@@ -249,14 +267,18 @@ SETTINGS = [types.SimpleNamespace(**dict(zip(_COLUMNS, (
     ("Daemon/RecoveryWindow", "recovery-window", "ms", None, "cd", "ms for former holders"),
     ("Daemon/StateDir", "state-dir", "text", None, "cd", "where it keeps its state"),
     ("Daemon/AllowRemoteShutdown", "allow-remote-shutdown", "flag", False, "cd", "obey any host"),
+    ("Daemon/MaxResources", "max-resources", "number", 1000000, "d", "limit of resources"),
     ("Monitor/OnLockLoss", "on-lock-loss", "loss", "warn", "c", "warn, term or ignore"),
     ("Monitor/KillAfter", "kill-after", "ms", 5000, "c", "ms from TERM to KILL"),
-    ("Monitor/Deadlock", "deadlock", "deadlock", "fail", "c", "fail or wait"),
+    ("Monitor/Deadlock", "deadlock", "deadlock", "fail", "c", "fail, wait or reuse"),
+    ("Monitor/Quiet", "quiet", "flag", False, "c", "no line for busy, timeout and 96"),
+    ("Monitor/Progress", "progress", "flag", None, "c", "tell on stderr what it waits for"),
     ("Monitor/SetEnv", "set-env", "flag", True, "c", "export FLOM_RESOURCE and others"),
     ("Monitor/ElementArgument", "element-argument", "flag", True, "c", "append it to COMMAND"),
     ("Monitor/InheritConnection", "inherit-connection", "flag", True, "c", "for the command"),
     ("Monitor/MinHold", "min-hold", "ms", 0, "c", "ms to keep the lock at least"),
     ("Monitor/BusyStatus", "busy-status", "status", 98, "c", "status for busy and timeout"),)]
+SWITCHES = ("Verbose", "AllowRemoteShutdown", "Quiet")  # options without a value
 
 
 class Settings:
@@ -316,6 +338,27 @@ class Settings:
                 value = ";".join(signal.Signals(number).name for number in sorted(value))
             shown = f"{value:d}" if isinstance(value, int) else f"'{value or ''}'"
             yield f"[{setting.group}]/{setting.key}={shown}"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, with negative times, and with errors as UsageError."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self._negative_number_matcher = re.compile("-[0-9.]+(ms|[smh])?$")
+
+    def error(self, message):
+        raise UsageError(message)
+
+    def _get_option_tuples(self, option_string):
+        # allow_abbrev=False would break bundles such as -xV on Python 3.6 and 3.7.
+        long = option_string.startswith("--")
+        return [] if long else super()._get_option_tuples(option_string)
+
+
+def option_names(setting):
+    """-s and --long of a setting, as far as it has them."""
+    return [f"-{setting.short}"] * bool(setting.short) + [f"--{setting.long}"]
 
 
 def machine_id():
@@ -399,35 +442,39 @@ def refusal(rc, reason, settings):
 FILES = ("/etc/flom.conf", "/usr/local/etc/flom.conf", "~/.flom")
 TLS_FILES = ("TlsCertificate", "TlsPrivateKey", "TlsCaCertificate")
 PATHS = TLS_FILES + ("DaemonTraceFile", "MountPointVFS", "StateDir")
-SWITCHES = ("Verbose", "AllowRemoteShutdown")  # options without a value
-ACTION_OPTIONS = (
-    ("-x --quiesce-exit", "quiesce", "stop the daemon when nobody uses it any more"),
-    ("-X --immediate-exit", "immediate", "stop the daemon now"),
-    ("--status", "status", "show who holds and who waits"),
-    ("--check-config", "check", "read the configuration, report every problem"),
-    ("--signal-list", "signals", "list the signals"),
-    ("--unique-id", "id", "print the id of this host"))
+ACTION_OPTIONS = (  # names; action; name of its argument, if it has one; help
+    ("-x --quiesce-exit", "quiesce", None, "stop the daemon when nobody uses it any more"),
+    ("-X --immediate-exit", "immediate", None, "stop the daemon now"),
+    ("--status", "status", None, "show who holds and who waits"),
+    ("--evict", "evict", "ID", "take a lock away; ID as --status --json shows it"),
+    ("--check-config", "check", None, "read the configuration, report every problem"),
+    ("--signal-list", "signals", None, "list the signals"),
+    ("--unique-id", "id", None, "print the id of this host"))
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, and with errors as UsageError."""
+class _Chosen(argparse.Action):
+    """An option that says what to do in place of running a command."""
 
-    def error(self, message):
-        raise UsageError(message)
-
-    def _get_option_tuples(self, option_string):
-        # allow_abbrev=False would break bundles such as -xV on Python 3.6 and 3.7.
-        long = option_string.startswith("--")
-        return [] if long else super()._get_option_tuples(option_string)
-
-
-def option_names(setting):
-    """-s and --long of a setting, as far as it has them."""
-    return [f"-{setting.short}"] * bool(setting.short) + [f"--{setting.long}"]
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.action, namespace.chosen, namespace.argument = self.const, option_string, values
 
 
 def read_arguments(arguments):
-    """What the command line says: a namespace with `command`, `action` and texts of settings."""
+    """What the command line says; raises UsageError.
+
+    A namespace with `command`, `action`, its `argument`, and the texts of settings.
+    """
+    options = _parser().parse_args(arguments)
+    options.command = options.command[options.command[:1] == ["--"]:]
+    for name in ("json", "watch"):
+        if getattr(options, name) and options.action == "run":
+            options.action, options.chosen = "status", f"--{name}"
+    if options.command and options.action != "run":
+        raise UsageError(f"{options.chosen}: {options.command[0]!r} is not run beside it")
+    return options
+
+
+def _parser():
     parser = Parser(
         prog="flom", usage="flom [OPTION]... [--] COMMAND [ARG]...", add_help=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 32, 99))  # else it asks shutil
@@ -437,9 +484,10 @@ def read_arguments(arguments):
     other.add_argument("-v", "--version", action="version", version=f"flom.py {VERSION}")
     other.add_argument("--json", action="store_true", help="status as JSON")
     other.add_argument("--watch", action="store_true", help="status, every second")
-    for names, const, text in ACTION_OPTIONS:
-        other.add_argument(*names.split(), dest="action", default="run", const=const,
-                           action="store_const", help=text)
+    for names, action, argument, text in ACTION_OPTIONS:
+        other.add_argument(*names.split(), dest="action", default="run", const=action, help=text,
+                           action=_Chosen, metavar=argument, nargs=None if argument else 0)
+    parser.set_defaults(chosen=None, argument=None)
     groups = collections.defaultdict(lambda: parser.add_argument_group(setting.group))
     for setting in (setting for setting in SETTINGS if "c" in setting.users):
         shape = ({"action": "append_const", "const": "yes"} if setting.key in SWITCHES else
@@ -447,9 +495,7 @@ def read_arguments(arguments):
         groups[setting.group].add_argument(*option_names(setting), dest=setting.key,
                                            help=setting.help, **shape)
     parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    options.command = options.command[options.command[:1] == ["--"]:]
-    return options
+    return parser
 
 
 def read_settings(settings, given, files=FILES, extra=None):
@@ -738,7 +784,7 @@ def lock_message(settings, about, wait, reclaim=None, held=None):
         ("quantity", settings["Quantity"] if kind == "numeric" else None),
         ("create", int(settings["Create"] or reclaim is not None)),
         ("lifespan", settings["IdleLifespan"]), ("reclaim", reclaim), ("held", held),
-        ("deadlock", None if not wait or patient and settings["Deadlock"] == "fail" else "wait"))
+        ("deadlock", None if not wait or patient and settings["Deadlock"] != "wait" else "wait"))
     ours = {"peerid": machine_id(), "client": f"flom.py/{VERSION}", **about}
     for shorter in ("", "host", "user", "cmd", "client") + ("parent",) * CHAIN:
         ancestors = (ours.get("parent") or "").rpartition(",")[0] or None
@@ -1614,6 +1660,11 @@ def is_running(pid):
         return isinstance(error, FileNotFoundError)  # no /proc here
 
 
+def evict(options, settings):
+    """--evict: takes a lock away from its holder."""
+    raise DaemonUnavailable(f"{place(settings)} cannot take a lock away")
+
+
 def run_command(options, settings):
     """The main job: lock, run, unlock."""
     signals = Signals(settings["IgnoredSignals"])
@@ -1639,7 +1690,7 @@ def run_command(options, settings):
 
 
 ACTIONS = {  # the exit status of each is what it returns, None for 0
-    "run": run_command, "status": show_status, "check": check_configuration,
+    "run": run_command, "status": show_status, "evict": evict, "check": check_configuration,
     "signals": show_signals, "quiesce": stop_daemon, "immediate": stop_daemon,
     "id": lambda options, settings: show(machine_id())}
 

@@ -43,7 +43,8 @@ import types
 VERSION = "1.0"
 LOCK, UNLOCK, PING, DISCOVER, MANAGEMENT = 1, 2, 3, 4, 5  # verbs
 OK, ENQUEUED, WAIT_RESOURCE, BUSY, CANT_WAIT, IMPOSSIBLE = 0, 1, 2, 4, 5, 6  # rc of an answer
-DEADLOCK, STOPPED, LIMIT, INVALID_NAME = 7, 8, 9, -14  # 7, 8 and 9 to clients of ours only
+DEADLOCK, STOPPED, LIMIT, EVICTED = 7, 8, 9, 10  # to clients of ours only
+INVALID_NAME = -14
 MODES = "NL CR CW PR PW EX".split()
 LONG_MODES = ["NullLock", "ConcurrentRead", "ConcurrentWrite", "ProtectedRead", "ProtectedWrite",
               "Exclusive"]
@@ -182,7 +183,24 @@ def _number(least, greatest, meaning=int):
     def convert(value):
         result = meaning(int(value, 16 if "x" in value.lower() else 10))
         return result if least <= result <= greatest else None
-    return "[+-]?[0-9]{1,20}|0[xX][0-9a-fA-F]{1,16}", convert, f"one of {least} to {greatest}"
+    return _NUMBER, convert, f"one of {least} to {greatest}"
+
+
+_NUMBER = "[+-]?[0-9]{1,20}|0[xX][0-9a-fA-F]{1,16}"
+# No fraction is finer than 1 ms: a short time must not become 0, which often means "never".
+_TIME = _NUMBER + r"|[+-]?[0-9]{1,10}(ms|(\.[0-9]{1,3})?[smh])"
+UNITS = {"ms": 1, "s": 1000, "m": 60000, "h": 3600000}  # ms
+
+
+def _time(least, meaning=int):
+    """A type: ms, as in FLoM, or a number with a unit."""
+    whole = _number(least, MOST, meaning)[1]
+
+    def convert(value):
+        number = value.rstrip("smh")
+        unit = UNITS.get(value[len(number):])
+        return whole(str(round(float(number) * unit)) if unit else value)
+    return _TIME, convert, f"{least} to {MOST} ms, or a time as 500ms 5s 1.5m 2h,"
 
 
 # The types of settings: the form of the text, what it means (None: it is wrong), what is allowed.
@@ -202,11 +220,11 @@ TYPES = {
     "octal": ("0?[0-7]{3}", lambda value: int(value, 8), "an octal mode such as 0600"),
     "policy": ("fair|first-fit", str, "fair or first-fit"),
     "loss": ("warn|term|ignore", str, "warn, term or ignore"),
-    "deadlock": ("fail|wait", str, "fail or wait"), "any": _number(-MOST, MOST),
-    "ms": _number(0, MOST), "size": _number(0, MOST, abs), "port": _number(1, 65535),
+    "deadlock": ("fail|wait|reuse", str, "fail, wait or reuse"), "any": _time(-MOST),
+    "ms": _time(0), "size": _time(0, abs), "port": _number(1, 65535),
     "count": _number(1, MOST, lambda value: abs(value) or 1), "hops": _number(0, 255),
-    "units": _number(1, MOST, lambda value: value or 1), "s": _number(1, 32767),
-    "probes": _number(1, 127), "status": _number(0, 255)}
+    "units": _number(1, MOST, lambda value: value or 1), "number": _number(1, MOST),
+    "s": _number(1, 32767), "probes": _number(1, 127), "status": _number(0, 255)}
 
 # One row for each setting, in the order of -V.  Users: c, options of flom.py; d, options of
 # flomd.py, handed on to a daemon that flom.py starts.
@@ -247,14 +265,18 @@ SETTINGS = [types.SimpleNamespace(**dict(zip(_COLUMNS, (
     ("Daemon/RecoveryWindow", "recovery-window", "ms", None, "cd", "ms for former holders"),
     ("Daemon/StateDir", "state-dir", "text", None, "cd", "where it keeps its state"),
     ("Daemon/AllowRemoteShutdown", "allow-remote-shutdown", "flag", False, "cd", "obey any host"),
+    ("Daemon/MaxResources", "max-resources", "number", 1000000, "d", "limit of resources"),
     ("Monitor/OnLockLoss", "on-lock-loss", "loss", "warn", "c", "warn, term or ignore"),
     ("Monitor/KillAfter", "kill-after", "ms", 5000, "c", "ms from TERM to KILL"),
-    ("Monitor/Deadlock", "deadlock", "deadlock", "fail", "c", "fail or wait"),
+    ("Monitor/Deadlock", "deadlock", "deadlock", "fail", "c", "fail, wait or reuse"),
+    ("Monitor/Quiet", "quiet", "flag", False, "c", "no line for busy, timeout and 96"),
+    ("Monitor/Progress", "progress", "flag", None, "c", "tell on stderr what it waits for"),
     ("Monitor/SetEnv", "set-env", "flag", True, "c", "export FLOM_RESOURCE and others"),
     ("Monitor/ElementArgument", "element-argument", "flag", True, "c", "append it to COMMAND"),
     ("Monitor/InheritConnection", "inherit-connection", "flag", True, "c", "for the command"),
     ("Monitor/MinHold", "min-hold", "ms", 0, "c", "ms to keep the lock at least"),
     ("Monitor/BusyStatus", "busy-status", "status", 98, "c", "status for busy and timeout"),)]
+SWITCHES = ("Verbose", "AllowRemoteShutdown", "Quiet")  # options without a value
 
 
 class Settings:
@@ -314,6 +336,27 @@ class Settings:
                 value = ";".join(signal.Signals(number).name for number in sorted(value))
             shown = f"{value:d}" if isinstance(value, int) else f"'{value or ''}'"
             yield f"[{setting.group}]/{setting.key}={shown}"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, with negative times, and with errors as UsageError."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self._negative_number_matcher = re.compile("-[0-9.]+(ms|[smh])?$")
+
+    def error(self, message):
+        raise UsageError(message)
+
+    def _get_option_tuples(self, option_string):
+        # allow_abbrev=False would break bundles such as -xV on Python 3.6 and 3.7.
+        long = option_string.startswith("--")
+        return [] if long else super()._get_option_tuples(option_string)
+
+
+def option_names(setting):
+    """-s and --long of a setting, as far as it has them."""
+    return [f"-{setting.short}"] * bool(setting.short) + [f"--{setting.long}"]
 
 
 def machine_id():
@@ -2658,17 +2701,6 @@ class Log:
 ADDRESSES = ("SocketName", "UnicastAddress", "MulticastAddress")
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, with errors in one line."""
-
-    def _get_option_tuples(self, option_string):
-        # allow_abbrev=False would break bundled short options on 3.6 and 3.7
-        return [] if option_string.startswith("--") else super()._get_option_tuples(option_string)
-
-    def error(self, message):
-        raise UsageError(message)
-
-
 def make_parser():
     """The parser of the settings that concern a daemon, and of what only the daemon has."""
     parser = Parser(
@@ -2689,10 +2721,10 @@ def make_parser():
         add(f"--max-{name}", metavar="N", type=_positive, help=f"limit of {what}")
     for setting in SETTINGS:
         if "d" in setting.users:
-            names = [f"-{setting.short}"] if setting.short else []
-            flag = {"action": "store_const", "const": "yes"} if setting.key in (
-                "Verbose", "AllowRemoteShutdown") else {"metavar": setting.type.upper()}
-            add(*names, f"--{setting.long}", dest=setting.key, help=setting.help, **flag)
+            shape = {"metavar": setting.type.upper()}
+            if setting.key in SWITCHES:
+                shape = {"action": "store_const", "const": "yes"}
+            add(*option_names(setting), dest=setting.key, help=setting.help, **shape)
     return parser
 
 
@@ -2716,8 +2748,7 @@ def read_options(arguments):
     for setting in SETTINGS:
         text = getattr(options, setting.key, None)
         if text is not None:
-            short = f"-{setting.short}/" if setting.short else ""
-            settings.set(setting, [text], f"{short}--{setting.long}")
+            settings.set(setting, [text], "/".join(option_names(setting)))
     if not any(key in settings.values for key in ADDRESSES):
         settings.values.update(of_clients)
     if settings["SocketName"] and settings["MulticastAddress"]:

@@ -17,12 +17,14 @@ BAD = {  # for each type of setting, texts that are wrong
     "name": ["", "a b", "_x", "_RESOURCE", "/", "a[2147483648]"],
     "mode": ["", "XX", "5"], "socket": ["", "/" + "x" * 107], "signal": ["", "SIGNO", "0", "99"],
     "octal": ["", "9", "rw"], "policy": ["", "best"], "loss": ["", "kill"], "deadlock": ["", "no"],
-    "any": ["", "x", "5x", "1.5", "2147483648", "-2147483648"], "ms": ["", "x", "-1", "2147483648"],
+    "any": ["", "x", "5x", "1.5", "5 s", "597h", "2147483648", "-2147483648"],
+    "ms": ["", "x", "-1", "2147483648"],
     "size": ["", "x", "0x", "2147483648"], "port": ["", "0", "65536", "-1", "http"],
     "count": ["", "x", "2147483648"], "hops": ["", "-1", "256"], "units": ["", "-1", "2147483648"],
-    "s": ["", "0", "-1", "32768"], "probes": ["", "0", "128"], "status": ["", "-1", "256"]}
+    "number": ["", "0", "-1"], "s": ["", "0", "-1", "32768"], "probes": ["", "0", "128"],
+    "status": ["", "-1", "256"]}
 CLIENTS = [setting for setting in flom.SETTINGS if "c" in setting.users]
-VALUED = [setting for setting in CLIENTS if setting.key not in ("Verbose", "AllowRemoteShutdown")]
+VALUED = [setting for setting in CLIENTS if setting.key not in flom.SWITCHES]
 
 
 @pytest.fixture
@@ -117,6 +119,9 @@ WRONG = [
     (["-n", "nosuch0", "--", "true"], "-n/--network-interface", "'nosuch0'"),
     (["--tls-certificate", "/x", "--", "true"], "--tls-certificate", "--tls-private-key"),
     (["--tls-private-key=/x", "--tls-ca-certificate=/y", "--", "true"], "--tls-"),
+    (["-x", "true"], "-x: 'true' is not run"), (["--status", "--", "ls"], "--status", "'ls'"),
+    (["--unique-id", "-V", "ls", "-l"], "--unique-id: 'ls'"), (["--json", "ls"], "--json: 'ls'"),
+    (["--evict", "0123456789abcdef", "ls"], "--evict: 'ls'"), (["--evict"], "--evict"),
     (["-q", "5", "-q", "x", "--", "true"], "-q/--resource-quantity", "'x'"),
 ]
 
@@ -216,6 +221,9 @@ ACCEPTED = [
     (["-m", "/x"], "[Daemon]/MountPointVFS", "'/x'"),
     (["-t", "x"], "[Trace]/DaemonTraceFile", "'x'"),
     (["--busy-status", "0"], "[Monitor]/BusyStatus", "0"),
+    (["--quiet"], "[Monitor]/Quiet", "1"), (["--progress", "no"], "[Monitor]/Progress", "0"),
+    (["-o", "1.5s"], "[Resource]/Timeout", "1500"), (["-d2h"], "[Daemon]/Lifespan", "7200000"),
+    (["-o", "-1s"], "[Resource]/Timeout", "-1000"),
     (["--allow-remote-shutdown"], "[Daemon]/AllowRemoteShutdown", "1"),
 ]
 
@@ -322,6 +330,13 @@ def test_a_link_to_flom_finds_the_daemon_beside_the_file(box):
     os.symlink(FLOM_PY, box.path("flom"))
     done = box.start(sys.executable, box.path("flom"), *box.address, "--", "echo", "x").end()
     assert done == (0, "x\n", "")
+
+
+@pytest.mark.parametrize("flags", [["--json"], ["--watch", "--json"], ["--json", "-r", "a"]])
+def test_json_and_watch_mean_status(box, flags):
+    """None of them starts a daemon; in FLoM's place a command would be missing."""
+    status, out, err = box.run(*flags)
+    assert (status, out) == (99, "") and err.startswith("flom: no daemon at ")
 
 
 @pytest.mark.parametrize("flag", ["-xV", "-Vx"])

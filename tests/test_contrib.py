@@ -285,16 +285,17 @@ def test_values_are_completed(box, shell):
     found = complete(box, shell, [
         "flom -l ", "flom -Vl ", "flom --lock-mode=Ex", "flom --ignore-signal SIGTER", "flom -n ",
         f"flom -c {path[:-3]}", f"flom --state-dir {box.path('a.f')}", "flom -o ",
-        "flom --on-lock-loss ", "flom --deadlock ", "flom --policy ", "flom -e ", "flomd --log sy",
-        "flomd --log-level ", f"flomd -f --pid-file {path[:-3]}"])
+        "flom --on-lock-loss ", "flom --deadlock ", "flom --progress ", "flom --policy ", "flom -e ",
+        "flomd --log sy", "flomd --log-level ", f"flomd -f --pid-file {path[:-3]}"])
     loopback = {name for _, name in socket.if_nameindex()}
     assert [found[line] for line in sorted(found)] == [words for _, words in sorted({
         "flom -l ": MODES, "flom -Vl ": MODES, "flom -n ": loopback, "flom -o ": set(),
         "flom --lock-mode=Ex": {("--lock-mode=" if shell == "fish" else "") + "Exclusive"},
         "flom --ignore-signal SIGTER": {"SIGTERM"}, f"flom -c {path[:-3]}": {"a.conf"},
         f"flom --state-dir {box.path('a.f')}": {"a.folder"}, "flom -e ": {"yes", "no"},
-        "flom --on-lock-loss ": {"warn", "term", "ignore"}, "flom --deadlock ": {"fail", "wait"},
-        "flom --policy ": {"fair", "first-fit"}, "flomd --log sy": {"syslog"},
+        "flom --on-lock-loss ": {"warn", "term", "ignore"}, "flomd --log sy": {"syslog"},
+        "flom --deadlock ": {"fail", "wait", "reuse"}, "flom --progress ": {"yes", "no"},
+        "flom --policy ": {"fair", "first-fit"},
         "flomd --log-level ": set(flomd.LEVELS), f"flomd -f --pid-file {path[:-3]}": {"a.conf"},
     }.items())]
 

@@ -33,6 +33,12 @@ GOOD = [
     ("SocketName", "/" + "x" * 106, "/" + "x" * 106), ("SocketMode", "0600", 0o600),
     ("SocketMode", "666", 0o666), ("Policy", "fair", "fair"), ("Policy", "first-fit", "first-fit"),
     ("OnLockLoss", "term", "term"), ("Deadlock", "wait", "wait"),
+    ("Deadlock", "reuse", "reuse"), ("MaxResources", "0x10", 16),
+    ("Timeout", "500ms", 500), ("Timeout", "5s", 5000), ("Timeout", "1.5s", 1500),
+    ("Timeout", "1m", 60000), ("Timeout", "2h", 7200000), ("Timeout", "-1s", -1000),
+    ("Timeout", "0.001s", 1), ("Timeout", "0s", 0), ("Lifespan", "-1m", -60000),
+    ("IdleLifespan", "-1.5m", 90000), ("DiscoveryTimeout", "0.25s", 250),
+    ("RecoveryWindow", "2s", 2000), ("KillAfter", "0.1h", 360000), ("MinHold", "596h", 2145600000),
     ("UnicastAddress", "db1,db2", "db1,db2"), ("CommandTraceFile", "a\nb", "a\nb"),
 ]
 YES, NO = ["yes", "Y", "true", "1", "On"], ["no", "N", "FALSE", "0", "off"]
@@ -61,7 +67,8 @@ def test_signals_are_a_list(texts, numbers):
 BAD = [(key, text) for keys, texts in (
     (("Timeout", "Lifespan", "Quantity", "IdleLifespan", "DiscoveryAttempts", "DiscoveryTimeout",
       "DiscoveryTTL", "UnicastPort", "MulticastPort", "TcpKeepaliveTime", "TcpKeepaliveIntvl",
-      "TcpKeepaliveProbes", "BusyStatus", "RecoveryWindow", "KillAfter", "MinHold"),
+      "TcpKeepaliveProbes", "BusyStatus", "RecoveryWindow", "KillAfter", "MinHold",
+      "MaxResources"),
      ("", "x", "5x", "5 ", " 5", "1.5", "1e3", "0x", "-0x5", "--5", "2147483648", "9" * 30,
       "\u0665", "5\n", "0b1", "1_000")),
     (("Quantity", "DiscoveryTTL", "UnicastPort", "TcpKeepaliveTime", "TcpKeepaliveProbes",
@@ -75,6 +82,10 @@ BAD = [(key, text) for keys, texts in (
     (("SocketName",), ("", "/" + "x" * 107, "/" + "\xe9" * 60)),
     (("IgnoredSignals",), ("", "0", "99", "SIGNO", "-1", "SIG", "15x")),
     (("SocketMode",), ("", "8", "999", "0o600", "12345", "600x")),
+    (("Timeout", "Lifespan", "IdleLifespan", "DiscoveryTimeout", "RecoveryWindow", "KillAfter",
+      "MinHold"), ("s", "5 s", "5S", "1.5", "1.5ms", "1.0001s", "1.s", ".5s", "0x5s", "5sm", "5ss",
+                   "597h", "1e3s", "5d")),
+    (("Quantity", "DiscoveryTTL", "TcpKeepaliveTime", "MaxResources"), ("5s", "1m")),
     (("Policy", "OnLockLoss", "Deadlock"), ("", "x", "Fair", "fair ")),
     (("UnicastAddress", "TlsCertificate", "StateDir"), ("",)),
 ) for key in keys for text in texts]
@@ -154,9 +165,10 @@ def test_the_documented_keys_are_there():
         "Trace": "DaemonTraceFile CommandTraceFile AppendTraceFile Verbose",
         "Resource": "Name Timeout Quantity LockMode Create IdleLifespan",
         "Daemon": "SocketName Lifespan UnicastAddress UnicastPort MulticastAddress MulticastPort "
-                  "MountPointVFS SocketMode Policy RecoveryWindow StateDir AllowRemoteShutdown",
-        "Monitor": "IgnoredSignals OnLockLoss KillAfter Deadlock SetEnv ElementArgument MinHold "
-                   "BusyStatus",
+                  "MountPointVFS SocketMode Policy RecoveryWindow StateDir AllowRemoteShutdown "
+                  "MaxResources",
+        "Monitor": "IgnoredSignals OnLockLoss KillAfter Deadlock Quiet Progress SetEnv "
+                   "ElementArgument MinHold BusyStatus",
         "Network": "NetworkInterface DiscoveryAttempts DiscoveryTimeout DiscoveryTTL "
                    "TcpKeepaliveTime TcpKeepaliveIntvl TcpKeepaliveProbes",
         "TLS": "TlsCertificate TlsPrivateKey TlsCaCertificate TlsCheckPeerId"}
@@ -172,7 +184,7 @@ def test_no_option_and_no_key_twice():
 
 @pytest.mark.parametrize("text, line", [
     ("[Resource]\nTimeout=x\n", 2), ("[Resource]\nName=_x\n", 2),
-    ("# a\n\n[Daemon]\nLifespan=1s", 4), ("[Monitor]\nIgnoredSignals=TERM;SIGNO\n", 2),
+    ("# a\n\n[Daemon]\nLifespan=1w", 4), ("[Monitor]\nIgnoredSignals=TERM;SIGNO\n", 2),
     ("[Resource]\nTimeout\n", 2), ("[Resource\n", 1),
     ("[Resource]\nTimeout=1\n=5\n", 3), ("[Resource]\nCreate=maybe\n", 2)])
 def test_what_is_wrong_in_a_file_names_file_and_line(tmp_path, text, line):

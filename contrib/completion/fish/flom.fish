@@ -13,7 +13,7 @@ end
 # The words of the command, as far as they are there; status 1 while options are typed.
 function __flom_command
     set -l flags help version verbose quiesce-exit immediate-exit status json watch check-config \
-        signal-list unique-id allow-remote-shutdown
+        signal-list unique-id allow-remote-shutdown quiet
     set -l words (commandline -opc)[2..-1]
     while set -q words[1]
         set -l word $words[1]
@@ -98,6 +98,7 @@ for name in flom flom.py
     complete $of -l status -f -d 'show who holds and who waits'
     complete $of -l json -f -d 'status as JSON'
     complete $of -l watch -f -d 'status, every second'
+    complete $of -l evict -x -d 'take a lock away'
     complete $of -l check-config -f -d 'report every problem of the configuration'
     complete $of -l signal-list -f -d 'list the signals'
     complete $of -l unique-id -f -d 'show the id of this host'
@@ -111,7 +112,9 @@ for name in flom flom.py
     complete $of -l ignore-signal -xa '(__flom_signals)' -d 'signal to ignore (repeatable)'
     complete $of -l on-lock-loss -xa 'warn term ignore' -d 'what to do when the lock is lost'
     complete $of -l kill-after -x -d 'ms from TERM to KILL'
-    complete $of -l deadlock -xa 'fail wait' -d 'fail or wait'
+    complete $of -l deadlock -xa 'fail wait reuse' -d 'fail, wait or reuse'
+    complete $of -l quiet -f -d 'no line for busy, timeout and 96'
+    complete $of -l progress -xa 'yes no' -d 'tell what it waits for'
     complete $of -l set-env -xa 'yes no' -d 'export FLOM_RESOURCE and others'
     complete $of -l element-argument -xa 'yes no' -d 'append the element to the command'
     complete $of -l inherit-connection -xa 'yes no' -d 'keep the lock should flom be killed'
@@ -132,5 +135,6 @@ for name in flomd flomd.py
     complete $of -l metrics -rF -d 'write figures for Prometheus there'
     complete $of -l max-clients -x -d 'limit of connections'
     complete $of -l max-waiters -x -d 'limit of waiting requests'
+    complete $of -l max-resources -x -d 'limit of resources'
     complete $of -l socket-mode -x -d 'mode of the UNIX socket, octal'
 end
