@@ -1536,7 +1536,7 @@ class Connection:
             return False
         if not self.over:
             self._obey(data)
-        return self.session.asked is None and self.socket is not None
+        return not self.over and self.session.asked is None and self.socket is not None
 
     def _obey(self, data):
         daemon = self.daemon
@@ -2027,7 +2027,7 @@ class Poller:
         """To be called before `watched` is closed."""
         number = watched.fileno()
         self._poll.unregister(number)
-        del self.handlers[number]
+        self.handlers.pop(number, None)  # at the end of the daemon there are none any more
 
     def wait(self, timeout):
         """(descriptor, events) of what has happened, after `timeout` s (None: no limit) at most."""
@@ -2245,7 +2245,7 @@ class Daemon:
                                                            ("reason", refusal))))
             connection.finish()
         elif immediate:
-            self.stop("its order to end came from " + connection.peer)
+            self.stop_by_order(connection)
         else:
             self.quiesce()
             connection.close()
@@ -2266,18 +2266,28 @@ class Daemon:
     CALLS = {"lock": _lock, "unlock": _unlock, "status": _status, "shutdown": _shutdown,
              "send": lambda self, connection, data: connection.send(data)}
 
-    # The end.
+    # The end.  Only what a client of the daemon's owner says is an order: then clients of ours are
+    # told that nobody should start another daemon.  A signal is none: it may come from an init
+    # script that restarts the daemon, or from the end of a session, so the clients see what they
+    # see when a daemon crashes, and go on.
+
+    def stop_by_order(self, connection):
+        """Ends by the order that came on this connection, which ends with the process."""
+        reason = "its order to end came from " + connection.peer
+        connection.over = True
+        self.tell()
+        for other in list(self.connections):
+            if other.session.ours:
+                other.session.answered = True
+                other.tell(Decision(other.session, STOPPED, reason="the daemon ends: " + reason))
+        self.stop(reason)
 
     def stop(self, reason):
-        """Ends at once; clients of ours are told that it is by order."""
-        self.tell()
+        """Ends at once.  What comes from now on is not read, so that the process ends before any
+        of its connections does: whoever sees the end of one may start a daemon."""
         self.log.info(f"ending: {reason}")
         self.ending = reason
-        for connection in list(self.connections):
-            if connection.session.ours:
-                connection.session.answered = True
-                connection.tell(Decision(connection.session, STOPPED,
-                                         reason="the daemon ends: " + reason))
+        self.poller.handlers.clear()
 
     def quiesce(self):
         """Ends when nobody is served any more; newcomers are served meanwhile."""
@@ -2302,13 +2312,12 @@ class Daemon:
             self.ways.pop().close()
 
     def close(self):
-        """Removes what the daemon has put into the file system and closes its sockets."""
+        """Removes what the daemon has put into the file system.  Its connections stay: they are
+        closed by the end of the process, after everything else."""
         self.hide()
         if self.publisher:
             self.publisher.close()
         self.clear_mark()
-        for connection in self.connections:
-            connection.socket.close()
 
 
 def most_files():
@@ -2858,7 +2867,7 @@ def prepare(settings, options, log):
 
 
 def serve(settings, options):
-    """Runs the daemon to its end; returns the exit status."""
+    """Runs the daemon and ends the process with it; returns the status when it cannot serve."""
     traced = not options.log and settings["DaemonTraceFile"]
     target = options.log or traced or ("stderr" if options.foreground else "syslog")
     log = Log(target if target in ("syslog", "stderr") else os.path.abspath(target),
@@ -2889,7 +2898,7 @@ def serve(settings, options):
             with contextlib.suppress(OSError):
                 os.unlink(options.pid_file)
     log.info("ended")
-    return 0
+    os._exit(0)  # Python would close the connections first, and then take its time
 
 
 def main(arguments=None):

@@ -6,12 +6,14 @@ import signal
 import socket
 
 import pytest
-from world import COUNT, can_connect, comm, peer_pid, read, wait_until
+from fakes import FlomClient
+from world import COUNT, can_connect, comm, endpoint, free_port, peer_pid, read, wait_until
 
 
 def detached(box, *options, **more):
     """Starts flomd.py, which detaches; returns the daemon's pid."""
-    done = box.flomd("--no-files", "-s", box.socket, *options, **more).end()
+    address = more.pop("address", box.address)
+    done = box.flomd("--no-files", *address, *options, **more).end()
     assert done == (0, "", "")
     return box.the_daemon()
 
@@ -238,6 +240,34 @@ def test_immediate_is_done_when_the_client_returns(box):
         pid = detached(box)
         assert box.run("-X") == (0, "Starting FLoM daemon immediate shutdown...\n", "")
         assert pid not in box.running() and box.sockets() == set()
+
+
+def open_files(pid):
+    """How many files a process has open; 0 when it has ended, or is about to."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/fd"))
+    except OSError:
+        return 0
+
+
+@pytest.mark.parametrize("end", ["order", "TERM"])
+def test_its_connections_end_with_the_process(box, end):
+    """Who sees one end, the sender of an order over TCP above all, may look for the process, or
+    start another; all that it leaves is done by then."""
+    address = ("-a", "127.0.0.1", "-p", str(free_port()))
+    for _ in range(COUNT.rounds):
+        daemon = box.daemon("--pid-file", box.path("pid"), address=address)
+        with FlomClient(*endpoint(address)) as client:
+            assert client.lock("R1") is True
+            if end == "TERM":
+                daemon.send_signal(signal.SIGTERM)
+            else:
+                with FlomClient(*endpoint(address)) as owner:
+                    assert owner.shut_down(immediate=1) == b"" and open_files(daemon.pid) == 0
+            with contextlib.suppress(ConnectionResetError):
+                assert client.receive() == b""
+            assert open_files(daemon.pid) == 0 and not os.path.exists(box.path("pid"))
+        assert daemon.end().status == 0
 
 
 @pytest.mark.parametrize("option, word", [("-x", "quiesce"), ("-X", "immediate")])

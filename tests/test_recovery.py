@@ -67,16 +67,18 @@ def end_all(box, holders, waiters):
         assert waiter.end().status == 0, waiter.err
 
 
-@pytest.mark.parametrize("place, restart", [("local", "by a client"), ("tcp", "by a client"),
-                                            ("tcp", "by an init script")], indirect=["place"])
-def test_everyone_has_its_lock_back_before_anybody_new_is_granted(place, restart):
-    """After SIGKILL; also who comes while the daemon recovers waits, or is told the truth."""
+@pytest.mark.parametrize("place, restart, number", [
+    ("local", "by a client", signal.SIGINT), ("tcp", "by a client", signal.SIGKILL),
+    ("tcp", "by an init script", signal.SIGTERM)], indirect=["place"])
+def test_everyone_has_its_lock_back_before_anybody_new_is_granted(place, restart, number):
+    """Whatever ended the daemon, short of an order; also who comes while the next one recovers
+    waits, or is told the truth."""
     options = SOON + (("-d", "-1") if restart == "by a client" else ("-d", "0"))
     pid = start(place, "-d", "-1")
     holders = hold_all(place, *options)
     waiters = [place.waiter(*options, "-r", name, "--", *place.note("late")) for name in ALONE[:2]]
     before = report(place)
-    place.kill(pid)
+    place.kill(pid, number)
     if restart == "by an init script":
         assert start(place, "-d", "-1", *SOON) != pid
     newcomers = [place.flom("-r", name, "-o", "0", *options, "--", *place.note("late"))
@@ -87,19 +89,15 @@ def test_everyone_has_its_lock_back_before_anybody_new_is_granted(place, restart
     assert place.events().count("late") == 2
 
 
-@pytest.mark.parametrize("place, how", [("local", "TERM"), ("tcp", "-X")],
-                         indirect=["place"])
-def test_a_daemon_ended_by_order(place, how):
+def test_a_daemon_ended_by_order(place):
     """Waiters are told and end, holders run on; nobody starts a daemon but who comes later, and
     to the next one the lock is known."""
     pid = start(place, "-d", "-1")
     holders = hold_all(place, "-d", "-1")
     waiter = place.waiter("-d", "-1", "-r", "R1", "--", *place.note("late"))
     before = report(place)
-    if how == "-X":
-        assert place.run("-X").status == 0
-    else:
-        place.kill(pid, signal.SIGTERM)
+    assert place.run("-X").status == 0
+    wait_until(lambda: pid not in place.running())
     status, _, err = waiter.end()
     assert status == 99 and "the daemon is ending: " in err.splitlines()[-1]
     for holder, _ in holders.values():
@@ -113,9 +111,9 @@ def test_a_daemon_ended_by_order(place, how):
 
 
 def test_a_daemon_ended_by_order_that_nobody_starts_again(box):
-    pid = start(box, "-d", "-1")
+    start(box, "-d", "-1")
     holder, gate = box.hold("a", "-d", "-1")
-    box.kill(pid, signal.SIGTERM)
+    assert box.run("-X").status == 0
     wait_until(lambda: "it was stopped" in holder.err)
     gate.open()
     assert holder.end().status == 95 and box.daemons() == []
@@ -328,7 +326,7 @@ def agree(one, other):
 
 
 def test_daemons_killed_under_many_clients(boxes):
-    """By KILL and by TERM, started again by clients or by an init script."""
+    """By KILL, by TERM and by order, started again by clients or by an init script."""
     local, network = boxes.make(), boxes.make()
     network.address = ("-a", "127.0.0.1", "-p", str(free_port()), "--state-dir", network.folder)
     crowds = [Crowd(local, 1, "-1"), Crowd(network, 2, "0")]
@@ -337,12 +335,17 @@ def test_daemons_killed_under_many_clients(boxes):
         start(crowd.box, "-d", "-1")
         crowd.fill(10)
     for number in range(COUNT.kills):
-        crowd, ordered = crowds[number % 2], number // 2 % 2
-        stops[number % 2] += ordered
+        crowd, end = crowds[number % 2], ("KILL", "TERM", "order")[number // 2 % 3]
+        stops[number % 2] += end == "order"
         entered = crowd.entered()
         wait_until(lambda: crowd.entered() > entered, 30)
-        crowd.box.kill(crowd.box.the_daemon(), signal.SIGTERM if ordered else signal.SIGKILL)
-        if ordered or crowd.lifespan == "0":
+        pid = crowd.box.the_daemon()
+        if end == "order":
+            assert crowd.box.run("-X").status == 0
+            wait_until(lambda: pid not in crowd.box.running())
+        else:
+            crowd.box.kill(pid, signal.Signals["SIG" + end])
+        if end == "order" or crowd.lifespan == "0":
             crowd.box.flomd("--no-files", *crowd.box.address, "-d", "-1", *QUICK).end()
         wait_until(lambda: crowd.box.daemons(), 30)
         for each in crowds:
