@@ -381,6 +381,25 @@ def tune(connection, idle, interval, probes):
                         ("TCP_KEEPCNT", probes)):
         with contextlib.suppress(AttributeError, OSError):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def secured(connection, context, **options):
+    """The TLS socket in place of a connected socket, its handshake still to be done.
+
+    Raises OSError, and then nothing stays open.  wrap_socket of Python 3.8 to 3.12 itself leaves
+    its new socket open where the peer has reset the connection (since the mend of CVE-2023-40217).
+    """
+    try:
+        return context.wrap_socket(connection, do_handshake_on_connect=False, **options)
+    except OSError as error:
+        step = error.__traceback__
+        while step:
+            made = step.tb_frame.f_locals.get("self")
+            if isinstance(made, socket.socket):
+                made.close()
+            step = step.tb_next
+        connection.close()
+        raise
 # ==== Shared with flom.py: end ====
 
 
@@ -1662,8 +1681,7 @@ class TlsConnection(Connection):
 
     def __init__(self, daemon, connection, peer):
         import ssl
-        super().__init__(daemon, daemon.tls.wrap_socket(
-            connection, server_side=True, do_handshake_on_connect=False), peer)
+        super().__init__(daemon, secured(connection, daemon.tls, server_side=True), peer)
         self.shaking, self.would_block = True, (ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
     def handle(self, events):
@@ -1982,7 +2000,9 @@ def daemon_at(address, context):
         element("resource", ("name", encode_name(STATUS_RESOURCE))))
     until, answer = time.monotonic() + PATIENCE, b""
     connected = socket.create_connection(address, PATIENCE)
-    with context.wrap_socket(connected) if context else connected as asking:
+    with secured(connected, context) if context else connected as asking:
+        if context:
+            asking.do_handshake()
         asking.sendall(question)
         for data in iter(lambda: asking.recv(4096), b""):
             answer += data
