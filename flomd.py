@@ -806,19 +806,40 @@ def resolution(name):
 
 
 class Timestamp(Pool):
-    """Each grant carries a time of its own, so it may have to wait for the clock."""
-    serves, elements, timed = staticmethod(resolution), "[ -~]+", True
+    """Each grant carries a time of its own, so it may have to wait for the clock.  A text that was
+    reclaimed may lie ahead of the clock: it is not granted once more when its time comes."""
+    serves, elements, timed = staticmethod(resolution), "[ -~]{1,500}", True
     opens = 0  # local time (µs) at which the interval of the last grant is over
 
+    def __init__(self, name, first_fit):
+        super().__init__(name, first_fit)
+        self.reclaimed = set()  # texts
+
     def fits(self, request, now=None):
-        return super().fits(request) and (
-            now is None or request.reclaim is not None or now.local() >= self.opens)
+        if not super().fits(request):
+            return False
+        if now is None or request.reclaim is not None:
+            return True
+        return now.local() >= self.opens and not (
+            self.reclaimed and self._text(now) in self.reclaimed)
 
     def take(self, request, now):
+        self.opens = max(self.opens, self._next_interval(now))
+        if request.reclaim is None:
+            return self._text(now)
+        self.reclaimed.add(request.element)
+        return request.element
+
+    def could_have(self, element):
+        return super().could_have(element) and all(
+            holder.element != element for holder in self.holders.values())
+
+    def _next_interval(self, now):
+        """The local time (µs) at which the interval after this one begins."""
         length = resolution(self.name)
-        self.opens = max(self.opens, (now.local() // length + 1) * length)
-        if request.reclaim is not None:
-            return request.element
+        return (now.local() // length + 1) * length
+
+    def _text(self, now):
         text, micros = self.name[len("_t_"):self.name.rindex("[")], f"{now.local() % 10 ** 6:06d}"
         for digits in range(6, 0, -1):
             text = text.replace("#" + "f" * digits, "." + micros[:digits])
@@ -829,7 +850,9 @@ class Timestamp(Pool):
         of the next interval, but a second from now at the latest, since clocks are set."""
         if not self.waiting or not super().fits(None):
             return None
-        return now.mono + min(max((self.opens - now.local()) / 10 ** 6, 0), 1)
+        # when the interval is open already, its text was reclaimed
+        opens = self.opens if self.opens > now.local() else self._next_interval(now)
+        return now.mono + min((opens - now.local()) / 10 ** 6, 1)
 
 
 KINDS = {"simple": Simple, "numeric": Numeric, "set": Set, "hierarchical": Hierarchical,
@@ -873,6 +896,9 @@ class LockTable:
         self.window_until = window_until  # monotonic time at which the recovery window ends
         self.holding = self.waiting = 0
         self.last_token = epoch << 32
+        # the greatest token of the grants of which nothing else is known any more: those of
+        # resources that have ended; those of other daemons, as soon as the window is over
+        self.forgotten = self.last_token if window_until is None else 0
         self._by_id = {}  # id: the holder with it
         self._below = collections.defaultdict(dict)  # id: {waiter: None}, those nested in its lock
         self._new_ways = False  # some may wait for others that they did not wait for before
@@ -965,6 +991,8 @@ class LockTable:
         if request.quantity > resource.most:
             return self._refuse(request, IMPOSSIBLE)
         self.resources[resource.name] = resource
+        if self.forgotten:  # perhaps it had this name
+            resource.remember((resource.name, EX), self.forgotten)
         decisions = self._admit(request, resource, now)
         for other in self.parked.pop(resource.name, {}).values():
             self.waiting -= 1
@@ -1130,11 +1158,17 @@ class LockTable:
                 resource.idle_since = now.mono
             when = resource.idle_since + resource.lifespan / 1000
             if when <= now.mono:
-                self.resources.pop(resource.name, None)
+                self._end(resource)
                 return
         if when is not None and (not resource.dates or when < resource.dates[-1]):
             resource.dates.append(when)
             self._at(when, self._date_has_come, resource)
+
+    def _end(self, resource):
+        """The idle life of the resource is over."""
+        if self.resources.get(resource.name) is resource:
+            del self.resources[resource.name]
+            self.forgotten = max([self.forgotten, *resource.tokens.values()])
 
     def _date_has_come(self, resource, now):
         resource.dates = [date for date in resource.dates if date > now.mono]
@@ -1153,7 +1187,7 @@ class LockTable:
             back = [Decision(before.session, None)]
             self._forget(before, None)
             request.element = before.element
-        elif request.reclaim > (int(now.wall) - EPOCH << 32) + DAY:
+        elif request.reclaim > max(self.last_token, (int(now.wall) - EPOCH << 32) + DAY):
             return self._refuse(request, BUSY, "its token lies in the future")
         elif self.window_until is None and not resource.reclaimable(request):
             return self._refuse(request, BUSY, "it was granted to others since")
@@ -1166,7 +1200,7 @@ class LockTable:
         return [self._granted(request, request.reclaim)] + back
 
     def _end_window(self, _, now):
-        self.window_until = None
+        self.window_until, self.forgotten = None, self.last_token
         decisions = []
         for resource in list(self.resources.values()):
             if resource.lanes:

@@ -176,3 +176,25 @@ def test_ten_clients_and_two_thousand_grants_without_a_text_twice(world):
         world.later(0.000003)
     texts = [element for _, element in world.granted]
     assert len(set(texts)) == len(texts)
+
+
+@pytest.mark.parametrize("still", [True, False])
+def test_a_reclaimed_text_ahead_of_the_clock_is_granted_to_nobody_else(still):
+    """The clock was set back, or another host's was ahead."""
+    world = World(window=1)
+    name = "_t_%H:%M:%S[9]"
+    assert world.ask("A", name, reclaim=9, held="12:00:03") == "A granted 12:00:03"
+    assert world.later(1) == ""
+    if not still:
+        world.release("A")
+    for session, text in (("B", "12:00:01"), ("C", "12:00:02"), ("D", "12:00:04")):
+        told = world.ask(session, name)
+        while told in (f"{session} queued", ""):
+            told = world.wait_for_date()
+        assert told == f"{session} granted {text}"
+
+
+def test_a_text_that_another_holds_is_not_reclaimed():
+    world = World(window=1)
+    assert world.ask("A", "_t_%S[9]", reclaim=9, held="03", wait=0) == "A granted 03"
+    assert world.ask("B", "_t_%S[9]", reclaim=10, held="03", wait=0) == "B busy"

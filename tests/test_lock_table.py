@@ -356,6 +356,42 @@ def test_a_lock_whose_resource_is_no_more_is_lost(world):
     assert world.table.empty()
 
 
+@pytest.mark.parametrize("name, other, third, mode", [
+    ("/t/a", "/t/a", "/t/b", "EX"), ("/t/a", "/t", "/t/b", "EX"), ("R", "R", "R", "PR")])
+def test_grants_of_a_resource_that_is_forgotten_are_not(world, name, other, third, mode):
+    """The resource ended after a grant that excludes the lost lock, and was made anew by one that
+    does not."""
+    token = lost(world, name, mode)
+    world.ask("B", other)
+    world.release("B")
+    world.later(3)
+    assert world.ask("C", third, mode).startswith("C granted")
+    assert reclaim(world, "A2", name, mode, reclaim=token) == "A2 busy"
+    world.leave("C")
+    assert reclaim(world, "C2", third, mode, reclaim=world.token) == "C2 granted"
+
+
+def test_grants_of_a_daemon_before_are_forgotten_ones():
+    world = World(epoch=7)
+    world.ask("B", "R", "PR")
+    assert reclaim(world, "A", "R", "PR", reclaim=(7 << 32) - 1) == "A busy"
+
+
+def test_who_was_given_its_lock_back_in_the_window_has_it_back_once_more():
+    window = World(epoch=7, window=3)
+    assert reclaim(window, "A", "R", reclaim=9) == "A granted"
+    window.later(3)
+    window.leave("A")
+    assert reclaim(window, "A2", "R", reclaim=9) == "A2 granted"
+
+
+def test_after_the_window_what_other_daemons_granted_is_forgotten():
+    window = World(epoch=7, window=3)
+    window.later(3)
+    window.ask("B", "R", "PR")
+    assert reclaim(window, "A", "R", "PR", reclaim=9) == "A busy"
+
+
 def test_grants_on_other_branches_since_do_not_matter(world):
     token = lost(world, "/t/a")
     assert world.ask("B", "/t/b") == "B granted"
@@ -420,6 +456,16 @@ def test_a_token_from_the_future_is_refused_and_changes_nothing(world):
     assert reclaim(world, "A2", "R", reclaim=now + DAY + 1) == "A2 busy"
     assert world.ask("B", "R") == "B granted"
     assert world.told[0].token == 2
+
+
+def test_a_token_far_ahead_of_the_clock_is_no_stranger_when_tokens_are_that_far():
+    """The clock was wrong when a daemon started: it stays with the tokens from then on."""
+    epoch = int(World().clock.wall) - 1577836800 + 3 * 86400
+    world = World(epoch=epoch)
+    world.ask("B", "R", "PR")
+    token = lost(world, "R", "PR")
+    assert reclaim(world, "A2", "R", "PR", reclaim=token) == "A2 granted"
+    assert reclaim(world, "C", "R", "PR", reclaim=token + 1) == "C busy"
 
 
 # The recovery window
