@@ -867,11 +867,16 @@ KEEPALIVE = (15, 5, 3)  # s, s, probes: a holder is to learn of a dead network b
 
 def login():
     """The name of this process's user, its number where it has no name."""
+    return _name_of(os.getuid())
+
+
+@functools.lru_cache(None)  # a directory service may not answer while a lost lock is reclaimed
+def _name_of(user):
     import pwd
     try:
-        return pwd.getpwuid(os.getuid()).pw_name
+        return pwd.getpwuid(user).pw_name
     except KeyError:
-        return str(os.getuid())
+        return str(user)
 
 
 def place(settings):
@@ -1098,6 +1103,7 @@ class Connection:
 # somebody wanted it to end: then flom starts none, and watches for one of somebody else.
 RESTART, HURRY = 1, 2  # s: between two starts of a daemon; how long to try every AGAIN
 LATECOMER = 5  # s for another's daemon to listen, when ours came too late or cannot serve
+TAKEN = "it was granted to somebody else"
 
 
 class Lock:
@@ -1162,10 +1168,15 @@ class Lock:
         return self
 
     def release(self, rollback=False):
-        """Releases the lock; takes at most 5 s.  A lost lock is forgotten, without an error."""
+        """Releases the lock; takes at most 5 s.  A lost lock is forgotten, without an error.
+
+        Nothing that is wrong with the connection is an error either: its end frees the lock, and
+        what the lock was held for is done.
+        """
         connection, owner, self.connection, self._owner = self.connection, self._owner, None, None
         if connection and owner == os.getpid():
-            finish(connection.asking(unlock_message(self.name, rollback), GOODBYE))
+            with contextlib.suppress(DaemonUnavailable):  # an alert of TLS
+                finish(connection.asking(unlock_message(self.name, rollback), GOODBYE))
         elif connection:
             connection.sock.close()  # the parent's: shutdown() would end that one, too
 
@@ -1281,23 +1292,34 @@ class Lock:
                     if "," in (self.settings["UnicastAddress"] or "") else None))
 
     def reclaiming(self):
-        """Steps that try to reclaim a lost lock, to True when it is held again, False: refused."""
-        hurry, refused = clock() + HURRY, "it was granted to somebody else"
+        """Steps that try to reclaim a lost lock, to True when it is held again, False: refused.
+
+        Whatever else fails is an obstacle, and may be none a moment later: a folder is gone, an
+        interface down, no descriptor or process is to be had.  It must not end the watch over a
+        command that runs.
+        """
+        hurry = clock() + HURRY
         while True:
             try:
-                connection, answer = yield from self._asking(
-                    0, recovering=True, reclaim=self.token, held=self.element)
-                known = answer.daemon and answer.element == self.element
-                if known or kind_of(self.name) not in WITH_ELEMENT:
-                    self.connection, self._stopped = connection, None
-                    return True
-                yield from connection.asking(unlock_message(self.name, True), GOODBYE)
-                return self._lose(refused)
-            except DaemonUnavailable as error:
+                return (yield from self._reclaiming_once())
+            except Exception as error:
+                if isinstance(error, LockError) and not isinstance(error, DaemonUnavailable):
+                    self._lose(error.reason or TAKEN)
+                    return False
                 self.diary.say(f"reclaiming {self.name}: {error}")
-            except LockError as error:
-                return self._lose(error.reason or refused)
             yield None, 0, AGAIN if clock() < hurry else AGAIN * 25
+
+    def _reclaiming_once(self):
+        """Steps to True when the lock is held again, False when others had it meanwhile."""
+        connection, answer = yield from self._asking(
+            0, recovering=True, reclaim=self.token, held=self.element)
+        known = answer.daemon and answer.element == self.element
+        if known or kind_of(self.name) not in WITH_ELEMENT:
+            self.connection, self._stopped = connection, None
+            return True
+        yield from connection.asking(unlock_message(self.name, True), GOODBYE)
+        self._lose(TAKEN)
+        return False
 
 
 # --- Command (running it, signals, loss) ----------------------------------------------------------

@@ -6,6 +6,7 @@ reset, or whose cable is cut.
 import contextlib
 import json
 import os
+import re
 import selectors
 import signal
 import socket
@@ -16,7 +17,7 @@ import flom
 import pytest
 from commands import count, driven
 from fakes import FlomClient
-from world import endpoint, free_port, wait_until
+from world import endpoint, free_port, read, wait_until
 
 ALONE = ("-d", "0")  # no client starts a daemon
 
@@ -75,6 +76,26 @@ def test_a_daemon_that_does_not_come_back(box):
     assert ignoring.end() == (0, "", "")
     assert warned.err.count("\n") == ended.err.count("\n") == killed.err.count("\n") == 1
     assert "kill end" not in box.events() and "warn end" in box.events()
+
+
+def test_whatever_fails_while_a_lock_is_reclaimed(box):
+    """It is an obstacle, tried again: flom watches over its command to the end."""
+    daemon, there, gate = box.daemon(), box.path("there"), box.gate("a")
+    code = ("failures = [ValueError('1'), MemoryError('2'), flom.UsageError('3'), OSError(24, '4')]"
+            "\nmessage = flom.lock_message"
+            "\ndef fail(*some, **more):"
+            "\n    if 'reclaim' in more and failures: raise failures.pop()"
+            "\n    return message(*some, **more)"
+            "\nflom.lock_message = fail")
+    flom_ = driven(box, code, "-d", "-1", "-T", there, "--", *gate.command)
+    gate.wait()
+    before = holders_of(box)
+    box.kill(daemon.pid)
+    wait_until(lambda: box.daemons() and holders_of(box) == before)
+    text = read(there)
+    assert re.findall("reclaiming _RESOURCE: (.*)", text)[:4] == ["[Errno 24] 4", "3", "2", "1"]
+    gate.open()
+    assert flom_.end()[:2] == (0, "")
 
 
 def test_a_command_that_ends_before_the_loss_is_told(box):

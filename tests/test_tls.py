@@ -4,11 +4,12 @@ import os
 import signal
 import socket
 import ssl
+import threading
 
 import flom
 import pytest
 from certificates import Certificates, TlsClient
-from fakes import FlomClient
+from fakes import END, LOCK, PEER, FlomClient, message
 from world import can_connect, endpoint, free_port, wait_until
 
 NO_TLS = ()
@@ -240,3 +241,78 @@ def test_the_daemon_killed_under_a_holder(tls):
     gate.open()
     assert holder.end().status == 0 and waiter.end(seconds=30).status == 0
     assert tls.events() == ["a start", "a end", "b"]
+
+
+# An alert of TLS
+
+class Alerting(threading.Thread):
+    """A daemon that grants, takes the next bytes for damaged, and sends an alert."""
+
+    def __init__(self, certificates):
+        super().__init__()
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(certificates.pem("good"), certificates.key("good"))
+        self.listener = socket.socket()
+        self.listener.bind(("127.0.0.1", 0))
+        self.listener.listen(5)
+        self.port, self.alerts = self.listener.getsockname()[1], 0
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.join(10)
+        self.listener.close()
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                connection = self.listener.accept()[0]
+                connection.settimeout(10)
+                with connection:
+                    self._serve(connection)
+
+    def _serve(self, connection):
+        coming, going = ssl.MemoryBIO(), ssl.MemoryBIO()
+        link = self.context.wrap_bio(coming, going, server_side=True)
+
+        def pump(function, *arguments):
+            while True:
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    result = function(*arguments)
+                    connection.sendall(going.read())
+                    return result
+                connection.sendall(going.read())
+                coming.write(connection.recv(65536))
+
+        pump(link.do_handshake)
+        asked = b""
+        while END not in asked:
+            asked += pump(link.read, 4096)
+        pump(link.write, message(LOCK, 16, f'<session peerid="{PEER}"/><answer rc="0"/>'))
+        unlock = bytearray(connection.recv(65536))
+        unlock[7] ^= 1
+        coming.write(bytes(unlock))
+        with contextlib.suppress(ssl.SSLError):
+            link.read(1)
+        connection.sendall(going.read())
+        self.alerts += 1
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(4096):
+            pass
+
+
+def test_an_alert_at_the_unlock(box, certificates):
+    """What the lock was held for is done: its status, or its exception, is what counts."""
+    with Alerting(certificates) as alerting:
+        port = str(alerting.port)
+        box.address = ("-a", "127.0.0.1", "-p", port, "-d", "0") + certificates.options()
+        assert box.run("--", "sh", "-c", "exit 3") == (3, "", "")
+        words = [word[2:].replace("-", "_") for word in certificates.options()[::2]]
+        files = dict(zip(words, certificates.options()[1::2]))
+        with pytest.raises(ZeroDivisionError):
+            with flom.Lock(config=False, unicast_address="127.0.0.1", unicast_port=port, **files):
+                1 / 0
+        assert alerting.alerts == 2
