@@ -9,6 +9,19 @@ from flomd import machine_id
 
 KEY = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes".split()
 
+SETTINGS = """\
+[ca]
+default_ca = tests
+[tests]
+database = {folder}/index
+serial = {folder}/serial
+new_certs_dir = {folder}
+default_md = sha256
+policy = name
+[name]
+commonName = supplied
+"""
+
 
 def openssl(*words):
     done = subprocess.Popen(("openssl",) + words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -30,16 +43,28 @@ class Certificates:
                     "-keyout", self.key(authority), "-out", self.pem(authority))
         self._sign("good", machine_id())
         self._sign("wrong", "somebody")
-        self._sign("expired", machine_id(), days="-1")
+        self._sign("expired", machine_id(), end="20200102000000Z")
         self._sign("stranger", machine_id(), authority="other")
 
-    def _sign(self, name, common_name, authority="ca", days="2"):
+    def _sign(self, name, common_name, authority="ca", end=None):
+        """Signs for two days, or to a date: `openssl ca` alone can do that in every version."""
         request = os.path.join(self.folder, f"{name}.csr")
         openssl("req", *KEY, "-subj", f"/CN={common_name}", "-keyout", self.key(name),
                 "-out", request)
-        openssl("x509", "-req", "-in", request, "-days", days, "-CA", self.pem(authority),
-                "-CAkey", self.key(authority), "-set_serial", str(abs(hash(name))),
-                "-out", self.pem(name))
+        dates = ("-startdate", "20200101000000Z", "-enddate", end) if end else ("-days", "2")
+        openssl("ca", "-batch", "-notext", "-config", self._settings(name), *dates,
+                "-cert", self.pem(authority), "-keyfile", self.key(authority),
+                "-in", request, "-out", self.pem(name))
+
+    def _settings(self, name):
+        """The file that tells `openssl ca` where it keeps what it has signed."""
+        folder = os.path.join(self.folder, f"{name}.ca")
+        os.mkdir(folder)
+        for file, text in (("index", ""), ("serial", f"{abs(hash(name)):016x}\n"),
+                           ("settings", SETTINGS.format(folder=folder))):
+            with open(os.path.join(folder, file), "w") as written:
+                written.write(text)
+        return os.path.join(folder, "settings")
 
     def pem(self, name):
         return os.path.join(self.folder, f"{name}.pem")

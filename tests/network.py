@@ -59,6 +59,10 @@ class Network:
         """The words before a command that is to run in the namespace that `pid` keeps."""
         return ["nsenter", "-t", str(pid)] + self.user + ["-n"]
 
+    def cross(self, pid):
+        """As enter(), for what runs on another host of this network already."""
+        return ["nsenter", "-t", str(pid), "-n"]
+
     def _do(self, pid, script):
         done = subprocess.Popen(self.enter(pid) + ["sh", "-c", script], stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT)
@@ -83,6 +87,7 @@ class Host(Box):
 
     def __init__(self, folder, network, n):
         super().__init__(folder, ("--state-dir", folder), network.enter(network.pids[n - 1]))
+        self.from_another = network.cross(network.pids[n - 1])
         self.network, self.number = network, n
         self.ipv4, self.ipv6 = f"10.77.0.{n}", f"fd00::{n}"
         self.link_local = f"fe80::{n}"

@@ -87,8 +87,9 @@ def furnish(box, *settings, hosts=()):
                        ("systemd-sysusers", SYSUSERS.format(log=box.log, folder=box.folder)),
                        ("scp", SCP), *((name, PRINTS.format(log=box.log)) for name in STAND_INS)]:
         executable(box, f"bin/{name}", text)
-    cases = "".join(f"db{n}) folder={host.folder} enter='{' '.join(host.prefix)}' ;;\n"
-                    for n, host in enumerate(hosts or [box], 1))
+    enter = {host: " ".join(host.from_another) for host in hosts} or {box: ""}
+    cases = "".join(f"db{n}) folder={host.folder} enter='{enter[host]}' ;;\n"
+                    for n, host in enumerate(enter, 1))
     executable(box, "bin/ssh", REMOTE.format(cases=cases, do=SSH))
     for name in STAND_INS:
         os.symlink(f"bin/{name}", box.path(name))

@@ -67,11 +67,9 @@ def cannot_serve(box, *words, address=None):
 
 @pytest.mark.parametrize("umask", [0o000, 0o077, 0o777])
 def test_the_mode_of_a_shared_socket(box, umask):
-    before = os.umask(umask)
-    try:
-        daemon = box.flomd("-f", "--no-files", *box.address)
-    finally:
-        os.umask(before)
+    command = ["-f", "--no-files", *box.address]
+    daemon = box.start("sh", "-c", 'umask "$0" && exec "$@"', f"{umask:o}", *PYTHON, FLOMD,
+                       *command)
     box.foreground.append(daemon)
     wait_until(lambda: "serving" in daemon.err)
     assert mode(box.socket) == mode(box.socket + ".lock") == 0o666
