@@ -361,6 +361,19 @@ def option_names(setting):
     return [f"-{setting.short}"] * bool(setting.short) + [f"--{setting.long}"]
 
 
+def plain(text, length=500):
+    """`text` as an attribute of ours may hold it: printable ASCII, cut to a length."""
+    return re.sub("[^ -~]", "?", text[:length])
+
+
+def visible(text):
+    """`text` in one line that a terminal shows and does not obey, whoever has written it."""
+    if text.isprintable():
+        return text
+    return "".join([char if char.isprintable() else char.encode("unicode_escape").decode()
+                    for char in text])
+
+
 def machine_id():
     """The id of this host, 32 hex digits; where it has none, one derived from its name."""
     for path in ("/var/lib/dbus/machine-id", "/etc/machine-id"):
@@ -554,8 +567,12 @@ def keyword_settings(keywords, files):
 
 
 def put(text, stream):
-    """Writes a line, whatever the stream's encoding.  No job ends because a stream is closed,
-    broken or full: what is wrong with it is returned."""
+    """Writes lines, whatever the stream's encoding; only what is printable comes through.
+
+    No job ends because a stream is closed, broken or full: what is wrong with it is returned.
+    """
+    if not text.isprintable():
+        text = re.sub("[^\n\t]+", lambda part: visible(part.group()), text)
     try:
         if stream:
             encoding = stream.encoding or "utf-8"
@@ -586,6 +603,7 @@ class Diary:
 
     def say(self, text, stream=None):
         """Notes a line; with -V it goes to `stream`, stderr when none is given."""
+        text = visible(text)
         if self.verbose:
             put(text, stream or sys.stderr)
         if self.path:
@@ -636,10 +654,10 @@ def interface_index(settings):
                          "the name of a network interface of this host is allowed")
 
 
-def resolve(host, port, kind, scope):
+def resolve(host, port, kind, scope, flags=0):
     """[(family, address)] of a host; `scope` is for link-local addresses without one."""
     try:
-        found = socket.getaddrinfo(host, port, type=kind)
+        found = socket.getaddrinfo(host, port, type=kind, flags=flags)
     except (socket.gaierror, UnicodeError) as error:
         raise DaemonUnavailable(f"cannot resolve {host!r}: {getattr(error, 'strerror', error)}")
     return [(family, address if family == socket.AF_INET else address[:3] + (address[3] or scope,))
@@ -669,7 +687,7 @@ def discovering(settings, diary):
                 diary.say(f"sending UDP multicast datagram to {name} ('{question.decode()}')",
                           sys.stdout)
                 asker.sendto(question, group)
-                data, found = yield from _hearing(asker, clock() + seconds)
+                data, found = yield from hearing(asker, clock() + seconds)
                 if found:
                     diary.say(f"reply from {name} is '{data.decode()}'", sys.stdout)
                     return found
@@ -679,7 +697,7 @@ def discovering(settings, diary):
     return []
 
 
-def _hearing(asker, until):
+def hearing(asker, until):
     """Steps to (datagram, addresses) of the first valid answer, (None, []) when time is over."""
     while True:
         with contextlib.suppress(BlockingIOError, ProtocolError, DaemonUnavailable):
@@ -688,7 +706,9 @@ def _hearing(asker, until):
             head, network = message["msg"], message.get("network", {})
             if (head["verb"], head["step"]) == (DISCOVER, 16) and "port" in network:
                 host = network.get("address") or source[0].partition("%")[0]  # empty: the source
-                return data, resolve(host, network["port"], socket.SOCK_STREAM, sum(source[3:]))
+                # No stranger's datagram makes this host ask a name server.
+                return data, resolve(host, network["port"], socket.SOCK_STREAM, sum(source[3:]),
+                                     socket.AI_NUMERICHOST)
         if clock() >= until:
             return None, []
         yield asker.fileno(), READ, until - clock()
@@ -821,19 +841,31 @@ def unlock_message(name, rollback):
         "resource", ("name", encode_name(name)), ("rollback", int(rollback)), end=" />"))
 
 
-def plain(text, length):
-    """`text` as printable ASCII, cut to a length."""
-    return "".join([char if " " <= char <= "~" else "?" for char in text[:length]])
+def check_element(name, text):
+    """Raises ProtocolError unless `text` (None: none) can be the element of a lock on `name`.
+
+    It becomes an argument of the command, which must not take it for an option.
+    """
+    kind = kind_of(name)
+    right = {
+        "set": lambda: text in name.split("."),
+        "sequence": lambda: re.fullmatch("[0-9]{1,10}", text),
+        "timestamp": lambda: re.fullmatch("[^-].{0,499}", text) and text.isprintable()}
+    if kind not in right:
+        if text is not None:
+            raise ProtocolError(f"it grants an element, {text[:40]!r}, where there are none")
+    elif text is None or not right[kind]():
+        raise ProtocolError(f"it grants the element {str(text)[:40]!r}")
 
 
 class Session:
     """A request's life: `receive` takes bytes, returns answers, keeps `state`."""
 
     def __init__(self):
-        self.state, self.replies, self._buffer = ASKING, b"", b""
+        self.state, self._buffer = ASKING, b""
 
     def receive(self, data):
-        """The answers that are complete with `data`; `replies` are to be sent.  ProtocolError."""
+        """The answers that are complete with `data`.  ProtocolError."""
         *messages, self._buffer = (self._buffer + data).split(END)
         answers = [self._take(decode(message + END)) for message in messages]
         start = self._buffer.lstrip()[:20]
@@ -844,14 +876,15 @@ class Session:
 
     def _take(self, message):
         verb, step = message["msg"]["verb"], message["msg"]["step"]
-        if (verb, step) == (PING, 8):
-            self.replies += encode(PING, 16)
+        if (verb, step) == (PING, 8):  # no daemon asks so; harmless
             return None
         answer, outcomes = message.get("answer"), NEXT.get((self.state, step), {})
         if verb != LOCK or answer is None or answer.setdefault("rc", 0) not in outcomes:
-            raise ProtocolError(f"verb {verb} step {step} {answer} while {self.state}")
+            raise ProtocolError(f"verb {verb} step {step} {str(answer)[:99]} while {self.state}")
         self.state = outcomes[answer["rc"]]
         found = {**message.get("session", {}), **answer}
+        if "reason" in found:
+            found["reason"] = visible(found["reason"][:500])
         return types.SimpleNamespace(**{name: found.get(name) for name in FIELDS})
 
 
@@ -1041,26 +1074,20 @@ class Connection:
         return DaemonUnavailable(f"{self.where}: {text}") if refused else _Gone(text)
 
     def receive(self):
-        """The next answers, [] when none have come; a ping is answered.  _Gone, ProtocolError."""
-        answers, data = [], True
-        while data and not answers:
-            data = self.take()
-            answers = self.session.receive(data) if data else []
-        replies, self.session.replies = self.session.replies, b""
-        if replies:
-            self.send(replies)
-        return answers
+        """The answers in what has come, None when nothing has; raises _Gone, ProtocolError.
+
+        It reads once: a daemon that sends without end must not keep its client from all else.
+        """
+        data = self.take()
+        return self.session.receive(data) if data else None
 
     def answering(self, until):
         """Steps to the next answers, [] when there are none before `until`."""
-        try:
+        answers = []
+        while not answers and clock() < until:
+            yield self.sock.fileno(), READ, until - clock()
             answers = self.receive()
-            while not answers and clock() < until:
-                yield self.sock.fileno(), READ, until - clock()
-                answers = self.receive()
-            return answers
-        except ProtocolError as error:
-            raise DaemonUnavailable(f"{self.where} is no lock daemon: {error}")
+        return answers
 
     def asking(self, message, patience, last=True):
         """Steps that send a message, half-close after the `last`, and read to the end of a message.
@@ -1134,6 +1161,7 @@ class Lock:
     def _forget(self):
         """Forgets an earlier grant; `chain` is the id of the next and those it is asked under."""
         self.element = self.token = self.loss = self._stopped = None
+        self.unread = False
         self.chain = [os.urandom(8).hex()] + re.findall(
             "[0-9a-f]{16}", os.environ.get("FLOM_SESSION", ""))[:CHAIN - 1]
 
@@ -1195,21 +1223,23 @@ class Lock:
             raise self.loss
 
     def look(self):
-        """Reads what the holder's daemon has sent; False when the daemon has vanished."""
+        """Reads once what the holder's daemon has sent; False when the daemon has vanished.
+
+        Afterwards `unread` says that there may be more.
+        """
         try:
-            answers = self.connection
-            while answers:
-                answers = self.connection.receive()
-                if self.connection.session.state == ENDING:
-                    self._stopped = "it was stopped"
-                    raise _Gone(self._stopped)  # its EOF may come after the command's end
+            self.unread = self.connection.receive() is not None
+            if self.connection.session.state == ENDING:
+                self._stopped = "it was stopped"
+                raise _Gone(self._stopped)  # its EOF may come after the command's end
         except (_Gone, ProtocolError, DaemonUnavailable) as error:
             self.connection.close()
             self._lose(f"{self.connection.where}: {self._stopped or error}")
         return self.connection is not None
 
     def _lose(self, reason):
-        self.connection, self.loss = None, LockLost(f"the lock on {self.name} is lost: {reason}")
+        self.connection, self.unread = None, False
+        self.loss = LockLost(f"the lock on {self.name} is lost: {reason}")
 
     def _asking(self, deadline, recovering=False, **lost):
         """Steps to (connection, granting answer); raises the refusal.
@@ -1237,6 +1267,12 @@ class Lock:
 
     def _granting(self, connection, deadline, lost):
         """Steps from the request to the granting answer; raises the refusal, or Timeout."""
+        try:
+            return (yield from self._waiting(connection, deadline, lost))
+        except ProtocolError as error:
+            raise DaemonUnavailable(f"{connection.where} is no lock daemon: {error}")
+
+    def _waiting(self, connection, deadline, lost):
         connection.send(lock_message(self.settings, self._about, clock() < deadline, **lost))
         answers = yield from connection.answering(clock() + PATIENCE)
         if not answers:
@@ -1257,6 +1293,7 @@ class Lock:
         if answer.rc != OK:
             late = answer.rc == BUSY and self.settings["Timeout"] > 0
             raise refusal(LATE if late else answer.rc, answer.reason, self.settings)
+        check_element(self.name, answer.element)
         return answer
 
     def _reaching(self, until, recovering, patient):
@@ -1448,7 +1485,7 @@ class Command:
         self._start()
         while self.status is None:
             self._watch_lock()
-            number, typed = self.signals.wait(self.due - clock())
+            number, typed = self.signals.wait(0 if self.lock.unread else self.due - clock())
             self._reap()
             if number in PASSED and not typed:
                 self.kill(number)
@@ -1578,9 +1615,9 @@ def arrange_report(data):
         if closing:
             continue
         attributes.update([(name, int(attributes[name])) for name in INTEGERS
-                           if attributes.get(name, "").lstrip("-").isdigit()])
-        if "mode" in attributes:
-            attributes["mode"] = MODES[int(attributes["mode"]) % len(MODES)]
+                           if re.fullmatch("-?[0-9]{1,18}", attributes.get(name, ""))])
+        if attributes.get("mode", "") in list("012345"):
+            attributes["mode"] = MODES[int(attributes["mode"])]
         for name in {"name", "node"} & attributes.keys():
             attributes[name] = decode_name(attributes[name])
         if tag == "resource":
@@ -1609,11 +1646,12 @@ def report_table(report, width):
             how = [str(entry[key]) for key in ("mode", "quantity", "element") if key in entry]
             seconds = max(0, now - entry.get("since", now))
             duration = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-            rows.append((
+            cells = (
                 entry.get("node") or resource.get("name", ""), resource.get("kind", ""), state,
                 entry.get("host") or entry.get("peer", ""), str(entry.get("pid", "")),
                 entry.get("user", ""), entry.get("cmd", ""), " ".join(how),
-                duration if "since" in entry else ""))
+                duration if "since" in entry else "")
+            rows.append(tuple(map(visible, cells)))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip()[:width] for row in rows]
     return "\n".join(lines if rows[1:] else ["nobody holds or awaits a lock"])
@@ -1633,7 +1671,8 @@ def show_status(options, settings):
             for part in ("resources", "parked"):
                 report[part] = [entry for entry in report[part] if entry.get("name") in wanted]
         if options.watch and terminal:
-            put("\033[H\033[J" + time.strftime("%H:%M:%S"), sys.stdout)
+            clear_screen()
+            put(time.strftime("%H:%M:%S"), sys.stdout)
         width = os.get_terminal_size(sys.stdout.fileno()).columns if terminal else None
         if options.json:
             import json
@@ -1641,6 +1680,12 @@ def show_status(options, settings):
         if not options.watch:
             return 0
         time.sleep(1)
+
+
+def clear_screen():
+    """What --watch has shown goes, and what follows begins at the top."""
+    with contextlib.suppress(OSError):
+        os.write(sys.stdout.fileno(), b"\033[H\033[J")
 
 
 def show_signals(options, settings):

@@ -359,6 +359,19 @@ def option_names(setting):
     return [f"-{setting.short}"] * bool(setting.short) + [f"--{setting.long}"]
 
 
+def plain(text, length=500):
+    """`text` as an attribute of ours may hold it: printable ASCII, cut to a length."""
+    return re.sub("[^ -~]", "?", text[:length])
+
+
+def visible(text):
+    """`text` in one line that a terminal shows and does not obey, whoever has written it."""
+    if text.isprintable():
+        return text
+    return "".join([char if char.isprintable() else char.encode("unicode_escape").decode()
+                    for char in text])
+
+
 def machine_id():
     """The id of this host, 32 hex digits; where it has none, one derived from its name."""
     for path in ("/var/lib/dbus/machine-id", "/etc/machine-id"):
@@ -1451,7 +1464,7 @@ class Session:
         self.answered = True
         if self.ours:
             answer = element("answer", ("rc", verdict), ("element", granted), ("token", token),
-                             ("position", position), ("reason", reason and printable(reason)))
+                             ("position", position), ("reason", reason and plain(reason)))
         elif granted is not None:
             answer = element("answer", ("rc", verdict), ("element", granted))
         else:
@@ -1467,11 +1480,6 @@ class Session:
         head = encode(LOCK, 16)[:-len(END)].decode()
         cls.first = head + element("session", ("peerid", peer_id))
         cls.first_to_ours = head + element("session", ("peerid", peer_id), ("daemon", daemon_id))
-
-
-def printable(text):
-    """What may travel in an attribute of ours: printable ASCII, at most 500 characters."""
-    return re.sub("[^ -~]", "?", text)[:500]
 
 
 # The status report, the answer to a lock of _STATUS.
@@ -1532,7 +1540,7 @@ def _who(request):
     told = [("id", request.ident), ("peer", request.session.connection.peer),
             *((name, about.get(name)) for name in ("host", "pid", "user", "cmd")),
             ("element", request.element)]
-    return (*((name, text and printable(text)) for name, text in told),
+    return (*((name, text and plain(text)) for name, text in told),
             ("mode", request.mode if kind in ("simple", "hierarchical") else None),
             ("quantity", request.quantity if kind == "numeric" else None),
             ("since", int(request.held_since or request.since)),
@@ -2545,7 +2553,7 @@ class Publisher:
             path = os.path.join(top, path)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
-                file.write(f"{text}\n")
+                file.write(f"{visible(str(text))}\n")
         os.symlink(new, link)
         os.replace(link, os.path.join(self.mount, "status"))
         self._remove_but(new)
@@ -2740,6 +2748,7 @@ class Log:
     def _write(self, level, text):
         if LEVELS[level] > self.level:
             return
+        text = "\n".join(map(visible, text.split("\n")))
         try:
             if self.socket:
                 lost = f" ({self.lost} lines lost before)" if self.lost else ""

@@ -5,9 +5,11 @@ import re
 import socket
 import time
 
+import flom
+import flomd
 import pytest
 from fakes import LOCK, PEER, FlomClient, FlomDaemon, b64, message
-from world import PYTHON, ROOT, free_port, read, wait_until
+from world import PYTHON, ROOT, endpoint, free_port, read, wait_until
 
 HOST = os.uname().nodename
 HEAD = ["RESOURCE", "KIND", "STATE", "HOST", "PID", "USER", "COMMAND", "HOW", "FOR"]
@@ -152,6 +154,47 @@ def test_floms_daemon_cannot_report(box):
             done = box.run("--status", *options)
             assert done == (99, "", "flom: this daemon cannot report: it is not flomd.py\n")
     assert daemon.deaths == []
+
+
+def test_what_others_chose_does_not_reach_the_terminal(box):
+    """A name of a resource, a host, a command: shown in one line, and not obeyed."""
+    state = box.path("state")
+    os.mkdir(state)
+    box.daemon("-m", state)
+    session = ('client="flom.py/1.0" host="h&#27;[2J" pid="1&#10;2" user="&#155;2J" '
+               'cmd="c&#8238;&#7;"')
+    name = "/a\x1b]0;owned\x07/\u00e9"
+    with FlomClient(*endpoint(box.address)) as stranger:
+        stranger.socket.sendall(message(LOCK, 8, (
+            f'<session peerid="{PEER}" {session}/><resource name="{b64(name)}" mode="5" '
+            'wait="0" create="1" lifespan="0"/>')))
+        assert stranger.answer(16)[1] == 0
+        shown = box.run("--status").out
+        waiter = box.waiter("-r", name, "-o", "20000", "--", "true")
+        path = os.path.join(state, "status", "lockers", "1", "holders", "1", "peer_name")
+        wait_until(lambda: os.path.exists(path))
+        shown += read(path) + read(os.path.join(state, "status/lockers/1/resource_name"))
+    assert waiter.end().status == 0
+    shown += waiter.err
+    assert "\\x1b]0;owned\\x07/\u00e9" in shown
+    assert all(line.isprintable() for line in shown.splitlines())
+
+
+def test_a_line_of_the_log_is_one_line_whatever_it_tells(tmp_path):
+    log = flomd.Log(str(tmp_path / "log"), "info")
+    log.open()
+    log.info("\x1b[2J \u00e9 \u202e")
+    log.file.close()
+    assert read(log.target).endswith("info: \\x1b[2J \u00e9 \\u202e\n")
+
+
+@pytest.mark.parametrize("text", ["\u00b2", "--5", "9" * 5000])
+def test_a_report_with_odd_numbers(text):
+    report = flom.arrange_report(message(LOCK, 16, (
+        f'<daemon version="1.0"/><resource name="{b64("R1")}" idle="{text}">'
+        f'<holder id="1" mode="{text}"/></resource>')))
+    assert report["resources"][0]["idle"] == report["resources"][0]["holders"][0]["mode"] == text
+    assert text in flom.report_table(report, None)
 
 
 def test_watch(box):

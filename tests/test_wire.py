@@ -1,12 +1,13 @@
 """The wire, both ways: FLoM's client with flomd.py, flom.py with FLoM's daemon."""
 import json
 import os
+import signal
 import socket
 
 import flom
 import pytest
-from fakes import (COMPATIBLE, END, LOCK, MANAGEMENT, MODES, PEER, PING, UNLOCK, FlomClient,
-                   FlomDaemon, Scripted, b64, message, parse, read_message)
+from fakes import (COMPATIBLE, DISCOVER, END, LOCK, MANAGEMENT, MODES, PEER, PING, UNLOCK,
+                   FlomClient, FlomDaemon, Scripted, b64, message, parse, read_message)
 from world import DATA, can_connect, endpoint, free_port, wait_until
 
 LOCK_R1 = message(LOCK, 8, f'<session peerid="{PEER}"/><resource name="{b64("R1")}" mode="5" '
@@ -518,20 +519,88 @@ def test_a_command_runs_on_rc_0_and_on_nothing_else(box, rc, step):
     assert done.err.count("\n") == 1
 
 
-def test_a_ping_is_answered(box):
-    got = []
+def test_a_ping_from_a_daemon_is_ignored(box):
+    chunks = [answers(1) + message(PING, 8), answers(0, 24) + message(PING, 8)]
+    with serving(box, *chunks) as daemon:
+        assert box.run("-r", "R1", "--", "echo", "hello") == (0, "hello\n", "")
+        wait_until(lambda: len(daemon.got) >= 2)
+        assert daemon.got[1] == UNLOCK_R1
+
+
+@pytest.mark.parametrize("flood", [message(PING, 8), answers(1, 24)], ids=["ping", "queued"])
+def test_a_daemon_that_sends_without_end_keeps_nobody_waiting(box, flood):
+    """flom reads a part at a time, and looks in between whether its time is over."""
+    first = answers(1) + flood * 500
 
     def serve(connection):
         read_message(connection)
-        connection.sendall(answers(1) + message(PING, 8))
-        got.append(read_message(connection))
-        connection.sendall(answers(0, 24))
-        got.append(read_message(connection))
+        connection.sendall(first)
+        while True:
+            connection.sendall(flood * 500)
 
     box.address = ("-s", box.socket, "-d", "0")
     with Scripted(box.socket, serve):
-        assert box.run("-r", "R1", "--", "echo", "hello") == (0, "hello\n", "")
-    assert got == [message(PING, 16), UNLOCK_R1]
+        assert box.run("-o", "300", "--", "true", seconds=10).status == 98
+
+
+def test_a_flood_of_pings_does_not_hide_the_end_of_the_command(box):
+    def serve(connection):
+        read_message(connection)
+        connection.sendall(answers(0))
+        while True:
+            connection.sendall(message(PING, 8) * 500)
+
+    box.address = ("-s", box.socket, "-d", "0")
+    with Scripted(box.socket, serve):
+        holder, gate = box.hold("a")
+        holder.send_signal(signal.SIGTERM)
+        assert holder.end(10).status == 143
+
+
+@pytest.mark.parametrize("name, element, fits", [
+    ("backup", "--checkpoint-action=exec=id", False), ("/a/b", "x", False), ("p[2]", "1", False),
+    ("red.green", "green", True), ("red.green", "blue", False), ("red.green", "", False),
+    ("red.green", None, False), ("_s_n[1]", "42", True), ("_s_n[1]", "-42", False),
+    ("_s_n[1]", "4\u0662", False), ("_S_n[1]", None, False), ("_t_%S[1]", "59", True),
+    ("_t_%c[1]", "9. M\u00e4r 08:00", True), ("_t_%z.%S[1]", "-0500.59", False),
+    ("_t_%S[1]", "5\n9", False), ("_t_%S[1]", "\x1b[2J", False), ("_t_%S[1]", "9" * 501, False)])
+def test_an_element_has_the_form_that_its_kind_gives_it(name, element, fits):
+    """It becomes an argument of the command."""
+    if fits:
+        flom.check_element(name, element)
+        return
+    with pytest.raises(flom.ProtocolError):
+        flom.check_element(name, element)
+
+
+def test_a_command_is_not_run_with_an_element_from_a_stranger(box):
+    grant = message(LOCK, 16, '<answer rc="0" element="--exec=id"/>')
+    with serving(box, grant, after="close"):
+        done = box.run("-r", "backup", "--", "echo", "wrong")
+    assert done == (99, "", f"flom: {box.socket} is no lock daemon: it grants an element, "
+                            "'--exec=id', where there are none\n")
+
+
+def test_what_a_daemon_says_is_shown_and_not_obeyed_by_the_terminal(box):
+    reason = "&#27;]0;owned&#7;&#10;second line"
+    refusal = message(LOCK, 16, f'<answer rc="9" reason="{reason}"/>')
+    with serving(box, refusal, after="close"):
+        done = box.run("-V", "-T", box.path("trace"), "-r", "R1", "--", "true")
+    assert done.status == 99 and done.err.count("\n") == 1
+    assert done.err.endswith(r"refuses: \x1b]0;owned\x07\nsecond line" + "\n")
+
+
+def test_a_discovery_answer_with_a_host_name_is_ignored():
+    """Nobody who can send a datagram makes this host ask a name server, or wait for one."""
+    kinds = socket.AF_INET, socket.SOCK_DGRAM
+    with socket.socket(*kinds) as asker, socket.socket(*kinds) as stranger:
+        asker.bind(("127.0.0.1", 0))
+        asker.setblocking(False)
+        for host in ("localhost", "127.0.0.2"):
+            answer = message(DISCOVER, 16, f'<network address="{host}" port="1"/>')
+            stranger.sendto(answer, asker.getsockname())
+        found = flom.finish(flom.hearing(asker, flom.clock() + 10))
+    assert found == (answer, [(socket.AF_INET, ("127.0.0.2", 1))])
 
 
 def test_an_end_before_the_first_answer_is_no_answer(box):
