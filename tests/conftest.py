@@ -1,9 +1,11 @@
 """Fixtures: `box`, one host's folder and processes; `hosts(n)`, several hosts; see world.py."""
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from _pytest.runner import runtestprotocol
@@ -11,10 +13,44 @@ from _pytest.runner import runtestprotocol
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from network import Host, Network, Unavailable  # noqa: E402
-from world import FLOM, Boxes  # noqa: E402
+os.environ.setdefault("FLOM_SEED", str(random.SystemRandom().randrange(10 ** 9)))
 
-SECOND_TRIES = []
+from network import Host, Network, Unavailable  # noqa: E402
+from world import FLOM, SEED, Boxes, wait_until  # noqa: E402
+
+MOST_SECOND_TRIES = 2  # in a run
+FIRST_FAILURES = []  # of the tests that were tried again: (name, text)
+
+
+def sockets():
+    """The sockets that this process has open, by their inodes."""
+    found = set()
+    for number in os.listdir("/proc/self/fd") if os.path.exists("/proc/self/fd") else ():
+        try:
+            found.add(os.readlink(f"/proc/self/fd/{number}"))
+        except OSError:  # that of listdir
+            pass
+    return {name for name in found if name.startswith("socket:")}
+
+
+def has_child():
+    """Whether a child of this process lives, or has not been waited for."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    """Fails a test after which a child, a thread or a socket of this process is still there; what
+    runs in boxes they look after themselves."""
+    before = sockets()
+    yield
+    wait_until(lambda: threading.active_count() == 1, seconds=5)
+    assert not has_child(), "a process was left behind"
+    assert sockets() <= before, "a socket was left open"
 
 
 @pytest.fixture
@@ -68,9 +104,15 @@ def found_interpreters():
     return sorted(found)
 
 
+def is_of_the_distribution():
+    """Is this interpreter the one that is called /usr/bin/python3?"""
+    name = os.path.basename(os.path.realpath("/usr/bin/python3"))
+    return sys.base_prefix == "/usr" and name == f"python3.{sys.version_info[1]}"
+
+
 def is_between():
-    """In a matrix of interpreters: is this one neither the oldest nor the newest?"""
-    if os.environ.get("FLOM_MATRIX") != "1":
+    """In a matrix of interpreters: is this one neither the oldest, the newest nor the system's?"""
+    if os.environ.get("FLOM_MATRIX") != "1" or is_of_the_distribution():
         return False
     found = found_interpreters()
     return found[0] < sys.version_info[1] < found[-1]
@@ -88,17 +130,23 @@ def pytest_unconfigure():
     shutil.rmtree(os.path.dirname(FLOM))
 
 
+def claim(path):
+    """Makes a file for all processes of together.py; False when another has made it."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
 def to_run(items):
     """Those tests that no other process of together.py has claimed (by a file), from this one's
     own share of them on."""
     folder, job, jobs = os.environ["FLOM_CLAIMS"].split(":")
     start = len(items) * int(job) // int(jobs)
     for number in [*range(start, len(items)), *range(start)]:
-        try:
-            os.close(os.open(os.path.join(folder, str(number)), os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            continue
-        yield items[number]
+        if claim(os.path.join(folder, str(number))):
+            yield items[number]
 
 
 def pytest_runtestloop(session):
@@ -118,15 +166,27 @@ def pytest_runtestloop(session):
     return True
 
 
+def may_try_again():
+    """Whether one more of the second tries of this run, in all its processes, is left."""
+    folder = os.environ.get("FLOM_CLAIMS", "").split(":")[0]
+    for number in range(MOST_SECOND_TRIES):
+        if not folder and number >= len(FIRST_FAILURES):
+            return True
+        if folder and claim(os.path.join(folder, f"second-{number}")):
+            return True
+    return False
+
+
 def pytest_runtest_protocol(item, nextitem):
-    """With FLOM_SECOND_TRY=1 a test that failed runs once more: on a shared machine a host may
-    stand still for longer than a test allows.  The summary names those that needed it."""
-    if os.environ.get("FLOM_SECOND_TRY") != "1":
+    """With FLOM_SECOND_TRY=1 a test marked in_time that failed runs once more: on a shared machine
+    a host may stand still for longer than it allows.  The summary shows the first failure."""
+    if os.environ.get("FLOM_SECOND_TRY") != "1" or not item.get_closest_marker("in_time"):
         return None
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     reports = runtestprotocol(item, nextitem=nextitem, log=False)
-    if any(report.failed for report in reports):
-        SECOND_TRIES.append(item.nodeid)
+    failed = [report for report in reports if report.failed]
+    if failed and may_try_again():
+        FIRST_FAILURES.append((item.nodeid, failed[0].longreprtext))
         item._initrequest()
         reports = runtestprotocol(item, nextitem=nextitem, log=False)
     for report in reports:
@@ -136,14 +196,15 @@ def pytest_runtest_protocol(item, nextitem):
 
 
 def pytest_terminal_summary(terminalreporter):
-    for name in SECOND_TRIES:
-        terminalreporter.write_line(f"needed a second try: {name}")
+    for name, text in FIRST_FAILURES:
+        terminalreporter.write_sep("=", f"needed a second try: {name}")
+        terminalreporter.write_line(text)
 
 
 def pytest_report_header(config):
     without = ", without other processes" if config.flom_is_between else ""
     without += ", in several processes" if "FLOM_CLAIMS" in os.environ else ""
-    return f"flom: the whole suite{without}, user {os.geteuid()}"
+    return f"flom: the whole suite{without}, user {os.geteuid()}, FLOM_SEED={SEED}"
 
 
 def pytest_collection_modifyitems(config, items):

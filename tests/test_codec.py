@@ -1,12 +1,11 @@
 """The codec of the shared block: what decodes, what is refused, byte for byte what is written."""
 import json
 import os
-import random
 import time
 
 import flom
 import pytest
-from world import COUNT, DATA
+from world import COUNT, DATA, chance
 
 HEADER = b'<?xml version="1.0" encoding="UTF-8" ?>'
 LOCK = (b'<msg level="3" verb="1" step="8"><session peerid="0123456789abcdef0123456789abcdef"/>'
@@ -161,16 +160,16 @@ def test_what_is_no_base64_is_refused(text):
         flom.decode_name(text)
 
 
-def a_message(chance):
+def a_message(draw):
     """A random message: (verb, step, {tag: {attribute: value}})."""
     def word():
         letters = "ab19 <>&\"'=/\t\xe9\u20ac"
-        return "".join(chance.choice(letters) for _ in range(chance.randrange(9)))
+        return "".join(draw.choice(letters) for _ in range(draw.randrange(9)))
     pairs = {"session": {"peerid": word(), "user": word()},
-             "resource": {"name": word(), "mode": chance.randrange(6), "wait": chance.randrange(2)},
-             "answer": {"rc": chance.randrange(-14, 9), "element": word()}}
-    tags = [tag for tag in pairs if chance.random() < 0.7]
-    return chance.randint(1, 5), chance.randrange(100), {tag: pairs[tag] for tag in tags}
+             "resource": {"name": word(), "mode": draw.randrange(6), "wait": draw.randrange(2)},
+             "answer": {"rc": draw.randrange(-14, 9), "element": word()}}
+    tags = [tag for tag in pairs if draw.random() < 0.7]
+    return draw.randint(1, 5), draw.randrange(100), {tag: pairs[tag] for tag in tags}
 
 
 def ascii_only(elements):
@@ -179,9 +178,9 @@ def ascii_only(elements):
 
 
 def test_random_messages_make_the_round_trip():
-    chance = random.Random(20)
+    draw = chance("messages")
     for _ in range(COUNT.messages):
-        verb, step, elements = a_message(chance)
+        verb, step, elements = a_message(draw)
         elements = ascii_only(elements)
         data = flom.encode(verb, step, *[flom.element(tag, *pairs.items())
                                          for tag, pairs in elements.items()])
@@ -192,14 +191,14 @@ def test_random_messages_make_the_round_trip():
 
 def test_damaged_messages_are_decoded_or_refused():
     """Nothing but ProtocolError comes out of a message with a few bytes changed."""
-    chance, refused = random.Random(21), 0
+    draw, refused = chance("damage"), 0
     for _ in range(COUNT.messages):
         data = bytearray(HEADER + LOCK)
-        for _ in range(chance.randint(1, 3)):
-            place = chance.randrange(len(data))
-            any_byte = bytes([chance.randrange(256)])
-            damage = chance.choice([b"", b"<", b'"', b"&", b">", b"/", any_byte])
-            data[place:place + chance.randrange(3)] = damage
+        for _ in range(draw.randint(1, 3)):
+            place = draw.randrange(len(data))
+            any_byte = bytes([draw.randrange(256)])
+            damage = draw.choice([b"", b"<", b'"', b"&", b">", b"/", any_byte])
+            data[place:place + draw.randrange(3)] = damage
         try:
             assert flom.decode(bytes(data))["msg"]["verb"] in range(1, 6)
         except flom.ProtocolError:

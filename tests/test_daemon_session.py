@@ -1,7 +1,6 @@
 """The daemon's side of one connection, with a fake link: bytes in, answers out, no socket."""
 import json
 import os
-import random
 import xml.etree.ElementTree
 
 import flomd
@@ -9,7 +8,7 @@ import pytest
 from engine_world import Clock
 from fakes import (DISCOVER, END, HEADER, LOCK, MANAGEMENT, MODES, PEER, PING, UNLOCK, b64, message,
                    parse)
-from world import DATA
+from world import DATA, chance
 
 DAEMON = "00112233aabbccdd"
 PREFIX = f'{HEADER}<msg level="3" verb="1" step="'
@@ -492,9 +491,7 @@ def read(function, data):
 
 def test_the_usual_messages_are_read_as_all_others():
     """read_message() has a short way for what FLoM's clients send; it takes nothing else."""
-    seed = int(os.environ.get("FLOM_SEED", "0")) or random.randrange(2 ** 32)
-    print("FLOM_SEED", seed)
-    chance = random.Random(seed)
+    draw = chance("usual messages")
     with open(os.path.join(DATA, "vectors.json")) as file:
         texts = [vector["text"].encode() for vector in json.load(file)]
     assert sum(bool(flomd._usual(text)) for text in texts) >= 20
@@ -502,6 +499,6 @@ def test_the_usual_messages_are_read_as_all_others():
         assert read(flomd.read_message, text) == read(flomd.decode, text)
         for _ in range(100):
             changed = bytearray(text)
-            changed[chance.randrange(len(text))] = chance.choice(b'"<>&/ =0159abZ\xff\n')
+            changed[draw.randrange(len(text))] = draw.choice(b'"<>&/ =0159abZ\xff\n')
             changed = bytes(changed)
             assert read(flomd.read_message, changed) == read(flomd.decode, changed), changed

@@ -1,10 +1,9 @@
 """One daemon per group: many hosts at once, losses, a parted network, strangers on the group."""
-import random
 import subprocess
 import threading
 
 import pytest
-from world import COUNT, PYTHON, ROOT, SOAK, wait_until
+from world import COUNT, PYTHON, ROOT, SOAK, chance, wait_until
 
 GROUP = ("-A", "239.255.0.1")
 GROUPS = (GROUP, ("-A", "ff02::1", "-n", "eth0"), ("-A", "ff05::28", "-n", "eth0"))
@@ -84,9 +83,7 @@ class Flaps(threading.Thread):
         self.ports, self.over = range(1, size + 1), threading.Event()
         self.ip = subprocess.Popen(network.enter(network.bridge) + ["ip", "-batch", "-"],
                                    stdin=subprocess.PIPE)
-        seed = random.SystemRandom().getrandbits(32)
-        print("seed of the flaps:", seed)
-        self.chance = random.Random(seed)
+        self.chance = chance("flaps")
 
     def run(self):
         plugged = dict.fromkeys(self.ports, True)

@@ -18,7 +18,8 @@ from attack import generated
 from certificates import Certificates
 from commands import driven_daemon
 from fakes import LOCK, PEER, PING, FlomClient, b64, message, read_message
-from world import COUNT, DATA, PYTHON, ROOT, SOAK, endpoint, free_port, pass_time, wait_until
+from world import (COUNT, DATA, PYTHON, ROOT, SOAK, chance, endpoint, free_port, pass_time,
+                   wait_until)
 
 ATTACK = os.path.join(ROOT, "tests", "attack.py")
 MANY = 500 if SOAK else 100
@@ -138,7 +139,7 @@ def test_the_cases_of_hostile_json(box):
 
 def rounds(box, daemon, kind, host, port, *files):
     """Four rounds of generated messages; the memory (kB) after each, and no trace of an error."""
-    memory, seed = [], random.SystemRandom().getrandbits(32)
+    memory, seed = [], chance(kind).getrandbits(32)
     number = MESSAGES if SOAK or kind != "tls" else MESSAGES // 5  # a handshake takes its time
     print(f"{kind}: {number} messages, seed {seed} and the next three")
     for turn in range(4):

@@ -1,12 +1,11 @@
 """Clients and daemons killed with SIGKILL at any moment: the others go on."""
 import os
-import random
 import signal
 import socket
 
 import pytest
 from fakes import UNLOCK, FlomClient, b64, message
-from world import COUNT, endpoint, free_port, pass_time, wait_until
+from world import COUNT, chance, endpoint, free_port, pass_time, wait_until
 
 
 def ends_in_turn(box, *clients):
@@ -85,7 +84,7 @@ def test_a_client_reset_over_tcp(box):
 
 def test_clients_killed_at_any_moment(box):
     """Killed in their first tenths of a second; those that are not killed run one at a time."""
-    chance = random.Random(COUNT.kills)
+    draw = chance("kills")
     log = 'echo start "$0" >>"$1"; echo end "$0" >>"$1"'
     box.daemon()
     for number in range(COUNT.kills):
@@ -93,7 +92,7 @@ def test_clients_killed_at_any_moment(box):
                            f"{number}.{n}", box.log) for n in range(2)]
         victim = box.flom("--inherit-connection", "no", "-r", "victim", "--", "true")
         rival = box.flom("-r", "victim", "--", "true")
-        pass_time(chance.random() * 0.12)
+        pass_time(draw.random() * 0.12)
         victim.kill()
         victim.wait(timeout=10)
         ends_in_turn(box, rival, *others)

@@ -339,6 +339,7 @@ def test_a_cable_that_is_cut(hosts):
     wait_until(lambda: not holders_of(one, address=address)["lone"])
     two.network.heal(2)
     # a connection attempt made before goes on, with longer and longer pauses
+    wait_until(lambda: two.run("--status", address=address).status == 0, 30)
     wait_until(lambda: holders_of(two, address=address)["lone"] == before["lone"], 30)
     for name in new:
         assert two.run(*address, *ALONE, "-r", name, "-o", "0", "--", "true").status == 98

@@ -7,14 +7,13 @@ import collections
 import itertools
 import json
 import os
-import random
 import re
 import signal
 import time
 
 import pytest
 from fakes import COMPATIBLE
-from world import COUNT, PYTHON, FLOMD, free_port, read, wait_until
+from world import COUNT, FLOMD, PYTHON, chance, free_port, read, wait_until
 
 NAMES = ("R1", "pool[2]", "red.green", "/a/b", "_s_seq[1]", "_S_seq[1]", "_t_%S#fff[1]")
 ALONE = [name for name in NAMES if name != "red.green"]  # one holder leaves no room
@@ -178,6 +177,7 @@ def test_no_end_clears_the_mark_under_a_holder(box, number):
     holder, gate = box.hold("a", "-d", "0")
     box.kill(pid, number)
     assert mark(box)
+    wait_until(lambda: holder.err)  # it has found out
     gate.open()
     assert holder.end().status == 95
 
@@ -240,7 +240,7 @@ class Crowd:
     """Ten clients of a box, replaced by others when they have ended, and the check of them."""
 
     def __init__(self, box, seed, lifespan):
-        self.box, self.chance, self.lifespan = box, random.Random(seed), lifespan
+        self.box, self.chance, self.lifespan = box, chance(f"crowd {seed}"), lifespan
         self.numbers, self.wishes = itertools.count(), itertools.cycle(WISHES)
         self.running, self.over = [], []
 

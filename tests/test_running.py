@@ -307,11 +307,11 @@ def test_starting_a_daemon_is_not_cut_short(box):
 def test_a_time_that_is_over_meets_a_lock_that_is_held(box):
     holder, gate = box.hold("a")
     os.kill(box.the_daemon(), signal.SIGSTOP)
-    late = box.flom("-o", "200", "--", "echo", "wrong")
-    pass_time(0.6)
+    late = box.flom("-o", "1000", "--", "echo", "wrong")
+    pass_time(1.4)
     assert late.poll() is None
     os.kill(box.the_daemon(), signal.SIGCONT)
-    assert late.end() == (98, "", expired(200))
+    assert late.end() == (98, "", expired(1000))
     gate.open()
     assert holder.end().status == 0
 

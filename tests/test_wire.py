@@ -430,9 +430,9 @@ def test_waiting_for_floms_daemon(box, floms):
 def test_one_who_gives_up_waiting_says_nothing_more(box, floms):
     with FlomClient(*endpoint(box.address)) as holder:
         holder.lock("R1")
-        late = box.run("-r", "R1", "-o", "50", "--", "echo", "wrong")
-        parked = box.run("-r", "R2", "-e", "no", "-o", "50", "--", "echo", "wrong")
-        message = "The lock was not obtained because timeout (50 milliseconds) expired\n"
+        late = box.run("-r", "R1", "-o", "1000", "--", "echo", "wrong")
+        parked = box.run("-r", "R2", "-e", "no", "-o", "1000", "--", "echo", "wrong")
+        message = "The lock was not obtained because timeout (1000 milliseconds) expired\n"
         assert late == parked == (98, "", message)
         wait_until(lambda: len(floms.peers) == 1)
         killed = box.flom("-r", "R1", "--", "echo", "wrong")

@@ -5,6 +5,7 @@ tests and runs those that no other has begun (see conftest.py); the first one wr
 the others have to say follows when all have ended.  The status is the worst of theirs.
 """
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ JOBS = 4  # on 2 cores 1.6 times as fast as 2
 
 def main():
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *sys.argv[1:]]
+    os.environ.setdefault("FLOM_SEED", str(random.SystemRandom().randrange(10 ** 9)))
     with tempfile.TemporaryDirectory(prefix="f", dir="/tmp") as claims:
         logs = [None] + [tempfile.TemporaryFile() for _ in range(1, JOBS)]
         runs = [subprocess.Popen(command, stdout=log,

@@ -8,6 +8,7 @@ import collections
 import importlib.util
 import marshal
 import os
+import random
 import shutil
 import signal
 import socket
@@ -47,6 +48,9 @@ Count = collections.namedtuple("Count", "rounds kills heals messages")
 SOAK = os.environ.get("FLOM_SOAK") == "1"
 COUNT = Count(20, 200, 20, 500000) if SOAK else Count(3, 8, 2, 5000)
 
+# What tests do by chance they do by chance(), drawn anew in each run.
+SEED = os.environ["FLOM_SEED"]
+
 Result = collections.namedtuple("Result", "status out err")
 
 
@@ -68,6 +72,11 @@ def pass_time(seconds):
     """Lets a lifespan pass; not for the order of processes."""
     end = time.monotonic() + seconds
     wait_until(lambda: time.monotonic() >= end, seconds + 10)
+
+
+def chance(name):
+    """A random.Random that FLOM_SEED, which the head of a run tells, and the name determine."""
+    return random.Random(f"{SEED} {name}")
 
 
 class Process(subprocess.Popen):
@@ -253,7 +262,7 @@ class Box:
         for process in self.processes:
             if process.pid == pid:
                 process.wait(timeout=10)
-        wait_until(lambda: pid not in self.running())
+        wait_until(lambda: has_ended(pid))
 
     def sockets(self):
         return {os.path.join(folder, name) for folder, _, names in os.walk(self.folder)
@@ -295,7 +304,7 @@ class Box:
             mine = [process for process in self.processes if process.pid == pid]
             if mine:
                 mine[0].wait(timeout=10)
-            wait_until(lambda: pid not in self.running())
+            wait_until(lambda: has_ended(pid))
         except ProcessLookupError:
             pass
         except (AssertionError, subprocess.TimeoutExpired):
@@ -345,6 +354,14 @@ def comm(pid):
         return read(f"/proc/{pid}/comm").strip()
     except OSError:
         return ""
+
+
+def has_ended(pid):
+    """Whether a process is no more, or a zombie; one that dies has no environment before that."""
+    try:
+        return read(f"/proc/{pid}/stat").rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
 
 
 def is_socket(path):
