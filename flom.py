@@ -1227,6 +1227,8 @@ class Lock:
 
         Afterwards `unread` says that there may be more.
         """
+        if not self.connection:
+            return False
         try:
             self.unread = self.connection.receive() is not None
             if self.connection.session.state == ENDING:
@@ -1240,6 +1242,7 @@ class Lock:
     def _lose(self, reason):
         self.connection, self.unread = None, False
         self.loss = LockLost(f"the lock on {self.name} is lost: {reason}")
+        self.loss.reason = reason
 
     def _asking(self, deadline, recovering=False, **lost):
         """Steps to (connection, granting answer); raises the refusal.
@@ -1359,28 +1362,51 @@ class Lock:
         return False
 
 
-# --- Command (running it, signals, loss) ----------------------------------------------------------
-# Nothing may slip between the grant and the end of the command: no signal lost, none delivered
-# twice, no command without its lock.  So there are no handlers.
-# * From before the fork on, the signals are blocked: they stay pending until the loop in `run`
-#   takes them, one at a time, with sigtimedwait, which also tells who sent them.  What is passed on
-#   before the exec stays pending in the child until it has restored the dispositions and the mask
-#   that flom found, in that order, and then does to it what it would do to the command.  SIGCHLD
-#   says that the command ended, SIGIO that the daemon spoke, the time-out that something is due.
+# --- Signals --------------------------------------------------------------------------------------
+# A flom that ends before its command leaves it without its lock.  So from the fork on nothing may
+# end flom, and nothing may slip: no signal is lost, none reaches the command twice.
+#
+# There are no handlers.  All signals that would end flom are blocked before the fork: they stay
+# pending until the loop in Command.run takes them, one at a time, with sigtimedwait, which also
+# tells who sent them.  What is passed on before the exec stays pending in the child until it has
+# restored the dispositions and the mask that flom found, in that order, and then does to it what it
+# would do to the command.  SIGCHLD says that the command ended or stopped, SIGIO that the daemon
+# spoke or the pipe of the command is at its end, the time-out that something is due.
 # * What the terminal sends (the kernel sent it: si_code) goes to the whole process group, so the
 #   command has it already.  Only what was sent to flom is passed on.
 # * TSTP stops flom as well: it raises it again and unblocks it for a moment.  A CONT that came
 #   meanwhile must not be answered by stopping for good, hence the look at what is pending.
-# * A failing exec is told through a pipe, read only when the child has ended: flom never waits.
-# * The command inherits the connection: if flom is killed by KILL the lock stays until the command
-#   has ended, too.  The unlock and the half-close at the end count for every copy of it, so a
-#   process that the command left in the background keeps nothing.
-# * A lock that is lost is reclaimed step by step, between two signals; `due` is when to go on: with
-#   a notice, after the recovery window with TERM, then with KILL.
-PASSED, TYPED, ENDING_HOLD = [{signal.Signals["SIG" + name] for name in row.split()} for row in (
-    "TERM INT HUP QUIT USR1 USR2 TSTP CONT", "INT QUIT TSTP HUP", "TERM INT HUP QUIT")]
+# * A command that stops itself stops flom, so that the shell that waits for flom has its terminal
+#   again.  Without a terminal nobody waits so, and nobody would continue flom: it goes on.
+# * For process 1 the kernel drops every signal that has no handler, and gives it all orphans.  So
+#   there a child does the work, and process 1 reaps and passes on.
+#
+# Absent on purpose, see NOT_PASSED: what cannot be caught; what ends nobody; what the kernel sends
+# for a fault of flom itself, which is not the command's, and which blocked would hide where flom
+# failed (ABRT is passed on: it is how a watchdog ends a service, and abort() unblocks it first);
+# PIPE and XFSZ, which flom's own writing may bring and Python ignores; TTIN and TTOU, which the
+# terminal sends to the whole group, and which stop flom as they stop the command.
+
+
+def signals_named(names):
+    """The signals with these names (a text), as far as this system has them."""
+    return {getattr(signal, f"SIG{name}") for name in names.split()
+            if hasattr(signal, f"SIG{name}")}
+
+
+NOT_PASSED = signals_named(
+    "KILL STOP CHLD URG WINCH INFO SEGV BUS FPE ILL TRAP SYS EMT PIPE XFSZ TTIN TTOU")
+TYPED, ENDING_HOLD = signals_named("INT QUIT TSTP HUP"), signals_named("TERM INT HUP QUIT")
 SI_USER_BSD = 0x10001  # FreeBSD's SI_USER is positive, as if the kernel had sent the signal
-INHERITED, NOTICE, TICK = 64, 0.2, 0.02  # descriptor; s until a loss is told, between two looks
+TICK = 0.02  # s between two looks
+
+
+def all_signals():
+    """The numbers of all signals, less those that the C library keeps for itself."""
+    found = set(range(1, 32))
+    if hasattr(signal, "SIGRTMIN"):
+        found.update(range(signal.SIGRTMIN, signal.SIGRTMAX + 1))
+    return found
 
 
 class Signals:
@@ -1400,28 +1426,31 @@ class Signals:
 
     def block(self):
         """From now on they are handed out by `wait`; those that are ignored stay so."""
-        passed = {number for number in PASSED if signal.getsignal(number) != signal.SIG_IGN}
-        self.numbers = passed | {signal.SIGCHLD, signal.SIGIO}
+        self.passed = {number for number in all_signals() - NOT_PASSED
+                       if signal.getsignal(number) != signal.SIG_IGN}
+        self.numbers = self.passed | {signal.SIGCHLD, signal.SIGIO}
         leader = os.getsid(0) == os.getpid()  # a hang-up is told to the session's leader only
         self.typed = TYPED - {signal.SIGHUP} if leader else TYPED
         self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, self.numbers)
         signal.signal(signal.SIGIO, signal.SIG_DFL)
 
-    def watch(self, connection):
-        """SIGIO is to tell when something comes in on a connection."""
-        fcntl.fcntl(connection.sock, fcntl.F_SETOWN, os.getpid())
-        flags = fcntl.fcntl(connection.sock, fcntl.F_GETFL)
-        fcntl.fcntl(connection.sock, fcntl.F_SETFL, flags | os.O_ASYNC)
+    def watch(self, descriptor):
+        """SIGIO is to tell when something comes in on a descriptor."""
+        fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_ASYNC)
 
     def wait(self, seconds):
-        """(number, typed at the terminal) of the next, (None, False) after `seconds`."""
+        """(number, it is for the command too) of the next; (None, False) after `seconds`."""
         if not hasattr(signal, "sigtimedwait"):
             return self._wait_by_looking(seconds)
         info = (signal.sigwaitinfo(self.numbers) if seconds == FOREVER else
                 signal.sigtimedwait(self.numbers, max(0, seconds)))
         if not info:
             return None, False
-        return info.si_signo, 0 < info.si_code != SI_USER_BSD and info.si_signo in self.typed
+        number, by_kernel = info.si_signo, 0 < info.si_code != SI_USER_BSD
+        there_already = by_kernel and number in self.typed | {signal.SIGIO}
+        return number, number in self.passed and not there_already
 
     def _wait_by_looking(self, seconds):
         """For macOS, which also does not tell who sent a signal: in the foreground it was typed."""
@@ -1431,18 +1460,262 @@ class Signals:
                 return None, False
             time.sleep(TICK)
         number = signal.sigwait(signal.sigpending() & self.numbers)
+        there_already = number == signal.SIGIO
         with contextlib.suppress(OSError), open("/dev/tty") as terminal:
-            return number, number in self.typed and os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
-        return number, False
+            foreground = os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+            there_already = there_already or number in self.typed and foreground
+        return number, number in self.passed and not there_already
 
     def stop(self):
-        """Stops this process by TSTP with its default action; returns when it is continued."""
+        """Stops this process by TSTP with its default action; returns when it is continued.
+
+        At once, when that has happened already, or when nobody could continue it: the system lets
+        TSTP stop no group whose parents are all in other sessions.
+        """
         if signal.SIGCONT not in signal.sigpending():
             handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTSTP)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTSTP])
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTSTP])
             signal.signal(signal.SIGTSTP, handler)
+
+    def stop_with(self, pid):
+        """Stops this process, since the command `pid` has stopped and the terminal is theirs.
+
+        An interactive shell gives the terminal to a process group of its own, and stops without
+        returning it.  It is taken back, so that an outer flom also sees whose it is, and given
+        again before CONT, which is pending then, reaches the command.
+        """
+        with contextlib.suppress(OSError), open("/dev/tty") as terminal:
+            terminal, own, group = terminal.fileno(), os.getpgrp(), os.getpgid(pid)
+            foreground = os.tcgetpgrp(terminal)
+            if foreground not in (own, group):
+                return
+            give_terminal(terminal, own)
+            self.stop()
+            if os.tcgetpgrp(terminal) == own:
+                give_terminal(terminal, foreground)
+            if group != own and signal.SIGCONT not in signal.sigpending():
+                os.kill(pid, signal.SIGCONT)  # nobody else would
+
+
+def give_terminal(terminal, group):
+    """Makes a process group that of the foreground, also from the background."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
+    try:
+        os.tcsetpgrp(terminal, group)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def leave_process_1():
+    """Where this is process 1, as in a container: returns in a child, which is not.
+
+    Process 1 itself reaps all that ends, passes signals on to the child, and ends as the child
+    does; whatever else still runs ends with it.
+    """
+    if os.getpid() != 1:
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, all_signals() - NOT_PASSED)
+    child = os.fork()
+    if not child:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return
+    signals = Signals(())
+    signals.block()
+    while True:
+        with contextlib.suppress(ChildProcessError):
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            while pid:
+                if pid == child:
+                    os._exit(exit_status(status))
+                pid, status = os.waitpid(-1, os.WNOHANG)
+        number, passed = signals.wait(FOREVER)
+        if passed:
+            os.kill(child, number)
+
+
+def exit_status(status):
+    """The exit status for what waitpid says: 128 + n for a process that signal n killed."""
+    return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+# --- Loss (one lost lock) -------------------------------------------------------------------------
+# The daemon vanishes while a command runs.  Mostly another one serves within a moment and gives the
+# lock back; or somebody else is granted it; or nothing is heard for as long as the command takes.
+# Which of them it will be nobody can know, and meanwhile the command runs as if it had the lock.
+#
+# So a loss is a list of stages, each with a date at which its action is due (STAGES; Loss.dates).
+#
+#   reclaim    at once, and again from step to step, until it says held or refused
+#   tell       after NOTICE: that there is trouble.  What is mended sooner is not worth a mail
+#   terminate  with --on-lock-loss term, when it is refused, or after the recovery window, since
+#              from then on a new daemon may grant it to others: TERM
+#   kill       KillAfter later: KILL, again and again, since who is killed may have just forked
+#
+# Held again: no stage is left, the loss is over.  Refused: it is said at once, and only terminate
+# and kill may follow.  Nothing here waits: `go_on` is called between two signals.
+#
+# Absent on purpose: a number of tries after which flom gives up.  With `warn` the lock is worth
+# having back at any time; with `term` the date decides.
+NOTICE, KILL_AGAIN = 1, 1  # s: until a loss is told; between two KILLs
+
+
+class Loss:
+    """What is done about a lost lock; `kill(number)` sends all of the command a signal."""
+
+    def __init__(self, lock, kill):
+        self.lock, self._kill, self.terminated = lock, kill, False
+        self._steps, self._told = lock.reclaiming(), ""
+        now = clock()
+        self.dates = {"reclaim": now, "tell": now + NOTICE}
+        if lock.settings["OnLockLoss"] == "term":
+            self.dates["terminate"] = now + RECOVERY_WINDOW / 1000
+
+    @property
+    def is_final(self):
+        """Whether nobody tries to have the lock back any more."""
+        return "reclaim" not in self.dates
+
+    def next_date(self):
+        """When `go_on` is to be called again (monotonic s)."""
+        return min(self.dates.values(), default=FOREVER)
+
+    def go_on(self):
+        """Does what is due; True when the lock is held again."""
+        for stage, action in self.STAGES.items():
+            if clock() >= self.dates.get(stage, FOREVER):
+                del self.dates[stage]
+                action(self)
+        return self.lock.connection is not None
+
+    def hurry(self):
+        """An attempt to have the lock back that is under way is due at once."""
+        if not self.is_final:
+            self.dates["reclaim"] = clock()
+
+    def tell_lost(self):
+        """Says, once, that the lock is lost."""
+        self._tell(f"flom: {self.lock.loss}")
+
+    def _reclaim(self):
+        try:
+            descriptor, _, seconds = next(self._steps)
+        except StopIteration as end:
+            self.dates.clear()
+            return self._held() if end.value else self._refused()
+        self.dates["reclaim"] = clock() + (seconds if descriptor is None else TICK)
+
+    def _held(self):
+        if self._told:
+            self._tell(f"flom: the lock on {self.lock.name} is held again")
+
+    def _refused(self):
+        self.tell_lost()
+        if self.lock.settings["OnLockLoss"] == "term":
+            self.dates["terminate"] = clock()
+
+    def _tell_trouble(self):
+        self._tell(f"flom: the lock on {self.lock.name}: {self.lock.loss.reason}; it does not "
+                   "answer; trying to get the lock back")
+
+    def _terminate(self):
+        self._steps.close()
+        self.tell_lost()
+        self.terminated = True
+        self._kill(signal.SIGTERM)
+        self.dates = {"kill": clock() + self.lock.settings["KillAfter"] / 1000}
+
+    def _kill_again(self):
+        self._kill(signal.SIGKILL)
+        self.dates["kill"] = clock() + KILL_AGAIN
+
+    def _tell(self, text):
+        if text != self._told:
+            self._told = text
+            put(text, sys.stderr)
+
+    STAGES = {"reclaim": _reclaim, "tell": _tell_trouble, "terminate": _terminate,
+              "kill": _kill_again}
+
+
+# --- Command --------------------------------------------------------------------------------------
+# The lock is to be held as long as the command works.  But what is the command?  The process that
+# flom starts may be a shell whose pipeline goes on when TERM has killed it, and the next holder
+# would start beside it.  On the other hand, a daemon that the command has left in the background
+# on purpose must not keep the lock for ever.
+#
+# So the command inherits the write end of a pipe, of which flom keeps the read end: the pipe is at
+# its end when nobody of the command is left, however many processes it has become.
+# * A command that exits has done its work: unlock at once, whoever still carries the pipe.
+# * One that a signal killed has been interrupted: flom stays, holds and reclaims, until the pipe is
+#   at its end, or until one more TERM, INT, HUP or QUIT says that it is not to wait.
+# * A loss with `term` ends every process that carries the pipe, which Linux tells in /proc; where
+#   it does not, and of processes of other users, the command alone.  A nested flom carries it, too:
+#   it passes TERM on to its own command, which therefore is left out.
+# The command also inherits the connection: if flom is killed by KILL, the lock stays until all who
+# carry it have ended.  The unlock and the half-close at the end count for every copy of it.
+# A failing exec is told through another pipe, read only when the child has ended: flom never waits.
+#
+# Absent on purpose: process groups, sessions and control groups.  They would change what the
+# command sees of its terminal, and need what an ordinary user, or another system, has not.
+INHERITED = 64  # the least descriptor for what the command inherits: out of the way of scripts
+LOOK = 1  # s between two looks at the pipe, for systems that do not tell its end by SIGIO
+
+
+class CommandPipe:
+    """A pipe that the command inherits, and with it all that it starts."""
+
+    def __init__(self):
+        self.reading, self.writing = os.pipe()
+        os.set_blocking(self.reading, False)
+
+    def close_writing(self):
+        """To be called after the fork: from then on its end means that nobody is left."""
+        os.close(self.writing)
+
+    def is_at_its_end(self):
+        """Whether nobody carries it any more; what somebody has written into it is dropped."""
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self.reading, CHUNK):
+                pass
+            return True
+        return False
+
+    def carriers(self):
+        """{pid: pid of its parent} of those that carry it, as far as this system tells."""
+        found = {}
+        with contextlib.suppress(OSError):  # no /proc
+            pipe = os.readlink(f"/proc/self/fd/{self.reading}")
+            for name in filter(str.isdigit, os.listdir("/proc")):
+                with contextlib.suppress(OSError):  # it has ended, or is another user's
+                    if carries(name, pipe):
+                        found[int(name)] = parent_of(name)
+        return found
+
+
+def carries(pid, pipe):
+    """Whether a process has the write end of a pipe, by what /proc calls it."""
+    folder = f"/proc/{pid}/fd"
+    for name in os.listdir(folder):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            link = f"{folder}/{name}"
+            if os.readlink(link) == pipe and os.lstat(link).st_mode & 0o200:
+                return True
+    return False
+
+
+def parent_of(pid):
+    """The pid of a process's parent, by /proc."""
+    with open(f"/proc/{pid}/stat", errors="replace") as file:
+        return int(file.read().rpartition(") ")[2].split()[1])
+
+
+def is_flom(pid):
+    """Whether a process is a flom."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/comm", errors="replace") as file:
+        return file.read() == "flom\n"
+    return False
 
 
 def execute(argv, environment):
@@ -1475,57 +1748,47 @@ class Command:
     def __init__(self, argv, lock, signals):
         last = lock.element if lock.settings["ElementArgument"] else None
         self.argv, self.lock, self.signals = argv + [last] * (last is not None), lock, signals
-        self.status = self.killed_by = self.failure = self.pid = None
-        self.losing, self.due, self.told, self.terminated = None, FOREVER, False, False
+        self.status = self.killed_by = self.failure = self.pid = self._pipe = self._loss = None
+        self._hold_until, self._sent_away, self._complained = 0, False, False
 
     def run(self):
         """Runs it and returns flom's status; the lock is still held then, unless it was lost."""
-        until = clock() + self.lock.settings["MinHold"] / 1000
+        self._hold_until = clock() + self.lock.settings["MinHold"] / 1000
         self.signals.block()
         self._start()
-        while self.status is None:
-            self._watch_lock()
-            number, typed = self.signals.wait(0 if self.lock.unread else self.due - clock())
-            self._reap()
-            if number in PASSED and not typed:
-                self.kill(number)
-            if number == signal.SIGTSTP:
+        while not self._is_over():
+            date, had_ended = self._watch_lock(), self.status is not None
+            number, passed = self.signals.wait(min(date, self._date()) - clock())
+            stopped = self._reap()
+            self._obey(number, passed, had_ended)
+            if stopped:
+                self.signals.stop_with(self.pid)
+            elif number == signal.SIGTSTP:
                 self.signals.stop()
-        if self.failure:
-            put(f"flom: cannot execute {self.argv[0]!r}: {self.failure}", sys.stderr)
-            return NOT_RUN
-        self.due = 0 if self.losing else FOREVER  # the answer to a reclaim may have come
-        self._watch_lock()
-        if typed:  # it was for the command
-            number = None
-        while clock() < until and number not in ENDING_HOLD:
-            number, _ = self.signals.wait(until - clock())
-        if not self.losing or self.status and not self.terminated:  # a loss hides no failure
-            return self.status
-        self._tell()
-        return LockLost.status
-
-    def kill(self, number):
-        """Sends the command a signal, unless it has ended."""
-        if self.status is None:
-            os.kill(self.pid, number)
+        return self._flom_status()
 
     def _start(self):
-        environment, (self._report, writing) = command_environment(self.lock), os.pipe()
+        environment = command_environment(self.lock)
         try:
-            self.signals.watch(self.lock.connection)
+            self._report, writing = os.pipe()
+            if self.lock.settings["InheritConnection"]:
+                self._pipe = CommandPipe()
+                self.signals.watch(self._pipe.reading)
+            self.signals.watch(self.lock.connection.sock)
             self.pid = os.fork() or self._become(environment, writing)
+            os.close(writing)
+            if self._pipe:
+                self._pipe.close_writing()
         except OSError as error:
             self.status, self.failure = NOT_RUN, f"no process for it: {error.strerror}"
-        finally:
-            os.close(writing)
 
     def _become(self, environment, writing):
         """In the child: the command, with signals, mask and descriptors as flom found them."""
         try:
-            if self.lock.settings["InheritConnection"]:
+            if self._pipe:
                 with contextlib.suppress(OSError):  # EINVAL: descriptors end below 64
                     fcntl.fcntl(self.lock.connection.sock, fcntl.F_DUPFD, INHERITED)
+                    fcntl.fcntl(self._pipe.writing, fcntl.F_DUPFD, INHERITED)
             for number, disposition in self.signals.found.items():
                 signal.signal(number, disposition)
             signal.pthread_sigmask(signal.SIG_SETMASK, self.signals.mask)
@@ -1536,49 +1799,98 @@ class Command:
             os._exit(NOT_RUN)
 
     def _reap(self):
-        ended, status = os.waitpid(self.pid, os.WNOHANG)
-        if ended and os.WIFSIGNALED(status):
-            self.killed_by, self.status = os.WTERMSIG(status), 128 + os.WTERMSIG(status)
-        elif ended:
-            self.status, self.failure = os.WEXITSTATUS(status), os.read(self._report, 999).decode()
+        """Notes the command's end; True when it has stopped."""
+        if self.status is not None:
+            return False
+        changed, status = os.waitpid(self.pid, os.WNOHANG | os.WUNTRACED)
+        if not changed or os.WIFSTOPPED(status):
+            return bool(changed)
+        self.status = exit_status(status)
+        if os.WIFSIGNALED(status):
+            self.killed_by = os.WTERMSIG(status)
+        else:
+            self.failure = os.read(self._report, 999).decode()
+        return False
+
+    def _obey(self, number, passed, had_ended):
+        """Passes a signal on; when the command has ended, some send flom away.
+
+        One that came together with the command's end was for both when the terminal sent it, or
+        when it is what killed the command (a kill of the whole group).
+        """
+        if self.status is None and passed:
+            self._kill(self.pid, number)
+        elif number in ENDING_HOLD and self.status is not None:
+            self._sent_away = had_ended or passed and number != self.killed_by
+
+    def _kill(self, pid, number):
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass  # it has ended
+        except PermissionError as error:  # it runs as another user, by sudo or the like
+            if not self._complained:
+                put(f"flom: cannot signal {self.argv[0]!r}: {error.strerror}", sys.stderr)
+            self._complained = True
+
+    def end(self, number):
+        """Sends a signal to all of the command, as far as it is to be held for."""
+        if self.status is not None and not self._is_awaited():
+            return
+        carriers = self._pipe.carriers() if self._pipe else {}
+        if self.status is None:
+            carriers.setdefault(self.pid, os.getpid())
+        for pid, parent in carriers.items():
+            by_parent = number == signal.SIGTERM and parent in carriers and is_flom(parent)
+            if not by_parent:
+                self._kill(pid, number)
+
+    def _is_awaited(self):
+        """Whether the command has ended, but flom has to wait for what it left."""
+        interrupted = self.killed_by or self._loss and self._loss.terminated
+        return bool(self._pipe and interrupted) and not self._pipe.is_at_its_end()
+
+    def _is_over(self):
+        if self.status is None:
+            return False
+        if self.failure or self._sent_away:
+            return True
+        lost = self._loss and self._loss.is_final
+        return not self._is_awaited() and (clock() >= self._hold_until or bool(lost))
+
+    def _date(self):
+        """When to look again although no signal has come."""
+        if self.status is None:
+            return FOREVER
+        return clock() + LOOK if self._is_awaited() else self._hold_until
 
     def _watch_lock(self):
-        """Looks whether the lock is still held; goes on with reclaiming it when it is not."""
+        """Looks whether the lock is held, goes on with a loss; returns when to look again."""
         if self.lock.settings["OnLockLoss"] == "ignore":
-            return
-        if not self.losing and not self.lock.look():
-            self.losing, self.due, self.told = self._losing(clock()), 0, False
-        if clock() >= self.due:
-            self.due = next(self.losing, None)
-            if self.due is None:
-                self.losing, self.due = None, FOREVER
-                self.signals.watch(self.lock.connection)
-                self._watch_lock()
+            return FOREVER
+        if not self._loss and not self.lock.look():
+            self._loss = Loss(self.lock, self.end)
+        if self._loss and self._loss.go_on():
+            self._loss = None
+            self.signals.watch(self.lock.connection.sock)
+            return clock()  # something may have come before the watch
+        if self._loss:
+            return self._loss.next_date()
+        return clock() if self.lock.unread else FOREVER
 
-    def _losing(self, since):
-        """Does what a loss asks for, yields when to go on, ends when the lock is held again."""
-        for descriptor, _, seconds in self.lock.reclaiming():
-            age = clock() - since
-            if age >= NOTICE:
-                self._tell()
-            if age >= RECOVERY_WINDOW / 1000 and self.lock.settings["OnLockLoss"] == "term":
-                break
-            yield clock() + (seconds if descriptor is None else TICK)
-        if self.lock.connection:
-            return
-        self._tell()
-        if self.lock.settings["OnLockLoss"] == "term":
-            self.terminated = True
-            self.kill(signal.SIGTERM)
-            yield clock() + self.lock.settings["KillAfter"] / 1000
-            self.kill(signal.SIGKILL)
-        while True:
-            yield FOREVER
-
-    def _tell(self):
-        if not self.told:
-            self.told = True
-            put(f"flom: {self.lock.loss}", sys.stderr)
+    def _flom_status(self):
+        """The command's status; 95 for a lost lock, but a loss hides no failure."""
+        if self.failure:
+            put(f"flom: cannot execute {self.argv[0]!r}: {self.failure}", sys.stderr)
+            return NOT_RUN
+        if self._loss:
+            self._loss.hurry()
+        self._watch_lock()  # the daemon's end, or the answer to a reclaim, may have come
+        if not self._loss:
+            return self.status
+        self._loss.tell_lost()
+        terminated = self._loss.terminated
+        return self.status if self.status and not terminated else LockLost.status
 
 
 # --- Status report --------------------------------------------------------------------------------
@@ -1753,6 +2065,7 @@ def evict(options, settings):
 
 def run_command(options, settings):
     """The main job: lock, run, unlock."""
+    leave_process_1()
     signals = Signals(settings["IgnoredSignals"])
     if not options.command:
         put("No command to execute!", sys.stderr)

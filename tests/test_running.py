@@ -66,7 +66,8 @@ DESCRIPTORS = """\
 import os, stat
 for name in sorted(map(int, os.listdir("/proc/self/fd"))):
     try:
-        print(name, "socket" if stat.S_ISSOCK(os.fstat(name).st_mode) else "other")
+        mode = os.fstat(name).st_mode
+        print(name, "socket" if stat.S_ISSOCK(mode) else "pipe" if stat.S_ISFIFO(mode) else "other")
     except OSError:  # that of listdir
         pass
 """
@@ -80,11 +81,10 @@ def descriptors(box, *options, **more):
 
 
 @pytest.mark.parametrize("network", [False, True], ids=["local", "tcp"])
-def test_nothing_but_the_connection_is_inherited(box, network):
+def test_nothing_but_the_connection_and_a_pipe_is_inherited(box, network):
     if network:
         box.address = ("-a", "127.0.0.1", "-p", str(free_port()), "--state-dir", box.folder)
-    connection = descriptors(box)
-    assert list(connection.values()) == ["socket"] and min(connection) >= 64
+    assert descriptors(box) == {64: "socket", 65: "pipe"}
     assert descriptors(box, "--inherit-connection", "no") == {}
     assert descriptors(box, "-V", "-T", box.path("trace"), "-r", "R2", "--set-env", "no",
                        "--inherit-connection", "no", "--element-argument", "no") == {}
@@ -94,7 +94,7 @@ def test_inheritable_descriptors_are_untouched(box):
     reading, writing = os.pipe()
     try:
         found = descriptors(box, "--inherit-connection", "no", pass_fds=[writing])
-        assert found == {writing: "other"}
+        assert found == {writing: "pipe"}
     finally:
         os.close(reading)
         os.close(writing)
@@ -107,7 +107,7 @@ def test_a_command_without_standard_files(box):
                      box.path("listed")).end()
     assert done.status == 0
     numbers = [int(line.split()[8]) for line in read(box.path("listed")).splitlines()[1:]]
-    assert [number for number in numbers if number not in (1, 10)] == [64], numbers
+    assert [number for number in numbers if number not in (1, 10)] == [64, 65], numbers
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
