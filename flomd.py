@@ -438,7 +438,7 @@ def serving(failure, *opened):
         raise CannotServe(f"{failure}: {getattr(error, 'strerror', error)}")
 
 
-# --- Lock engine --------------------------------------------------------------------------------
+# --- Requests and resources ---------------------------------------------------------------------
 # Requests, resources and the queue policy.  Pure: no socket, no clock, no log.  Every call is given
 # `now`, an object with mono (s, monotonic), wall (s since 1970), local() (µs of local time) and
 # format(text) (strftime of that moment), and what follows comes back as decisions.
@@ -456,7 +456,9 @@ def serving(failure, *opened):
 #
 # One exception: a request does not wait for a waiter that itself waits, directly or not, for an
 # ancestor of the request, that is for a command that will not end before the request is granted.
-# Those nested requests are few; they are looked at one by one.
+# Those nested requests are few; they are looked at one by one (see Nesting).
+#
+# Not here on purpose: priorities, locks that change their mode, and any notion of a client.
 
 PARKED, DEFERRED, QUEUED, HELD = "parked", "deferred", "queued", "held"
 CONFLICTS = ((), (5,), (3, 4, 5), (2, 4, 5), (2, 3, 4, 5), (1, 2, 3, 4, 5))  # by mode
@@ -472,14 +474,20 @@ Decision.__new__.__defaults__ = (None,) * 4
 
 class Request:
     """What a session asks for: a waiter while it is queued, a holder once it is granted."""
+    # What was asked, beside the arguments of __init__.
     ident = None  # of the client's lock, for nested requests and reclaims
     origin = None  # the process or host that asks: only there a lock comes back to
     parents = ()  # ids of the locks it is nested in
     patient = False  # it ends by itself, or its user says so: never a deadlock
-    reclaim = element = None  # the token and the element of a lock that the session says it has
-    state = resource = lane = token = None  # state: None before it stands anywhere, and afterwards
+    reclaim = claimed = None  # the token and the element of a lock that the session says it has
+    # Where it stands in the queue.
+    state = None  # None before it stands anywhere, and afterwards
+    resource = lane = None
+    serial = since = 0  # order of arrival; s since 1970
     behind = None  # the waiter found to be in its way
-    serial = since = held_since = 0  # order of arrival; s since 1970 of arrival and of the grant
+    # What was granted.
+    element = token = None
+    held_since = 0  # s since 1970
 
     def __init__(self, session, name, mode=0, quantity=1, wait=0, create=0, lifespan=0):
         self.session, self.name, self.mode, self.quantity = session, name, mode, quantity
@@ -525,7 +533,7 @@ class Resource:
 
     def take(self, request, now):
         """Books the request and returns its element, or None; a reclaim brings its element."""
-        return request.element
+        raise NotImplementedError
 
     def give_back(self, request, committed):
         """Undoes take(); committed: the command of a transactional sequence succeeded."""
@@ -569,6 +577,10 @@ class Resource:
                 if first.serial < request.serial:
                     yield first
 
+    def first_ahead(self, request):
+        """A waiter that the policy puts before the request, or None."""
+        return next(self.ahead(request), None)
+
     def nest(self, request):
         """Notes that the waiter has living ancestors."""
         self.nested[request.lane, request.quantity][request.session] = request
@@ -579,24 +591,28 @@ class Resource:
         request.resource, request.state, request.held_since = self, HELD, now.wall
         self.holders[request.session] = request
 
-    def walk(self, lanes, now):
-        """Yields, in queue order, the waiters in `lanes` that fit and are first, then the nested
-        ones that fit.  Each is to be granted, or not, before the next is asked for."""
+    def walk(self, lanes, now, grant):
+        """Offers to `grant`, in queue order, the waiters in `lanes` that fit and are the first of
+        their lanes, then the nested ones that fit.  grant(request) returns whether the request was
+        granted; then it is a holder before the next one is looked at."""
         heads = [self._head(lane) for lane in lanes if lane in self.lanes]
         heapq.heapify(heads)
         while heads:
             _, lane, request = heads[0]
-            if self.fits(request, now):
-                yield request
-            if request.state is HELD and lane in self.lanes:
+            granted = self.fits(request, now) and grant(request)
+            if granted and lane in self.lanes:
                 heapq.heapreplace(heads, self._head(lane))
             else:
                 heapq.heappop(heads)
         if self.nested:
-            fitting = [alike.values() for alike in self.nested.values()
-                       if self.fits(next(iter(alike.values())), now)]
-            nested = sorted(itertools.chain(*fitting), key=by_arrival)
-            yield from (request for request in nested if self.fits(request, now))
+            for request in self._nested_that_fit(now):
+                if self.fits(request, now):
+                    grant(request)
+
+    def _nested_that_fit(self, now):
+        fitting = [alike.values() for alike in self.nested.values()
+                   if self.fits(next(iter(alike.values())), now)]
+        return sorted(itertools.chain(*fitting), key=by_arrival)
 
     def _head(self, lane):
         first = next(iter(self.lanes[lane].values()))
@@ -623,7 +639,14 @@ class Resource:
 
 
 # --- Kinds --------------------------------------------------------------------------------------
-# A kind says what fits, what a grant takes and what a release gives back; nothing about queues.
+# The six kinds differ in what can be held together and in what a grant carries.  A kind says
+# whether a request fits, what a grant takes and what a release gives back; nothing about queues.
+# Two kinds have modes: there a request excludes some others and leaves the rest alone.  The others
+# are counted: there is room for a number of holders or units, and all exclude each other in the
+# queue, since any of them may take the last room.
+#
+# Not here on purpose: intention modes, units that are granted in part, values that are promised
+# before the grant.
 
 
 class Simple(Resource):
@@ -635,6 +658,7 @@ class Simple(Resource):
         self.held = [0] * len(MODES)  # holders by mode
 
     def fits(self, request, now=None):
+        """No holder has a mode that is incompatible with the request's."""
         held = self.held
         for mode in CONFLICTS[request.mode]:
             if held[mode]:
@@ -642,9 +666,11 @@ class Simple(Resource):
         return True
 
     def take(self, request, now):
+        """One more holder in this mode; there is no element."""
         self.held[request.mode] += 1
 
     def give_back(self, request, committed):
+        """One holder less in this mode."""
         self.held[request.mode] -= 1
 
 
@@ -689,27 +715,74 @@ class Hierarchical(Resource):
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
         self.held, self.queued = Node(), Node()  # keys: modes; lanes
+        self.nothing_ahead = {}  # lane: up to this serial nobody in other lanes is ahead
 
     def fits(self, request, now=None):
+        """No holder on the node, above it or below it has an incompatible mode."""
         conflicts = CONFLICTS[request.mode]
         return not any(mode in conflicts for mode in self.held.near(request.name))
 
     def take(self, request, now):
+        """One more holder on the node; there is no element."""
         self.held.add(request.name, request.mode, 1)
 
     def give_back(self, request, committed):
+        """One holder less on the node."""
         self.held.add(request.name, request.mode, -1)
 
     def count(self, request, difference):
+        """Counts the waiters on each node, too."""
         super().count(request, difference)
         self.queued.add(request.name, request.lane, difference)
+        if request.lane not in self.lanes:
+            self.nothing_ahead.pop(request.lane, None)
 
     def rivals(self, request):
+        """The lanes on the node, above it and below it whose modes are incompatible."""
         conflicts = CONFLICTS[request.mode]
         return (lane for lane in self.queued.near(request.name) if lane[1] in conflicts)
 
+    def first_ahead(self, request):
+        """As for every kind.  There may be many lanes, so what one search finds serves the whole
+        lane: those who come later are behind all that wait now."""
+        if self.first_fit:
+            return None
+        serial, lane, own = request.serial, request.lane, self.lanes.get(request.lane)
+        if own and lane[1] in CONFLICTS[lane[1]]:
+            first = next(iter(own.values()))
+            if first.serial < serial:
+                return first
+        if serial <= self.nothing_ahead.get(lane, 0):
+            return None
+        until = next(reversed(own.values())).serial if own else serial
+        for other in self.rivals(request):
+            first = next(iter(self.lanes[other].values()))
+            if first.serial < serial:
+                return first
+            if other != lane:
+                until = min(until, first.serial - 1)
+        if own:
+            self.nothing_ahead[lane] = until
+        return None
 
-class Numeric(Resource):
+
+class Counted(Resource):
+    """There is room for so much, and each holder takes some of it."""
+
+    def room(self):
+        """How much can be taken now."""
+        raise NotImplementedError
+
+    def need(self, request):
+        """How much the request takes."""
+        return 1
+
+    def fits(self, request, now=None):
+        """There is room for it."""
+        return self.need(request) <= self.room()
+
+
+class Numeric(Counted):
     """A pool of units, of which a request takes some."""
     serves, verdict = staticmethod(size_of), IMPOSSIBLE
 
@@ -717,16 +790,24 @@ class Numeric(Resource):
         super().__init__(name, first_fit)
         self.most = self.free = size_of(name)
 
-    def fits(self, request, now=None):
-        return request.quantity <= self.free
+    def room(self):
+        """The free units."""
+        return self.free
+
+    def need(self, request):
+        """Its quantity."""
+        return request.quantity
 
     def take(self, request, now):
+        """Its units are free no more; there is no element."""
         self.free -= request.quantity
 
     def give_back(self, request, committed):
+        """Its units are free again."""
         self.free += request.quantity
 
     def lane(self, request):
+        """Under first-fit only those of one quantity are alike."""
         return (self.name, EX, request.quantity) if self.first_fit else (self.name, EX)
 
     def rivals(self, request):
@@ -739,7 +820,7 @@ class Numeric(Resource):
         return [lane for lane in self.lanes if lane[2] in missing]
 
 
-class Set(Resource):
+class Set(Counted):
     """Slots with labels; each grant takes one, the search beginning one further each time."""
     next = 0
 
@@ -749,16 +830,19 @@ class Set(Resource):
         self.free = [True] * len(self.labels)
         self.slots = {}  # session: index of its slot
 
-    def fits(self, request, now=None):
-        return len(self.slots) < len(self.free)
+    def room(self):
+        """The number of free slots."""
+        return len(self.free) - len(self.slots)
 
     def could_have(self, element):
+        """It is the label of a free slot, or any slot will do."""
         return any(free and element in (None, label) for free, label in zip(self.free, self.labels))
 
     def take(self, request, now):
+        """Takes the first free slot from the index on; a reclaim the first that has its label."""
         order = itertools.chain(range(self.next, len(self.free)), range(self.next))
         slot = next(slot for slot in order
-                    if self.free[slot] and request.element in (None, self.labels[slot]))
+                    if self.free[slot] and request.claimed in (None, self.labels[slot]))
         if request.reclaim is None:
             self.next = (self.next + 1) % len(self.free)
         self.free[slot] = False
@@ -766,15 +850,17 @@ class Set(Resource):
         return self.labels[slot]
 
     def give_back(self, request, committed):
+        """Its slot is free again."""
         self.free[self.slots.pop(request.session)] = True
 
 
-class Pool(Resource):
+class Pool(Counted):
     """Places for a number of holders."""
     places = staticmethod(functools.lru_cache(256)(size_of))
 
-    def fits(self, request, now=None):
-        return len(self.holders) < self.places(self.name)
+    def room(self):
+        """The number of free places."""
+        return self.places(self.name) - len(self.holders)
 
 
 class Sequence(Pool):
@@ -787,21 +873,24 @@ class Sequence(Pool):
         self.returned = collections.deque()
 
     def take(self, request, now):
+        """The value that was returned first, or the next one; that of a reclaim is used."""
         if request.reclaim is not None:
-            self.next = max(self.next, int(request.element) % self.GREATEST + 1)
-            if request.element in self.returned:
-                self.returned.remove(request.element)
-            return request.element
+            self.next = max(self.next, int(request.claimed) % self.GREATEST + 1)
+            if request.claimed in self.returned:
+                self.returned.remove(request.claimed)
+            return request.claimed
         if self.returned:
             return self.returned.popleft()
         value, self.next = self.next, self.next % self.GREATEST + 1
         return str(value)
 
     def give_back(self, request, committed):
+        """A transactional value that was not committed comes back."""
         if self.name.startswith("_S_") and not committed:
             self.returned.append(request.element)
 
     def could_have(self, element):
+        """It is a value that nobody has."""
         return super().could_have(element) and int(element) <= self.GREATEST and all(
             holder.element != element for holder in self.holders.values())
 
@@ -829,6 +918,7 @@ class Timestamp(Pool):
         self.reclaimed = set()  # texts
 
     def fits(self, request, now=None):
+        """There is a place, and with `now` the interval of the last grant is over."""
         if not super().fits(request):
             return False
         if now is None or request.reclaim is not None:
@@ -837,13 +927,18 @@ class Timestamp(Pool):
             self.reclaimed and self._text(now) in self.reclaimed)
 
     def take(self, request, now):
+        """The text of this moment, or that of a reclaim; the interval is used."""
         self.opens = max(self.opens, self._next_interval(now))
         if request.reclaim is None:
             return self._text(now)
-        self.reclaimed.add(request.element)
-        return request.element
+        self.reclaimed.add(request.claimed)
+        return request.claimed
+
+    def give_back(self, request, committed):
+        """The place is free again; the interval stays used."""
 
     def could_have(self, element):
+        """It is a text that nobody has."""
         return super().could_have(element) and all(
             holder.element != element for holder in self.holders.values())
 
@@ -861,7 +956,7 @@ class Timestamp(Pool):
     def retry_at(self, now):
         """The time (monotonic) at which a waiter may fit without any release, or None: the start
         of the next interval, but a second from now at the latest, since clocks are set."""
-        if not self.waiting or not super().fits(None):
+        if not self.waiting or not self.room():
             return None
         # when the interval is open already, its text was reclaimed
         opens = self.opens if self.opens > now.local() else self._next_interval(now)
@@ -872,24 +967,392 @@ KINDS = {"simple": Simple, "numeric": Numeric, "set": Set, "hierarchical": Hiera
          "sequence": Sequence, "timestamp": Timestamp}
 
 
+# --- Nesting ------------------------------------------------------------------------------------
+# The problem.  A command that runs under a lock may ask, by another flom, for a second lock.  It
+# keeps the first until it has had the second: those who wait for the first wait for the second,
+# too.  Two questions follow.  Does one waiter wait, directly or not, for a certain holder?  Then
+# the policy lets that holder's own command pass it.  And can a nested request ever be granted?  If
+# not, all who are concerned would wait for ever, and the request is refused.
+#
+# The solution is one graph.  Its points are the holders and the waiters; an arrow leads from each
+# to what must end before it: from a waiter to the holders in its way and to the waiters ahead that
+# are incompatible with it, from a holder to the waiters nested in its lock.  Five hundred waiters
+# behind five hundred holders would be 250 000 arrows, so points are put together in groups, which
+# are points as well: all holders of a mode, all waiters of a lane up to the n-th.  A group has two
+# members, one of them mostly the group as it was before, so there are a few arrows for each session
+# whatever they ask for.  In a tree there is a group for each node that somebody asks for, of what is
+# on it, and one of what is on it or below it.  Where a kind is counted, a gate stands between the
+# waiters that need so much and the holders.
+#
+# The first question.  An ancestor waits for its nested request, and that for those ahead of it.  So
+# one of those ahead waits for the ancestor when there is a circle through both, and all questions of
+# this sort have one answer: the circles of the graph, its strongly connected components, found in
+# one search.
+#
+# The second question is answered by reduction: who waits for nothing ends, what waited for it waits
+# for it no more, and so on; each arrow is looked at once.  When all have ended that can, nested
+# requests pass those ahead of them, and it goes on.  A request that is left will never be granted.
+# A mere circle would not do: of two holders of a pool one may be free to end.  Who is granted a lock
+# in a reduction ends at once, so that it never takes anything from others, and the order in which
+# things happen does not matter.
+#
+# Not here on purpose: the clock (an interval always comes), waiters that will not wait for ever (they
+# end by themselves, so the reduction leaves them out), and preferences in whom to refuse: it is who
+# asks last.
+
+GONE, SEVERAL = -1, 0  # in place of a component, which is 1 or more
+
+
+class Nesting:
+    """Which commands run under which locks, by the ids that clients give to their locks."""
+
+    def __init__(self):
+        self.holders = {}  # id: the holder with it
+        self.below = collections.defaultdict(dict)  # id: {waiter: None}, those nested in its lock
+
+    def ancestors(self, request):
+        """The holders under whose commands the request was made."""
+        return [self.holders[ident] for ident in request.parents if ident in self.holders]
+
+    def children(self, holder):
+        """The waiters without which the holder's command will not end."""
+        if self.holders.get(holder.ident) is not holder:
+            return ()
+        return self.below.get(holder.ident, ())
+
+    def waiters(self):
+        """All waiters that have an ancestor, each once, as a dict."""
+        return {waiter: None for ident, below in self.below.items() if ident in self.holders
+                for waiter in below}
+
+    def hold(self, holder):
+        """Notes a new holder, and returns the waiters that are nested in its lock."""
+        if not holder.ident or holder.ident in self.holders:
+            return ()
+        self.holders[holder.ident] = holder
+        return self.below.get(holder.ident, ())
+
+    def release(self, holder):
+        """The holder is none any more."""
+        if self.holders.get(holder.ident) is holder:
+            del self.holders[holder.ident]
+
+    def queue(self, waiter):
+        """Notes a new waiter."""
+        for ident in waiter.parents:
+            self.below[ident][waiter] = None
+
+    def leave(self, waiter):
+        """The waiter is none any more."""
+        for ident in waiter.parents:
+            discard(self.below, ident, waiter)
+
+    def around(self, resources):
+        """A dict of these resources, of those for which commands under their locks wait, and so
+        on."""
+        found, todo = {}, list(resources)
+        while todo:
+            resource = todo.pop()
+            if resource not in found:
+                found[resource] = None
+                for holder in resource.holders.values():
+                    todo += {waiter.resource: None for waiter in self.children(holder)}
+        return found
+
+
+def waits_directly(waiter, holders):
+    """Whether one of the holders is in the way of the waiter."""
+    resource = waiter.resource
+    return not resource.fits(waiter) and any(
+        holder.resource is resource and resource.clash(waiter, holder) for holder in holders)
+
+
+class Levels:
+    """Points of a resource by node and mode.  `above`: the node names: those above each of them.
+    Where there are no nodes, the name of the resource is the only one."""
+
+    def __init__(self, above, group):
+        self.above, self.group = above, group  # group(point, point) makes a new point of the two
+        self.here, self.below = {}, {}  # (name, mode): point, on the node; on it or below it
+
+    def add(self, point, lane):
+        """The point asks for what the lane says."""
+        name, mode = lane[:2]
+        above = self.above[name]
+        self._add(self.below, (name, mode), point)
+        for other in above:
+            self._add(self.below, (other, mode), point)
+        if len(self.above) > 1:
+            self._add(self.here, (name, mode), point)
+
+    def _add(self, points, key, point):
+        before = points.get(key)
+        points[key] = point if before is None else self.group(point, before)
+
+    def near(self, lane):
+        """The points, or groups of them, that are incompatible with the lane."""
+        name, mode = lane[:2]
+        found = []
+        for other in CONFLICTS[mode]:
+            if (name, other) in self.below:
+                found.append(self.below[name, other])
+            for node in self.above[name]:
+                if (node, other) in self.here:
+                    found.append(self.here[node, other])
+        return found
+
+
+def names_above(names):
+    """A dict of the names: which of the others are above each."""
+    found, path = {}, []
+    for name in sorted(name + "/" for name in names):
+        while path and not name.startswith(path[-1]):
+            path.pop()
+        found[name[:-1]] = [other[:-1] for other in path]
+        path.append(name)
+    return found
+
+
+class Waits:
+    """Who waits for whom among those who hold or await the resources.  A point is a number; it
+    waits until all the points in `ends[point]` have ended."""
+
+    def __init__(self, nesting, resources, patient=True):
+        self.nesting, self.patient = nesting, patient  # patient: with those that are
+        self.points, self.requests = {}, []  # Request: point; by point: Request, None for others
+        self.ends = []
+        self.turns = {}  # nested waiter: the point that ends when those ahead of it have
+        self.pairs = []  # groups of waiters, the older first
+        self.gates = {}  # resource that is counted: [room, [(need, gate)...] the least one last]
+        for resource in resources:
+            self._add(resource)
+        for request, point in self.points.items():
+            if request.state is HELD:
+                self.ends[point] = [self.points[child] for child in nesting.children(request)
+                                    if child in self.points]
+
+    def _point(self, request, ends):
+        self.requests.append(request)
+        self.ends.append(ends)
+        return len(self.ends) - 1
+
+    def _group(self, one, other):
+        return self._point(None, [one, other])
+
+    def _pair(self, one, other):
+        self.pairs.append(self._point(None, [one, other]))
+        return self.pairs[-1]
+
+    def _add(self, resource):
+        waiters = [waiter for waiter in resource.waiters() if self.patient or not waiter.patient]
+        lanes = {request.lane: None for request in itertools.chain(
+            resource.holders.values(), waiters)}
+        above = names_above({lane[0] for lane in lanes})
+        held, queued = Levels(above, self._group), Levels(above, self._pair)
+        for holder in resource.holders.values():
+            self.points[holder] = self._point(holder, [])
+            held.add(self.points[holder], holder.lane)
+        in_the_way = self._obstacles(resource, held, waiters)
+        for waiter in waiters:
+            ahead = [] if resource.first_fit else queued.near(waiter.lane)
+            if waiter.parents and ahead:
+                self.turns[waiter] = self._point(None, ahead)
+                ahead = [self.turns[waiter]]
+            self.points[waiter] = self._point(waiter, in_the_way(waiter) + ahead)
+            if not resource.first_fit:
+                queued.add(self.points[waiter], waiter.lane)
+
+    def _obstacles(self, resource, held, waiters):
+        """A function that tells for which points a waiter waits because of the holders."""
+        if resource.has_modes:
+            known = {waiter.lane: held.near(waiter.lane) for waiter in waiters}
+            return lambda waiter: known[waiter.lane]
+        room, gates = resource.room(), {}
+        for waiter in waiters:
+            need = resource.need(waiter)
+            if need not in gates:
+                gates[need] = self._point(None, held.near(waiter.lane) if need > room else [])
+        self.gates[resource] = [room, sorted(gates.items(), reverse=True)]
+        return lambda waiter: [gates[resource.need(waiter)]]
+
+    def components(self, gone=None):
+        """By point: the strongly connected component in which it is, of those that are not gone.
+
+        Tarjan's algorithm (SIAM Journal on Computing 1, 1972), without recursion: ~point on the
+        list of what is to be done stands for the end of the visit of that point."""
+        found = list(gone) if gone else [0] * len(self.ends)
+        component = [GONE if seen else 0 for seen in found]
+        least, path, number = list(found), [], 0
+        for start in range(len(found)):
+            todo = [start]
+            while todo:
+                point = todo.pop()
+                if point < 0:
+                    self._finish(~point, found, least, component, path)
+                elif not found[point]:
+                    number += 1
+                    found[point] = least[point] = number
+                    path.append(point)
+                    todo.append(~point)
+                    todo += [other for other in self.ends[point] if not found[other]]
+        return component
+
+    def _finish(self, point, found, least, component, path):
+        """All that can be reached from the point was visited."""
+        lowest = found[point]
+        for other in self.ends[point]:
+            if not component[other] and least[other] < lowest:
+                lowest = least[other]
+        least[point] = lowest
+        while lowest == found[point] and not component[point]:
+            component[path.pop()] = lowest
+
+    def passing(self, waiters, component):
+        """Those of the nested waiters of whom all ahead wait for their ancestors."""
+        common = list(component)  # by point: of a group of waiters, the component of them all
+        for pair in self.pairs:
+            one, other = (common[point] for point in self.ends[pair])
+            if one == GONE:
+                common[pair] = other
+            elif other in (GONE, one):
+                common[pair] = one
+            else:
+                common[pair] = SEVERAL
+        return [waiter for waiter in waiters if waiter in self.turns
+                and self._passes(waiter, component, common)]
+
+    def _passes(self, waiter, component, common):
+        own = component[self.points[waiter]]
+        return any(component[self.points[ancestor]] == own
+                   for ancestor in self.nesting.ancestors(waiter) if ancestor in self.points
+                   ) and all(common[point] in (GONE, own) for point in self.ends[self.turns[waiter]])
+
+    def way(self, start, goals):
+        """The shortest way, a list of requests, on which `start` waits, over others, for one of
+        `goals`; empty when there is none."""
+        first, last = self.points[start], {self.points.get(goal) for goal in goals}
+        came_from, todo = {first: None}, collections.deque([first])
+        while todo:
+            point = todo.popleft()
+            if point in last:
+                return self._way_back(point, came_from)
+            for other in self.ends[point]:
+                if other not in came_from and not self.is_gone(other):
+                    came_from[other] = point
+                    todo.append(other)
+        return []
+
+    def _way_back(self, point, came_from):
+        way = []
+        while point is not None:
+            if self.requests[point] is not None:
+                way.insert(0, self.requests[point])
+            point = came_from[point]
+        return way
+
+    def is_gone(self, point):
+        """Whether the point has ended."""
+        return False
+
+
+class Reduction(Waits):
+    """What is left of those who hold or await the resources when all have ended that can."""
+
+    def __init__(self, nesting, resources):
+        super().__init__(nesting, resources, patient=False)
+        self.missing = [len(ends) for ends in self.ends]  # by point: how many have not ended
+        self.needed_by = [[] for _ in self.ends]
+        for point, ends in enumerate(self.ends):
+            for other in ends:
+                self.needed_by[other].append(point)
+        self.gone = [0] * len(self.ends)
+        self.circles = None  # the components, once they were needed
+        self._end([point for point, missing in enumerate(self.missing) if not missing])
+
+    def is_gone(self, point):
+        """Whether the point has ended."""
+        return self.gone[point]
+
+    def can_ever_be_granted(self, waiter):
+        """Whether the waiter was granted in the reduction."""
+        return bool(self.gone[self.points[waiter]])
+
+    def is_in_circle(self, waiter):
+        """Whether the waiter, which is left, waits for one of its own ancestors."""
+        if self.circles is None:
+            self.circles = self.components(self.gone)
+        return any(self.circles[self.points[waiter]] == self.circles[self.points[ancestor]]
+                   for ancestor in self.nesting.ancestors(waiter) if ancestor in self.points)
+
+    def remove(self, waiter):
+        """The waiter was refused: it ends in another way."""
+        self._end([self.points[waiter]])
+
+    def _end(self, todo):
+        """Lets these points end, and what can end then, and pass those who can pass then."""
+        self._end_these(todo)
+        passing = self._passing()
+        while passing:
+            self._end_these(passing)
+            passing = self._passing()
+
+    def _passing(self):
+        """The turns that have come by passing.  What ended since the circles were searched for
+        closes none: one search serves to the end."""
+        left = [waiter for waiter in self.turns if not self.gone[self.turns[waiter]]]
+        if not left:
+            return []
+        if self.circles is None:
+            self.circles = self.components(self.gone)
+        now = [GONE if gone else circle for gone, circle in zip(self.gone, self.circles)]
+        return [self.turns[waiter] for waiter in self.passing(left, now)]
+
+    def _end_these(self, todo):
+        while todo:
+            point = todo.pop()
+            if self.gone[point]:
+                continue
+            self.gone[point] = 1
+            for other in self.needed_by[point]:
+                self.missing[other] -= 1
+                if not self.missing[other]:
+                    todo.append(other)
+            request = self.requests[point]
+            if request is not None and request.state is HELD and request.resource in self.gates:
+                todo += self._open_gates(request)
+
+    def _open_gates(self, holder):
+        """The gates that need no more than there is room for, now that the holder has ended."""
+        entry, opened = self.gates[holder.resource], []
+        entry[0] += holder.resource.need(holder)
+        gates = entry[1]
+        while gates and gates[-1][0] <= entry[0]:
+            opened.append(gates.pop()[1])
+        return opened
+
+
 # --- Lock table ---------------------------------------------------------------------------------
-# All resources and all requests: creation, parked requests, idle life, reclaims, deadlocks.  Pure,
-# as the engine is.  A session has at most one request; it is in `requests` from its first answer
-# until it has been refused, released or is gone.
+# All resources and all requests: creation, parked requests, idle life, reclaims, nested requests.
+# Pure, as the sections above.  A session has at most one request; it is in `requests` from its
+# first answer until it has been refused, released or is gone.
 #
 # The recovery window.  A daemon that follows one that ended under its holders grants reclaims
 # alone for a while.  Others queue; one that would not wait is deferred, since neither "granted" nor
 # "busy" would be true yet.
 #
-# Deadlock.  A command under a lock that asks for another one keeps the first until it is granted
-# the second.  Whether a nested request can ever be granted is found by reduction: in a copy of the
-# part of the table that matters, every holder ends that has no queued request below it, what can
-# be granted then is granted, and so on.  If the request is never granted it is refused.  A mere
-# cycle would not do: of two holders of a pool one may be free to end.
+# No call may keep the other clients waiting.  Whatever a call does is a few steps for each session,
+# but for the searches in the graph of nested requests (see Nesting), each of which looks at all
+# of them.  So a call begins few of them; when more are wanted, what is left to be done gets a date
+# that has all but come, and until then nobody is granted or refused too much.
+#
+# Not here on purpose: what a session is, how it is told, and what time it is.
 
 DEFER = 5  # s that a request without wait may be deferred
 DAY = 86400 << 32  # a day in tokens
 EPOCH = 1577836800  # tokens count seconds from 2020-01-01 UTC in their upper half
+MOST_SEARCHES = 3  # that one call may begin
+MOST_REFUSED = 8  # nested requests that one call refuses when the window has ended
+NEXT_CALL = 0.001  # s until a call goes on with what the last one has left
 
 
 def key_of(name):
@@ -912,8 +1375,10 @@ class LockTable:
         # the greatest token of the grants of which nothing else is known any more: those of
         # resources that have ended; those of other daemons, as soon as the window is over
         self.forgotten = self.last_token if window_until is None else 0
-        self._by_id = {}  # id: the holder with it
-        self._below = collections.defaultdict(dict)  # id: {waiter: None}, those nested in its lock
+        self._nesting = Nesting()
+        self._ways = None  # the Waits, and the components, as long as they are true
+        self._searches = 0  # in the graph of nested requests, that this call has made
+        self._unfinished = False  # more searches were wanted
         self._new_ways = False  # some may wait for others that they did not wait for before
         self._due = []  # heap of (monotonic time, serial, method, its first argument)
         self._serial = 0
@@ -925,11 +1390,12 @@ class LockTable:
     def request(self, request, now):
         """A session asks; it gets one decision, others may get more (those woken by it)."""
         decisions, before = [], self.requests.get(request.session)
+        self._searches = 0
         if before is not None:
-            repeated = self._repeated(before, request)
+            repeated = self._REPEATED[before.state](before, request)
             if repeated is not None:
                 return [repeated]
-            decisions = self._forget(before, now)
+            decisions = self._leave(before, now)
         self._serial += 1
         request.serial, request.since = self._serial, now.wall
         self.requests[request.session] = request
@@ -937,7 +1403,8 @@ class LockTable:
 
     def release(self, session, committed, now):
         """The holder lets go; committed: its command succeeded."""
-        return self._let_pass(self._forget(self.requests[session], now, committed), now)
+        self._searches = 0
+        return self._let_pass(self._leave(self.requests[session], now, committed), now)
 
     def gone(self, session, now):
         """The session has ended, whatever it held or waited for."""
@@ -945,13 +1412,13 @@ class LockTable:
 
     def expire(self, now):
         """Does what is due at `now`."""
-        decisions = []
+        decisions, self._searches = [], 0
         while self._due and self._due[0][0] <= now.mono:
             _, _, act, subject = heapq.heappop(self._due)
             decisions += act(subject, now)
         return self._let_pass(decisions, now)
 
-    def next_deadline(self):
+    def next_date(self):
         """The monotonic time at which expire() is to be called, or None."""
         return self._due[0][0] if self._due else None
 
@@ -965,22 +1432,30 @@ class LockTable:
 
     # From the request to its place.
 
-    @staticmethod
-    def _repeated(before, request):
-        """The answer to a session that asks again and keeps its place; None when it does not."""
-        if before.state is not HELD and (
-                before.state is DEFERRED or before.state is PARKED and request.create
-                or not request.wait or not request.same(before)):
+    # The answer to a session that asks again and keeps its place; None when it does not.
+
+    def _repeat_parked(before, request):
+        if request.create or not request.wait or not request.same(before):
             return None
-        if before.name == request.name:
-            kept = before if before.state is PARKED else before.resource
-            kept.lifespan = max(kept.lifespan, request.lifespan)
-        if before.state is not HELD:
-            return Decision(request.session, WAIT_RESOURCE if before.state is PARKED else ENQUEUED)
-        if request.quantity > before.quantity or not (
-                (request.name, request.mode) == (before.name, before.mode)):
+        before.lifespan = max(before.lifespan, request.lifespan)
+        return Decision(request.session, WAIT_RESOURCE)
+
+    def _repeat_queued(before, request):
+        if not request.wait or not request.same(before):
+            return None
+        before.resource.lifespan = max(before.resource.lifespan, request.lifespan)
+        return Decision(request.session, ENQUEUED)
+
+    def _repeat_held(before, request):
+        if request.name == before.name:
+            before.resource.lifespan = max(before.resource.lifespan, request.lifespan)
+        same = (request.name, request.mode) == (before.name, before.mode)
+        if not same or request.quantity > before.quantity:
             return Decision(request.session, BUSY)
         return Decision(request.session, OK, before.element, before.token)
+
+    _REPEATED = {PARKED: _repeat_parked, QUEUED: _repeat_queued, HELD: _repeat_held,
+                 DEFERRED: lambda before, request: None}
 
     def _place(self, request, now):
         """Finds or makes the resource of a new request and takes it there."""
@@ -1006,13 +1481,25 @@ class LockTable:
         self.resources[resource.name] = resource
         if self.forgotten:  # perhaps it had this name
             resource.remember((resource.name, EX), self.forgotten)
-        decisions = self._admit(request, resource, now)
-        for other in self.parked.pop(resource.name, {}).values():
+        decisions = self._admit(request, resource, now) + self._wake(resource, now)
+        self._look_again(resource, now)
+        return decisions
+
+    def _wake(self, resource, now):
+        """Those who waited for the resource ask for it now, in the order of their arrival."""
+        decisions, waiting = [], self.parked.get(resource.name)
+        if not waiting or self.resources.get(resource.name) is not resource:
+            return []
+        while waiting and self._searches < MOST_SEARCHES:
+            request = waiting.pop(next(iter(waiting)))
             self.waiting -= 1
             self._serial += 1
-            other.state, other.serial = None, self._serial
-            decisions += self._admit(other, resource, now)
-        self._look_again(resource, now)
+            request.state, request.serial = None, self._serial
+            decisions += self._admit(request, resource, now)
+        if waiting:
+            self._at(now.mono + NEXT_CALL, self._wake, resource)
+        else:
+            del self.parked[resource.name]
         return decisions
 
     def _park(self, request, now):
@@ -1030,30 +1517,27 @@ class LockTable:
             resource.lifespan = request.lifespan
         if request.quantity > resource.most:
             return self._refuse(request, IMPOSSIBLE)
-        request.lane = resource.lane(request)
+        request.resource, request.lane = resource, resource.lane(request)
         if request.reclaim is not None:
             return self._reclaim(request, resource, now)
-        if self.window_until is None and resource.fits(request, now) and (
-                self._is_next(request, resource)):
+        if self.window_until is None and resource.fits(request, now) and self._is_next(request):
             resource.hold(request, now)
             return [self._granted(request)]
         if not request.wait or self.waiting >= self.most_waiters:
             return self._turn_away(request, BUSY, now)
         self._queue(request, resource)
-        if request.parents and self._is_hopeless(request, now):
-            return self._refuse_hopeless(request, now)
+        reduction = self._reduction_that_leaves(request) if request.parents else None
+        if reduction is not None:
+            return self._refuse_queued(request, self._reason(request, reduction), now)
         self._look_again(resource, now)
         return [Decision(request.session, ENQUEUED, None, None, resource.waiting)]
 
-    def _is_next(self, request, resource):
+    def _is_next(self, request):
         """Whether all that the policy puts before the request wait for its ancestors."""
+        resource = request.resource
         if resource.lanes and (request.behind is None or request.behind.state is not QUEUED):
-            request.behind = next(resource.ahead(request), None)
-        if request.behind is None:
-            return True
-        ancestors = self._ancestors(request)
-        # the first of a lane waits for nothing that the others of the lane do not wait for
-        return bool(ancestors) and all(self._way(one, ancestors) for one in resource.ahead(request))
+            request.behind = resource.first_ahead(request)
+        return request.behind is None or bool(request.parents) and self._may_pass(request)
 
     def _granted(self, request, token=None):
         """Keeps the books of a new holder; `token` is that of one that had the lock before."""
@@ -1063,25 +1547,24 @@ class LockTable:
         request.token, resource.idle_since = token, None
         resource.remember(request.lane, token)
         self.holding += 1
-        if request.ident and request.ident not in self._by_id:
-            self._by_id[request.ident] = request
-            for waiter in self._below.get(request.ident, ()):
-                waiter.resource.nest(waiter)
-                self._new_ways = True
+        self._ways = None
+        for waiter in self._nesting.hold(request):
+            waiter.resource.nest(waiter)
+            self._new_ways = True
         # those that waited for the clock may wait for the holders now
         self._new_ways = self._new_ways or resource.timed
         return Decision(request.session, OK, request.element, token)
 
     def _queue(self, request, resource):
-        request.resource, request.state, request.behind = resource, QUEUED, None
+        request.state, request.behind = QUEUED, None
         resource.lanes[request.lane][request.session] = request
         resource.count(request, 1)
         self.waiting += 1
-        for ident in request.parents:
-            self._below[ident][request] = None
-            if ident in self._by_id:
-                resource.nest(request)
-                self._new_ways = self._new_ways or self._by_id[ident].resource.waiting > 0
+        self._ways = None
+        self._nesting.queue(request)
+        for ancestor in self._nesting.ancestors(request):
+            resource.nest(request)
+            self._new_ways = self._new_ways or ancestor.resource.waiting > 0
 
     def _unqueue(self, request):
         resource = request.resource
@@ -1089,8 +1572,9 @@ class LockTable:
         discard(resource.lanes, request.lane, request.session)
         resource.count(request, -1)
         self.waiting -= 1
-        for ident in request.parents:
-            discard(self._below, ident, request)
+        self._ways = None
+        if request.parents:
+            self._nesting.leave(request)
             discard(resource.nested, (request.lane, request.quantity), request.session)
 
     def _turn_away(self, request, verdict, now):
@@ -1105,42 +1589,53 @@ class LockTable:
         """The request has been deferred long enough."""
         return self._refuse(request, BUSY) if request.state is DEFERRED else []
 
-    def _refuse(self, request, verdict, reason=None, now=None):
-        """The final decision of a request that gets nothing; `now` if others may be behind it."""
-        return [Decision(request.session, verdict, reason=reason)] + self._forget(request, now)
+    def _refuse(self, request, verdict, reason=None):
+        """The final decision of a request that stands nowhere, so that nobody is behind it."""
+        self._take_out(request)
+        return [Decision(request.session, verdict, reason=reason)]
 
     # Away again.
 
-    def _forget(self, request, now, committed=False):
-        """Takes the request out of wherever it stands; without `now` nobody waits behind it."""
+    def _leave(self, request, now, committed=False):
+        """The request goes away; grants what can be granted then."""
+        resource, state = request.resource, request.state
+        self._take_out(request, committed)
+        if state not in (HELD, QUEUED):
+            return []
+        frees = resource.lanes and (state is HELD or not self.first_fit)
+        return self._settle(resource, resource.rivals(request) if frees else (), now)
+
+    def _take_out(self, request, committed=False):
+        """Takes the request out of wherever it stands."""
         session, state, resource = request.session, request.state, request.resource
         del self.requests[session]
         if state is HELD:
             resource.give_back(request, committed)
             del resource.holders[session]
             self.holding -= 1
-            if self._by_id.get(request.ident) is request:
-                del self._by_id[request.ident]
+            self._ways = None
+            self._nesting.release(request)
         elif state is QUEUED:
             self._unqueue(request)
         elif state is PARKED:
             discard(self.parked, key_of(request.name), session)
             self.waiting -= 1
         request.state = None
-        if state in (HELD, QUEUED) and now is not None:
-            freed = resource.lanes and (state is HELD or not self.first_fit)
-            return self._settle(resource, resource.rivals(request) if freed else (), now)
-        return []
 
     def _settle(self, resource, lanes, now):
         """Grants what can be granted in these lanes, and sees to the resource's next date."""
         granted = []
+
+        def grant(request):
+            if not self._is_next(request):
+                return False
+            self._unqueue(request)
+            resource.hold(request, now)
+            granted.append(request)
+            return True
+
         if resource.lanes and self.window_until is None:
-            for request in resource.walk(lanes, now):
-                if self._is_next(request, resource):
-                    self._unqueue(request)
-                    resource.hold(request, now)
-                    granted.append(request)
+            resource.walk(lanes, now, grant)
             granted.sort(key=by_arrival)
         self._look_again(resource, now)
         return [self._granted(request) for request in granted]
@@ -1149,9 +1644,17 @@ class LockTable:
         """Grants nested requests, too, when those ahead of them have come to wait for ancestors."""
         while self._new_ways and self.window_until is None and not self.first_fit:
             self._new_ways = False
-            for resource in {waiter.resource: None for waiter in self._all_nested()}:
+            for resource in {waiter.resource: None for waiter in self._nesting.waiters()}:
                 decisions += self._settle(resource, (), now)
+        if self._unfinished:
+            self._unfinished = False
+            self._at(now.mono + NEXT_CALL, self._go_on, None)
         return decisions
+
+    def _go_on(self, _, now):
+        """Searches that the last call has left are made by this one."""
+        self._new_ways = True
+        return []
 
     # Dates.
 
@@ -1193,18 +1696,18 @@ class LockTable:
 
     def _reclaim(self, request, resource, now):
         """A session that lost its daemon, or its connection, asks for the lock that it has."""
-        before, back = self._by_id.get(request.ident), []
+        before, back = self._nesting.holders.get(request.ident), []
         if before is not None and request.same(before) and (
                 (before.token, before.origin) == (request.reclaim, request.origin)):
             # it comes back on a new connection before its old one was seen to have ended
             back = [Decision(before.session, None)]
-            self._forget(before, None)
-            request.element = before.element
+            self._take_out(before)
+            request.claimed = before.element
         elif request.reclaim > max(self.last_token, (int(now.wall) - EPOCH << 32) + DAY):
             return self._refuse(request, BUSY, "its token lies in the future")
         elif self.window_until is None and not resource.reclaimable(request):
             return self._refuse(request, BUSY, "it was granted to others since")
-        elif not resource.could_have(request.element) or not resource.fits(request, now):
+        elif not resource.could_have(request.claimed) or not resource.fits(request, now):
             return self._refuse(request, BUSY, "it is held by others")
         resource.hold(request, now)
         if back:
@@ -1218,111 +1721,95 @@ class LockTable:
         for resource in list(self.resources.values()):
             if resource.lanes:
                 decisions += self._settle(resource, resource.lanes, now)
-        for request in sorted(self._all_nested(), key=by_arrival, reverse=True):
-            if request.state is QUEUED and self._is_hopeless(request, now):
-                decisions += self._refuse_hopeless(request, now)
-        for request in list(self.requests.values()):
-            if request.state is DEFERRED:
-                request.state = None
-                decisions += self._place(request, now)
+        return decisions + self._after_window(None, now)
+
+    def _after_window(self, _, now):
+        """Refuses those who would wait for ever, and then decides on those who do not wait."""
+        hopeless, decisions = self._all_hopeless(), []
+        for request, reason in hopeless[:MOST_REFUSED]:
+            decisions += self._refuse_queued(request, reason, now)
+        if len(hopeless) <= MOST_REFUSED:
+            deferred = [one for one in self.requests.values() if one.state is DEFERRED]
+            while deferred and self._searches < MOST_SEARCHES:
+                deferred[0].state = None
+                decisions += self._place(deferred.pop(0), now)
+            if not deferred:
+                return decisions
+        self._at(now.mono + NEXT_CALL, self._after_window, None)
         return decisions
 
-    # Nested requests and deadlock.
+    # Nested requests.
 
-    def _ancestors(self, request):
-        """The holders under whose commands the request was made."""
-        return [self._by_id[ident] for ident in request.parents if ident in self._by_id]
+    def _may_pass(self, request):
+        """Whether all ahead of the request, and there are some, wait for its ancestors."""
+        ancestors = self._nesting.ancestors(request)
+        if not ancestors:
+            return False
+        # the first of a lane waits for nothing that the others of the lane do not wait for
+        first = list(itertools.islice(request.resource.ahead(request), 1 + MOST_REFUSED))
+        if len(first) <= MOST_REFUSED and all(waits_directly(one, ancestors) for one in first):
+            return True
+        if request.state is QUEUED:
+            return self._leads_back(request)
+        self._queue(request, request.resource)
+        passes = self._leads_back(request)
+        self._unqueue(request)
+        return passes
 
-    def _stuck(self, holder):
-        """The waiters without which the holder's command will not end."""
-        return self._below.get(holder.ident, ()) if self._by_id.get(holder.ident) is holder else ()
+    def _leads_back(self, waiter):
+        """Whether all ahead of the nested waiter wait for its ancestors, found by a search."""
+        if self._ways is None or waiter not in self._ways[0].points:
+            if self._searches >= MOST_SEARCHES:
+                self._unfinished = True
+                return False
+            self._searches += 1
+            nested = [other.resource for other in self._nesting.waiters()]
+            waits = Waits(self._nesting, self._nesting.around([waiter.resource] + nested))
+            self._ways = waits, set(waits.passing(self._nesting.waiters(), waits.components()))
+        return waiter in self._ways[1]
 
-    def _all_nested(self):
-        """All waiters that have an ancestor, each once."""
-        return {waiter: None for ident, below in self._below.items() if ident in self._by_id
-                for waiter in below}
-
-    def _way(self, start, goals):
-        """The shortest way, a sequence of requests, on which the waiter `start` waits, over
-        others, for one of `goals`; empty when there is none."""
-        came_from, todo, alike = {start: None}, collections.deque([start]), {}
-        while todo:
-            request = todo.popleft()
-            if request in goals:
-                way = collections.deque([request])
-                while came_from[way[0]] is not None:
-                    way.appendleft(came_from[way[0]])
-                return way
-            if request.state is QUEUED:
-                kind = request.resource, request.lane, request.quantity
-                if alike.get(kind, 0) >= request.serial:
-                    continue  # one behind it that waits for all that this one waits for was here
-                alike[kind] = request.serial
-            for other in self._in_the_way(request):
-                if other not in came_from:
-                    came_from[other] = request
-                    todo.append(other)
-        return ()
-
-    def _in_the_way(self, request):
-        """Whom a waiter waits for, each lane's last first, or whom a holder's command waits for."""
-        if request.state is HELD:
-            return self._stuck(request)
-        resource = request.resource
-        found = [] if resource.fits(request) else [
-            holder for holder in resource.holders.values() if resource.clash(request, holder)]
-        for first in resource.ahead(request):
-            queue = reversed(resource.lanes[first.lane].values())
-            found += [other for other in queue if other.serial < request.serial]
-        return found
-
-    def _refuse_hopeless(self, request, now):
-        """Refuses it; the reason, one line, names the resources and holders for which it waits."""
-        way = self._way(request, self._ancestors(request))
-        links = [f"{one.name} is held by {one.session}" for one in way if one.state is HELD]
-        reason = ", which waits: ".join(links) + (
-            ", under which this command runs; a command in the background may use --deadlock wait")
-        return self._refuse(request, DEADLOCK, reason, now)
-
-    def _is_hopeless(self, request, now):
-        """Whether a nested request can never be granted, as far as anybody knows."""
-        ancestors = self._ancestors(request)
+    def _reduction_that_leaves(self, request):
+        """The reduction in which a new nested request is never granted; None where it is granted,
+        or where that does not matter."""
+        ancestors = self._nesting.ancestors(request)
         if not ancestors or request.patient or self.window_until is not None:
-            return False
-        copies = self._copy_around(request.resource, now)
-        if not any(ancestor.session in copies.requests for ancestor in ancestors):
-            return False
-        for name in list(copies.resources):
-            for waiter in self.resources[name].waiters():
-                if not waiter.patient or waiter is request:
-                    shadow = copies.requests[waiter.session] = copy.copy(waiter)
-                    copies._queue(shadow, copies.resources[name])
-        for resource in list(copies.resources.values()):
-            copies._settle(resource, resource.lanes, now)
-        wanted, ending = copies.requests[request.session], list(copies.requests.values())
-        while ending and wanted.state is QUEUED:
-            holder = ending.pop()
-            if holder.state is HELD and not copies._stuck(holder):
-                for decision in copies.gone(holder.session, now):
-                    granted = copies.requests[decision.session]
-                    ending += [granted] + copies._ancestors(granted)
-        return wanted.state is QUEUED
+            return None
+        around = self._nesting.around([request.resource])
+        if not any(ancestor.resource in around for ancestor in ancestors):
+            return None
+        self._searches += 1
+        reduction = Reduction(self._nesting, around)
+        return None if reduction.can_ever_be_granted(request) else reduction
 
-    def _copy_around(self, resource, now):
-        """A table with copies of the resource, of those for which commands under its locks wait,
-        and so on; of their requests only the holders, and the clock left aside."""
-        table, todo = LockTable(self.first_fit), [resource]
-        for resource in todo:
-            if resource.name not in table.resources:
-                kind = Pool if resource.timed else type(resource)
-                fresh = table.resources[resource.name] = kind(resource.name, self.first_fit)
-                for holder in resource.holders.values():
-                    shadow = table.requests[holder.session] = copy.copy(holder)
-                    fresh.hold(shadow, now)
-                    if self._by_id.get(holder.ident) is holder:
-                        table._by_id[holder.ident] = shadow
-                        todo.extend(waiter.resource for waiter in self._stuck(holder))
-        return table
+    def _refuse_queued(self, request, reason, now):
+        """Refuses a waiter, and grants what can be granted then."""
+        if request.state is not QUEUED:
+            return []
+        return [Decision(request.session, DEADLOCK, reason=reason)] + self._leave(request, now)
+
+    def _reason(self, request, reduction):
+        """Why it is refused, in one line: the resources and holders for which it waits."""
+        way = reduction.way(request, self._nesting.ancestors(request))
+        links = [f"{one.name} is held by {one.session}" for one in way if one.state is HELD]
+        return ", which waits: ".join(links) + (
+            ", under which this command runs; a command in the background may use --deadlock wait")
+
+    def _all_hopeless(self):
+        """The nested requests that can never be granted, the last one first: each, and why; if
+        they are many, one more than a call may refuse."""
+        nested = [waiter for waiter in self._nesting.waiters() if not waiter.patient]
+        if not nested:
+            return []
+        self._searches += 1
+        around = self._nesting.around(waiter.resource for waiter in nested)
+        reduction, hopeless = Reduction(self._nesting, around), []
+        for waiter in sorted(nested, key=by_arrival, reverse=True):
+            if len(hopeless) > MOST_REFUSED:
+                break
+            if not reduction.can_ever_be_granted(waiter) and reduction.is_in_circle(waiter):
+                hopeless.append((waiter, self._reason(waiter, reduction)))
+                reduction.remove(waiter)
+        return hopeless
 
 
 # --- Session ------------------------------------------------------------------------------------
@@ -1433,7 +1920,7 @@ class Session:
             request.parents = tuple(filter(None, about.get("parent", "").split(",")[:8]))
             request.patient = wanted.get("deadlock") == "wait"
             request.reclaim = wanted.get("reclaim")
-            request.element = None if request.reclaim is None else wanted.get("held")
+            request.claimed = None if request.reclaim is None else wanted.get("held")
         return "lock", request
 
     def _unlock(self, elements):
@@ -2158,7 +2645,7 @@ class Daemon:
                     handle.__self__.close()
 
     def _first_date(self):
-        first = self.table.next_deadline()
+        first = self.table.next_date()
         for when in self.dates.values():
             if first is None or when < first:
                 first = when

@@ -64,7 +64,7 @@ def make_request(session, name, mode="EX", quantity=1, wait=1, create=1, lifespa
     """A request; `under` names the ids of the locks under which its command runs."""
     request = flomd.Request(session, name, MODES.index(mode), quantity, wait, create, lifespan)
     request.ident, request.parents = ident or session, tuple(under.split())
-    request.patient, request.reclaim, request.element = patient, reclaim, held
+    request.patient, request.reclaim, request.claimed = patient, reclaim, held
     return request
 
 
@@ -271,16 +271,16 @@ class World(Ledger):
     def later(self, seconds):
         """Time passes, and the table is called whenever it wants to be."""
         end, told = self.clock.mono + seconds, []
-        date = self.table.next_deadline()
+        date = self.table.next_date()
         while date is not None and date <= end:
             told.append(self.expire(date))
-            date = self.table.next_deadline()
+            date = self.table.next_date()
             assert date is None or date > self.clock.mono, "the date has come already"
         return ", ".join(filter(None, told + [self.expire(end)]))
 
     def wait_for_date(self):
         """Time passes until the table wants to be called, if it does."""
-        date = self.table.next_deadline()
+        date = self.table.next_date()
         return "" if date is None else self.expire(date)
 
     def expire(self, date):

@@ -314,7 +314,7 @@ class Walk:
             self.compare()
 
     def table_date(self):
-        date = self.world.table.next_deadline()
+        date = self.world.table.next_date()
         return float("inf") if date is None else date
 
     def compare(self):

@@ -77,7 +77,7 @@ def test_waiters_are_granted_one_in_each_interval_in_order(world):
     assert world.later(0.1) == "B granted 01"
     assert world.later(0.9) == ""
     assert world.later(1.1) == "C granted 02, D granted 03"
-    assert world.table.next_deadline() is None
+    assert world.table.next_date() is None
 
 
 def test_nobody_overtakes_those_who_wait_for_the_clock():
@@ -130,20 +130,20 @@ def test_a_clock_set_forward_is_seen_within_a_second(world):
 
 def test_the_timer_is_set_at_least_every_second_and_only_for_waiters(world):
     world.ask("A", "_t_%H[9]", lifespan=10000)
-    assert world.table.next_deadline() is None
+    assert world.table.next_date() is None
     world.ask("B", "_t_%H[9]")
     for _ in range(20):
-        assert 0 < world.table.next_deadline() - world.clock.mono <= 1
+        assert 0 < world.table.next_date() - world.clock.mono <= 1
         world.wait_for_date()
     world.leave("B")
     world.wait_for_date()
-    assert world.table.next_deadline() is None
+    assert world.table.next_date() is None
 
 
 def test_no_timer_while_every_place_is_taken(world):
     world.ask("A", "_t_%S[1]")
     world.ask("B", "_t_%S[1]")
-    assert world.table.next_deadline() is None
+    assert world.table.next_date() is None
     assert world.later(10) == ""
     assert world.release("A") == "B granted 10"
 

@@ -123,12 +123,12 @@ def test_an_idle_resource_ends_exactly_at_the_end_of_its_lifespan(world, lifespa
     world.ask("A", "R", lifespan=lifespan)
     world.later(7)
     world.release("A")
-    assert world.table.next_deadline() == pytest.approx(world.clock.mono + seconds, abs=1e-6)
+    assert world.table.next_date() == pytest.approx(world.clock.mono + seconds, abs=1e-6)
     world.later(seconds - 0.001)
     assert not world.table.empty()
     world.later(0.001)
     assert world.table.empty()
-    assert world.table.next_deadline() is None
+    assert world.table.next_date() is None
 
 
 def test_the_largest_lifespan_since_the_creation_counts(world):
@@ -630,9 +630,9 @@ def test_after_the_window_a_reclaim_of_what_is_unknown_is_refused(window):
 
 
 def test_the_window_is_a_date(window):
-    assert window.table.next_deadline() == window.clock.mono + 3
+    assert window.table.next_date() == window.clock.mono + 3
     window.later(3)
-    assert window.table.next_deadline() is None
+    assert window.table.next_date() is None
 
 
 def test_nothing_is_left_of_the_window(window):
