@@ -25,7 +25,6 @@ Exit status: that of COMMAND, 128 + n when signal n killed it; of flom, with a l
 """
 import argparse
 import binascii
-import collections
 import contextlib
 import errno
 import fcntl
@@ -35,6 +34,7 @@ import re
 import select
 import signal
 import socket
+import stat
 import sys
 import time
 import types
@@ -181,91 +181,160 @@ def size_of(name):
     return int(name[name.rindex("[") + 1:-1])
 
 
-def _number(least, greatest, meaning=int):
-    def convert(value):
-        result = meaning(int(value, 16 if "x" in value.lower() else 10))
-        return result if least <= result <= greatest else None
-    return _NUMBER, convert, f"one of {least} to {greatest}"
+class Type:
+    """How the value of a setting is written.
+
+    `form` is what its text looks like, `meaning` gives the value or None, `expected` says in an
+    error what is right, `hint` names the value in --help, `write` gives a text of the value.
+    """
+
+    def __init__(self, hint, expected, form, meaning=str, write=str):
+        self.hint, self.expected, self.form = hint, expected, form
+        self.meaning, self.write = meaning, write
+
+    def read(self, text):
+        """The value that a text means; raises ValueError: what it is not."""
+        found = re.fullmatch(self.form, text, re.ASCII | re.DOTALL)
+        value = self.meaning(text) if found else None
+        if value is None:
+            raise ValueError(self.expected)
+        return value
 
 
-_NUMBER = "[+-]?[0-9]{1,20}|0[xX][0-9a-fA-F]{1,16}"
+_ANY = ".+"
+_NUMBER = "[+-]?[0-9]{1,99}|0[xX][0-9a-fA-F]{1,99}"
 # No fraction is finer than 1 ms: a short time must not become 0, which often means "never".
 _TIME = _NUMBER + r"|[+-]?[0-9]{1,10}(ms|(\.[0-9]{1,3})?[smh])"
 UNITS = {"ms": 1, "s": 1000, "m": 60000, "h": 3600000}  # ms
 
 
-def _time(least, meaning=int):
-    """A type: ms, as in FLoM, or a number with a unit."""
-    whole = _number(least, MOST, meaning)[1]
-
-    def convert(value):
-        number = value.rstrip("smh")
-        unit = UNITS.get(value[len(number):])
-        return whole(str(round(float(number) * unit)) if unit else value)
-    return _TIME, convert, f"{least} to {MOST} ms, or a time as 500ms 5s 1.5m 2h,"
+def _whole_number(text):
+    return int(text, 16 if "x" in text.lower() else 10)
 
 
-# The types of settings: the form of the text, what it means (None: it is wrong), what is allowed.
-_NAMES = [name.upper() for name in MODES + LONG_MODES]
+def _number(least, greatest, meaning=int):
+    def convert(text):
+        value = meaning(_whole_number(text))
+        return value if least <= value <= greatest else None
+    return Type("N", f"a number from {least} to {greatest}", _NUMBER, convert)
+
+
+def _cut_number(hint, greatest):
+    """A type for what goes to the kernel: FLoM takes any number, the kernel does not."""
+    return Type(hint, "a number", _NUMBER,
+                lambda text: min(max(1, _whole_number(text)), greatest))
+
+
+def _time(least, meaning=int, special=""):
+    """A type: ms as in FLoM, or a number with a unit."""
+    def convert(text):
+        number = text.rstrip("smh")
+        unit = UNITS.get(text[len(number):])
+        value = meaning(round(float(number) * unit) if unit else _whole_number(text))
+        if not least <= value <= MOST:
+            raise ValueError(f"from {least} to {MOST} ms")
+        return value
+    return Type("MS", f"a time (5000, 5s, 1m{special})", _TIME, convert)
+
+
+def _words(hint):
+    """A type of some words, as fail|wait."""
+    *others, last = hint.split("|")
+    return Type(hint, f"{', '.join(others)} or {last}", hint)
+
+
+def _path(text):
+    """A path as it is; a relative one needs a current directory."""
+    try:
+        os.path.abspath(text)
+    except OSError:
+        raise ValueError("an absolute path, and the current directory is gone")
+    return text
+
+
+def _socket_path(text):
+    absolute = os.path.abspath(_path(text))
+    return absolute if len(os.fsencode(absolute)) <= 107 else None  # as many as the kernel takes
+
+
+def _signal_number(text):
+    for number in signal.Signals:
+        if text.upper() in (number.name, number.name[len("SIG"):], str(int(number))):
+            return int(number)
+    return None
+
+
+def _resource_name(text):
+    return text if kind_of(text) and text != DEFAULT_RESOURCE else None
+
+
+_YES, _NO = "yes|y|true|1|on", "no|n|false|0|off"
+_MODE_NAMES = [name.upper() for name in MODES + LONG_MODES]
 TYPES = {
-    "text": (".+", str, "a text that is not empty"),
-    "flag": ("(?i)yes|y|true|1|on|no|n|false|0|off", lambda value: value.lower() in (
-        "yes", "y", "true", "1", "on"), "yes or no (y n true false 1 0 on off)"),
-    "name": (".+", lambda name: name if kind_of(name) and name != DEFAULT_RESOURCE else None,
-             f"NAME NAME[N] A.B.C /A/B _s_NAME[N] _S_NAME[N] _t_FORMAT[N], N from 1 to {MOST},"),
-    "mode": ("(?i)" + "|".join(_NAMES), lambda value: _NAMES.index(value.upper()) % len(MODES),
-             "one of " + " ".join(MODES + LONG_MODES)),
-    "socket": (".+", lambda value: os.path.abspath(value) if len(
-        os.fsencode(os.path.abspath(value))) < 108 else None, "a path of at most 107 bytes"),
-    "signal": (".+", lambda value: {word: int(s) for s in signal.Signals for word in (
-        s.name, s.name[3:], str(int(s)))}.get(value.upper()), "what --signal-list lists"),
-    "octal": ("0?[0-7]{3}", lambda value: int(value, 8), "an octal mode such as 0600"),
-    "policy": ("fair|first-fit", str, "fair or first-fit"),
-    "loss": ("warn|term|ignore", str, "warn, term or ignore"),
-    "deadlock": ("fail|wait|reuse", str, "fail, wait or reuse"), "any": _time(-MOST),
-    "ms": _time(0), "size": _time(0, abs), "port": _number(1, 65535),
-    "count": _number(1, MOST, lambda value: abs(value) or 1), "hops": _number(0, 255),
-    "units": _number(1, MOST, lambda value: value or 1), "number": _number(1, MOST),
-    "s": _number(1, 32767), "probes": _number(1, 127), "status": _number(0, 255)}
+    "file": Type("FILE", "a file name", _ANY, _path, os.path.abspath),
+    "folder": Type("DIR", "a directory name", _ANY, _path, os.path.abspath),
+    "socket": Type("PATH", "a path of at most 107 bytes", _ANY, _socket_path),
+    "host": Type("ADDRESS", "an address", _ANY),
+    "interface": Type("NAME", "the name of a network interface", _ANY),
+    "flag": Type("yes|no", "yes or no (y n true false 1 0 on off)", f"(?i){_YES}|{_NO}",
+                 lambda text: text.lower() in _YES.split("|"),
+                 lambda value: "yes" if value else "no"),
+    "name": Type("NAME", "a resource name (NAME NAME[N] A.B.C /A/B _s_NAME[N] _S_NAME[N] "
+                 f"_t_FORMAT[N]; N from 1 to {MOST})", _ANY, _resource_name),
+    "mode": Type("MODE", "a lock mode (" + " ".join(MODES + LONG_MODES) + ")",
+                 "(?i)" + "|".join(_MODE_NAMES),
+                 lambda text: _MODE_NAMES.index(text.upper()) % len(MODES), MODES.__getitem__),
+    "signal": Type("SIGNAL", "a signal that --signal-list lists", _ANY, _signal_number),
+    "octal": Type("MODE", "an octal mode such as 0600", "0?[0-7]{3}",
+                  lambda text: int(text, 8), "{:04o}".format),
+    "policy": _words("fair|first-fit"), "loss": _words("warn|term|ignore"),
+    "deadlock": _words("fail|wait|reuse"),
+    "wait": _time(-MOST, special="; -1 waits for ever, 0 does not wait"),
+    "life": _time(-MOST, special="; -1 is for ever, 0 starts no daemon"),
+    "ms": _time(0), "span": _time(0, abs),
+    "count": _number(1, MOST, lambda value: abs(value) or 1), "number": _number(1, MOST),
+    "units": _number(1, MOST, lambda value: value or 1),
+    "port": _number(1, 65535), "hops": _number(0, 255), "status": _number(0, 255),
+    "s": _cut_number("S", 32767), "probes": _cut_number("N", 127)}
 
 # One row for each setting, in the order of -V.  Users: c, options of flom.py; d, options of
 # flomd.py, handed on to a daemon that flom.py starts.
 _COLUMNS = "group key short long type default users help".split()
 SETTINGS = [types.SimpleNamespace(**dict(zip(_COLUMNS, (
     *path.split("/"), *(" " + options).split(" ")[-2:], *rest)))) for path, options, *rest in (
-    ("Trace/DaemonTraceFile", "t daemon-trace-file", "text", None, "cd", "log of the daemon"),
-    ("Trace/CommandTraceFile", "T command-trace-file", "text", None, "c", "log of this command"),
+    ("Trace/DaemonTraceFile", "t daemon-trace-file", "file", None, "cd", "log of the daemon"),
+    ("Trace/CommandTraceFile", "T command-trace-file", "file", None, "c", "log of this command"),
     ("Trace/AppendTraceFile", "append-trace-file", "flag", False, "cd", "append to the logs"),
     ("Trace/Verbose", "V verbose", "flag", False, "cd", "print settings and events"),
     ("Resource/Name", "r resource-name", "name", DEFAULT_RESOURCE, "c", "what to lock"),
-    ("Resource/Timeout", "o resource-timeout", "any", -1, "c", "ms to wait; 0: none, -1: for ever"),
+    ("Resource/Timeout", "o resource-timeout", "wait", -1, "c", "ms to wait; 0: no, -1: for ever"),
     ("Resource/Quantity", "q resource-quantity", "units", 1, "c", "units of a numeric resource"),
     ("Resource/LockMode", "l lock-mode", "mode", 5, "c", "NL CR CW PR PW EX"),
     ("Resource/Create", "e resource-create", "flag", True, "c", "create the resource"),
-    ("Resource/IdleLifespan", "i resource-idle-lifespan", "size", 0, "c", "ms to outlive users"),
+    ("Resource/IdleLifespan", "i resource-idle-lifespan", "span", 0, "c", "ms to outlive users"),
     ("Daemon/SocketName", "s socket-name", "socket", None, "cd", "UNIX socket of the daemon"),
-    ("Daemon/Lifespan", "d daemon-lifespan", "any", 5000, "cd", "ms unused; -1: ever, 0: no start"),
-    ("Daemon/UnicastAddress", "a unicast-address", "text", None, "cd", "of the daemon; or several"),
+    ("Daemon/Lifespan", "d daemon-lifespan", "life", 5000, "cd", "ms unused; -1: ever; 0: none"),
+    ("Daemon/UnicastAddress", "a unicast-address", "host", None, "cd", "of the daemon; or several"),
     ("Daemon/UnicastPort", "p unicast-port", "port", 28015, "cd", "TCP port of the daemon"),
-    ("Daemon/MulticastAddress", "A multicast-address", "text", None, "cd", "group of the daemon"),
+    ("Daemon/MulticastAddress", "A multicast-address", "host", None, "cd", "group of the daemon"),
     ("Daemon/MulticastPort", "P multicast-port", "port", 28015, "cd", "UDP port of the group"),
-    ("Daemon/MountPointVFS", "m mount-point-vfs", "text", None, "cd", "where its state is shown"),
+    ("Daemon/MountPointVFS", "m mount-point-vfs", "folder", None, "cd", "where its state is shown"),
     ("Monitor/IgnoredSignals", "ignore-signal", "signal", (), "c", "signal to ignore; repeatable"),
-    ("Network/NetworkInterface", "n network-interface", "text", None, "cd", "for multicast"),
+    ("Network/NetworkInterface", "n network-interface", "interface", None, "cd", "for multicast"),
     ("Network/DiscoveryAttempts", "D discovery-attempts", "count", 2, "cd", "number of questions"),
-    ("Network/DiscoveryTimeout", "I discovery-timeout", "size", 500, "cd", "ms for an answer"),
+    ("Network/DiscoveryTimeout", "I discovery-timeout", "span", 500, "cd", "ms for an answer"),
     ("Network/DiscoveryTTL", "discovery-ttl", "hops", 1, "cd", "hops that questions go"),
     ("Network/TcpKeepaliveTime", "tcp-keepalive-time", "s", 60, "cd", "s to the first probe"),
     ("Network/TcpKeepaliveIntvl", "tcp-keepalive-intvl", "s", 10, "cd", "s between probes"),
     ("Network/TcpKeepaliveProbes", "tcp-keepalive-probes", "probes", 6, "cd", "probes in vain"),
-    ("TLS/TlsCertificate", "tls-certificate", "text", None, "cd", "PEM file of the certificate"),
-    ("TLS/TlsPrivateKey", "tls-private-key", "text", None, "cd", "PEM file of its key"),
-    ("TLS/TlsCaCertificate", "tls-ca-certificate", "text", None, "cd", "PEM file of the CA"),
+    ("TLS/TlsCertificate", "tls-certificate", "file", None, "cd", "PEM file of the certificate"),
+    ("TLS/TlsPrivateKey", "tls-private-key", "file", None, "cd", "PEM file of its key"),
+    ("TLS/TlsCaCertificate", "tls-ca-certificate", "file", None, "cd", "PEM file of the CA"),
     ("TLS/TlsCheckPeerId", "tls-check-peer-id", "flag", False, "cd", "peer's CN is its id"),
     ("Daemon/SocketMode", "socket-mode", "octal", None, "d", "mode of the UNIX socket"),
     ("Daemon/Policy", "policy", "policy", "fair", "cd", "fair or first-fit"),
     ("Daemon/RecoveryWindow", "recovery-window", "ms", None, "cd", "ms for former holders"),
-    ("Daemon/StateDir", "state-dir", "text", None, "cd", "where it keeps its state"),
+    ("Daemon/StateDir", "state-dir", "folder", None, "cd", "where it keeps its state"),
     ("Daemon/AllowRemoteShutdown", "allow-remote-shutdown", "flag", False, "cd", "obey any host"),
     ("Daemon/MaxResources", "max-resources", "number", 1000000, "d", "limit of resources"),
     ("Monitor/OnLockLoss", "on-lock-loss", "loss", "warn", "c", "warn, term or ignore"),
@@ -281,6 +350,48 @@ SETTINGS = [types.SimpleNamespace(**dict(zip(_COLUMNS, (
 SWITCHES = ("Verbose", "AllowRemoteShutdown", "Quiet")  # options without a value
 
 
+SETTINGS_BY_PATH = {(setting.group, setting.key): setting for setting in SETTINGS}
+LONGEST_FILE = 1000000  # bytes; more are no settings
+
+# Files are read as GKeyFile reads them, which FLoM uses: blanks before a key and around the `=` do
+# not count, those at the end of a text do; `[de]` behind a key makes it another key.
+_BLANKS = " \t\f\r"
+_KEY_AND_VALUE = rf"([^][={_BLANKS}][^][=]*(?:\[[^][=]*\])?)[{_BLANKS}]*=[{_BLANKS}]*(.*)"
+_ESCAPED = {"s": " ", "n": "\n", "t": "\t", "r": "\r", "\\": "\\", ";": ";", "": ""}
+
+
+def settings_text(path, required):
+    """The text of a file of settings; raises OSError.
+
+    One that is not asked for must be a regular file: a FIFO or a device would make flom wait.
+    """
+    def opener(name, flags):
+        return os.open(name, flags if required else flags | os.O_NONBLOCK | os.O_NOCTTY)
+    with open(path, "rb", opener=opener) as file:
+        if not required and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        data = file.read(LONGEST_FILE + 1)
+    if len(data) > LONGEST_FILE:
+        raise OSError(errno.EFBIG, f"it is longer than {LONGEST_FILE} bytes")
+    return data.decode("utf-8", "surrogateescape")
+
+
+def _values_of(setting, text, folder):
+    """The texts that a value in a file stands for; a TLS file is looked for in `folder` first."""
+    if setting.default == ():
+        parts = re.findall(r"(?:[^\\;]|\\.?)+", text)
+        return [re.sub(r"\\([sntr\\;]|$)", _unescape, part) for part in parts]
+    if TYPES[setting.type].form != _ANY:
+        text = text.rstrip(_BLANKS)
+    text = re.sub(r"\\([sntr\\]|$)", _unescape, text)
+    beside = os.path.join(folder, text)
+    return [beside if setting.group == "TLS" and os.path.exists(beside) else text]
+
+
+def _unescape(found):
+    return _ESCAPED[found.group(1)]
+
+
 class Settings:
     """The settings by key, each with its origin; one that nobody has set has its default."""
 
@@ -292,43 +403,68 @@ class Settings:
         return self.values.get(key, self.defaults[key])
 
     def set(self, setting, texts, origin):
-        """Sets from texts (the last counts, all for a list); raises UsageError: origin and text."""
-        pattern, meaning, allowed = TYPES[setting.type]
-        values = [meaning(text) if re.fullmatch(pattern, text, re.ASCII | re.DOTALL) else None
-                  for text in texts]
-        if None in values:
-            raise UsageError(f"{origin}: {texts[values.index(None)]!r}: {allowed} is allowed")
+        """Sets from texts (the last counts, all for a list); raises UsageError: origin and text.
+
+        A signal that is unknown is a warning: FLoM says nothing of it.
+        """
+        values = []
+        for text in texts:
+            try:
+                values.append(TYPES[setting.type].read(text))
+            except ValueError as error:
+                message = f"{origin}: {text!r} is not {error}"
+                if setting.type != "signal":
+                    raise UsageError(message)
+                self.warnings.append(f"{message}; ignored")
         self.values[setting.key] = tuple(values) if setting.default == () else values[-1]
         self.origins[setting.key] = origin
 
-    def read_file(self, path, required=False):
-        """Takes over a file (FLoM's key file syntax; empty values are none); raises UsageError."""
-        try:
-            with open(path, encoding="utf-8", errors="surrogateescape") as file:
-                lines = file.read().split("\n")
-        except OSError as error:
-            if required or error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                raise UsageError(f"{path}: {error.strerror}")
-            return
-        group, known = None, {(setting.group, setting.key): setting for setting in SETTINGS}
-        for place, line in enumerate(lines, 1):
-            found = re.fullmatch(r"\[(.+)\]|([^=#]+?)\s*=\s*(.*)|#.*|", line.strip())
-            if not found:
-                raise UsageError(f"{path}:{place}: {line!r}: [Group] or Key=value is allowed")
-            group, key = found.group(1) or group, found.group(2)
-            origin = f"{path}:{place}: [{group}]/{key}"
-            if (group, key) in known and found.group(3):
-                self._set_line(known[group, key], found.group(3), origin, os.path.dirname(path))
-            elif key and (group, key) not in known:
-                self.warnings.append(f"{origin}: unknown key, ignored")
+    def take_options(self, options):
+        """Sets what a command line says, read by a parser with `add_settings`; UsageError."""
+        for setting in SETTINGS:
+            given = getattr(options, setting.key, None) or []
+            if given and setting.default == ():
+                self.set(setting, [text for _, text in given], given[-1][0])
+                continue
+            for option, text in given:
+                self.set(setting, [text], option)
 
-    def _set_line(self, setting, text, origin, folder):
-        parts = [part for part in text.split(";") if part] if setting.default == () else [text]
-        texts = [re.sub(r"\\([sntr\\])", lambda found: " \n\t\r\\"["sntr\\".index(found.group(1))],
-                        part) for part in parts]
-        if setting.key.startswith("Tls") and os.path.exists(os.path.join(folder, text)):
-            texts = [os.path.join(folder, text)]
-        self.set(setting, texts, origin)
+    def read_file(self, path, required=False):
+        """Takes over a file of settings, in the syntax of GKeyFile; raises UsageError.
+
+        One that is not required and cannot be read is a warning: HOME may be another user's.
+        """
+        group, folder = None, os.path.dirname(path)
+        try:
+            lines = settings_text(path, required).split("\n")
+        except OSError as error:
+            if required:
+                raise UsageError(f"{path}: {error.strerror}")
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                self.warnings.append(f"{path}: {error.strerror}; it is not read")
+            return
+        for number, line in enumerate(lines, 1):
+            group = self._take_line(line, group, f"{path}:{number}", folder)
+
+    def _take_line(self, line, group, place, folder):
+        """Takes over one line; returns the group that it belongs to."""
+        line = re.sub("\r$", "", line).lstrip(_BLANKS)
+        if not line or line.startswith("#"):
+            return group
+        head = re.fullmatch(r"\[([^][]+)\][ \t]*", line)
+        if head:
+            return head.group(1)
+        found = re.fullmatch(_KEY_AND_VALUE, line, re.DOTALL)
+        if not found:
+            raise UsageError(f"{place}: {line!r} is not [Group] or Key=value")
+        key, text = found.group(1).rstrip(_BLANKS), found.group(2)
+        origin = f"{place}: [{group or ''}]/{key}"
+        setting = SETTINGS_BY_PATH.get((group, key))
+        if not setting:
+            self.warnings.append(f"{origin}: unknown key, ignored")
+        elif text:  # an empty value is none
+            self.set(setting, _values_of(setting, text, folder), origin)
+        return group
 
     def lines(self):
         """The settings as -V prints them."""
@@ -340,11 +476,54 @@ class Settings:
             yield f"[{setting.group}]/{setting.key}={shown}"
 
 
+FILES = ("/etc/flom.conf", "/usr/local/etc/flom.conf", "~/.flom")
+TLS_FILES = ("TlsCertificate", "TlsPrivateKey", "TlsCaCertificate")
+
+
+def check_rules(settings, partners):
+    """Raises UsageError for settings that exclude or need each other.
+
+    `partners`: the keys of the addresses that do not go together with a socket.
+    """
+    origins, tls = settings.origins, [key for key in TLS_FILES if settings[key]]
+    for partner in partners:
+        if settings["SocketName"] and settings[partner]:
+            raise UsageError(f"{origins['SocketName']}: not together with {origins[partner]}: "
+                             "a daemon is local or in the network")
+    if tls and len(tls) < len(TLS_FILES):
+        raise UsageError(f"{origins[tls[0]]}: TLS wants all of --tls-certificate, "
+                         "--tls-private-key and --tls-ca-certificate")
+
+
+def put(text, stream):
+    """Writes lines, whatever the stream's encoding; only what is printable comes through.
+
+    No job ends because a stream is closed, broken or full: what is wrong with it is returned.
+    """
+    if not text.isprintable():
+        text = re.sub("[^\n\t]+", lambda part: visible(part.group()), text)
+    try:
+        if stream:
+            encoding = stream.encoding or "utf-8"
+            print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream,
+                  flush=True)
+    except OSError as error:
+        return error
+    return None
+
+
+def show(text):
+    """Writes a line that was asked for to stdout; raises UsageError when it cannot be written."""
+    error = put(text, sys.stdout)
+    if error:
+        raise UsageError(f"cannot write to stdout: {error.strerror}")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, with negative times, and with errors as UsageError."""
 
     def __init__(self, **options):
-        super().__init__(**options)
+        super().__init__(add_help=False, formatter_class=_format_help, **options)
         self._negative_number_matcher = re.compile("-[0-9.]+(ms|[smh])?$")
 
     def error(self, message):
@@ -354,6 +533,42 @@ class Parser(argparse.ArgumentParser):
         # allow_abbrev=False would break bundles such as -xV on Python 3.6 and 3.7.
         long = option_string.startswith("--")
         return [] if long else super()._get_option_tuples(option_string)
+
+
+def _format_help(prog):
+    return argparse.HelpFormatter(prog, 2, 32, 99)  # without a width it asks shutil
+
+
+class Print(argparse.Action):
+    """An option that shows a text, or the help, and ends the program."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        show(self.const or parser.format_help().rstrip("\n"))
+        parser.exit()
+
+
+class _Given(argparse.Action):
+    """An option of a setting: collects (option as it was typed, text)."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        given = getattr(namespace, self.dest) or []
+        text = self.const if self.nargs == 0 else values
+        setattr(namespace, self.dest, given + [(option_string, text)])
+
+
+def add_settings(parser, user):
+    """Gives a parser the options of the settings that concern a user, "c" or "d"."""
+    groups = {}
+    for setting in SETTINGS:
+        if user not in setting.users:
+            continue
+        if setting.group not in groups:
+            groups[setting.group] = parser.add_argument_group(setting.group)
+        shape = {"metavar": TYPES[setting.type].hint}
+        if setting.key in SWITCHES:
+            shape = {"nargs": 0, "const": "yes"}
+        groups[setting.group].add_argument(
+            *option_names(setting), dest=setting.key, action=_Given, help=setting.help, **shape)
 
 
 def option_names(setting):
@@ -471,9 +686,6 @@ def refusal(rc, reason, settings):
 # --- Options and settings -------------------------------------------------------------------------
 # The parser is made from SETTINGS.  argparse reads, Settings.set checks, so that a value is judged
 # alike on the command line, in a file and as a keyword.  Each setting knows where it comes from.
-FILES = ("/etc/flom.conf", "/usr/local/etc/flom.conf", "~/.flom")
-TLS_FILES = ("TlsCertificate", "TlsPrivateKey", "TlsCaCertificate")
-PATHS = TLS_FILES + ("DaemonTraceFile", "MountPointVFS", "StateDir")
 ACTION_OPTIONS = (  # names; action; name of its argument, if it has one; help
     ("-x --quiesce-exit", "quiesce", None, "stop the daemon when nobody uses it any more"),
     ("-X --immediate-exit", "immediate", None, "stop the daemon now"),
@@ -507,53 +719,35 @@ def read_arguments(arguments):
 
 
 def _parser():
-    parser = Parser(
-        prog="flom", usage="flom [OPTION]... [--] COMMAND [ARG]...", add_help=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 32, 99))  # else it asks shutil
-    other = parser.add_argument_group("Actions and reports")
-    other.add_argument("-c", "--config-file", metavar="FILE", help="read after the other files")
-    other.add_argument("-h", "--help", action="help", help="show this and end")
-    other.add_argument("-v", "--version", action="version", version=f"flom.py {VERSION}")
-    other.add_argument("--json", action="store_true", help="status as JSON")
-    other.add_argument("--watch", action="store_true", help="status, every second")
+    parser = Parser(prog="flom", usage="flom [OPTION]... [--] COMMAND [ARG]...")
+    add = parser.add_argument_group("Actions and reports").add_argument
+    add("-c", "--config-file", metavar="FILE", help="read after the other files")
+    add("-h", "--help", action=Print, nargs=0, help="show this and end")
+    add("-v", "--version", action=Print, nargs=0, const=f"flom.py {VERSION}",
+        help="show the version and end")
+    add("--json", action="store_true", help="status as JSON")
+    add("--watch", action="store_true", help="status, every second")
     for names, action, argument, text in ACTION_OPTIONS:
-        other.add_argument(*names.split(), dest="action", default="run", const=action, help=text,
-                           action=_Chosen, metavar=argument, nargs=None if argument else 0)
+        add(*names.split(), dest="action", default="run", const=action, action=_Chosen, help=text,
+            metavar=argument, nargs=None if argument else 0)
     parser.set_defaults(chosen=None, argument=None)
-    groups = collections.defaultdict(lambda: parser.add_argument_group(setting.group))
-    for setting in (setting for setting in SETTINGS if "c" in setting.users):
-        shape = ({"action": "append_const", "const": "yes"} if setting.key in SWITCHES else
-                 {"action": "append", "metavar": setting.type.upper()})
-        groups[setting.group].add_argument(*option_names(setting), dest=setting.key,
-                                           help=setting.help, **shape)
+    add_settings(parser, "c")
     parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
 
-def read_settings(settings, given, files=FILES, extra=None):
-    """Fills `settings` from files and from `given`, [(setting, texts, origin)]; UsageError."""
-    for path in files:
-        settings.read_file(os.path.expanduser(path))
-    if extra is not None:
-        settings.read_file(extra, required=True)
-    for setting, texts, origin in given:
-        settings.set(setting, texts, origin)
-    origins, tls = settings.origins, [key for key in TLS_FILES if settings[key]]
-    for partner in ("UnicastAddress", "MulticastAddress"):
-        if settings["SocketName"] and settings[partner]:
-            raise UsageError(f"{origins['SocketName']}: not together with {origins[partner]}: "
-                             "a daemon is local or in the network")
-    if len(tls) in (1, 2):
-        raise UsageError(f"{origins[tls[0]]}: TLS wants all of --tls-certificate, "
-                         "--tls-private-key and --tls-ca-certificate")
-    return settings
-
-
 def option_settings(options, settings):
-    """Settings from the files and the command line."""
-    return read_settings(settings, [
-        (setting, getattr(options, setting.key), "/".join(option_names(setting)))
-        for setting in SETTINGS if getattr(options, setting.key, None)], extra=options.config_file)
+    """Fills `settings` from the files and the command line; raises UsageError."""
+    for path in FILES:
+        settings.read_file(os.path.expanduser(path))
+    if options.config_file is not None:
+        settings.read_file(options.config_file, required=True)
+    settings.take_options(options)
+
+
+def check_settings(settings):
+    """Raises UsageError for settings that contradict each other."""
+    check_rules(settings, ("UnicastAddress", "MulticastAddress"))
 
 
 def keyword_settings(keywords, files):
@@ -562,31 +756,14 @@ def keyword_settings(keywords, files):
     unknown = ", ".join(keywords.keys() - rows.keys())
     if unknown:
         raise TypeError(f"Lock() has no setting {unknown}")
-    return read_settings(Settings(), [(rows[word], [str(value)], f"{word}=") for word, value
-                                      in keywords.items() if value is not None], files)
-
-
-def put(text, stream):
-    """Writes lines, whatever the stream's encoding; only what is printable comes through.
-
-    No job ends because a stream is closed, broken or full: what is wrong with it is returned.
-    """
-    if not text.isprintable():
-        text = re.sub("[^\n\t]+", lambda part: visible(part.group()), text)
-    try:
-        if stream:
-            encoding = stream.encoding or "utf-8"
-            print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream,
-                  flush=True)
-    except OSError as error:
-        return error
-
-
-def show(text):
-    """Writes a line that was asked for to stdout; raises UsageError when it cannot be written."""
-    error = put(text, sys.stdout)
-    if error:
-        raise UsageError(f"cannot write to stdout: {error.strerror}")
+    settings = Settings()
+    for path in files:
+        settings.read_file(os.path.expanduser(path))
+    for word, value in keywords.items():
+        if value is not None:
+            settings.set(rows[word], [str(value)], f"{word}=")
+    check_settings(settings)
+    return settings
 
 
 class Diary:
@@ -650,8 +827,8 @@ def interface_index(settings):
     try:
         return socket.if_nametoindex(name) if name else 0
     except OSError:
-        raise UsageError(f"{settings.origins['NetworkInterface']}: {name!r}: "
-                         "the name of a network interface of this host is allowed")
+        raise UsageError(f"{settings.origins['NetworkInterface']}: {name!r} is not "
+                         "a network interface of this host")
 
 
 def resolve(host, port, kind, scope, flags=0):
@@ -671,8 +848,8 @@ def discovering(settings, diary):
     family, group = resolve(name, settings["MulticastPort"], socket.SOCK_DGRAM, index)[0]
     six, first = family == socket.AF_INET6, socket.inet_pton(family, group[0].partition("%")[0])[0]
     if not (first == 0xFF if six else 224 <= first < 240):
-        raise UsageError(f"{settings.origins['MulticastAddress']}: {name!r}: "
-                         "224.0.0.0 to 239.255.255.255 or ff00::/8 is allowed")
+        raise UsageError(f"{settings.origins['MulticastAddress']}: {name!r} is not "
+                         "a multicast group (224.0.0.0 to 239.255.255.255, ff00::/8)")
     name = f"{name}/{settings['MulticastPort']}"
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as asker:
@@ -746,10 +923,7 @@ def daemon_options(settings, recovering):
     for setting in SETTINGS:
         if "d" in setting.users and setting.key in values and setting.key not in SWITCHES:
             value = values[setting.key]
-            text = (os.path.abspath(value) if setting.key in PATHS else
-                    f"{value:04o}" if setting.type == "octal" else
-                    ("no", "yes")[value] if setting.type == "flag" else value)
-            yield f"--{setting.long}={text}"
+            yield f"--{setting.long}={TYPES[setting.type].write(value)}"
     yield from ["--allow-remote-shutdown"] * settings["AllowRemoteShutdown"]
 
 
@@ -2019,7 +2193,8 @@ def check_configuration(options, settings):
             problems.append(str(error))
     settings.set = functools.partial(attempt, set_value)  # goes on where it would stop
     settings.read_file = functools.partial(attempt, read_file)
-    for check in (functools.partial(option_settings, options), interface_index, tls_context):
+    attempt(option_settings, options, settings)
+    for check in (check_settings, interface_index, tls_context):
         attempt(check, settings)
     for line in problems + settings.warnings:
         put(f"flom: {line}", sys.stderr)
@@ -2100,6 +2275,17 @@ def main():
     os._exit(status)  # whatever has been printed is flushed
 
 
+def prepare(options, settings):
+    """Reads the settings, shows them with -V, and only then checks how they go together."""
+    option_settings(options, settings)
+    for warning in settings.warnings:
+        put(f"flom: warning: {warning}", sys.stderr)
+    if settings["Verbose"]:
+        put("\n".join(settings.lines()), sys.stdout)
+    check_settings(settings)
+    interface_index(settings)
+
+
 def run():
     """Runs flom with the arguments of this process; returns its exit status, None for 0."""
     started, settings = clock(), Settings()
@@ -2111,12 +2297,7 @@ def run():
         options = read_arguments(sys.argv[1:])
         options.started = started
         if options.action != "check":
-            option_settings(options, settings)
-            interface_index(settings)
-        for warning in settings.warnings:
-            put(f"flom: warning: {warning}", sys.stderr)
-        if settings["Verbose"]:
-            put("\n".join(settings.lines()), sys.stdout)
+            prepare(options, settings)
         return ACTIONS[options.action](options, settings)
     except LockError as error:
         put(f"{error.prefix}{error}", sys.stderr)

@@ -13,15 +13,15 @@ from test_settings import VERBOSE
 from world import FLOM_PY, read
 
 BAD = {  # for each type of setting, texts that are wrong
-    "text": [""], "flag": ["", "maybe", "2"],
+    "file": [""], "folder": [""], "host": [""], "interface": [""], "flag": ["", "maybe", "2"],
     "name": ["", "a b", "_x", "_RESOURCE", "/", "a[2147483648]"],
-    "mode": ["", "XX", "5"], "socket": ["", "/" + "x" * 107], "signal": ["", "SIGNO", "0", "99"],
+    "mode": ["", "XX", "5"], "socket": ["", "/" + "x" * 107], "signal": [],
     "octal": ["", "9", "rw"], "policy": ["", "best"], "loss": ["", "kill"], "deadlock": ["", "no"],
-    "any": ["", "x", "5x", "1.5", "5 s", "597h", "2147483648", "-2147483648"],
-    "ms": ["", "x", "-1", "2147483648"],
-    "size": ["", "x", "0x", "2147483648"], "port": ["", "0", "65536", "-1", "http"],
+    "wait": ["", "x", "5x", "1.5", "5 s", "597h", "2147483648", "-2147483648"],
+    "life": ["", "x", "5x"], "ms": ["", "x", "-1", "2147483648"],
+    "span": ["", "x", "0x", "2147483648"], "port": ["", "0", "65536", "-1", "http"],
     "count": ["", "x", "2147483648"], "hops": ["", "-1", "256"], "units": ["", "-1", "2147483648"],
-    "number": ["", "0", "-1"], "s": ["", "0", "-1", "32768"], "probes": ["", "0", "128"],
+    "number": ["", "0", "-1"], "s": ["", "x"], "probes": ["", "x"],
     "status": ["", "-1", "256"]}
 CLIENTS = [setting for setting in flom.SETTINGS if "c" in setting.users]
 VALUED = [setting for setting in CLIENTS if setting.key not in flom.SWITCHES]
@@ -82,10 +82,10 @@ def is_usage_error(result, *words):
 def test_a_bad_value_names_option_value_and_what_is_allowed(run, setting, text):
     command = ["--", "touch", "ran"]
     assert is_usage_error(run(f"--{setting.long}={text}", *command),
-                          f"--{setting.long}: {text!r}: ", " is allowed")
+                          f"flom: --{setting.long}: {text!r} is not ")
     if setting.short and text:
-        assert is_usage_error(run(f"-{setting.short}", text, *command), f"-{setting.short}/--",
-                              repr(text), " is allowed")
+        assert is_usage_error(run(f"-{setting.short}", text, *command),
+                              f"flom: -{setting.short}: {text!r} is not ")
     assert not os.path.exists("ran")
 
 
@@ -98,7 +98,7 @@ def test_a_bad_value_in_a_file_names_file_line_and_key(run, setting, text):
     with open(".flom", "w") as file:
         file.write("[Resource]\nName=fine\n")
     assert is_usage_error(run("-c", "conf", "--", "touch", "ran"),
-                          f"conf:3: [{setting.group}]/{setting.key}: {text!r}: ", " is allowed")
+                          f"conf:3: [{setting.group}]/{setting.key}: {text!r} is not ")
     os.rename("conf", ".flom")
     assert is_usage_error(run("--", "touch", "ran"), f"{os.getcwd()}/.flom:3: ", repr(text))
     assert not os.path.exists("ran")
@@ -114,15 +114,17 @@ WRONG = [
     (["-o"], "-o"), (["--resource-name"], "--resource-name"), (["-c"], "-c"),
     (["-c", "none", "--", "true"], "none: No such file or directory"),
     (["-c", "", "--", "true"], ""),
-    (["-s", "/tmp/x", "-a", "127.0.0.1", "--", "true"], "-s/--socket-name", "-a/--unicast-address"),
-    (["-A", "239.255.0.1", "-s", "/tmp/x", "--", "true"], "-s/--socket-name", "-A/--multicast"),
-    (["-n", "nosuch0", "--", "true"], "-n/--network-interface", "'nosuch0'"),
+    (["-s", "/tmp/x", "-a", "127.0.0.1", "--", "true"], "-s: not together with -a"),
+    (["-A", "239.255.0.1", "-s", "/tmp/x", "--", "true"], "-s: not together with -A"),
+    (["-n", "nosuch0", "--", "true"], "-n: 'nosuch0' is not"),
     (["--tls-certificate", "/x", "--", "true"], "--tls-certificate", "--tls-private-key"),
     (["--tls-private-key=/x", "--tls-ca-certificate=/y", "--", "true"], "--tls-"),
     (["-x", "true"], "-x: 'true' is not run"), (["--status", "--", "ls"], "--status", "'ls'"),
     (["--unique-id", "-V", "ls", "-l"], "--unique-id: 'ls'"), (["--json", "ls"], "--json: 'ls'"),
     (["--evict", "0123456789abcdef", "ls"], "--evict: 'ls'"), (["--evict"], "--evict"),
-    (["-q", "5", "-q", "x", "--", "true"], "-q/--resource-quantity", "'x'"),
+    (["-q", "5", "-q", "x", "--", "true"], "-q: 'x' is not a number from 1 to 2147483647"),
+    (["-o5x", "ls"], "-o: '5x' is not a time (5000, 5s, 1m; -1 waits for ever, 0 does not wait)\n"),
+    (["-o", "597h", "ls"], "-o: '597h' is not from -2147483647 to 2147483647 ms\n"),
 ]
 
 
@@ -134,7 +136,7 @@ def test_wrong_command_lines(run, argv):
 @pytest.mark.parametrize("group", ["10.0.0.1", "::1", "127.0.0.1", "255.255.255.255"])
 def test_what_is_no_group(box, group):
     done = box.run("-A", group, "--", "echo", "x", address=())
-    assert is_usage_error(done, "-A/--multicast-address", repr(group))
+    assert is_usage_error(done, f"-A: {group!r} is not ")
 
 
 @pytest.mark.parametrize("first, second", [("~", "-c"), ("~", "argv"), ("-c", "argv")])
@@ -358,5 +360,5 @@ def test_verbose_tells_who_is_waited_for(box):
 
 def test_ignored_options_warn_with_verbose(box):
     done = box.run("-V", "-r", "R1", "-q", "2", "--", "true")
-    assert done.status == 0 and "-q/--resource-quantity" in done.err
+    assert done.status == 0 and "-q: " in done.err
     assert box.run("-r", "R1", "-q", "2", "--", "true") == (0, "", "")

@@ -285,8 +285,8 @@ def test_values_are_completed(box, shell):
     found = complete(box, shell, [
         "flom -l ", "flom -Vl ", "flom --lock-mode=Ex", "flom --ignore-signal SIGTER", "flom -n ",
         f"flom -c {path[:-3]}", f"flom --state-dir {box.path('a.f')}", "flom -o ",
-        "flom --on-lock-loss ", "flom --deadlock ", "flom --progress ", "flom --policy ", "flom -e ",
-        "flomd --log sy", "flomd --log-level ", f"flomd -f --pid-file {path[:-3]}"])
+        "flom --on-lock-loss ", "flom --deadlock ", "flom --progress ", "flom --policy ",
+        "flom -e ", "flomd --log sy", "flomd --log-level ", f"flomd -f --pid-file {path[:-3]}"])
     loopback = {name for _, name in socket.if_nameindex()}
     assert [found[line] for line in sorted(found)] == [words for _, words in sorted({
         "flom -l ": MODES, "flom -Vl ": MODES, "flom -n ": loopback, "flom -o ": set(),

@@ -178,7 +178,7 @@ def test_a_pid_file_that_cannot_be_written(box):
     wait_until(lambda: not box.daemons())
 
 
-USAGE = [(["-d", "x"], "-d/--daemon-lifespan", "'x'"), (["-p", "0"], "-p/--unicast-port", "'0'"),
+USAGE = [(["-d", "x"], "-d: ", "'x'"), (["-p", "0"], "-p: ", "'0'"),
          (["--policy", "best"], "--policy", "'best'"),
          (["--socket-mode", "9"], "--socket-mode", "'9'"),
          (["--nonsense"], "--nonsense", ""), (["word"], "word", ""),

@@ -459,8 +459,8 @@ def test_check_config(box):
     assert (done.status, done.out) == (99, "")
     lines = done.err.splitlines()
     assert all(line.startswith("flom: ") for line in lines)
-    for text in (f"{user}:2: [Resource]/Timeout: 'soon': ", f"{user}:5: 'nonsense': ",
-                 f"{more}:6: [Network]/DiscoveryTTL: '999': ", "-l/--lock-mode: 'XX': ",
+    for text in (f"{user}:2: [Resource]/Timeout: 'soon' is not ", f"{user}:5: 'nonsense' is not ",
+                 f"{more}:6: [Network]/DiscoveryTTL: '999' is not ", "-l: 'XX' is not ",
                  f"{user}:3: [Resource]/Colour: unknown key", f"{more}:3: [Daemon]/SocketName"):
         assert [line for line in lines if text in line], (text, lines)
     box.write(".flom", "[Resource]\nColour=red\n")
