@@ -1930,8 +1930,9 @@ class Command:
         self._hold_until = clock() + self.lock.settings["MinHold"] / 1000
         self.signals.block()
         self._start()
+        date = self._watch_lock()
         while not self._is_over():
-            date, had_ended = self._watch_lock(), self.status is not None
+            had_ended = self.status is not None
             number, passed = self.signals.wait(min(date, self._date()) - clock())
             stopped = self._reap()
             self._obey(number, passed, had_ended)
@@ -1939,6 +1940,7 @@ class Command:
                 self.signals.stop_with(self.pid)
             elif number == signal.SIGTSTP:
                 self.signals.stop()
+            date = self._watch_lock()
         return self._flom_status()
 
     def _start(self):
@@ -1984,6 +1986,8 @@ class Command:
             self.killed_by = os.WTERMSIG(status)
         else:
             self.failure = os.read(self._report, 999).decode()
+        if self._loss:
+            self._loss.hurry()  # the answer to a reclaim may have come
         return False
 
     def _obey(self, number, passed, had_ended):
@@ -2057,9 +2061,6 @@ class Command:
         if self.failure:
             put(f"flom: cannot execute {self.argv[0]!r}: {self.failure}", sys.stderr)
             return NOT_RUN
-        if self._loss:
-            self._loss.hurry()
-        self._watch_lock()  # the daemon's end, or the answer to a reclaim, may have come
         if not self._loss:
             return self.status
         self._loss.tell_lost()

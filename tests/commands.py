@@ -17,8 +17,8 @@ COUNTER = """\
 import os, signal, sys
 file = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK)
 signal.set_wakeup_fd(file)
-for name in "TERM INT HUP QUIT USR1 USR2 TSTP CONT".split():
-    signal.signal(getattr(signal, "SIG" + name), lambda *_: None)
+for number in {*range(1, 32), *range(signal.SIGRTMIN, signal.SIGRTMAX + 1)} - {9, 17, 19}:
+    signal.signal(number, lambda *_: None)
 os.write(file, b"\\0")
 open(sys.argv[2]).close()
 os.write(file, b"\\xff")
@@ -125,6 +125,11 @@ def driven(box, code, *args, **options):
 def driven_daemon(box, code, *args, **options):
     """Starts a daemon as Box.daemon does, after this Python code."""
     return box.daemon(*args, program=("-c", DAEMON_DRIVER, code), **options)
+
+
+def pipeline(gate):
+    """A shell that runs a gate's command in a pipeline, which TERM to the shell does not end."""
+    return ["/bin/sh", "-c", '"$@" | cat', "sh", *gate.command]
 
 
 def pending(pid, number):

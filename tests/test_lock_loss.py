@@ -8,6 +8,7 @@ import json
 import os
 import re
 import selectors
+import shlex
 import signal
 import socket
 import threading
@@ -15,9 +16,9 @@ import time
 
 import flom
 import pytest
-from commands import count, driven
+from commands import Counter, count, driven
 from fakes import FlomClient
-from world import endpoint, free_port, read, wait_until
+from world import FLOM, PYTHON, endpoint, free_port, read, wait_until
 
 ALONE = ("-d", "0")  # no client starts a daemon
 
@@ -91,6 +92,88 @@ def test_a_daemon_that_does_not_come_back(box):
     assert ignoring.end() == (0, "", "")
     assert all(is_told(client, name, box.socket) for client, name in runs)
     assert "kill end" not in box.events() and "warn end" in box.events()
+
+
+def test_a_daemon_that_comes_back_late(box):
+    """What was told is taken back, and the status is the command's."""
+    daemon = box.daemon()
+    holder, gate = box.hold("a", "-r", "R1", *ALONE)
+    before = holders_of(box)
+    box.kill(daemon.pid)
+    assert is_in_trouble(holder, "R1", box.socket)
+    box.daemon()
+    wait_until(lambda: holders_of(box) == before and holder.err.count("\n") == 2)
+    gate.open()
+    status, out, err = holder.end()
+    assert (status, out) == (0, "") and err.splitlines()[1] == "flom: the lock on R1 is held again"
+
+
+def test_a_daemon_that_vanishes_while_min_hold_keeps_the_lock(box):
+    """It is watched, and reclaimed, to the end of that time."""
+    box.daemon()
+    holder = box.flom("-d", "-1", "--min-hold", "60000", "--", *box.note("a"))
+    wait_until(lambda: box.events() == ["a"] and len(box.running()) == 2)
+    before = holders_of(box)
+    box.kill(box.the_daemon())
+    wait_until(lambda: box.daemons() and holders_of(box) == before)
+    assert box.run("-o", "0", "--", "true").status == 98
+    holder.send_signal(signal.SIGTERM)
+    assert holder.end() == (0, "", "")
+
+
+def test_min_hold_of_a_lock_that_others_have(box):
+    """There is nothing left to hold: flom ends, and says so."""
+    daemon = box.daemon()
+    holder = box.flom(*ALONE, "--min-hold", "60000", "--", *box.note("a"))
+    wait_until(lambda: box.events() == ["a"] and len(box.running()) == 2)
+    holder.send_signal(signal.SIGSTOP)
+    box.kill(daemon.pid)
+    box.daemon("--recovery-window", "0")
+    newcomer, gate = box.hold("b")
+    holder.send_signal(signal.SIGCONT)
+    assert holder.end().status == 95 and is_told(holder, "_RESOURCE", "granted to others since")
+    gate.open()
+    assert newcomer.end() == (0, "", "")
+
+
+def test_term_ends_all_of_a_command(box):
+    """Whatever it has become, and whatever it does about TERM, nothing of it runs in the end."""
+    daemon, last = box.daemon(), stubborn(box, "last")
+    counter = Counter(box, "counter")
+    script = '"$0" "$@" | cat & read _ <' + box.gate("never").fifo
+    options = (*ALONE, "--on-lock-loss", "term", "--kill-after", "300")
+    holder = box.flom(*options, "--", "/bin/sh", "-c", f"{script_of(last)} & {script}",
+                      *counter.command)
+    counter.wait()
+    last.wait()
+    box.kill(daemon.pid)
+    assert holder.end().status == 95 and is_told(holder, "_RESOURCE", box.socket)
+    assert box.running() == {} and counter.signals() == [signal.SIGTERM]
+    assert "last end" not in box.events()
+
+
+def script_of(gate):
+    return " ".join(map(shlex.quote, gate.command))
+
+
+def test_term_reaches_the_command_of_a_nested_flom_once(box):
+    """From its own flom, which holds another lock until that command has ended."""
+    daemon, other = box.daemon(), ("-s", box.path("other"))
+    box.daemon(address=other)
+    counter = Counter(box, "a")
+    inner = [*PYTHON, FLOM, *other, "--"]
+    holder = box.flom(*ALONE, "--on-lock-loss", "term", "--kill-after", "60000", "--", *inner,
+                      *counter.command)
+    counter.wait()
+    box.kill(daemon.pid)
+    wait_until(counter.signals)
+    holder.send_signal(signal.SIGUSR1)
+    wait_until(lambda: len(counter.signals()) == 2)
+    assert box.run("-o", "0", "--", "true", address=other).status == 98
+    counter.open()
+    assert holder.end().status == 95
+    assert counter.signals() == [signal.SIGTERM, signal.SIGUSR1]
+    assert box.run("-o", "0", "--", "true", address=other).status == 0
 
 
 def test_whatever_fails_while_a_lock_is_reclaimed(box):

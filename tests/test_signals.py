@@ -4,10 +4,12 @@ Whom they reach, how often, flom's status, and that no other command runs under 
 """
 import os
 import re
+import shutil
 import signal
+import sys
 
 import pytest
-from commands import Counter, Terminal, count, driven, pending, state
+from commands import Counter, Terminal, count, driven, pending, pipeline, state
 from world import FLOM, PYTHON, comm, read, wait_until
 
 SIX = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1,
@@ -107,6 +109,101 @@ def test_a_command_that_a_signal_ends(box):
         assert box.run("-r", NAMES[number], "-o", "0", "--", "true").status == 0
 
 
+def test_every_signal_that_would_end_flom(box):
+    """It is passed on; not PIPE and XFSZ, which Python ignores, and not faults of flom itself."""
+    flom, counter = count(box, "a")
+    others = "ALRM VTALRM PROF XCPU PWR IO ABRT RTMIN RTMAX".split()
+    stack_fault = 16  # without a name before Python 3.11
+    expected = []
+    for number in [signal.Signals["SIG" + name] for name in others] + [stack_fault]:
+        flom.send_signal(number)
+        expected.append(number)
+        wait_until(lambda: counter.signals() == expected)
+    counter.open()
+    assert flom.end() == (0, "", "")
+
+
+def test_an_alarm_that_was_set_before(box):
+    """As some set a limit: perl -e 'alarm 1; exec @ARGV' flom ...; it reaches the command."""
+    counter = Counter(box, "a")
+    flom = box.flom("--", *counter.command, preexec_fn=lambda: signal.alarm(1))
+    wait_until(lambda: counter.signals() == [signal.SIGALRM] or flom.poll() is not None)
+    counter.open()
+    assert flom.end() == (0, "", "")
+
+
+# What is left of a command that a signal killed
+
+def test_a_pipeline_whose_shell_is_killed(box):
+    """The lock is held until the last of it has ended."""
+    gate = box.gate("a")
+    flom = box.flom("--", *pipeline(gate))
+    gate.wait()
+    waiter = box.waiter("--", *box.note("b"))
+    flom.send_signal(signal.SIGTERM)
+    wait_until(lambda: not any("| cat" in line and FLOM not in line
+                               for line in box.running().values()))
+    assert box.run("-o", "0", "--", "true").status == 98
+    gate.open()
+    assert flom.end() == (143, "", "")
+    assert waiter.end().status == 0 and box.events() == ["a start", "a end", "b"]
+
+
+def test_a_pipeline_whose_daemon_vanishes_after_its_shell_was_killed(box):
+    """The lock is reclaimed as while the command runs."""
+    gate, daemon = box.gate("a"), box.daemon()
+    flom = box.flom("-d", "-1", "--", *pipeline(gate))
+    gate.wait()
+    flom.send_signal(signal.SIGTERM)
+    wait_until(lambda: not any("| cat" in line and FLOM not in line
+                               for line in box.running().values()))
+    box.kill(daemon.pid)
+    assert box.run("-d", "-1", "-o", "0", "--", "true").status == 98
+    gate.open()
+    assert flom.end() == (143, "", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
+def test_a_second_signal_ends_flom_at_once(box, number):
+    """With the status of the command, and without the lock; what is left runs on."""
+    gate = box.gate("a")
+    flom = box.flom("--", *pipeline(gate))
+    gate.wait()
+    flom.send_signal(signal.SIGUSR1)
+    wait_until(lambda: not any("| cat" in line and FLOM not in line
+                               for line in box.running().values()))
+    flom.send_signal(signal.SIGUSR2)
+    assert box.run("-o", "0", "--", "true").status == 98
+    flom.send_signal(number)
+    assert flom.end() == (128 + signal.SIGUSR1, "", "")
+    assert box.run("-o", "0", "--", "true").status == 0
+    gate.open()
+
+
+def test_a_pipeline_without_what_it_would_inherit(box):
+    gate = box.gate("a")
+    flom = box.flom("--inherit-connection", "no", "--", *pipeline(gate))
+    gate.wait()
+    flom.send_signal(signal.SIGTERM)
+    assert flom.end() == (143, "", "")
+    assert box.run("-o", "0", "--", "true").status == 0
+    gate.open()
+
+
+def test_a_pipeline_that_a_signal_to_its_group_ends(box):
+    """The signal that came with the command's end does not count as a second one."""
+    gate = box.gate("a")
+    gate.command[2] = "trap '' TERM; " + gate.command[2]
+    flom = box.flom("--", *pipeline(gate), preexec_fn=os.setpgrp)
+    gate.wait()
+    os.killpg(flom.pid, signal.SIGTERM)
+    wait_until(lambda: not any("| cat" in line and FLOM not in line
+                               for line in box.running().values()))
+    assert box.run("-o", "0", "--", "true").status == 98
+    gate.open()
+    assert flom.end() == (143, "", "")
+
+
 def test_many_signals_in_a_row(box):
     """None is lost, none comes twice, in whatever order they are sent."""
     flom, counter = count(box, "a")
@@ -150,6 +247,19 @@ def test_a_stopped_flom_keeps_its_lock(box):
     flom.send_signal(signal.SIGCONT)
     assert flom.end() == (0, "", "")
     assert box.run("-o", "0", "--", "true").status == 0
+
+
+def test_stop_and_continue_while_the_lock_is_held_on(box):
+    flom = box.flom("--min-hold", "60000", "--", *box.note("a"), preexec_fn=os.setpgrp)
+    wait_until(lambda: box.events() == ["a"] and len(box.running()) == 2)
+    for _ in range(2):
+        flom.send_signal(signal.SIGTSTP)
+        wait_until(lambda: state(flom.pid) == "T")
+        assert box.run("-o", "0", "--", "true").status == 98
+        flom.send_signal(signal.SIGCONT)
+        wait_until(lambda: state(flom.pid) != "T")
+    flom.send_signal(signal.SIGTERM)
+    assert flom.end() == (0, "", "")
 
 
 # --ignore-signal
@@ -311,6 +421,61 @@ def test_typed_stop_then_continue(box, terminal):
     assert box.events() == ["a start", "a end"]
 
 
+# As an interactive shell does: it gives the terminal to a group of its own, and stops itself.
+SUSPENDING = """\
+import os, signal, sys
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+os.setpgid(0, 0)
+os.tcsetpgrp(0, os.getpid())
+for word in sys.argv[2:]:
+    os.kill(os.getpid(), getattr(signal, word))
+    while os.tcgetpgrp(0) != os.getpgrp():
+        pass
+    with open(sys.argv[1], "a") as log:
+        log.write("has the terminal\\n")
+"""
+
+
+@pytest.mark.parametrize("nested, words", [
+    (False, ["SIGSTOP", "SIGTSTP", "SIGSTOP"]), (True, ["SIGSTOP"])])
+def test_a_command_that_suspends_itself(box, terminal, nested, words):
+    """Whoever waits for flom sees it stopped, and has the terminal; continued, the command has.
+
+    (In a nested one each CONT to the group arrives twice, which a second stop might meet.)
+    """
+    command = [sys.executable, "-I", "-S", "-c", SUSPENDING, box.log, *words]
+    inner = [*PYTHON, FLOM, *box.address, "-r", "b", "--"] if nested else []
+    one = terminal(inner + command)
+    for times in range(1, len(words) + 1):
+        wait_until(lambda: one.events()[1:] == ["stopped"] * times)
+        assert len(box.events()) == times - 1
+        one.orders.open()
+    assert one.process.end().status == 0 and one.events()[-1] == "status 0"
+    assert box.events() == ["has the terminal"] * len(words)
+
+
+def test_a_command_that_suspends_itself_where_nobody_could_continue_it(box, terminal):
+    """flom leads the session: it goes on, and so does the command."""
+    command = [sys.executable, "-I", "-S", "-c", SUSPENDING, box.log, "SIGSTOP", "SIGSTOP"]
+    one = terminal(command, shell=False)
+    assert one.process.end().status == 0
+    assert box.events() == ["has the terminal"] * 2
+
+
+def test_a_command_that_is_stopped_without_a_terminal(box):
+    """Who stops it will continue it, not flom."""
+    flom, counter = count(box, "a", preexec_fn=os.setpgrp)
+    os.kill(counter.pid(), signal.SIGSTOP)
+    wait_until(lambda: state(counter.pid()) == "T")
+    flom.send_signal(signal.SIGUSR1)
+    wait_until(lambda: pending(counter.pid(), signal.SIGUSR1))
+    assert state(flom.pid) != "T"
+    os.kill(counter.pid(), signal.SIGCONT)
+    wait_until(lambda: sorted(counter.signals()) == [signal.SIGUSR1, signal.SIGCONT])
+    counter.open()
+    assert flom.end() == (0, "", "")
+
+
 @pytest.mark.parametrize("shell", [True, False], ids=["under a shell", "leading the session"])
 def test_hang_up(box, terminal, shell):
     """The command gets HUP once, whoever leads the session: the system tells only the leader,
@@ -326,3 +491,84 @@ def test_hang_up(box, terminal, shell):
     wait_until(lambda: "flom" not in map(comm, box.running()))
     assert counter.signals().count(signal.SIGHUP) == 1
     assert box.run("-o", "0", "--", "true").status == 0
+
+
+# Process 1 of a container
+
+@pytest.fixture
+def container(box):
+    """container(words, …): flom as process 1 of a namespace of processes; its pid as `first`."""
+    unshare = ["unshare", "--pid", "--fork", "--mount-proc"]
+    unshare += [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    tried = box.start(*unshare, "true").end() if shutil.which("unshare") else None
+    if not tried or tried.status:
+        lack = f"namespaces of processes cannot be had: {tried and tried.err}"
+        (pytest.fail if os.environ.get("FLOM_REQUIRE_NETNS") == "1" else pytest.skip)(lack)
+    box.daemon()
+
+    def make(*words):
+        made = box.start(*unshare, *PYTHON, FLOM, *box.address, *words)
+        wait_until(lambda: made.poll() is not None or children(box, made.pid))
+        made.first, = children(box, made.pid)
+        return made
+
+    return make
+
+
+def children(box, parent):
+    """The processes of a box that a process has started."""
+    def parent_of(pid):
+        try:
+            return int(read(f"/proc/{pid}/stat").rpartition(")")[2].split()[1])
+        except OSError:
+            return None
+    return [pid for pid in box.running() if parent_of(pid) == parent]
+
+
+ORPHANS = """\
+import os, sys
+for _ in range(3):
+    if not os.fork():
+        os._exit(os.fork() and 0)
+    os.wait()
+
+def states():
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat") as file:
+                yield file.read().rpartition(")")[2].split()[0]
+        except OSError:
+            pass
+
+while "Z" in states():
+    pass
+sys.exit(6)
+"""
+
+
+def test_process_1_reaps(box, container):
+    assert container("--", sys.executable, "-I", "-S", "-c", ORPHANS).end() == (6, "", "")
+
+
+def test_process_1_ends_while_it_waits(box, container):
+    holder, gate = box.hold("a")
+    waiter = container("-V", "--", *box.note("wrong"))
+    wait_until(lambda: "waiting for" in waiter.err)
+    os.kill(waiter.first, signal.SIGTERM)
+    assert waiter.end().status == 143
+    gate.open()
+    assert holder.end().status == 0 and box.events() == ["a start", "a end"]
+
+
+def test_process_1_passes_signals_on(box, container):
+    counter = Counter(box, "a")
+    flom = container("--", *counter.command)
+    counter.wait()
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        os.kill(flom.first, number)
+        wait_until(lambda: number in counter.signals())
+    counter.open()
+    assert flom.end() == (0, "", "") and counter.signals() == [signal.SIGTERM, signal.SIGALRM]
+    for number in (signal.SIGINT, signal.SIGKILL):
+        done = container("--", "sh", "-c", f"kill -{int(number)} $$").end()
+        assert done == (128 + number, "", "")
