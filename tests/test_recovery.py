@@ -136,6 +136,7 @@ def test_values_and_tokens_go_on(box):
     assert holder.end().status in (0, 95)
 
 
+@pytest.mark.in_time
 def test_the_window_is_over_when_its_time_is(box):
     """Nobody reclaims: flom and its command are gone as well.  Who comes meanwhile gets no answer
     that could be wrong, and the lock when the window is over."""
@@ -156,6 +157,7 @@ def mark(box):
     return read(box.socket + ".lock").split()[3] == "1"
 
 
+@pytest.mark.in_time
 def test_a_daemon_that_nobody_needed_leaves_no_window(box):
     """The mark is there while somebody holds a lock, and gone a second later."""
     pid = start(box, "-d", "-1")

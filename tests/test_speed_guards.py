@@ -261,6 +261,7 @@ def test_objects_left_after_cycles(box):
 # Wake-ups
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc")
+@pytest.mark.in_time
 def test_an_idle_daemon_sleeps(boxes):
     """Of two daemons one has no clients, one has 200 that hold what they hold."""
     alone, used = boxes.make(), boxes.make()

@@ -197,6 +197,7 @@ def test_a_report_with_odd_numbers(text):
     assert text in flom.report_table(report, None)
 
 
+@pytest.mark.in_time
 def test_watch(box):
     """The table again and again; it ends with the daemon, or by TERM."""
     daemon = box.daemon()
