@@ -73,7 +73,7 @@ _pairs, _whole = re.compile(_PAIR, re.ASCII).findall, re.compile("-?[0-9]{1,19}"
 _ENTITY = r"&(?:#([0-9]{1,7})|#x([0-9A-Fa-f]{1,6})|(amp|lt|gt|quot|apos));|&"
 _ENTITIES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'"}
 _ESCAPES = {ord(char): f"&{name};" for name, char in _ENTITIES.items() if char != "'"}
-_ELEMENTS = {"msg", "session", "resource", "answer", "network", "shutdown"}
+_ELEMENTS = {"msg", "session", "resource", "answer", "network", "shutdown", "evict"}
 _NUMBERS = {  # the attributes that are numbers: least, greatest
     "level": (3, 3), "verb": (1, 5), "step": (0, 99), "mode": (0, 5), "wait": (0, 1),
     "create": (0, 1), "lifespan": (0, MOST), "quantity": (1, MOST), "rollback": (0, 1),
@@ -598,6 +598,13 @@ def machine_id():
     return hashlib.sha256(os.fsencode(os.uname().nodename)).hexdigest()[:32]
 
 
+def common_name(certificate):
+    """The common name in a certificate as ssl reads it (a dictionary); None without exactly one."""
+    parts = [pair for part in certificate.get("subject", ()) for pair in part]
+    names = [value for key, value in parts if key == "commonName"]
+    return names[0] if len(names) == 1 else None
+
+
 def show_address(address):
     """HOST:PORT or [HOST]:PORT of the address of a TCP or UDP socket."""
     host = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
@@ -671,6 +678,7 @@ REFUSALS = {  # rc: the error, its text
     INVALID_NAME: (LockError, "the daemon does not accept the name of this resource"),
     DEADLOCK: (Deadlock, "deadlock: {reason}"),
     STOPPED: (DaemonUnavailable, "the daemon is ending: {reason}"),
+    EVICTED: (LockError, "evicted: {reason}"),
     LIMIT: (DaemonUnavailable, "the daemon refuses: {reason}")}
 
 
@@ -977,11 +985,12 @@ def _become_daemon(argv, writing):
 # Additions of ours travel as attributes that FLoM ignores.  A FLoM daemon drops a message longer
 # than 511 bytes, and dies of a byte that is not UTF-8: so ours are ASCII, and give way.
 ASKING, WAITING, HOLDING, REFUSED, ENDING = "asking", "waiting", "holding", "refused", "ending"
+TAKEN_AWAY = "taken away"
 _OUTCOMES = {OK: HOLDING, ENQUEUED: WAITING, WAIT_RESOURCE: WAITING,
              **dict.fromkeys(REFUSALS, REFUSED)}
 NEXT = {  # (state, step): {rc: next state}
     (ASKING, 16): _OUTCOMES, (WAITING, 24): _OUTCOMES, (WAITING, 32): _OUTCOMES,
-    (HOLDING, 24): {STOPPED: ENDING}}
+    (HOLDING, 24): {STOPPED: ENDING, EVICTED: TAKEN_AWAY}}
 LONGEST, ENDLESS = 511, 65536  # bytes: of a message sent, of one received
 CHAIN = 8  # ids of FLOM_SESSION that are told and handed on
 WITH_MODE, WITH_ELEMENT = ("simple", "hierarchical"), ("set", "sequence", "timestamp")
@@ -989,7 +998,10 @@ FIELDS = ("rc", "element", "token", "position", "reason", "daemon", "peerid")  #
 
 
 def lock_message(settings, about, wait, reclaim=None, held=None):
-    """The lock 8; `about`: id, parent, pid ...; `reclaim`, `held`: token, element of the lost."""
+    """The lock 8; `about`: id, key, parent, pid ...; `reclaim`, `held`: token, element of the lost.
+
+    It is made to fit by leaving out what a daemon needs least; id, key and one parent stay.
+    """
     kind, patient = kind_of(settings["Name"]), settings["Timeout"] < 0
     resource = element(
         "resource", ("name", encode_name(settings["Name"])),
@@ -999,14 +1011,23 @@ def lock_message(settings, about, wait, reclaim=None, held=None):
         ("lifespan", settings["IdleLifespan"]), ("reclaim", reclaim), ("held", held),
         ("deadlock", None if not wait or patient and settings["Deadlock"] != "wait" else "wait"))
     ours = {"peerid": machine_id(), "client": f"flom.py/{VERSION}", **about}
-    for shorter in ("", "host", "user", "cmd", "client") + ("parent",) * CHAIN:
-        ancestors = (ours.get("parent") or "").rpartition(",")[0] or None
-        ours.update({shorter: {"client": "flom.py", "parent": ancestors}.get(shorter)} if shorter
-                    else {})
-        message = encode(LOCK, 8, element("session", *ours.items()), resource)
+    message = encode(LOCK, 8, element("session", *ours.items()), resource)
+    for name in ("host", "user", "cmd", "pid", "client") + ("parent",) * (CHAIN - 1):
         if len(message) <= LONGEST:
             break
+        ours[name] = _shorter(name, ours.get(name))
+        message = encode(LOCK, 8, element("session", *ours.items()), resource)
     return message
+
+
+def _shorter(name, value):
+    """What is left of an addition when a message is too long; None: nothing."""
+    if name == "client":
+        return "flom.py"
+    if name == "parent" and value:
+        newest, _, _ = value.rpartition(",")
+        return newest or value
+    return None
 
 
 def unlock_message(name, rollback):
@@ -1164,6 +1185,7 @@ class Connection:
         self.family, self.where, self.session = family, where, Session()
         self.sock, self._again = socket.socket(family, socket.SOCK_STREAM), (BlockingIOError,)
         self.sock.setblocking(False)
+        self.name = None  # the one CN of the daemon's certificate
 
     def __enter__(self):
         return self
@@ -1196,18 +1218,19 @@ class Connection:
         self.sock = secured(self.sock, context)
         while clock() < until:
             try:
-                return self.sock.do_handshake()
+                self.sock.do_handshake()
+                self.name = common_name(self.sock.getpeercert())
+                return
             except self._again as wanted:
                 events = WRITE if isinstance(wanted, ssl.SSLWantWriteError) else READ
             yield self.sock.fileno(), events, until - clock()
         raise OSError(errno.ETIMEDOUT, "it does not answer the TLS handshake")
 
     def check_name(self, peerid):
-        """Refuses a daemon whose certificate has another CN than its peer id."""
-        name = dict(sum(self.sock.getpeercert()["subject"], ())).get("commonName")
-        if name != peerid:
-            raise DaemonUnavailable(f"{self.where}: the CN of its certificate is {name!r}, "
-                                    f"but its peer id is {peerid!r}")
+        """Refuses a daemon whose certificate has not one CN, its peer id."""
+        if not self.name or self.name != peerid:
+            raise DaemonUnavailable(f"{self.where}: the one CN of its certificate is "
+                                    f"{self.name!r}, but its peer id is {peerid!r}")
 
     def peer(self):
         """(pid, uid) of a local daemon, (None, None) where the kernel does not tell."""
@@ -1263,9 +1286,10 @@ class Connection:
             answers = self.receive()
         return answers
 
-    def asking(self, message, patience, last=True):
+    def asking(self, message, patience, last=True, answered=False):
         """Steps that send a message, half-close after the `last`, and read to the end of a message.
 
+        TLS says goodbye, too, unless the last may be `answered`: that would lose the answer.
         Their result is what has come, b"" for EOF, None when nothing came in `patience` s; unless
         it is the last, each part of it may take as long.
         """
@@ -1273,8 +1297,9 @@ class Connection:
         try:
             self.send(message)
             if last:
-                with contextlib.suppress(OSError, ValueError, AttributeError):
-                    self.sock.unwrap()  # TLS says goodbye, too
+                if not answered:
+                    with contextlib.suppress(OSError, ValueError, AttributeError):
+                        self.sock.unwrap()
                 socket.socket.shutdown(self.sock, socket.SHUT_WR)  # SSLSocket's ends reading, too
             while clock() < until and END not in data[-2 * CHUNK:]:
                 more = self.take()
@@ -1335,7 +1360,7 @@ class Lock:
     def _forget(self):
         """Forgets an earlier grant; `chain` is the id of the next and those it is asked under."""
         self.element = self.token = self.loss = self._stopped = None
-        self.unread = False
+        self.unread = self._evicted = False
         self.chain = [os.urandom(8).hex()] + re.findall(
             "[0-9a-f]{16}", os.environ.get("FLOM_SESSION", ""))[:CHAIN - 1]
 
@@ -1362,7 +1387,8 @@ class Lock:
         self._forget()
         self._context = tls_context(self.settings)
         self._about = {
-            "id": self.chain[0], "parent": ",".join(self.chain[1:]) or None, "pid": os.getpid(),
+            "id": self.chain[0], "key": os.urandom(8).hex(),
+            "parent": ",".join(self.chain[1:]) or None, "pid": os.getpid(),
             "user": plain(login(), 32), "host": plain(os.uname().nodename, 64),
             "cmd": plain(self.command, 32), "progress": 1 if self.diary.verbose else None}
         self.connection, answer = finish(self._asking(deadline))
@@ -1404,7 +1430,11 @@ class Lock:
         if not self.connection:
             return False
         try:
-            self.unread = self.connection.receive() is not None
+            answers = self.connection.receive()
+            self.unread = answers is not None
+            if self.connection.session.state == TAKEN_AWAY:
+                self._evicted = True
+                raise _Gone(visible(answers[-1].reason or TAKEN_AWAY))
             if self.connection.session.state == ENDING:
                 self._stopped = "it was stopped"
                 raise _Gone(self._stopped)  # its EOF may come after the command's end
@@ -1510,8 +1540,10 @@ class Lock:
 
         Whatever else fails is an obstacle, and may be none a moment later: a folder is gone, an
         interface down, no descriptor or process is to be had.  It must not end the watch over a
-        command that runs.
+        command that runs.  A lock that was taken away by order is not asked for again.
         """
+        if self._evicted:
+            return False
         hurry = clock() + HURRY
         while True:
             try:
@@ -2072,31 +2104,46 @@ class Command:
 # The daemon answers a lock 8 for _STATUS with one large message, whose entries follow the resource
 # that they belong to.  A FLoM daemon refuses the name.  JSON: numbers are numbers, but a token is
 # a string, since many readers would lose its last digits.
-COLUMNS = ("RESOURCE", "KIND", "STATE", "HOST", "PID", "USER", "COMMAND", "HOW", "FOR")
+COLUMNS = ("RESOURCE", "KIND", "STATE", "ID", "HOST", "PID", "USER", "COMMAND", "HOW", "FOR")
+SHOWN_ID = 8  # digits of an id in the table
 INTEGERS = ("pid", "since", "position", "quantity", "idle")
 
 
 def fetch_report(settings):
     """Steps to the report of the daemon as {"daemon", "resources", "parked"}; starts nothing."""
-    connection = yield from connecting(settings, Diary(settings), tls_context(settings))
-    if not connection:
-        raise DaemonUnavailable(f"no daemon at {place(settings)}")
-    data = yield from connection.asking(encode(
-        LOCK, 8, element("session", ("peerid", machine_id())), element(
-            "resource", ("name", encode_name(STATUS_RESOURCE)), ("mode", 0), ("wait", 0),
-            ("create", 0), ("lifespan", 0))), PATIENCE, last=False)
-    if not data:
-        why = "it closed the connection" if data is not None else f"{PATIENCE} s have passed"
-        raise DaemonUnavailable(f"{connection.where} gives no report: {why}")
+    connection, data = yield from asking_for_report(settings)
     try:
         return arrange_report(data)
     except ProtocolError as error:
         raise DaemonUnavailable(f"{connection.where} gives no report: {error}")
 
 
+def asking_for_report(settings):
+    """Steps to (connection, the report as it came) of a daemon that is whom it says it is."""
+    context = tls_context(settings)
+    connection = yield from connecting(settings, Diary(settings), context)
+    if not connection:
+        raise DaemonUnavailable(f"no daemon at {place(settings)}")
+    data = yield from connection.asking(encode(
+        LOCK, 8,
+        element("session", ("peerid", machine_id()), ("client", f"flom.py/{VERSION}")),
+        element("resource", ("name", encode_name(STATUS_RESOURCE)), ("mode", 0), ("wait", 0),
+                ("create", 0), ("lifespan", 0))), PATIENCE, last=False)
+    if not data:
+        why = "it closed the connection" if data is not None else f"{PATIENCE} s have passed"
+        raise DaemonUnavailable(f"{connection.where} gives no report: {why}")
+    if context and settings["TlsCheckPeerId"]:
+        try:
+            sessions = [found for _, tag, found, _ in tags(data) if tag == "session"]
+        except ProtocolError as error:
+            raise DaemonUnavailable(f"{connection.where} gives no report: {error}")
+        connection.check_name(sessions[0].get("peerid") if sessions else None)
+    return connection, data
+
+
 def arrange_report(data):
     """The report as dictionaries from its message; raises ProtocolError, DaemonUnavailable."""
-    report = {"daemon": None, "resources": [], "parked": []}
+    report, refused = {"daemon": None, "resources": [], "parked": []}, None
     entries = {"resource": report["resources"], "parked": report["parked"]}
     for closing, tag, attributes, _ in tags(data):
         if closing:
@@ -2110,10 +2157,14 @@ def arrange_report(data):
         if tag == "resource":
             attributes.update(holders=[], waiters=[])
             entries.update(holder=attributes["holders"], waiter=attributes["waiters"])
+        if tag == "answer":
+            refused = attributes.get("reason")
         if tag == "daemon":
             report["daemon"] = attributes
         elif tag in entries:
             entries[tag].append(attributes)
+    if report["daemon"] is None and refused:
+        raise DaemonUnavailable(f"the daemon refuses: {visible(refused)}")
     if report["daemon"] is None:
         raise DaemonUnavailable("this daemon cannot report: it is not flomd.py")
     return report
@@ -2131,17 +2182,53 @@ def report_table(report, width):
             (f"waits {entry.get('position', 'for it')}", entry) for entry in resource["waiters"]]
         for state, entry in states or [("idle", {})]:
             how = [str(entry[key]) for key in ("mode", "quantity", "element") if key in entry]
-            seconds = max(0, now - entry.get("since", now))
-            duration = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
             cells = (
                 entry.get("node") or resource.get("name", ""), resource.get("kind", ""), state,
-                entry.get("host") or entry.get("peer", ""), str(entry.get("pid", "")),
+                entry.get("id", "")[:SHOWN_ID], entry.get("host") or entry.get("peer", ""),
+                str(entry.get("pid", "")),
                 entry.get("user", ""), entry.get("cmd", ""), " ".join(how),
-                duration if "since" in entry else "")
+                duration(entry, now))
             rows.append(tuple(map(visible, cells)))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip()[:width] for row in rows]
     return "\n".join(lines if rows[1:] else ["nobody holds or awaits a lock"])
+
+
+def duration(entry, now):
+    """HH:MM:SS since the entry's lock was granted or asked for, empty where nobody tells."""
+    if "since" not in entry:
+        return ""
+    seconds = max(0, now - entry["since"])
+    return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+def entries_of(report):
+    """Yields (entry, name of what it holds or awaits, whether it holds) of all in the report."""
+    for resource in report["resources"] + [{"holders": [], "waiters": report["parked"]}]:
+        for role in ("holders", "waiters"):
+            for entry in resource[role]:
+                name = entry.get("node") or entry.get("name") or resource.get("name", "?")
+                yield entry, name, role == "holders"
+
+
+def find_entry(report, ident):
+    """The id of the one entry whose id begins so, and who it is in one line; raises UsageError."""
+    found = [(entry, name, holds) for entry, name, holds in entries_of(report)
+             if entry.get("id", "").startswith(ident)]
+    if len(found) != 1 or not ident:
+        problem = f"the id of {len(found)} locks and waiters" if found else "nobody's id"
+        raise UsageError(f"--evict: {ident!r} is {problem}; see --status")
+    (entry, name, holds), = found
+    who = entry.get("host") or entry.get("peer", "?")
+    if "pid" in entry:
+        who += f":{entry['pid']}"
+    if entry.get("cmd"):
+        who += f" {entry['cmd']!r}"
+    if entry.get("user"):
+        who += f" of {entry['user']}"
+    did = "held" if holds else "waited for"
+    line = f"{who} {did} {name} for {duration(entry, int(time.time()))}"
+    return entry["id"], visible(line)
 
 
 # --- Main -----------------------------------------------------------------------------------------
@@ -2202,25 +2289,55 @@ def check_configuration(options, settings):
     return WRONG if problems else 0
 
 
+def give_order(settings, order, **about):
+    """Sends a management message with the element `order`; returns (pid of a local daemon, the
+    attributes of its answer, None for an end without one); raises DaemonUnavailable."""
+    context, known = tls_context(settings), None
+    if context and settings["TlsCheckPeerId"]:
+        # an order may end without an answer, so the daemon shows in a report who it is
+        known = finish(asking_for_report(settings))[0].name
+    connection = finish(connecting(settings, Diary(settings), context))
+    if not connection:
+        raise DaemonUnavailable(f"no daemon at {place(settings)}")
+    if known:
+        connection.check_name(known)
+    pid = connection.peer()[0]
+    session = element("session", ("peerid", machine_id()), *about.items())
+    data = finish(connection.asking(encode(MANAGEMENT, 8, session, order), PATIENCE,
+                                    answered=True))
+    if data is None:
+        raise DaemonUnavailable(f"{connection.where} does not answer within {PATIENCE} s")
+    if not data:
+        return pid, None
+    try:
+        answer = decode(data).get("answer", {})
+    except ProtocolError as error:
+        raise DaemonUnavailable(f"{connection.where} is no lock daemon: {error}")
+    if answer.get("rc") != OK:
+        reason = visible(answer.get("reason") or "it gives no reason")
+        raise DaemonUnavailable(f"{connection.where} refuses: {reason}")
+    return pid, answer
+
+
 def stop_daemon(options, settings):
     """-x and -X: obeyed is EOF, refused is an answer with a reason."""
     put(f"Starting FLoM daemon {options.action} shutdown...", sys.stdout)
-    connection = finish(connecting(settings, Diary(settings), tls_context(settings)))
-    if not connection:
-        raise DaemonUnavailable(f"no daemon at {place(settings)}")
-    pid, immediate = connection.peer()[0], options.action == "immediate"
-    data = finish(connection.asking(encode(
-        MANAGEMENT, 8, element("session", ("peerid", machine_id())),
-        element("shutdown", ("immediate", int(immediate)))), PATIENCE))
-    if data is None:
-        raise DaemonUnavailable(f"{connection.where} does not answer within {PATIENCE} s")
-    if data:
-        with contextlib.suppress(ProtocolError):
-            data = decode(data).get("answer", {}).get("reason")
-        raise DaemonUnavailable(f"{connection.where} refuses: {data or 'it gives no reason'}")
+    immediate = options.action == "immediate"
+    pid, _ = give_order(settings, element("shutdown", ("immediate", int(immediate))))
     until = clock() + 1
     while immediate and pid and clock() < until and is_running(pid):
         time.sleep(0.01)
+    return 0
+
+
+def evict(options, settings):
+    """--evict: only a daemon that can report knows the order; a FLoM daemon would end on it."""
+    ident, line = find_entry(finish(fetch_report(settings)), options.argument)
+    _, answer = give_order(settings, element("evict", ("id", ident)),
+                           user=plain(login(), 32), host=plain(os.uname().nodename, 64))
+    if answer is None:
+        raise DaemonUnavailable(f"{place(settings)}: the daemon ended before it answered")
+    put(f"flom: {line}", sys.stderr)
     return 0
 
 
@@ -2232,11 +2349,6 @@ def is_running(pid):
             return file.read().rpartition(") ")[2][:1] != "Z"
     except OSError as error:
         return isinstance(error, FileNotFoundError)  # no /proc here
-
-
-def evict(options, settings):
-    """--evict: takes a lock away from its holder."""
-    raise DaemonUnavailable(f"{place(settings)} cannot take a lock away")
 
 
 def run_command(options, settings):

@@ -71,7 +71,7 @@ _pairs, _whole = re.compile(_PAIR, re.ASCII).findall, re.compile("-?[0-9]{1,19}"
 _ENTITY = r"&(?:#([0-9]{1,7})|#x([0-9A-Fa-f]{1,6})|(amp|lt|gt|quot|apos));|&"
 _ENTITIES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'"}
 _ESCAPES = {ord(char): f"&{name};" for name, char in _ENTITIES.items() if char != "'"}
-_ELEMENTS = {"msg", "session", "resource", "answer", "network", "shutdown"}
+_ELEMENTS = {"msg", "session", "resource", "answer", "network", "shutdown", "evict"}
 _NUMBERS = {  # the attributes that are numbers: least, greatest
     "level": (3, 3), "verb": (1, 5), "step": (0, 99), "mode": (0, 5), "wait": (0, 1),
     "create": (0, 1), "lifespan": (0, MOST), "quantity": (1, MOST), "rollback": (0, 1),
@@ -596,6 +596,13 @@ def machine_id():
     return hashlib.sha256(os.fsencode(os.uname().nodename)).hexdigest()[:32]
 
 
+def common_name(certificate):
+    """The common name in a certificate as ssl reads it (a dictionary); None without exactly one."""
+    parts = [pair for part in certificate.get("subject", ()) for pair in part]
+    names = [value for key, value in parts if key == "commonName"]
+    return names[0] if len(names) == 1 else None
+
+
 def show_address(address):
     """HOST:PORT or [HOST]:PORT of the address of a TCP or UDP socket."""
     host = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
@@ -691,7 +698,8 @@ class Request:
     """What a session asks for: a waiter while it is queued, a holder once it is granted."""
     # What was asked, beside the arguments of __init__.
     ident = None  # of the client's lock, for nested requests and reclaims
-    origin = None  # the process or host that asks: only there a lock comes back to
+    key = None  # a secret of the client: who knows it may reclaim the lock
+    origin = None  # the process or host that asks: a lock without a key comes back only there
     parents = ()  # ids of the locks it is nested in
     patient = False  # it ends by itself, or its user says so: never a deadlock
     reclaim = claimed = None  # the token and the element of a lock that the session says it has
@@ -711,6 +719,18 @@ class Request:
     def same(self, other):
         """Whether `other` repeats this request."""
         return (self.name, self.mode, self.quantity) == (other.name, other.mode, other.quantity)
+
+    def is_reclaimed_by(self, other):
+        """Whether `other` is this holder, coming back on a new connection.
+
+        Anybody on the holder's host may read id and token in a report, so a key decides; a client
+        that sends none is told by its origin alone.
+        """
+        if not self.same(other) or self.token != other.reclaim:
+            return False
+        if self.key is not None:
+            return self.key == other.key
+        return self.origin == other.origin
 
 
 def discard(groups, key, member):
@@ -1637,6 +1657,10 @@ class LockTable:
         """The monotonic time at which expire() is to be called, or None."""
         return self._due[0][0] if self._due else None
 
+    def known_as(self, ident):
+        """The holders and waiters whose reports bear this id; one, unless a client lies."""
+        return [request for request in self.requests.values() if request.ident == ident]
+
     def empty(self):
         """Whether nothing at all is left: no resource, not even an idle one, and no request."""
         return not self.resources and not self.requests
@@ -1912,8 +1936,7 @@ class LockTable:
     def _reclaim(self, request, resource, now):
         """A session that lost its daemon, or its connection, asks for the lock that it has."""
         before, back = self._nesting.holders.get(request.ident), []
-        if before is not None and request.same(before) and (
-                (before.token, before.origin) == (request.reclaim, request.origin)):
+        if before is not None and before.is_reclaimed_by(request):
             # it comes back on a new connection before its old one was seen to have ended
             back = [Decision(before.session, None)]
             self._take_out(before)
@@ -2037,7 +2060,8 @@ class LockTable:
 TLS_RECORD = b"\x16"  # the first byte of a handshake, never that of a message
 LONGEST = 65536  # bytes of a message; FLoM's own limits, 511 and 1023, are the client's care
 TOO_LONG = f"a message of more than {LONGEST} bytes"
-FINAL = {CANT_WAIT, INVALID_NAME, DEADLOCK, LIMIT, STOPPED}  # the daemon half-closes after these
+FINAL = {  # the daemon half-closes after these
+    CANT_WAIT, INVALID_NAME, DEADLOCK, LIMIT, STOPPED, EVICTED}
 
 
 # The lock 8 and unlock 8 of a client that says what FLoM's says, in FLoM's order: read at once, for
@@ -2074,22 +2098,29 @@ read_known_message = functools.lru_cache(256)(read_message)
 
 class Session:
     """The state of one connection in terms of the protocol.  calls() yields what the client wants:
-    ("lock", Request), ("unlock", committed), ("status", client), ("shutdown", immediate) or
-    ("send", bytes)."""
+    ("lock", Request), ("unlock", committed), ("status", client), ("shutdown", immediate),
+    ("evict", id, what the client says of itself) or ("send", bytes)."""
     __slots__ = ("connection", "unread", "ours", "answered", "asked", "holds", "about", "peer_id",
-                 "request")
+                 "uid", "request")
 
     def __init__(self, connection):
         self.connection, self.unread = connection, b""
         self.ours = self.answered = False  # a client of ours; the last lock 8 has had its answer
         self.asked = self.holds = self.request = None  # two names, and the last request
         self.about, self.peer_id = {}, None  # what a client of ours says of itself; its host's id
+        self.uid = None  # the client's user, as the system tells it on a local socket
 
     def __str__(self):
         """Who it is, as people see it."""
         if not self.ours:
             return self.connection.peer
         return "{}:{} '{}'".format(*(self.about.get(key, "?") for key in ("host", "pid", "cmd")))
+
+    def user(self):
+        """The name of its user; one that the system tells counts more than what a client says."""
+        if self.uid is None:
+            return self.about.get("user")
+        return self.connection.daemon.users.name(self.uid)
 
     def calls(self, data):
         """The calls in the bytes received so far, as an iterable; raises ProtocolError, perhaps
@@ -2123,15 +2154,17 @@ class Session:
         name = wanted.get("name")
         if name is None:
             raise ProtocolError("a lock without a name")
+        self.peer_id, self.ours = about.get("peerid"), self.ours or "client" in about
         if name == STATUS_RESOURCE:
             return "status", about.get("client", "")
-        self.answered, self.asked, self.peer_id = False, name, about.get("peerid")
+        self.answered, self.asked = False, name
         self.request = request = Request(
             self, name, wanted.get("mode", 0), wanted.get("quantity", 1), wanted.get("wait", 0),
             wanted.get("create", 0), wanted.get("lifespan", 0))
         if "client" in about:
-            self.ours, self.about = True, dict(about)
-            request.ident = about.get("id")
+            self.about = dict(about)
+            request.ident = plain(about.get("id", ""))  # as reports show it
+            request.key = self.about.pop("key", None)
             request.parents = tuple(filter(None, about.get("parent", "").split(",")[:8]))
             request.patient = wanted.get("deadlock") == "wait"
             request.reclaim = wanted.get("reclaim")
@@ -2146,8 +2179,12 @@ class Session:
         return "unlock", not elements["resource"].get("rollback", 0)
 
     def _management(self, elements):
+        about = elements.get("session", {})
+        self.peer_id = about.get("peerid")
+        if elements.get("evict", {}).get("id"):
+            return "evict", elements["evict"]["id"], about
         if "immediate" not in elements.get("shutdown", {}):
-            raise ProtocolError("a shutdown that does not say how")
+            raise ProtocolError("a management message without an order")
         return "shutdown", bool(elements["shutdown"]["immediate"])
 
     _MESSAGES = {(LOCK, 8): _lock, (UNLOCK, 8): _unlock, (MANAGEMENT, 8): _management,
@@ -2238,9 +2275,12 @@ def _resource_report(resource, now):
 
 def _who(request):
     """The attributes that a holder, a waiter and a parked request have in common."""
-    about, kind = request.session.about, kind_of(request.name)
-    told = [("id", request.ident), ("peer", request.session.connection.peer),
-            *((name, about.get(name)) for name in ("host", "pid", "user", "cmd")),
+    session, kind = request.session, kind_of(request.name)
+    if not request.ident:  # FLoM's client: it can be named, too
+        request.ident = os.urandom(8).hex()
+    told = [("id", request.ident), ("peer", session.connection.peer),
+            ("host", session.about.get("host")), ("pid", session.about.get("pid")),
+            ("user", session.user()), ("cmd", session.about.get("cmd")),
             ("element", request.element)]
     return (*((name, text and plain(text)) for name, text in told),
             ("mode", request.mode if kind in ("simple", "hierarchical") else None),
@@ -2257,6 +2297,8 @@ MOST_UNREAD = 256 * 1024  # bytes that may wait for a slow reader
 PATIENCE = 10  # s for the first message, for a part of a report, and to close after the last word
 PIECES = 300  # of a status report that one turn of the loop makes
 LOCAL = "local"  # the peer on a UNIX socket
+MOST_USERS = 1000  # whose names are kept
+LOOK_UP, RENAMED = 10, 600  # s for one name; s after which it is asked for again
 READABLE, WRITABLE = select.POLLIN, select.POLLOUT  # the numbers that epoll uses, too
 WOULD_BLOCK = (BlockingIOError, InterruptedError)
 
@@ -2275,7 +2317,7 @@ class Connection:
         self.over = False  # no more is said, and nothing that comes counts any more
         self.surplus = False  # beyond the limit of clients: to be refused
         self.writing = False  # the poller waits until it can write
-        self.name = None  # the common name of the peer's certificate
+        self.name = None  # the one common name of the peer's certificate
 
     def handle(self, events):
         """What the poller has seen."""
@@ -2306,7 +2348,7 @@ class Connection:
         try:
             for call, *details in self.session.calls(data):
                 daemon.silent.pop(self, None)
-                daemon.CALLS[call](daemon, self, *details)
+                daemon.obey(self, call, *details)
                 if daemon.decisions:
                     daemon.tell()
                 if self.socket is None or self.over:
@@ -2391,6 +2433,92 @@ class Connection:
         return struct.unpack("3i", raw)[:2]
 
 
+class Users:
+    """The names of the users who ask.
+
+    A directory (LDAP) may need seconds to tell one, or never answer, and the loop waits for nobody.
+    So a child asks it, one user at a time; meanwhile a user is shown by number.
+    """
+
+    def __init__(self, daemon):
+        self.daemon = daemon
+        self.names = collections.OrderedDict()  # uid: (name, when it is to be asked for again)
+        self.wanted = collections.OrderedDict()  # uids to ask for
+        self.asking = None  # (uid, pid of the child, its pipe as a file)
+        for uid in {0, os.getuid()}:
+            self._learn(uid, owner(uid))
+
+    def name(self, uid):
+        """The name, or the number where it is not known yet, or there is none."""
+        name, until = self.names.get(uid, (str(uid), 0))
+        if until <= self.daemon.now.mono and len(self.wanted) < MOST_USERS:
+            self.wanted[uid] = None
+            self._ask()
+        return name
+
+    def _learn(self, uid, name):
+        self.names[uid] = name, self.daemon.now.mono + RENAMED
+        if len(self.names) > MOST_USERS:
+            self.names.popitem(last=False)
+
+    def _ask(self):
+        """Starts a child for the next user, unless one is at work."""
+        if self.asking or not self.wanted:
+            return
+        uid, _ = self.wanted.popitem(last=False)
+        reader, writer = os.pipe()
+        try:
+            pid = fork_quietly()
+            if not pid:
+                self._tell(uid, writer)
+        except OSError:  # no process can be had now
+            self._learn(uid, str(uid))
+            os.close(reader)
+            return
+        finally:
+            os.close(writer)
+        self.asking = uid, pid, open(reader, "rb", 0)
+        self.daemon.poller.add(self.asking[2], self._hear)
+
+    @staticmethod
+    def _tell(uid, writer):
+        """In the child: writes the name, and ends; a directory that hangs ends it, too."""
+        try:
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            signal.alarm(LOOK_UP)
+            close_files(keep=writer)
+            os.write(writer, owner(uid).encode("utf-8", "replace"))
+        finally:
+            os._exit(0)
+
+    def _hear(self, events):
+        uid, pid, pipe = self.asking
+        name = pipe.read(256).decode("utf-8", "replace")
+        self.close()
+        self._learn(uid, name or str(uid))
+        self._ask()
+
+    def close(self):
+        """Ends the child that is at work."""
+        if self.asking:
+            (_, pid, pipe), self.asking = self.asking, None
+            self.daemon.poller.remove(pipe)
+            pipe.close()
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+
+def fork_quietly():
+    """os.fork(); Python 3.12 warns where there are threads, but the child does little here."""
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
 # TLS.  The handshake is steps of the loop as everything else is; `ssl` is loaded only where it is
 # configured, so its errors are named by the functions that find them.
 
@@ -2438,8 +2566,7 @@ class TlsConnection(Connection):
     def _shake(self):
         try:
             self.socket.do_handshake()
-            self.shaking, subject = False, self.socket.getpeercert().get("subject", ())
-            self.name = dict(pair for part in subject for pair in part).get("commonName")
+            self.shaking, self.name = False, common_name(self.socket.getpeercert())
         except self.would_block as error:
             self._watch(isinstance(error, self.would_block[1]))
         except OSError as error:
@@ -2828,6 +2955,8 @@ class Daemon:
         self.silent = collections.OrderedDict()
         self.ways, self.publisher = [], None  # how clients find it: listeners and the group
         self.tls = tls_context(settings, server=True) if settings["TlsCertificate"] else None
+        self.checks_ids = bool(self.tls and settings["TlsCheckPeerId"])
+        self.users = Users(self)
         self.most_clients = options.max_clients or most_files() - RESERVE
         self.ending = None  # why; "quiesce" and "drain" wait for those that are served
         self.curious = {}  # session that wants to know its place: the place as it knows it
@@ -2930,6 +3059,24 @@ class Daemon:
 
     # What clients want.
 
+    def obey(self, connection, call, *details):
+        """Does what a client wants, unless its certificate is not that of the id it presents."""
+        if self.checks_ids and call in self.IDENTIFIED:
+            name, peer_id = connection.name, connection.session.peer_id
+            if not name or name != peer_id:
+                reason = f"the one name in its certificate is {name!r}, its id {peer_id!r}"
+                self._reject(connection, call in ("shutdown", "evict"), reason)
+                return
+        self.CALLS[call](self, connection, *details)
+
+    def _reject(self, connection, ordered, reason):
+        """Refuses the call of a client that is not whom it says it is."""
+        self.log.limited(f"{connection.peer}: {reason}; refused")
+        if ordered:
+            self._answer_order(connection, -1, reason)
+        else:
+            connection.tell(Decision(connection.session, LIMIT, reason=reason))
+
     def tell(self):
         """Tells the sessions what was decided; closing one of them may bring more decisions."""
         while self.decisions:
@@ -2973,14 +3120,11 @@ class Daemon:
             connection.close()
         elif connection.surplus:
             connection.tell(Decision(session, LIMIT, reason="the daemon has too many clients"))
-        elif self.tls and self.settings["TlsCheckPeerId"] and connection.name != session.peer_id:
-            reason = f"the certificate is that of {connection.name!r}, not of {session.peer_id!r}"
-            self.log.limited(f"{connection.peer}: {reason}; refused")
-            connection.tell(Decision(session, LIMIT, reason=reason))
         else:
             pid, uid = connection.credentials() if session.ours else (None, None)
             if pid:  # on a local socket the system knows best who asks
-                session.about.update(pid=str(pid), user=owner(uid))
+                session.about["pid"], session.uid = str(pid), uid
+                self.users.name(uid)  # to be known when somebody asks for a report
             request.origin = pid or connection.peer.rpartition(":")[0]
             self.decisions.extend(self.table.request(request, self.now))
 
@@ -3004,21 +3148,67 @@ class Daemon:
         refusal = self._may_stop(connection)
         if refusal:
             self.log.limited(f"{connection.peer}: may not stop the daemon: {refusal}")
-            connection.send(encode(MANAGEMENT, 16, element("answer", ("rc", -1),
-                                                           ("reason", refusal))))
-            connection.finish()
+            self._answer_order(connection, -1, refusal)
         elif immediate:
             self.stop_by_order(connection)
         else:
             self.quiesce()
             connection.close()
 
+    @staticmethod
+    def _answer_order(connection, rc, reason=None):
+        """The last word to somebody who gave an order."""
+        connection.send(encode(MANAGEMENT, 16, element(
+            "answer", ("rc", rc), ("reason", reason and plain(reason)))))
+        connection.finish()
+
+    def _evict(self, connection, ident, about):
+        """Takes a lock away from its holder, or a waiter out of its queue."""
+        found = self.table.known_as(ident)
+        if len(found) != 1:
+            problem = "the id of several" if found else "nobody's id"
+            self._answer_order(connection, -1, f"{ident!r} is {problem}")
+            return
+        session, name = found[0].session, found[0].name
+        refusal = self._may_stop(connection) and self._owns(connection, session)
+        if refusal:
+            self.log.limited(f"{connection.peer}: may not evict {session}: {refusal}")
+            self._answer_order(connection, -1, refusal)
+            return
+        reason = f"taken away by {self._giver(connection, about)}"
+        self.log.limited(f"{name!r}, of {session}: {reason}", "info")
+        session.asked = session.holds = None
+        self.decisions.append(Decision(session, EVICTED, reason=reason))
+        self.decisions.extend(self.table.gone(session, self.now))
+        self.released()
+        self.tell()  # who asks may rely on it
+        self._answer_order(connection, OK)
+
+    def _owns(self, connection, session):
+        """Why the peer of a connection is not the user of a lock, None when it is."""
+        _, uid = connection.credentials()
+        _, owner_uid = session.connection.credentials()
+        if uid is not None and uid == owner_uid:
+            return None
+        if uid is None:
+            return self._may_stop(connection)
+        return f"{self.users.name(uid)} is neither its user, nor the daemon's, nor root"
+
+    def _giver(self, connection, about):
+        """USER@HOST of somebody who gives an order, as far as the system can tell."""
+        _, uid = connection.credentials()
+        if connection.peer == LOCAL:
+            user = about.get("user", "?") if uid is None else self.users.name(uid)
+            return f"{user}@{os.uname().nodename}"
+        return f"{about.get('user', '?')}@{connection.peer.rpartition(':')[0]}"
+
     def _may_stop(self, connection):
         """Why the peer of this connection may not stop the daemon, None when it may."""
         if connection.peer == LOCAL:
             _, uid = connection.credentials()
             allowed = uid in (None, 0, os.getuid())
-            return None if allowed else f"{owner(uid)} is neither {owner(os.getuid())} nor root"
+            name, mine = self.users.name(uid), self.users.name(os.getuid())
+            return None if allowed else f"{name} is neither {mine} nor root"
         here, there = (address[0].replace("::ffff:", "") for address in (
             connection.socket.getsockname(), connection.socket.getpeername()))
         if (self.settings["AllowRemoteShutdown"] or self.tls or here == there
@@ -3026,8 +3216,9 @@ class Daemon:
             return None
         return "another host may not, without --allow-remote-shutdown on the daemon"
 
+    IDENTIFIED = ("lock", "status", "shutdown", "evict")  # the calls that present an id
     CALLS = {"lock": _lock, "unlock": _unlock, "status": _status, "shutdown": _shutdown,
-             "send": lambda self, connection, data: connection.send(data)}
+             "evict": _evict, "send": lambda self, connection, data: connection.send(data)}
 
     # The end.  Only what a client of the daemon's owner says is an order: then clients of ours are
     # told that nobody should start another daemon.  A signal is none: it may come from an init
@@ -3080,6 +3271,7 @@ class Daemon:
         self.hide()
         if self.publisher:
             self.publisher.close()
+        self.users.close()
         self.clear_mark()
 
 

@@ -19,7 +19,8 @@ new_certs_dir = {folder}
 default_md = sha256
 policy = name
 [name]
-commonName = supplied
+commonName = optional
+organizationName = optional
 """
 
 
@@ -32,8 +33,9 @@ def openssl(*words):
 class Certificates:
     """A folder with the files NAME.pem and NAME.key.
 
-    `ca` signs `good` (whose common name is the id of this host), `wrong` (another common name) and
-    `expired`; `other`, an authority that nobody trusts, signs `stranger`.
+    `ca` signs `good` (whose common name is the id of this host), `wrong` (another common name),
+    `nameless` (none), `double` (another and the id, which ssl lists last) and `expired`; `other`,
+    an authority that nobody trusts, signs `stranger`.
     """
 
     def __init__(self, folder):
@@ -41,18 +43,21 @@ class Certificates:
         for authority in ("ca", "other"):
             openssl("req", "-x509", *KEY, "-days", "2", "-subj", f"/CN={authority}",
                     "-keyout", self.key(authority), "-out", self.pem(authority))
-        self._sign("good", machine_id())
-        self._sign("wrong", "somebody")
-        self._sign("expired", machine_id(), end="20200102000000Z")
-        self._sign("stranger", machine_id(), authority="other")
+        right = f"/CN={machine_id()}"
+        self._sign("good", right)
+        self._sign("wrong", "/CN=somebody")
+        self._sign("nameless", "/O=somebody")
+        self._sign("double", f"/CN=somebody{right}")
+        self._sign("expired", right, end="20200102000000Z")
+        self._sign("stranger", right, authority="other")
 
-    def _sign(self, name, common_name, authority="ca", end=None):
+    def _sign(self, name, subject, authority="ca", end=None):
         """Signs for two days, or to a date: `openssl ca` alone can do that in every version."""
         request = os.path.join(self.folder, f"{name}.csr")
-        openssl("req", *KEY, "-subj", f"/CN={common_name}", "-keyout", self.key(name),
+        openssl("req", *KEY, "-subj", subject, "-keyout", self.key(name),
                 "-out", request)
         dates = ("-startdate", "20200101000000Z", "-enddate", end) if end else ("-days", "2")
-        openssl("ca", "-batch", "-notext", "-config", self._settings(name), *dates,
+        openssl("ca", "-batch", "-notext", "-preserveDN", "-config", self._settings(name), *dates,
                 "-cert", self.pem(authority), "-keyfile", self.key(authority),
                 "-in", request, "-out", self.pem(name))
 

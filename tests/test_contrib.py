@@ -161,7 +161,8 @@ def test_the_protocol_page_knows_all_codes_and_numbers():
     text = page("flom-protocol.7")
     codes = {int(code) for code in re.findall(r"^\.It (-?\d+) Ta", text, re.MULTILINE)}
     assert codes == {flom.OK, flom.ENQUEUED, flom.WAIT_RESOURCE, flom.BUSY, flom.CANT_WAIT,
-                     flom.IMPOSSIBLE, flom.INVALID_NAME, flom.DEADLOCK, flom.STOPPED, flom.LIMIT}
+                     flom.IMPOSSIBLE, flom.INVALID_NAME, flom.DEADLOCK, flom.STOPPED, flom.LIMIT,
+                     flom.EVICTED}
     assert [name for name in flom._NUMBERS if not re.search(rf"\b{name}\b", text)] == []
 
 

@@ -1,6 +1,7 @@
 """The daemon's side of one connection, with a fake link: bytes in, answers out, no socket."""
 import json
 import os
+import re
 import xml.etree.ElementTree
 
 import flomd
@@ -243,6 +244,19 @@ def test_the_old_connection_of_one_that_comes_back_is_closed(hub, link):
     assert hub.table.holding == 1
 
 
+def test_a_reclaim_is_proved_by_a_key_that_no_report_shows(hub, link):
+    """Id and token are in the report, for anybody."""
+    link.lock("R", about=ours("aa", ' key="0123456789abcdef"'))
+    waiter = hub.connect()
+    waiter.lock("R", about=ours("bb", ' key="1123456789abcdef"'))
+    assert "123456789abcdef" not in str(list(hub.report()))
+    for key, rc in (("", "4"), (' key="0123456789abcdee"', "4"),
+                    (' key="0123456789abcdef"', "0")):
+        again = hub.connect()
+        told = again.lock("R", wait=0, about=ours("aa", key), more=' reclaim="1"')
+        assert answer(told)["rc"] == rc and link.closed == (rc == "0")
+
+
 @pytest.mark.parametrize("name", ["R", "A.B", "_s_x[1]", "_t_%S[1]", "n[1]"])
 def test_any_element_may_be_claimed(name):
     hub = Hub(window_until=Clock().mono + 3)
@@ -435,7 +449,9 @@ def test_the_report_names_holders_waiters_and_parked_requests(hub, link):
     assert holder == {
         "id": "aa", "peer": link.peer, "host": "db1", "pid": "4211", "user": "joe",
         "cmd": "vacuum", "mode": "4", "token": "1", "since": str(int(hub.clock.wall))}
-    assert (waiting["mode"], waiting["position"], "id" in waiting) == ("3", "1", False)
+    assert (waiting["mode"], waiting["position"]) == ("3", "1")
+    assert re.fullmatch("[0-9a-f]{16}", waiting["id"])  # of the daemon's making
+    assert {"id": waiting["id"], **waiting} == entries(hub)[3][1]
     assert found[4][1]["name"] == b64("/t")
     assert (found[6][1]["name"], found[6][1]["quantity"]) == (b64("n[2]"), "2")
 

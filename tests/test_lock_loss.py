@@ -366,8 +366,11 @@ def test_a_reset_connection_is_made_again(box, relay, sides):
     assert all(waiter.end().status == 0 for waiter in waiters)
 
 
-def test_a_stranger_cannot_take_a_lock_over(box):
-    """Anybody reads id and token of a holder in the report; they are of use to that alone."""
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_a_stranger_cannot_take_a_lock_over(box, kind):
+    """Anybody on the same host reads id and token of a holder in the report."""
+    if kind == "tcp":
+        box.address = ("-a", "127.0.0.1", "-p", str(free_port()), "--state-dir", box.folder)
     box.daemon()
     holder, gate = box.hold("1", "-r", "R1")
     [resource] = json.loads(box.run("--status", "--json").out)["resources"]

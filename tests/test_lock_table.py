@@ -1,6 +1,6 @@
 """The lock table: parked requests, idle life, tokens, limits, reclaims and the recovery window."""
 import pytest
-from engine_world import World
+from engine_world import World, make_request
 
 DAY = 86400 << 32  # of tokens
 
@@ -448,6 +448,28 @@ def test_somebody_else_does_not_take_over(world, ident, wrong):
     token = world.told[0].token - wrong
     assert world.ask("A2", "R", wait=0, ident=ident, reclaim=token) == "A2 busy"
     assert list(world.holders) == ["A"]
+
+
+@pytest.mark.parametrize("kept, shown, comes_back", [
+    ("k", "k", True), ("k", "x", False), ("k", None, False), (None, "x", True),
+    (None, None, True)])
+def test_a_holder_that_has_shown_a_key_comes_back_with_it_alone(world, kept, shown, comes_back):
+    """Without one its origin counts, which is the same here."""
+    world.ask("A", "R", key=kept)
+    token = world.told[0].token
+    text = reclaim(world, "A2", "R", reclaim=token, key=shown)
+    assert text == ("A2 granted, A closed" if comes_back else "A2 busy")
+
+
+def test_with_the_key_a_holder_comes_back_from_anywhere():
+    for key, answer in (("k", "A2 granted, A closed"), (None, "A2 busy")):
+        origins = World()
+        requests = [make_request(session, "R", ident="A", key=key) for session in ("A", "A2")]
+        requests[0].origin, requests[1].origin = 1, 2
+        origins.send(requests[0])
+        requests[1].reclaim = origins.told[0].token
+        requests[1].wait = 0
+        assert origins.send(requests[1]) == answer
 
 
 def test_a_token_from_the_future_is_refused_and_changes_nothing(world):

@@ -3,14 +3,18 @@
 The other user is a number without a name, so its default socket, /tmp/flom-NUMBER, is nobody's.
 """
 import os
+import pwd
 import shutil
 import socket
 import stat
 import struct
+import subprocess
+import time
 
 import pytest
+from commands import driven_daemon
 from fakes import PEER, FlomClient, message
-from world import FLOM, FLOMD, PYTHON, endpoint, free_port, wait_until
+from world import FLOM, FLOMD, PYTHON, endpoint, free_port, read, wait_until
 
 ME = os.getuid()
 STRANGER = 60000 + os.getpid() % 2000 * 2 if ME == 0 else None  # no user of this system
@@ -132,6 +136,48 @@ def read_all(client):
         if not more:
             return data
         data += more
+
+
+HANGING = """
+import pwd
+def hang(uid):
+    with open(LOG, "a") as log:
+        log.write(f"{uid}\\n")
+    time.sleep(1000)
+import time, os, flomd
+real, mine = pwd.getpwuid, (0, os.getuid())
+pwd.getpwuid = lambda uid: real(uid) if uid in mine else hang(uid)
+flomd.LOOK_UP = 1
+"""
+
+
+@needs_root
+def test_a_directory_that_does_not_answer_keeps_nobody_waiting(shared):
+    """It is asked once for each user, by a process of its own; until then numbers are shown."""
+    log = shared.write("asked", "")
+    daemon = driven_daemon(shared, f"LOG = {log!r}" + HANGING)
+    for user in (STRANGER, STRANGER + 1, STRANGER):
+        begin = time.monotonic()
+        done = flom_as(user, shared, *shared.address, "-d", "0", "--", "echo", "x")
+        assert done == (0, "x\n", "") and time.monotonic() - begin < 5
+    one_line(flom_as(STRANGER, shared, *shared.address, "-X"), f"{STRANGER} is neither")
+    wait_until(lambda: len(read(log).split()) == 2, seconds=20)  # the first has been given up
+    assert sorted(map(int, read(log).split())) == [STRANGER, STRANGER + 1]
+    daemon.terminate()
+    assert daemon.wait(timeout=10) == 0  # and so has the second
+
+
+@needs_root
+def test_the_name_of_another_user_is_found(shared):
+    """Of root, whom the daemon of another user knows, and of one whom it must look up."""
+    driven_daemon(shared, "import pwd; real = pwd.getpwuid; pwd.getpwuid = "
+                          f"lambda uid: real(1 if uid == {STRANGER} else uid)")
+    holder = shared.start(*another(STRANGER), *PYTHON, FLOM, *shared.address, "--", "cat",
+                          stdin=subprocess.PIPE)
+    name = pwd.getpwuid(1).pw_name
+    wait_until(lambda: f" {name} " in shared.run("--status").out)
+    holder.stdin.close()
+    assert holder.end().status == 0
 
 
 # Who may stop the daemon

@@ -12,7 +12,7 @@ from fakes import LOCK, PEER, FlomClient, FlomDaemon, b64, message
 from world import PYTHON, ROOT, endpoint, free_port, read, wait_until
 
 HOST = os.uname().nodename
-HEAD = ["RESOURCE", "KIND", "STATE", "HOST", "PID", "USER", "COMMAND", "HOW", "FOR"]
+HEAD = ["RESOURCE", "KIND", "STATE", "ID", "HOST", "PID", "USER", "COMMAND", "HOW", "FOR"]
 ENTRY = {"id", "peer", "host", "pid", "user", "cmd", "since"}
 
 
@@ -67,14 +67,15 @@ def busy(box, address):
 def test_the_table_and_json(box, busy):
     address, (holder, first, second, units, parked) = busy
     rows = table(box, address=address)
-    short = [row[:5] + row[6:8] for row in rows]
+    short = [row[:3] + row[4:6] + row[7:9] for row in rows]
     assert short == [
         ["R1", "simple", "holds", HOST, str(holder), "sh", "EX"],
         ["R1", "simple", "waits 1", HOST, str(first), "true", "PR"],
         ["R1", "simple", "waits 2", HOST, str(second), "echo", "EX"],
         ["pool[5]", "numeric", "holds", HOST, str(units), "sh", "2"],
         ["R9", "", "waits for it", HOST, str(parked), "true", "EX"]]
-    assert all(row[5] and re.fullmatch("00:00:[0-9]{2}", row[8]) for row in rows)
+    assert all(row[6] and re.fullmatch("00:00:[0-9]{2}", row[9]) for row in rows)
+    assert all(re.fullmatch("[0-9a-f]{8}", row[3]) for row in rows)
     assert table(box, "-r", "pool[5]", address=address)[0][0] == "pool[5]"
     assert len(table(box, "-r", "R1", address=address)) == 3
     nothing = box.run("--status", "-r", "other", address=address)
@@ -116,7 +117,7 @@ def test_the_kinds_that_have_elements_and_nodes(box):
     for name in ("red.green", "_s_a[1]", "/a/b"):
         holder, gate = box.hold(f"g{len(gates)}", "-r", name)
         gates, holders = gates + [gate], holders + [holder]
-    assert [[row[0], row[1], row[7]] for row in table(box)] == [
+    assert [[row[0], row[1], row[8]] for row in table(box)] == [
         ["red.green", "set", "red"], ["_s_a[1]", "sequence", "1"], ["/a/b", "hierarchical", "EX"]]
     found = {resource["kind"]: resource for resource in report(box)["resources"]}
     assert found["set"]["holders"][0]["element"] == "red"
@@ -136,7 +137,7 @@ def test_an_idle_resource_and_floms_clients(box):
         assert client.lock("R1") is True
         source = "%s:%d" % client.socket.getsockname()
         row, = table(box, address=tcp)
-        assert row[:5] == ["R1", "simple", "holds", source, ""]
+        assert row[:3] + row[4:6] == ["R1", "simple", "holds", source, ""]
         client.release()
     wait_until(lambda: [row[2] for row in table(box, address=tcp)] == ["idle"])
     resource, = report(box, address=tcp)["resources"]

@@ -1,5 +1,6 @@
 """TLS on both sides: who is let in, what is said to those that are not, and loss over TLS."""
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -9,7 +10,7 @@ import threading
 import flom
 import pytest
 from certificates import Certificates, TlsClient
-from fakes import END, LOCK, PEER, FlomClient, message
+from fakes import END, LOCK, MANAGEMENT, PEER, FlomClient, message, read_message
 from world import can_connect, endpoint, free_port, wait_until
 
 NO_TLS = ()
@@ -125,10 +126,60 @@ def test_the_peer_id(tls, certificates, side):
     assert done.status == (0 if side == "client" else 99)
 
 
+CHECK = ("--tls-check-peer-id", "yes")
+
+
 def test_the_peer_id_that_is_right(tls):
-    tls.address += ("--tls-check-peer-id", "yes")
-    tls.daemon()
+    """For a command, a report and every order."""
+    tls.address += CHECK
+    daemon = tls.daemon()
+    holder, gate = holds(tls)
+    status, out, _ = tls.run("--status", "--json")
+    assert status == 0
+    assert tls.run("--evict", json.loads(out)["resources"][0]["holders"][0]["id"]).status == 0
+    gate.open()
+    assert holder.end().status == 95
     assert tls.run("--", "echo", "x") == (0, "x\n", "")
+    assert tls.run("-X").status == 0
+    assert daemon.end().status == 0
+
+
+CALLS = {"lock": ("-r", "R1", "-d", "0", "-o", "0", "--", "echo", "x"), "status": ("--status",),
+         "evict": ("--evict", "0"), "stop": ("-X",), "quiesce": ("-x",)}
+
+
+@pytest.mark.parametrize("side", ["client", "daemon"])
+@pytest.mark.parametrize("shown", ["wrong", "nameless", "double"])
+def test_every_call_needs_one_name_that_is_the_id(tls, certificates, side, shown):
+    """Whoever checks refuses whom shows another name, none, or two: for every call."""
+    good, bad = tls.bare + certificates.options("good"), tls.bare + certificates.options(shown)
+    daemon = tls.daemon(address=good + CHECK if side == "daemon" else bad)
+    asking = bad if side == "daemon" else good + CHECK
+    for call, words in CALLS.items():
+        done = tls.run(*words, address=asking)
+        assert done.status == 99 and done.err.count("\n") == 1, (call, done)
+        assert ("somebody" if shown == "wrong" else "None") in done.err, (call, done)
+        assert daemon.poll() is None, call
+    if side == "daemon":
+        wait_until(lambda: "its id" in daemon.err)
+    assert "Traceback" not in daemon.err
+
+
+ORDERS = [(LOCK, '<resource name="UjE=" wait="0" create="1"/>'),
+          (LOCK, '<resource name="X1NUQVRVUw=="/>'),  # _STATUS
+          (MANAGEMENT, '<shutdown immediate="1"/>'), (MANAGEMENT, '<evict id="aa"/>')]
+
+
+@pytest.mark.parametrize("shown", ["nameless", "double", "good"])
+def test_a_client_that_presents_no_id(tls, certificates, shown):
+    """No name is not the name of nobody; nor does an empty id help, or to be a client of ours."""
+    daemon = tls.daemon(*CHECK)
+    for session in ("", "<session/>", '<session peerid=""/>', '<session client="flom.py/1"/>'):
+        for verb, order in ORDERS:
+            with TlsClient(*endpoint(tls.bare), certificates.context(shown)) as client:
+                client.socket.sendall(message(verb, 8, session + order))
+                assert b'rc="0"' not in read_message(client.socket)
+    assert daemon.poll() is None
 
 
 def test_a_key_that_does_not_fit(tls, certificates):

@@ -405,6 +405,26 @@ def test_who_asks_is_told_in_ascii_and_in_time(box, floms):
     assert 400 < len(floms.messages[0]) <= 511 and floms.messages[0].decode("ascii")
 
 
+ABOUT = {"id": "a" * 16, "key": "b" * 16, "parent": ",".join(["c" * 16, "d" * 16, "e" * 16]),
+         "pid": 4211, "user": "joe", "host": "db1.example.org", "cmd": "vacuum"}
+
+
+def test_what_gives_way_in_a_long_request():
+    """First what only people read, then what is old; id, key and one ancestor travel always."""
+    settings, left = flom.Settings(), [set(ABOUT) | {"peerid", "client"}]
+    for length in range(10, 400):
+        settings.values["Name"] = "R" * length
+        data = flom.lock_message(settings, ABOUT, True)
+        session = flom.decode(data)["session"]
+        if set(session) != left[-1]:
+            left.append(set(session))
+        assert session["id"] == ABOUT["id"] and session["key"] == ABOUT["key"]
+        assert session["client"] == "flom.py" or session["parent"] == ABOUT["parent"]
+        assert len(data) <= 511 or session["parent"] == "c" * 16
+    gone = [before - after for before, after in zip(left, left[1:])]
+    assert gone == [{"host"}, {"user"}, {"cmd"}, {"pid"}]
+
+
 def test_the_status_of_the_command_passes_through(box, floms):
     assert box.run("--", "sh", "-c", "exit 3").status == 3
     assert box.run("--", "sh", "-c", "kill -9 $$").status == 137
