@@ -23,6 +23,11 @@ Exit status: that of COMMAND, 128 + n when signal n killed it; of flom, with a l
     98  busy, or the time is over (--busy-status changes it)
     99  anything else: a wrong option or file, no daemon, a request that can never be granted
 """
+import sys
+
+if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    del sys.path[0]  # a signal.py beside this script is not the one that is meant
+
 import argparse
 import binascii
 import contextlib
@@ -35,7 +40,6 @@ import select
 import signal
 import socket
 import stat
-import sys
 import time
 import types
 
@@ -803,7 +807,7 @@ class Diary:
 # over, or earlier; so it looks again each time.  `finish` runs one to its end and sleeps in poll();
 # a Command resumes one between two signals, which thus are never kept waiting.
 clock = time.monotonic
-READ, WRITE, FOREVER = select.POLLIN, select.POLLOUT, float("inf")
+READ, WRITE, FOREVER = 1, 4, float("inf")  # POLLIN, POLLOUT
 
 
 def finish(steps, until=FOREVER):
@@ -811,14 +815,25 @@ def finish(steps, until=FOREVER):
     try:
         while clock() < until:
             descriptor, events, seconds = next(steps)
-            seconds, poll = min(seconds, until - clock()), select.poll()
-            if descriptor is not None:
-                poll.register(descriptor, events)
-            poll.poll(None if seconds == FOREVER else max(0, seconds) * 1000)
+            seconds = min(seconds, until - clock())
+            _sleep(descriptor, events, None if seconds == FOREVER else max(0, seconds))
     except StopIteration as end:
         return end.value
     steps.close()
     return None
+
+
+def _sleep(descriptor, events, seconds):
+    """Waits for events of a descriptor, None: of none, for so long, None: for ever."""
+    waiting = [] if descriptor is None else [descriptor]
+    if not hasattr(select, "poll"):  # eventlet takes it away and makes select() cooperative
+        reading, writing = (waiting if events & event else [] for event in (READ, WRITE))
+        select.select(reading, writing, [], seconds)
+        return
+    poll = select.poll()
+    for number in waiting:
+        poll.register(number, events)
+    poll.poll(None if seconds is None else seconds * 1000)
 
 
 def one_step(steps):
@@ -917,10 +932,51 @@ def daemon_program():
                for other in os.get_exec_path()]
     for path in [named] if named else beside + in_path:
         if os.path.isfile(path) and (path not in in_path or os.access(path, os.X_OK)):
-            return [sys.executable, path] if path.endswith(".py") else [path]
+            return [interpreter(), path] if path.endswith(".py") else [path]
     looked = f"$FLOMD ({named})" if named else f"{folder} and PATH"
     raise DaemonUnavailable(f"flomd.py is not in {looked}; put it beside flom.py, or start it "
                             "by hand and use -d 0")
+
+
+def interpreter():
+    """The Python that is to run flomd.py; raises DaemonUnavailable.
+
+    An embedded Python has no sys.executable, or, as under uWSGI, the server's own program.
+    """
+    own = sys.executable or ""
+    if re.match("(?i)python|pypy", os.path.basename(own)):
+        return own
+    for folder in os.get_exec_path():
+        path = os.path.join(folder, "python3")
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    raise DaemonUnavailable(f"no python3 in PATH to run flomd.py ({own!r} is no Python)")
+
+
+def found_environment():
+    """The environment that flom has found, as far as a program can have it.
+
+    In the C locale Python from 3.7 on (PEP 538) sets LC_CTYPE, for itself: `wc -m` counts otherwise
+    with it.  An entry without a name is left out, since Python refuses it.
+    """
+    found = {name: value for name, value in os.environ.items() if name}
+    if found.get("LC_CTYPE") in ("C.UTF-8", "C.utf8", "UTF-8"):
+        found.pop("LC_CTYPE")
+        found.update(_first_value("LC_CTYPE"))
+    return found
+
+
+def _first_value(name):
+    """{name: value} as this process was started with it, {} when it was not set."""
+    try:
+        with open("/proc/self/environ", "rb") as file:
+            entries = os.fsdecode(file.read()).split("\0")
+    except OSError:  # no /proc; UTF-8 mode tells that Python found the C locale
+        entries = [] if getattr(sys.flags, "utf8_mode", 0) else [f"{name}={os.environ[name]}"]
+    for entry in entries:
+        if entry.startswith(f"{name}="):
+            return {name: entry[len(name) + 1:]}
+    return {}
 
 
 def daemon_options(settings, recovering):
@@ -971,7 +1027,7 @@ def _become_daemon(argv, writing):
         os.dup2(null, 1)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         os.execve(argv[0], argv, {
-            name: value for name, value in os.environ.items()
+            name: value for name, value in found_environment().items()
             if not name.startswith(("FLOM_", "LISTEN_")) and name != "NOTIFY_SOCKET"})
     except OSError as error:
         os.write(2, f"cannot execute {argv[0]}: {error.strerror}".encode())
@@ -1944,7 +2000,7 @@ def command_environment(lock):
     mode = MODES[lock.settings["LockMode"]] if kind_of(lock.name) in WITH_MODE else None
     ours = {"FLOM_RESOURCE": lock.name, "FLOM_MODE": mode, "FLOM_ELEMENT": lock.element,
             "FLOM_TOKEN": lock.token, "FLOM_SESSION": ",".join(lock.chain)}
-    both = {**os.environ, **(ours if lock.settings["SetEnv"] else {})}
+    both = {**found_environment(), **(ours if lock.settings["SetEnv"] else {})}
     return {name: str(value) for name, value in both.items() if value is not None}
 
 

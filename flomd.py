@@ -13,6 +13,11 @@ Without -f the command returns when the daemon listens.
 Exit status: 0, 1 when it cannot serve, 3 when another daemon serves the group, 99 for a wrong
 option or configuration file.
 """
+import sys
+
+if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    del sys.path[0]  # a signal.py beside this script is not the one that is meant
+
 import argparse
 import binascii
 import bisect
@@ -33,7 +38,6 @@ import signal
 import socket
 import stat
 import struct
-import sys
 import time
 import types
 

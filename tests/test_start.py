@@ -1,10 +1,11 @@
-"""Fifty clients at the same moment and no daemon: exactly one starts, and it serves all of them."""
+"""Starting the daemon: by whom, with what, and exactly once however many clients want one."""
 import os
+import sys
 
 import pytest
-from world import COUNT, FLOM, FLOM_PY, PYTHON, SOAK, free_port, wait_until
+from world import (COUNT, FLOM, FLOM_PY, FLOMD_PY, PYTHON, ROOT, SOAK, free_port, read, wait_until)
 
-# How many clients in each round.
+# Fifty clients at the same moment and no daemon: how many clients in each round.
 LOCAL = [50] * COUNT.rounds if SOAK else [50, 8, 8]
 REMOTE = [50] * COUNT.rounds if SOAK else [20, 8]
 LOG = 'echo start "$0" >>"$1"; echo end "$0" >>"$1"'
@@ -68,3 +69,93 @@ def test_at_one_address(box, count):
 def test_in_a_group(hosts, count):
     pair = hosts(2)
     check(pair, start_together(pair, count, ["-A", "239.255.0.1"]))
+
+
+# What runs it, and where its modules come from
+
+PROGRAM = """
+import sys
+sys.path.insert(0, {root!r})
+{before}
+import flom
+with flom.Lock("R1", config=False, start_daemon=True, socket_name={socket!r}, timeout=20) as lock:
+    print(lock.token > 0)
+"""
+
+
+def program(box, before=""):
+    """A program that takes a lock by the Python API, and starts a daemon for it."""
+    return box.write("program.py", PROGRAM.format(root=ROOT, before=before, socket=box.socket))
+
+
+@pytest.mark.parametrize("value", ["''", "None", "'/usr/sbin/uwsgi'"])
+def test_a_program_that_is_no_python_finds_one(box, value):
+    """As in uWSGI and other servers with a Python inside."""
+    os.symlink(sys.executable, box.path("python3"))
+    script = program(box, f"sys.executable = {value}")
+    done = box.start(*PYTHON, script, env={"PATH": box.folder}).end()
+    assert done == (0, "True\n", "")
+    assert read(f"/proc/{box.the_daemon()}/cmdline").startswith(box.path("python3") + "\0")
+
+
+def test_without_any_python_the_reason_is_told(box):
+    done = box.start(*PYTHON, program(box, "sys.executable = ''"), env={"PATH": "/none"}).end()
+    assert done.status == 1 and "no python3 in PATH to run flomd.py" in done.err
+    assert box.daemons() == []
+
+
+def test_without_poll_there_is_select(box):
+    """eventlet takes poll away, before flom is imported or after it."""
+    holder, gate = box.hold("a", "-r", "R1")
+    waiters = [box.start(*PYTHON, program(box, f"import select\n{code}"))
+               for code in ("del select.poll, select.POLLIN, select.POLLOUT",
+                            "import flom\ndel select.poll")]
+    wait_until(lambda: box.run("--status").out.count("waits") == 2)
+    gate.open()
+    assert [waiter.end() for waiter in waiters] == [(0, "True\n", "")] * 2
+    assert holder.end().status == 0
+
+
+@pytest.fixture
+def trap(box):
+    """A folder with the scripts and with modules that nobody wants."""
+    os.mkdir(box.path("trap"))
+    for script in (FLOM_PY, FLOMD_PY):
+        box.write(f"trap/{os.path.basename(script)}", read(script))
+    for name in ("signal", "argparse", "pwd", "json", "heapq"):
+        box.write(f"trap/{name}.py", "raise SystemExit('the wrong module')\n")
+    return box.path("trap")
+
+
+def test_scripts_import_nothing_from_their_own_folder(box, trap):
+    python, script = [sys.executable], os.path.join(trap, "flom.py")
+    os.symlink(script, box.path("flom"))
+    for path in (script, box.path("flom")):
+        assert box.start(*python, path, *box.address, "--", "echo", "x").end() == (0, "x\n", "")
+        done = box.start(*python, path, *box.address, "--status", "--json").end()
+        assert (done.status, done.err) == (0, "")
+    done = box.start(*python, "flom.py", *box.address, "--", "echo", "x", cwd=trap).end()
+    assert done == (0, "x\n", "")
+    assert box.start(*python, "-I", script, "-v").end().status == 0
+
+
+def test_a_program_that_imports_flom_keeps_its_own_modules(box):
+    box.write("own.py", "print('its own')\n")
+    done = box.start(sys.executable, program(box, "import own"), cwd="/").end()
+    assert done == (0, "its own\nTrue\n", "")
+
+
+# The environment of what flom starts
+
+@pytest.mark.parametrize("locale", [[], ["LANG=C"], ["LC_CTYPE=C"], ["LC_CTYPE="],
+                                    ["LC_CTYPE=C.UTF-8"], ["LC_ALL=C"], ["=x"]])
+def test_the_environment_is_what_flom_has_found(box, locale):
+    """In the C locale Python changes its own; an entry without a name is nobody's."""
+    begin, show = ["env", "-u", "LC_ALL", "-u", "LANG", *locale], ["env", "-0"]
+    found = box.start(*begin, *show).end().out
+    done = box.start(*begin, *PYTHON, FLOM, *box.address, "--set-env", "no", "--", *show).end()
+    assert (done.status, done.err) == (0, "")
+    entries = [set(out.split("\0")) for out in (found, done.out)]
+    assert {entry for entry in entries[1] if not entry.startswith("FLOM_")} == entries[0] - {"=x"}
+    daemon = set(read(f"/proc/{box.the_daemon()}/environ").split("\0"))
+    assert daemon == entries[0] - {"=x"}
