@@ -762,20 +762,75 @@ def check_settings(settings):
     check_rules(settings, ("UnicastAddress", "MulticastAddress"))
 
 
+SHORT_KEYWORDS = {"name": "resource_name", "mode": "lock_mode", "timeout": "resource_timeout",
+                  "quantity": "resource_quantity"}
+
+
 def keyword_settings(keywords, files):
-    """Settings from files and from keywords named as the long options, with `_` for `-`."""
+    """Settings from files and from keywords: the long options with `_` for `-`, or the short ones.
+
+    None is as good as not given.  Raises UsageError for a wrong value, TypeError for a keyword that
+    there is not and for two that mean the same setting.
+    """
     rows = {setting.long.replace("-", "_"): setting for setting in SETTINGS}
-    unknown = ", ".join(keywords.keys() - rows.keys())
+    rows.update({short: rows[long] for short, long in SHORT_KEYWORDS.items()})
+    unknown = ", ".join(sorted(keywords.keys() - rows.keys()))
     if unknown:
         raise TypeError(f"Lock() has no setting {unknown}")
+    given = {word: value for word, value in keywords.items() if value is not None}
+    for short, long in SHORT_KEYWORDS.items():
+        if {short, long} <= given.keys():
+            raise TypeError(f"Lock() has both {short} and {long}, which are the same setting")
     settings = Settings()
     for path in files:
         settings.read_file(os.path.expanduser(path))
-    for word, value in keywords.items():
-        if value is not None:
-            settings.set(rows[word], [str(value)], f"{word}=")
+    for word, value in given.items():
+        settings.set(rows[word], keyword_texts(rows[word], word, value), f"{word}=")
     check_settings(settings)
     return settings
+
+
+def keyword_texts(setting, word, value):
+    """The texts that a configuration file would have for the value of a keyword; UsageError."""
+    if word == "timeout":
+        return [str(milliseconds(value, "timeout="))]
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        return [keyword_text(setting, value)]
+    if setting.default != ():
+        raise UsageError(f"{word}=: {value!r} is not one value")
+    return [keyword_text(setting, item) for item in value]
+
+
+def keyword_text(setting, value):
+    """The text of one value: of an int, also of an enum such as signal.SIGTERM, its number."""
+    if isinstance(value, bytes):
+        return os.fsdecode(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:04o}" if setting.type == "octal" else f"{value:d}"
+    return str(value)
+
+
+def milliseconds(seconds, origin):
+    """The ms of a number of seconds, of its text or of a timedelta; -1, which means for ever, of
+    inf and of what is negative.  What is more than 0 is at least 1.  Raises UsageError.
+    """
+    if hasattr(seconds, "total_seconds"):
+        seconds = seconds.total_seconds()
+    try:
+        number = float(seconds)
+    except (TypeError, ValueError, OverflowError):
+        number = float("nan")
+    if number < 0 or number == FOREVER:
+        return -1
+    if isinstance(seconds, bool) or not number <= MOST / 1000:  # nan is not
+        raise UsageError(f"{origin}: {seconds!r} is not a number of seconds up to {MOST // 1000}")
+    return max(1, round(number * 1000)) if number else 0
+
+
+@functools.lru_cache(maxsize=None)
+def begin_trace(path, append):
+    """Makes or empties a trace file, once in a process, however many locks it has.  OSError."""
+    open(path, "a" if append else "w").close()
 
 
 class Diary:
@@ -785,7 +840,8 @@ class Diary:
         self.verbose, self.path = settings["Verbose"], settings["CommandTraceFile"]
         try:
             if self.path:
-                open(self.path, "a" if settings["AppendTraceFile"] else "w").close()
+                self.path = os.path.abspath(self.path)  # a program may change its directory
+                begin_trace(self.path, settings["AppendTraceFile"])
         except OSError as error:
             origin = settings.origins["CommandTraceFile"]
             raise UsageError(f"{origin}: {self.path!r}: {error.strerror}")
@@ -811,7 +867,11 @@ READ, WRITE, FOREVER = 1, 4, float("inf")  # POLLIN, POLLOUT
 
 
 def finish(steps, until=FOREVER):
-    """Runs steps to their end and returns their result; None when `until` comes first."""
+    """Runs steps to their end and returns their result; None when `until` comes first.
+
+    Whatever ends it, also an exception out of a signal handler, closes the steps, and thereby the
+    connection on which they wait.
+    """
     try:
         while clock() < until:
             descriptor, events, seconds = next(steps)
@@ -819,7 +879,8 @@ def finish(steps, until=FOREVER):
             _sleep(descriptor, events, None if seconds == FOREVER else max(0, seconds))
     except StopIteration as end:
         return end.value
-    steps.close()
+    finally:
+        steps.close()
     return None
 
 
@@ -991,14 +1052,17 @@ def daemon_options(settings, recovering):
     yield from ["--allow-remote-shutdown"] * settings["AllowRemoteShutdown"]
 
 
-def starting(settings, recovering, until):
-    """Steps that start a daemon and end with (exit status, what it said); None: still starting."""
+def starting(settings, recovering, until, launch):
+    """Steps that start a daemon and end with (exit status, what it said); None: still starting.
+
+    `launch` is fork_daemon or spawn_daemon.
+    """
     argv, said, ended = daemon_program() + [*daemon_options(settings, recovering)], b"", 0
     reading, writing = os.pipe()
     wait = reading, READ, AGAIN
     try:
         try:
-            pid = os.fork() or _become_daemon(argv, writing)
+            pid = launch(argv, writing)
         finally:
             os.close(writing)
         os.set_blocking(reading, False)
@@ -1017,6 +1081,28 @@ def starting(settings, recovering, until):
         os.close(reading)
 
 
+def daemon_environment():
+    """The environment of the daemon: nothing in it tells of a lock or of sockets handed over."""
+    return {name: value for name, value in found_environment().items()
+            if not name.startswith(("FLOM_", "LISTEN_")) and name != "NOTIFY_SOCKET"}
+
+
+def fork_daemon(argv, writing):
+    """The pid of a new process that becomes flomd, and tells what it has to say to `writing`."""
+    return os.fork() or _become_daemon(argv, writing)
+
+
+def spawn_daemon(argv, writing):
+    """As fork_daemon, where other threads may run: os.fork alone could stop the child for ever, and
+    says so from Python 3.12 on.  flom itself has no threads, and spares the import.
+    """
+    import subprocess
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                               stderr=writing, env=daemon_environment())
+    process.returncode = 0  # its end is waited for by its pid; Popen is not to miss it
+    return process.pid
+
+
 def _become_daemon(argv, writing):
     """In the child: flomd, with nothing of ours but a pipe for what it has to say."""
     try:
@@ -1026,9 +1112,7 @@ def _become_daemon(argv, writing):
         os.dup2(null, 0)
         os.dup2(null, 1)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        os.execve(argv[0], argv, {
-            name: value for name, value in found_environment().items()
-            if not name.startswith(("FLOM_", "LISTEN_")) and name != "NOTIFY_SOCKET"})
+        os.execve(argv[0], argv, daemon_environment())
     except OSError as error:
         os.write(2, f"cannot execute {argv[0]}: {error.strerror}".encode())
     finally:
@@ -1171,8 +1255,11 @@ def place(settings):
     return settings["SocketName"] or f"/tmp/flom-{login()}"
 
 
-def connecting(settings, diary, context):
-    """Steps to a Connection, None when nobody listens; raises DaemonUnavailable."""
+def connecting(settings, diary, context, make):
+    """Steps to a Connection, None when nobody listens; raises DaemonUnavailable.
+
+    `make` is Connection or, in a program, program_connection.
+    """
     hosts, nobody, failure, found = settings["UnicastAddress"], False, None, []
     if not hosts:
         found = ((yield from discovering(settings, diary)) if settings["MulticastAddress"] else
@@ -1186,7 +1273,7 @@ def connecting(settings, diary, context):
     for left, (family, address) in zip(range(len(found), 0, -1), found):
         where = address if family == socket.AF_UNIX else show_address(address)
         try:
-            with Connection(family, where) as connection:
+            with make(family, where) as connection:
                 yield from connection.opening(address, clock() + PATIENCE / left, context)
                 if family == socket.AF_UNIX and not settings["SocketName"]:
                     connection.check_owner()
@@ -1235,13 +1322,17 @@ def explain(error):
 
 
 class Connection:
-    """A stream to a daemon and the session on it; a `with` block closes it on an error only."""
+    """A stream to a daemon and the session on it; a `with` block closes it on an error only.
+
+    It is its maker's: a process made by fork closes its own copy, and does not end the stream.
+    """
 
     def __init__(self, family, where):
         self.family, self.where, self.session = family, where, Session()
         self.sock, self._again = socket.socket(family, socket.SOCK_STREAM), (BlockingIOError,)
         self.sock.setblocking(False)
         self.name = None  # the one CN of the daemon's certificate
+        self._maker = os.getpid()
 
     def __enter__(self):
         return self
@@ -1371,9 +1462,36 @@ class Connection:
 
     def close(self):
         """Ends it, also for copies of the descriptor that a command has inherited."""
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
+        if self._maker == os.getpid():
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
+
+
+@functools.lru_cache(maxsize=None)
+def program_connections():
+    """The connections of a program, in a WeakSet, of which a fork closes the child's copies.
+
+    A child that kept its copy would keep a lock, or a place in the queue, of a parent that has
+    ended.  Python 3.6 does not tell of a fork: there the child closes its copy when it releases the
+    Lock, or drops it.
+    """
+    import weakref
+    connections = weakref.WeakSet()
+
+    def close_copies():
+        for connection in list(connections):
+            connection.sock.close()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=close_copies)
+    return connections
+
+
+def program_connection(family, where):
+    """A Connection that no process made by fork keeps.  flom's command inherits flom's."""
+    connection = Connection(family, where)
+    program_connections().add(connection)
+    return connection
 
 
 # --- Lock (the Python API) ------------------------------------------------------------------------
@@ -1391,26 +1509,35 @@ TAKEN = "it was granted to somebody else"
 class Lock:
     """A lock on a resource: `with flom.Lock("backup", mode="PR", timeout=5) as lock: ...`
 
-    Leaving the block releases it, by an exception as a rollback; `@flom.Lock("name")` decorates.
-    name, mode ("EX"), timeout (seconds; 0: do not wait, negative: wait for ever) and quantity are
-    those of the command line, other settings are keywords named as its long options
-    (unicast_address="db1"); what is not given comes from the configuration files, with
-    config=False from nowhere.  A daemon is started only with start_daemon=True.
+    Leaving the block releases it, by an exception as a rollback.  `@flom.Lock("name")` decorates a
+    function or a generator function, of which each call has a lock of its own.
+    name, mode ("EX"), timeout (seconds, as a number, a text or a timedelta; 0: do not wait,
+    negative or inf: wait for ever) and quantity are those of the command line, other settings are
+    keywords named as its long options (unicast_address="db1", resource_timeout=500 in ms); what is
+    not given comes from the configuration files, with config=False from nowhere.  A daemon is
+    started only with start_daemon=True.
 
     `element` and `token` are those of the grant.  Use one Lock per thread; a process made by fork
-    does not share it, and does not release it.  Raises UsageError for wrong settings.
+    does not share it, and neither keeps nor releases it.  Raises UsageError for wrong settings.
     """
 
     def __init__(self, name=None, mode=None, timeout=None, quantity=None, *, start_daemon=False,
                  config=True, settings=None, command=None, **options):
-        self.settings = settings or keyword_settings(dict(
-            options, resource_name=name, lock_mode=mode, resource_quantity=quantity,
-            resource_timeout=None if timeout is None else round(timeout * 1000)),
-            FILES if config else ())
+        short = {"name": name, "mode": mode, "timeout": timeout, "quantity": quantity}
+        self.settings = settings or keyword_settings({**short, **options}, FILES if config else ())
         self.command = command or os.path.basename(sys.argv[0] or "python")
         self.diary, self.name = Diary(self.settings), self.settings["Name"]
-        self.start_daemon, self._start_after = start_daemon, 0
-        self.connection = self._owner = self._context = None
+        self.start_daemon = start_daemon
+        in_program = command is None  # flom itself has a command, of whatever name
+        self._make = program_connection if in_program else Connection
+        self._launch = spawn_daemon if in_program else fork_daemon
+        self._begin()
+
+    def _begin(self):
+        """Nothing has been asked for yet; `_latest` is the connection that was made last."""
+        self.connection = self._latest = None
+        self._owner = self._context = None
+        self._start_after = 0
         self._forget()
 
     def _forget(self):
@@ -1427,29 +1554,109 @@ class Lock:
         self.release(rollback=error is not None)
 
     def __call__(self, function):
+        """Decorates `function`: each call waits for a lock of its own, and holds it to its end; a
+        generator function's holds it until the generator has ended or was closed.
+
+        Raises TypeError for a class and for `async def`, which would wait while it holds up its
+        event loop; and when the function returns a coroutine or a generator, which runs later.
+        """
+        if isinstance(function, (staticmethod, classmethod)):
+            return type(function)(self(function.__func__))
+        decorate = self._decorate_generator if self._may_decorate(function) else self._decorate
+        return decorate(function)
+
+    def _may_decorate(self, function):
+        """Is it a generator function?  TypeError for what has no body to be locked here."""
+        import inspect
+        inner = function
+        while isinstance(inner, functools.partial):
+            inner = inner.func
+        if isinstance(inner, type) or not callable(inner):
+            raise TypeError(f"{inner!r} is not a function or a method")
+        bodies = inner, type(inner).__call__
+        if any(inspect.iscoroutinefunction(body) or inspect.isasyncgenfunction(body)
+               for body in bodies):
+            raise TypeError(f"{inner!r} is async: it would wait for the lock while it holds up the "
+                            "event loop; lock a function that runs in a thread")
+        return any(inspect.isgeneratorfunction(body) for body in bodies)
+
+    def _decorate_generator(self, function):
         @functools.wraps(function)
         def locked(*args, **kwargs):
-            with Lock(settings=self.settings, start_daemon=self.start_daemon,
-                      command=self.command):
-                return function(*args, **kwargs)
+            with self._another():
+                return (yield from function(*args, **kwargs))
         return locked
 
-    def acquire(self, started=None):
-        """Waits for the lock, returns self; `started`: when (monotonic s).  Raises a LockError."""
-        if self._owner == os.getpid():
+    def _decorate(self, function):
+        later = types.CoroutineType, types.GeneratorType, types.AsyncGeneratorType
+
+        @functools.wraps(function)
+        def locked(*args, **kwargs):
+            with self._another():
+                result = function(*args, **kwargs)
+                if isinstance(result, later):
+                    getattr(result, "close", str)()  # or Python would say that it never ran
+                    raise TypeError(f"{function!r} returned a {type(result).__name__}, which would "
+                                    f"run without the lock on {self.name}")
+                return result
+        return locked
+
+    def _another(self):
+        """A Lock of the same class and settings that has asked for nothing yet."""
+        import copy
+        other = copy.copy(self)
+        other._begin()
+        return other
+
+    def acquire(self, blocking=True, timeout=None, *, started=None):
+        """Waits for the lock and returns self; raises the LockError that says why it is not held.
+
+        blocking=False: does not wait, Busy.  timeout: seconds, as that of Lock, for this call
+        alone.  started: when the wait began (monotonic s).  A lock that was lost is asked for anew.
+        """
+        if self._owner == os.getpid() and self.look():
             raise RuntimeError(f"{self.name} is held already")
-        timeout = self.settings["Timeout"]
-        deadline = (started or clock()) + (timeout / 1000 if timeout >= 0 else FOREVER)
+        self.release()  # of what is lost, or the parent's: only forgets
         self._forget()
+        self._asked = self._request_settings(blocking, timeout)
+        limit = self._asked["Timeout"]
+        deadline = (started or clock()) + (limit / 1000 if limit >= 0 else FOREVER)
         self._context = tls_context(self.settings)
         self._about = {
             "id": self.chain[0], "key": os.urandom(8).hex(),
             "parent": ",".join(self.chain[1:]) or None, "pid": os.getpid(),
             "user": plain(login(), 32), "host": plain(os.uname().nodename, 64),
             "cmd": plain(self.command, 32), "progress": 1 if self.diary.verbose else None}
-        self.connection, answer = finish(self._asking(deadline))
-        self.element, self.token, self._owner = answer.element, answer.token, os.getpid()
+        try:
+            self.connection, answer = finish(self._asking(deadline))
+            self.element, self.token = answer.element, answer.token
+            self._owner = os.getpid()
+        finally:
+            if self._owner is None:  # a signal handler may raise after the grant, too
+                self._abandon()
         return self
+
+    def _request_settings(self, blocking, timeout):
+        """The settings of one request, which may have a timeout of its own; UsageError."""
+        if not isinstance(blocking, bool):
+            raise UsageError(f"blocking=: {blocking!r} is not True or False; seconds are timeout=")
+        limit = None if timeout is None else milliseconds(timeout, "timeout=")
+        if not blocking and limit is not None and limit > 0:
+            raise UsageError(f"timeout=: {timeout!r} is not to be had with blocking=False")
+        if not blocking:
+            limit = 0
+        if limit is None:
+            return self.settings
+        import copy
+        asked = copy.copy(self.settings)
+        asked.values = {**asked.values, "Timeout": limit}
+        return asked
+
+    def _abandon(self):
+        """Ends the request that an exception has cut short."""
+        self.connection = None
+        if self._latest:
+            self._latest.close()
 
     def release(self, rollback=False):
         """Releases the lock; takes at most 5 s.  A lost lock is forgotten, without an error.
@@ -1457,12 +1664,16 @@ class Lock:
         Nothing that is wrong with the connection is an error either: its end frees the lock, and
         what the lock was held for is done.
         """
-        connection, owner, self.connection, self._owner = self.connection, self._owner, None, None
-        if connection and owner == os.getpid():
-            with contextlib.suppress(DaemonUnavailable):  # an alert of TLS
-                finish(connection.asking(unlock_message(self.name, rollback), GOODBYE))
-        elif connection:
-            connection.sock.close()  # the parent's: shutdown() would end that one, too
+        connection, self.connection = self.connection, None
+        owner, self._owner = self._owner, None
+        if not connection:
+            return
+        try:
+            if owner == os.getpid():
+                with contextlib.suppress(DaemonUnavailable):  # an alert of TLS
+                    finish(connection.asking(unlock_message(self.name, rollback), GOODBYE))
+        finally:
+            connection.close()
 
     def rollback(self):
         """Releases the lock; the value of a transactional sequence will be granted again."""
@@ -1474,8 +1685,14 @@ class Lock:
         return self._owner == os.getpid() and not self.look()
 
     def check(self):
-        """Returns when the lock is held; reclaims it if its daemon vanished, else LockLost."""
-        if self.lost and not finish(self.reclaiming(), clock() + RECOVERY_WINDOW / 1000):
+        """Returns when this process holds the lock; reclaims it if its daemon vanished.
+
+        Raises LockLost when that fails within 2 s, LockError when the lock was not acquired or has
+        been released, and in a process made by fork.
+        """
+        if self._owner != os.getpid():
+            raise LockError(f"{self.name} is not held by this process")
+        if not self.look() and not finish(self.reclaiming(), clock() + RECOVERY_WINDOW / 1000):
             raise self.loss
 
     def look(self):
@@ -1513,6 +1730,7 @@ class Lock:
         until, patient = clock() + PATIENCE, False
         while True:
             connection = yield from self._reaching(until, recovering, patient)
+            self._latest = connection
             try:
                 with connection:
                     return connection, (yield from self._granting(connection, deadline, lost))
@@ -1536,7 +1754,7 @@ class Lock:
             raise DaemonUnavailable(f"{connection.where} is no lock daemon: {error}")
 
     def _waiting(self, connection, deadline, lost):
-        connection.send(lock_message(self.settings, self._about, clock() < deadline, **lost))
+        connection.send(lock_message(self._asked, self._about, clock() < deadline, **lost))
         answers = yield from connection.answering(clock() + PATIENCE)
         if not answers:
             raise DaemonUnavailable(f"{connection.where} does not answer within {PATIENCE} s: "
@@ -1551,11 +1769,11 @@ class Lock:
             answers = yield from connection.answering(deadline)
             if not answers:  # how long is as old as the answer
                 reason = re.sub(" for [0-9]+:[0-9:]+", "", answer.reason or "")
-                raise refusal(LATE, reason, self.settings)
+                raise refusal(LATE, reason, self._asked)
         answer = answers[-1]
         if answer.rc != OK:
-            late = answer.rc == BUSY and self.settings["Timeout"] > 0
-            raise refusal(LATE if late else answer.rc, answer.reason, self.settings)
+            late = answer.rc == BUSY and self._asked["Timeout"] > 0
+            raise refusal(LATE if late else answer.rc, answer.reason, self._asked)
         check_element(self.name, answer.element)
         return answer
 
@@ -1563,7 +1781,8 @@ class Lock:
         """Steps to a connection with the daemon, which is started where that is allowed."""
         complaint, start = "", None
         while True:
-            connection = yield from connecting(self.settings, self.diary, self._context)
+            connection = yield from connecting(self.settings, self.diary, self._context,
+                                               self._make)
             if connection:
                 return connection
             obstacle = self._may_not_start()
@@ -1573,7 +1792,7 @@ class Lock:
             if obstacle or clock() < self._start_after:
                 yield None, 0, AGAIN
                 continue
-            start = start or starting(self.settings, recovering, until)
+            start = start or starting(self.settings, recovering, until, self._launch)
             # After a crash, who waits for its own may reclaim too late: so it looks meanwhile.
             outcome = yield from one_step(start) if recovering else start
             if not outcome:
@@ -2177,7 +2396,7 @@ def fetch_report(settings):
 def asking_for_report(settings):
     """Steps to (connection, the report as it came) of a daemon that is whom it says it is."""
     context = tls_context(settings)
-    connection = yield from connecting(settings, Diary(settings), context)
+    connection = yield from connecting(settings, Diary(settings), context, Connection)
     if not connection:
         raise DaemonUnavailable(f"no daemon at {place(settings)}")
     data = yield from connection.asking(encode(
@@ -2352,7 +2571,7 @@ def give_order(settings, order, **about):
     if context and settings["TlsCheckPeerId"]:
         # an order may end without an answer, so the daemon shows in a report who it is
         known = finish(asking_for_report(settings))[0].name
-    connection = finish(connecting(settings, Diary(settings), context))
+    connection = finish(connecting(settings, Diary(settings), context, Connection))
     if not connection:
         raise DaemonUnavailable(f"no daemon at {place(settings)}")
     if known:
@@ -2419,7 +2638,7 @@ def run_command(options, settings):
         kind, default = kind_of(lock.name), settings.defaults[key]
         if settings[key] != default and kind not in kinds:
             lock.diary.say(f"{settings.origins[key]}: a {kind} resource has no {what}; ignored")
-    lock.acquire(options.started)
+    lock.acquire(started=options.started)
     if lock.element is not None:
         lock.diary.say(f"Locked element is '{lock.element}'", sys.stdout)
     command = Command(options.command, lock, signals)

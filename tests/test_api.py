@@ -1,19 +1,23 @@
 """The Python API, flom.Lock, as a program uses it: real daemons, the locks in this process."""
+import datetime
+import functools
+import inspect
 import os
 import re
 import signal
 import sys
 import textwrap
 import threading
+import warnings
 
 import flom
 import pytest
-from world import PYTHON, ROOT, free_port, read, wait_until
+from world import PYTHON, ROOT, Gate, free_port, read, wait_until
 
 
 @pytest.fixture
 def lock(box, monkeypatch):
-    """lock(name, …): a Lock of the box's socket, without configuration files."""
+    """lock(name, …): a Lock of the box's socket, without configuration files; it waits 20 s."""
     monkeypatch.setenv("HOME", box.folder)
     for name in [name for name in os.environ if name.startswith("FLOM")]:
         monkeypatch.delenv(name)
@@ -169,8 +173,11 @@ def test_the_family_of_errors():
     assert not issubclass(flom.UsageError, flom.LockError)
 
 
-WRONG = [({"mode": "XX"}, "lock_mode=: 'XX'"), ({"quantity": -1}, "resource_quantity=: '-1'"),
-         ({"name": "a b"}, "resource_name=: 'a b'"), ({"unicast_port": "x"}, "unicast_port=: 'x'"),
+WRONG = [({"mode": "XX"}, "^mode=: 'XX'"), ({"quantity": -1}, "^quantity=: '-1'"),
+         ({"name": "a b"}, "^name=: 'a b'"), ({"name": ""}, "^name=: ''"),
+         ({"lock_mode": "XX"}, "lock_mode=: 'XX'"), ({"resource_timeout": 0.5}, "'0.5'"),
+         ({"unicast_address": ["a", "b"]}, "unicast_address=: .* is not one value"),
+         ({"unicast_port": "x"}, "unicast_port=: 'x'"),
          ({"socket_name": "/a", "unicast_address": "b"}, "socket_name=.*unicast_address="),
          ({"tls_certificate": "/a"}, "tls_certificate=")]
 
@@ -184,6 +191,88 @@ def test_wrong_settings(options, text):
 def test_a_keyword_that_there_is_not():
     with pytest.raises(TypeError, match="colour"):
         flom.Lock("R1", config=False, colour="red")
+
+
+@pytest.mark.parametrize("short, long, value", [
+    ("name", "resource_name", "a"), ("mode", "lock_mode", "PR"),
+    ("quantity", "resource_quantity", 2), ("timeout", "resource_timeout", 5)])
+def test_two_keywords_for_one_setting(short, long, value):
+    with pytest.raises(TypeError, match=f"both {short} and {long}"):
+        flom.Lock(config=False, **{short: value, long: value})
+    flom.Lock(config=False, **{short: None, long: value})  # None is as good as not given
+
+
+# Interrupts
+
+class Stop(Exception):
+    """What a signal handler raises."""
+
+
+@pytest.fixture
+def stopping():
+    """stopping(): the main thread gets a Stop, as ^C gives a KeyboardInterrupt."""
+    def handler(number, frame):
+        raise Stop
+    before = signal.signal(signal.SIGUSR1, handler)
+    yield lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_an_exception_ends_the_request(daemon, lock, box, stopping):
+    """Although its traceback, and what it refers to, is kept."""
+    holder = lock().acquire()
+
+    def stop():
+        wait_until(lambda: "waits 1" in box.run("--status").out)
+        stopping()
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(Stop) as caught:
+        lock().acquire()
+    thread.join()
+    assert "waits" not in box.run("--status").out
+    holder.release()
+    assert is_free(lock) and caught.traceback
+
+
+def test_an_exception_after_the_grant_gives_the_lock_back(daemon, lock, monkeypatch):
+    def finish(steps, *rest):
+        result = real(steps, *rest)
+        if made.connection is None:
+            raise Stop(result)
+        return result
+
+    real, made = flom.finish, lock()
+    monkeypatch.setattr(flom, "finish", finish)
+    with pytest.raises(Stop) as caught:
+        made.acquire()
+    monkeypatch.undo()
+    assert caught.value.args and is_free(lock)
+    with pytest.raises(flom.LockError):
+        made.check()
+
+
+def test_finish_closes_its_steps(stopping):
+    """Whatever ends it: the time, an exception out of the steps or out of a signal handler."""
+    def stop():
+        stopping()
+        yield None, 0, 10
+
+    def steps(inner):
+        try:
+            yield from inner
+        finally:
+            closed.append(inner)
+
+    closed, kept = [], []
+    waiting, raising, signalled = iter([(None, 0, 10)]), (1 / 0 for _ in "a"), stop()
+    assert flom.finish(steps(waiting), flom.clock() + 0.01) is None
+    for inner, error in ((raising, ZeroDivisionError), (signalled, Stop)):
+        with pytest.raises(error) as caught:
+            flom.finish(steps(inner))
+        kept.append(caught)
+    assert closed == [waiting, raising, signalled]
 
 
 # Loss
@@ -228,6 +317,36 @@ def test_check_gives_up_when_there_is_no_daemon(box, lock, monkeypatch):
         while True:  # the kernel may tell a moment later
             held.check()
     held.release()
+
+
+def test_check_without_a_lock(daemon, lock):
+    """Before it was acquired, after its release, after a refusal."""
+    mine = lock(timeout=0)
+    for step in (lambda: None, lambda: mine.acquire().release()):
+        step()
+        with pytest.raises(flom.LockError, match="^R1 is not held by this process$") as caught:
+            mine.check()
+        assert not isinstance(caught.value, flom.LockLost) and not mine.lost
+    with lock():
+        with pytest.raises(flom.Busy):
+            mine.acquire()
+        with pytest.raises(flom.LockError, match="not held"):
+            mine.check()
+
+
+def test_a_lost_lock_can_be_acquired_anew(box, lock):
+    first = box.daemon()
+    held = lock(timeout=0).acquire()
+    token = held.token
+    box.kill(first.pid)
+    wait_until(lambda: held.lost)
+    with pytest.raises(flom.DaemonUnavailable):
+        held.acquire()
+    assert not held.lost
+    box.daemon("--recovery-window", "0")
+    assert held.acquire().token > token and held.check() is None and not is_free(lock)
+    held.release()
+    assert is_free(lock)
 
 
 def test_a_waiter_asks_the_next_daemon(box, lock):
@@ -292,6 +411,28 @@ def test_a_daemon_is_started_only_when_told_to(box, lock, told):
     assert box.daemons() == []
 
 
+def test_a_daemon_is_started_beside_threads(box, lock):
+    """Without the warning of os.fork."""
+    gate = threading.Event()
+    thread = threading.Thread(target=gate.wait)
+    thread.start()
+    try:
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")  # what os.fork cannot raise it would drop
+            with lock(start_daemon=True, timeout=5):
+                assert len(box.daemons()) == 1
+        assert [str(warning.message) for warning in heard] == []
+    finally:
+        gate.set()
+        thread.join()
+
+
+def test_a_daemon_that_cannot_be_started_says_why(box, lock, monkeypatch):
+    monkeypatch.setenv("FLOMD", box.write("flomd", "#!/no/such/interpreter\n"))
+    with pytest.raises(flom.DaemonUnavailable, match="cannot start flomd: "):
+        lock(start_daemon=True, timeout=5).acquire()
+
+
 def test_a_started_daemon_leaves_the_program_as_it_was(box, lock):
     before = {number: signal.getsignal(number) for number in signal.Signals}
     files = set(os.listdir("/proc/self/fd"))
@@ -308,6 +449,91 @@ def test_over_tcp(box, lock):
     box.daemon(address=("-a", "127.0.0.1", "-p", str(port)))
     with lock(socket_name=None, unicast_address="127.0.0.1", unicast_port=port, timeout=0) as held:
         assert held.connection.where == f"127.0.0.1:{port}"
+
+
+def test_settings_by_their_long_names():
+    made = flom.Lock(config=False, resource_name="a[9]", lock_mode="PR", resource_timeout=250,
+                     resource_quantity=3)
+    values = made.settings.values
+    assert values == {"Name": "a[9]", "LockMode": 3, "Timeout": 250, "Quantity": 3}
+    assert flom.Lock(config=False).settings.values == {}
+
+
+def test_values_of_python():
+    """What a program has at hand for a setting means what it says."""
+    values = flom.Lock(
+        config=False, ignore_signal=["TERM", signal.SIGUSR1, 1], socket_mode=0o640,
+        socket_name=b"/tmp/a", resource_create=False, daemon_lifespan=-1).settings.values
+    assert values == {"IgnoredSignals": (15, int(signal.SIGUSR1), 1), "SocketMode": 0o640,
+                      "SocketName": "/tmp/a", "Create": False, "Lifespan": -1}
+    unknown = flom.Lock(config=False, ignore_signal=["TERM", "TREM"]).settings
+    assert unknown["IgnoredSignals"] == (15,)
+    assert "ignore_signal=: 'TREM'" in unknown.warnings[0]
+    for one in ("TERM", signal.SIGTERM, 15):
+        assert flom.Lock(config=False, ignore_signal=one).settings["IgnoredSignals"] == (15,)
+
+
+SECONDS = [(5, 5000), (1.5, 1500), ("5", 5000), ("0.25", 250), (0, 0), (0.0003, 1), (1e-9, 1),
+           (2.01, 2010), (-1, -1), (-0.0003, -1), (float("inf"), -1), (float("-inf"), -1),
+           (datetime.timedelta(minutes=1, milliseconds=20), 60020), (2147483, 2147483000)]
+
+
+@pytest.mark.parametrize("seconds, ms", SECONDS, ids=[str(row) for row in SECONDS])
+def test_seconds(seconds, ms):
+    assert flom.Lock(config=False, timeout=seconds).settings["Timeout"] == ms
+
+
+@pytest.mark.parametrize("seconds", [
+    "soon", "", float("nan"), 2147484, 1e300, 10 ** 400, True, [5], datetime.timedelta(days=25)],
+    ids=lambda value: repr(value)[:9])
+def test_what_is_no_number_of_seconds(seconds):
+    text = r"^timeout=: .* is not a number of seconds up to 2147483$"
+    with pytest.raises(flom.UsageError, match=text):
+        flom.Lock(config=False, timeout=seconds)
+    with pytest.raises(flom.UsageError, match=text):
+        flom.Lock(config=False).acquire(timeout=seconds)
+
+
+def test_a_timeout_of_one_call(daemon, lock):
+    mine, patient = lock(timeout=0), lock()
+    with lock():
+        for options, error in (({}, flom.Busy), ({"timeout": 0.02}, flom.Timeout),
+                               ({"timeout": datetime.timedelta(milliseconds=20)}, flom.Timeout),
+                               ({"timeout": 0.0003}, flom.Timeout), ({"timeout": 0}, flom.Busy)):
+            with pytest.raises(error):
+                mine.acquire(**options)
+        for options in ({"blocking": False}, {"blocking": False, "timeout": -1},
+                        {"blocking": False, "timeout": 0}):
+            with pytest.raises(flom.Busy):
+                patient.acquire(**options)
+        with pytest.raises(flom.Timeout, match=r"\(20 milliseconds\)"):
+            patient.acquire(True, 0.02)
+    assert (mine.settings["Timeout"], patient.settings["Timeout"]) == (0, -1)
+    assert patient.acquire(blocking=False) is patient
+    patient.release()
+    for wrong in ({"blocking": False, "timeout": 1}, {"blocking": 5}, {"blocking": None}):
+        with pytest.raises(flom.UsageError):
+            patient.acquire(**wrong)
+
+
+def test_the_trace_is_begun_once(daemon, lock, box, monkeypatch):
+    """By the first Lock of a process, where that process was then."""
+    box.write("trace", "old\n")
+    monkeypatch.chdir(box.folder)
+    options = {"command_trace_file": "trace", "timeout": 0}
+
+    @lock("a[2]", **options)
+    def work():
+        made.diary.say("worked")
+
+    made = lock(**options)
+    made.diary.say("one")
+    monkeypatch.chdir("/")
+    work()
+    work()
+    lock(**dict(options, command_trace_file=box.path("trace"))).diary.say("two")
+    lines = read(box.path("trace")).splitlines()
+    assert [line.split()[-1] for line in lines] == ["one", "worked", "worked", "two"]
 
 
 # Threads, forks, functions
@@ -349,6 +575,8 @@ def in_child(function):
 def test_a_fork_does_not_share_the_lock(daemon, lock):
     def child():
         assert not held.lost  # it is not this process's
+        with pytest.raises(flom.LockError, match="not held by this process"):
+            held.check()
         held.release()
         held.release()
 
@@ -369,6 +597,60 @@ def test_a_fork_does_not_share_the_lock(daemon, lock):
     assert is_free(lock)
 
 
+FORKED = f"""\
+import os, signal, sys, threading
+sys.path.insert(0, {ROOT!r})
+import flom
+path, there, gate, code = sys.argv[1:]
+lock = flom.Lock("R1", socket_name=path, config=False)
+if code == "wait":
+    threading.Thread(target=lock.acquire, daemon=True).start()
+    open(gate + ".fork").close()
+else:
+    lock.acquire()
+if not os.fork():
+    exec(code.replace("wait", "pass"))
+    open(there, "w").close()
+    open(gate).close()
+    os._exit(0)
+open(gate + ".parent").close()
+"""
+UNTOLD = pytest.mark.skipif(sys.version_info < (3, 7), reason="os.register_at_fork is of 3.7")
+
+
+def forked(box, code):
+    """A program that forks: (its process, the Gates of the child, of the parent, of the fork).
+    The child runs this code, then says so in the file `child`."""
+    gates = [Gate(box, name) for name in ("child", "child.parent", "child.fork")]
+    return [box.start(sys.executable, "-S", "-c", FORKED, box.socket, box.path("child"),
+                      gates[0].fifo, code)] + gates
+
+
+@pytest.mark.parametrize("code", [
+    pytest.param("pass", marks=UNTOLD), "del lock", "lock.release()", "lock._latest.close()"])
+def test_a_fork_does_not_keep_the_lock_of_a_parent_that_ended(daemon, lock, box, code):
+    program, child, _, _ = forked(box, code)
+    wait_until(lambda: os.path.exists(box.path("child")))
+    assert not is_free(lock)  # the parent's, whatever the child does
+    box.kill(program.pid)
+    wait_until(lambda: is_free(lock))
+    child.open()
+
+
+@UNTOLD
+def test_a_fork_does_not_keep_the_place_of_a_parent_that_waited(daemon, lock, box):
+    with lock():
+        program, child, _, fork = forked(box, "wait")
+        wait_until(lambda: "waits 1" in box.run("--status").out)
+        fork.open()
+        wait_until(lambda: os.path.exists(box.path("child")))
+        assert "waits 1" in box.run("--status").out
+        box.kill(program.pid)
+        wait_until(lambda: "waits" not in box.run("--status").out)
+    assert is_free(lock)
+    child.open()
+
+
 def test_a_decorator(daemon, lock):
     @lock("a[2]", quantity=2)
     def double(number, plus=0):
@@ -383,6 +665,107 @@ def test_a_decorator(daemon, lock):
     with pytest.raises(ValueError):
         double(-1)
     assert is_free(lock, "a[2]") and double(1) == 2
+
+
+def test_a_decorated_generator_holds_the_lock_to_its_end(daemon, lock):
+    @lock()
+    def rows(count: int = 3):
+        for number in range(count):
+            assert (yield number) is None
+        return "done"
+
+    assert inspect.isgeneratorfunction(rows)
+    assert inspect.signature(rows).parameters["count"].default == 3
+    three = rows()
+    assert is_free(lock)  # nothing has begun
+    assert next(three) == 0 and not is_free(lock)
+    assert list(three) == [1, 2] and is_free(lock)
+    broken = rows()
+    next(broken)
+    with pytest.raises(AssertionError):
+        broken.send("x")
+    assert is_free(lock)
+    left = rows()
+    next(left)
+    left.close()
+    assert is_free(lock)
+
+
+class Worker:
+    def plain(self, number: int) -> int:
+        """Doubles."""
+        return number * 2
+
+    def __call__(self):
+        return "called"
+
+
+def test_a_decorator_of_methods(daemon, lock):
+    class Locked(Worker):
+        plain = lock()(Worker.plain)
+        static = lock()(staticmethod(lambda number: number))
+        of_class = lock()(classmethod(lambda cls: cls.__name__))
+
+    made = Locked()
+    assert (made.plain(2), made.static(3), Locked.static(4)) == (4, 3, 4)
+    assert Locked.of_class() == made.of_class() == "Locked"
+    assert inspect.signature(Locked.plain) == inspect.signature(Worker.plain)
+    assert Locked.plain.__doc__ == "Doubles."
+    for function in (Worker().plain, functools.partial(Worker().plain)):
+        assert lock()(function)(5) == 10
+    assert lock()(Worker())() == "called"
+
+
+def test_a_decorator_of_a_subclass(daemon, lock, box):
+    class Noting(flom.Lock):
+        def __init__(self, notes):
+            super().__init__("R1", socket_name=box.socket, config=False)
+            self.notes = notes
+
+        def acquire(self, *args, **kwargs):
+            self.notes.append("acquire")
+            return super().acquire(*args, **kwargs)
+
+    notes = []
+    mine = Noting(notes)
+    with mine:
+        pass
+    assert mine(lambda: len(notes))() == 2
+    assert notes == ["acquire", "acquire"]
+
+
+def test_what_cannot_be_decorated(lock):
+    async def coroutine():
+        pass
+
+    async def generator():
+        yield
+
+    class Asynchronous:
+        async def __call__(self):
+            pass
+
+    for wrong in (coroutine, generator, functools.partial(coroutine), Asynchronous(),
+                  staticmethod(coroutine)):
+        with pytest.raises(TypeError, match="is async"):
+            lock()(wrong)
+    for wrong in (Worker, property(coroutine), "f", None):
+        with pytest.raises(TypeError, match="is not a function"):
+            lock()(wrong)
+
+
+def test_what_runs_later_than_its_function(daemon, lock):
+    """A function that returns a coroutine or a generator: the lock would be released before."""
+    async def coroutine():
+        pass
+
+    async def generator():
+        yield
+
+    for late in (lambda: coroutine(), lambda: generator(), lambda: (row for row in "abc")):
+        with pytest.raises(TypeError, match="would run without the lock on R1"):
+            lock()(late)()
+    assert is_free(lock)
 
 
 def test_a_decorated_function_runs_in_threads(daemon, lock):
