@@ -110,9 +110,9 @@ def flags(text):
     return {f"-{name}" for name in re.findall(r"\bFl (-?[A-Za-z][\w-]*)", text)}
 
 
-def test_there_are_four_pages():
+def test_there_are_five_pages():
     names = [os.path.basename(path) for path in PAGES]
-    assert names == ["flom-protocol.7", "flom.1", "flom.conf.5", "flomd.8"]
+    assert names == ["flom-protocol.7", "flom-semantics.7", "flom.1", "flom.conf.5", "flomd.8"]
 
 
 @pytest.mark.parametrize("name, program", [("flom.1", "flom"), ("flomd.8", "flomd")])
@@ -164,6 +164,30 @@ def test_the_protocol_page_knows_all_codes_and_numbers():
                      flom.IMPOSSIBLE, flom.INVALID_NAME, flom.DEADLOCK, flom.STOPPED, flom.LIMIT,
                      flom.EVICTED}
     assert [name for name in flom._NUMBERS if not re.search(rf"\b{name}\b", text)] == []
+
+
+def test_the_semantics_page_has_the_table_of_modes():
+    rows = re.findall(r"^\.It ([A-Z]{2}) (\w+)((?: Ta (?:yes|no)){6})$",
+                      section(page("flom-semantics.7"), "MODES"), re.MULTILINE)
+    assert [row[:2] for row in rows] == list(zip(flom.MODES, flom.LONG_MODES))
+    for (_, _, cells), conflicts in zip(rows, flomd.CONFLICTS):
+        told = cells.replace(" Ta", "").split()
+        assert [word == "no" for word in told] == [mode in conflicts for mode in range(6)]
+
+
+def test_the_semantics_page_has_examples_of_all_kinds():
+    rows = re.findall(r"^\.It (\w*) ?Ta .* Ta (\S+)$",
+                      section(page("flom-semantics.7"), "NAMES AND KINDS"), re.MULTILINE)
+    told = [(kind or "sequence", example) for kind, example in rows]
+    assert [flom.kind_of(example) for _, example in told] == [kind for kind, _ in told]
+    assert {kind for kind, _ in told} == set(flomd.KINDS)
+
+
+def test_the_semantics_page_has_all_intervals():
+    rows = re.findall(r'^\.It Li "(.*)" Ta',
+                      section(page("flom-semantics.7"), "TIMESTAMPS"), re.MULTILINE)
+    known = [tokens for tokens, _ in flomd.RESOLUTIONS]
+    assert " ".join(rows).split() == " ".join(known).split()
 
 
 @pytest.mark.processes
