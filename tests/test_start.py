@@ -42,7 +42,7 @@ def check(boxes, clients):
     assert [one for _, one in events[::2]] == [one for _, one in events[1::2]]
     assert {one for _, one in events} == {str(number) for number in range(len(clients))}
     # one that came second may still be on its way out; an idle one would stay for 7 s
-    wait_until(lambda: sum(len(box.daemons()) for box in boxes) == 1, seconds=4)
+    wait_until(lambda: sum(len(box.daemons()) for box in boxes) == 1, seconds=6)
 
 
 def test_a_start_is_not_cut_short_by_the_time_to_wait(box):

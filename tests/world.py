@@ -159,7 +159,7 @@ class Box:
         self.folder, self.prefix, self.processes = folder, list(prefix), []
         self.socket, self.log = self.path("s"), self.path("log")
         self.address = ("-s", self.socket) if address is None else address
-        self.foreground, self.forgiven = [], set()
+        self.foreground, self.forgiven, self.seen = [], set(), {}
 
     def path(self, name):
         return os.path.join(self.folder, name)
@@ -233,15 +233,19 @@ class Box:
         return read(self.log).splitlines() if os.path.exists(self.log) else []
 
     def running(self):
-        """{pid: command line} of all processes of this box."""
+        """{pid: command line} of all processes of this box, zombies aside."""
         mark, found = f"HOME={self.folder}".encode(), {}
-        for pid in filter(str.isdigit, os.listdir("/proc")):
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
             try:
-                with open(f"/proc/{pid}/environ", "rb") as environ:
-                    if mark in environ.read().split(b"\0"):
-                        found[int(pid)] = read(f"/proc/{pid}/cmdline").replace("\0", " ")
+                with open(f"/proc/{pid}/environ", "rb") as file:
+                    environment = file.read()
+                if mark in environment.split(b"\0"):
+                    found[pid] = read(f"/proc/{pid}/cmdline").replace("\0", " ")
+                elif not environment and pid in self.seen and not has_ended(pid):
+                    found[pid] = self.seen[pid]  # it is dying, and its sockets may still be there
             except OSError:  # it has ended, or is another user's
                 pass
+        self.seen = found
         return found
 
     def daemons(self):
@@ -293,7 +297,7 @@ class Box:
             return {pid: line for pid, line in self.running().items()
                     if comm(pid) != "flomd" and "flomd" not in line}
         try:
-            wait_until(lambda: not strangers(), seconds=2)
+            wait_until(lambda: not strangers())
         except AssertionError:
             return [f"left: {pid} {line}" for pid, line in strangers().items()]
         return []
