@@ -656,7 +656,15 @@ class LockError(Exception):
 
 
 class _Gone(Exception):
-    """The connection ended: the daemon has ended, crashed, or drains."""
+    """The connection ended: the daemon at `where` has ended, crashed, or drains."""
+
+    def __init__(self, text, where):
+        super().__init__(text)
+        self.where = where
+
+
+class _PlaceLost(_Gone):
+    """It ended while the request stood in the daemon's queue."""
 
 
 def _error(name, meaning, status=WRONG, prefix="flom: "):
@@ -670,7 +678,16 @@ CannotWait = _error("CannotWait", "It does not exist; waiting or creating was no
 Impossible = _error("Impossible", "It can never be granted: more than there is.", prefix="")
 Deadlock = _error("Deadlock", "It is held by a command that this one runs under; see `reason`.", 94)
 LockLost = _error("LockLost", "The daemon has vanished, and the lock was not reclaimed.", 95)
-DaemonUnavailable = _error("DaemonUnavailable", "No daemon, or one that does not serve.")
+
+
+class DaemonUnavailable(LockError):
+    """No daemon, or one that does not serve."""
+
+
+class _Useless(DaemonUnavailable):
+    """What listens there says nothing, or is no lock daemon, or not the one that it says it is."""
+
+
 LATE = "late"  # no rc: there was no answer in time
 REFUSALS = {  # rc: the error, its text
     LATE: (Timeout, "The lock was not obtained because timeout ({ms} milliseconds) expired"),
@@ -983,6 +1000,8 @@ def hearing(asker, until):
 CANNOT_SERVE = 1
 AGAIN = 0.02  # s between two looks, two tries
 RECOVERY_WINDOW = 2000  # ms in which a new daemon grants only to those who held before
+RESTART = 1  # s between two starts of a daemon
+LATECOMER = 5  # s for another's daemon to listen, when ours came too late or cannot serve
 
 
 def daemon_program():
@@ -1119,6 +1138,49 @@ def _become_daemon(argv, writing):
         os._exit(CANNOT_SERVE)
 
 
+class Starter:
+    """Starts daemons for one lock, where that is allowed, and keeps what the last had to say.
+
+    `launch` is fork_daemon or spawn_daemon.
+    """
+
+    def __init__(self, settings, allowed, launch):
+        self.settings, self.allowed, self.launch = settings, allowed, launch
+        self.order = None  # the last daemon was ended by order: how, in words
+        self.complaint, self._steps, self._after = "", None, 0
+
+    def obstacle(self):
+        """Why no daemon may be started here, None when one may."""
+        if self.settings["Lifespan"] == 0:
+            return "-d 0 forbids starting one"
+        if not self.allowed:
+            return "start_daemon=True is not given"
+        if "," in (self.settings["UnicastAddress"] or ""):
+            return "with several addresses none is started"
+        return self.order
+
+    def trying(self, until, recovering):
+        """Steps that start a daemon, or wait a moment; the result is `until`, or earlier.
+
+        After a crash who waits for its own daemon may reclaim too late, since another's may serve
+        by then: so when `recovering` they are only a part of the start, between two looks.
+        """
+        if self.obstacle() or clock() < self._after:
+            yield None, 0, AGAIN
+            return until
+        if not self._steps:
+            self._steps = starting(self.settings, recovering, until, self.launch)
+        outcome = yield from one_step(self._steps) if recovering else self._steps
+        if not outcome:
+            return until
+        self._steps, (status, said) = None, outcome
+        self.complaint = said or self.complaint
+        if status != CANNOT_SERVE:
+            return until
+        self._after = clock() + RESTART  # mostly another client's daemon came first: it will listen
+        return min(until, clock() + LATECOMER)
+
+
 # --- Session (the client's side of the protocol, pure: no sockets) --------------------------------
 # One session is one request: bytes in, answers out.  It is ASKING until the step 16, WAITING while
 # it is queued, HOLDING after rc 0, whatever the step.  What is not in NEXT is illegal.
@@ -1138,35 +1200,44 @@ FIELDS = ("rc", "element", "token", "position", "reason", "daemon", "peerid")  #
 
 
 def lock_message(settings, about, wait, reclaim=None, held=None):
-    """The lock 8; `about`: id, key, parent, pid ...; `reclaim`, `held`: token, element of the lost.
+    """The lock 8; `about`: id, parent, pid ...; `reclaim`, `held`: token, element of the lost.
 
-    It is made to fit by leaving out what a daemon needs least; id, key and one parent stay.
+    Of `about` what matters least is left out until FLoM would read the message.  It is None for a
+    message without any addition of ours.
     """
-    kind, patient = kind_of(settings["Name"]), settings["Timeout"] < 0
-    resource = element(
-        "resource", ("name", encode_name(settings["Name"])),
-        ("mode", settings["LockMode"] if kind in WITH_MODE else None), ("wait", int(wait)),
-        ("quantity", settings["Quantity"] if kind == "numeric" else None),
-        ("create", int(settings["Create"] or reclaim is not None)),
-        ("lifespan", settings["IdleLifespan"]), ("reclaim", reclaim), ("held", held),
-        ("deadlock", None if not wait or patient and settings["Deadlock"] != "wait" else "wait"))
-    ours = {"peerid": machine_id(), "client": f"flom.py/{VERSION}", **about}
-    message = encode(LOCK, 8, element("session", *ours.items()), resource)
-    for name in ("host", "user", "cmd", "pid", "client") + ("parent",) * (CHAIN - 1):
-        if len(message) <= LONGEST:
-            break
-        ours[name] = _shorter(name, ours.get(name))
-        message = encode(LOCK, 8, element("session", *ours.items()), resource)
-    return message
+    name, kind = settings["Name"], kind_of(settings["Name"])
+    resource = [("name", encode_name(name))]
+    if kind in WITH_MODE:
+        resource.append(("mode", settings["LockMode"]))
+    resource.append(("wait", int(wait)))
+    if kind == "numeric":
+        resource.append(("quantity", settings["Quantity"]))
+    resource.append(("create", int(settings["Create"] or reclaim is not None)))
+    resource.append(("lifespan", settings["IdleLifespan"]))
+    if about is not None:
+        resource += [("reclaim", reclaim), ("held", held)]
+        if wait and (settings["Timeout"] >= 0 or settings["Deadlock"] == "wait"):
+            resource.append(("deadlock", "wait"))
+    while True:
+        session = {"peerid": machine_id(), **(about or {})}
+        message = encode(LOCK, 8, element("session", *session.items()),
+                         element("resource", *resource))
+        shorter = without_the_least(session)
+        if len(message) <= LONGEST or shorter is None:
+            return message
+        about = shorter
 
 
-def _shorter(name, value):
-    """What is left of an addition when a message is too long; None: nothing."""
-    if name == "client":
-        return "flom.py"
-    if name == "parent" and value:
-        newest, _, _ = value.rpartition(",")
-        return newest or value
+def without_the_least(about):
+    """`about` without the part of it that matters least; None when the rest must stay."""
+    for name in ("host", "user", "cmd", "pid"):
+        if about.get(name) is not None:
+            return {**about, name: None}
+    client, parents = about.get("client") or "", about.get("parent") or ""
+    if "/" in client:
+        return {**about, "client": client.partition("/")[0]}
+    if "," in parents:  # the nearest stays: the daemon knows that one's own parents
+        return {**about, "parent": parents.rpartition(",")[0]}
     return None
 
 
@@ -1227,6 +1298,8 @@ class Session:
 # A non-blocking stream to the daemon, with TLS where three files say so, and the session on it.
 # Connecting and the first answer have PATIENCE: a daemon that says nothing is an error.
 PATIENCE, GOODBYE = 10, 5  # s: for a first answer, for the daemon's EOF after ours
+SEVERAL, EACH = 15, 6  # s: PATIENCE with several addresses, with one of them but the last
+STAGGER = 0.25  # s from one connection attempt to the next
 CHUNK = 65536  # bytes read at once
 NOBODY = {errno.ENOENT, errno.ECONNREFUSED, errno.ECONNRESET}  # connect: nobody listens there
 NOT_YET = {errno.EINPROGRESS, errno.EALREADY, errno.EINTR, errno.EAGAIN}
@@ -1255,35 +1328,100 @@ def place(settings):
     return settings["SocketName"] or f"/tmp/flom-{login()}"
 
 
+def locating(settings, diary):
+    """Steps to [(family, address)] where a daemon may be; raises DaemonUnavailable."""
+    if not settings["UnicastAddress"]:
+        if settings["MulticastAddress"]:
+            return (yield from discovering(settings, diary))
+        return [(socket.AF_UNIX, place(settings))]
+    found, failure, scope = [], None, interface_index(settings)
+    for host in filter(None, map(str.strip, settings["UnicastAddress"].split(","))):
+        try:
+            found += resolve(host, settings["UnicastPort"], socket.SOCK_STREAM, scope)
+        except DaemonUnavailable as error:
+            failure = error
+            diary.say(str(error))
+    if not found:
+        raise failure or DaemonUnavailable(f"{settings['UnicastAddress']!r} names no host")
+    return list(dict.fromkeys(found))
+
+
 def connecting(settings, diary, context, make):
     """Steps to a Connection, None when nobody listens; raises DaemonUnavailable.
 
     `make` is Connection or, in a program, program_connection.
     """
-    hosts, nobody, failure, found = settings["UnicastAddress"], False, None, []
-    if not hosts:
-        found = ((yield from discovering(settings, diary)) if settings["MulticastAddress"] else
-                 [(socket.AF_UNIX, place(settings))])
-    for host in hosts.split(",") if hosts else ():
+    race = Race(settings, (yield from locating(settings, diary)), context, make)
+    connection = yield from race.winning()
+    if not connection:
+        race.check()
+    return connection
+
+
+class Race:
+    """The addresses of a daemon: the first with which a connection stands, TLS included, wins.
+
+    The next address begins to run when the one before has failed, or has run for STAGGER without
+    an end (RFC 8305).  A winner may prove to be of no use: then those that are left run on.
+    """
+
+    def __init__(self, settings, addresses, context, make):
+        self.settings, self.context, self.make = settings, context, make
+        self.left = list(addresses)  # those that have neither won nor failed
+        self._failure, self._nobody = None, False
+
+    def winning(self):
+        """Steps to the next Connection that stands, None when no address is left."""
+        until, begin, running = clock() + PATIENCE, 0, {}
         try:
-            found += resolve(host.strip(), settings["UnicastPort"], socket.SOCK_STREAM,
-                             interface_index(settings))
-        except DaemonUnavailable as error:
-            failure = str(error)
-    for left, (family, address) in zip(range(len(found), 0, -1), found):
-        where = address if family == socket.AF_UNIX else show_address(address)
+            while self.left or running:
+                if self.left and (not running or clock() >= begin):
+                    address = self.left.pop(0)
+                    running[address], begin = self._opening(address, until), clock() + STAGGER
+                wait = None
+                for address, steps in list(running.items()):
+                    try:
+                        wait = next(steps)
+                    except StopIteration as end:
+                        del running[address]
+                        if end.value:
+                            return end.value
+                if wait:
+                    yield self._first_of(wait, len(running), begin)
+        finally:  # those that have run in vain run again if the winner is of no use
+            for steps in running.values():
+                steps.close()
+            self.left[:0] = running
+
+    def _first_of(self, wait, count, begin):
+        """What to wait for: several connections have no common event, so they are looked at."""
+        descriptor, events, seconds = wait
+        if count > 1:
+            return None, 0, AGAIN
+        if self.left:
+            seconds = min(seconds, max(0, begin - clock()))
+        return descriptor, events, seconds
+
+    def _opening(self, address, until):
+        """Steps to a Connection that stands, None when it fails."""
+        family, name = address
+        local = family == socket.AF_UNIX
+        where = name if local else show_address(name)
         try:
-            with make(family, where) as connection:
-                yield from connection.opening(address, clock() + PATIENCE / left, context)
-                if family == socket.AF_UNIX and not settings["SocketName"]:
+            with self.make(family, where) as connection:
+                yield from connection.opening(name, until, self.context)
+                if local and not self.settings["SocketName"]:
                     connection.check_owner()
                 return connection
         except OSError as error:
-            nobody = nobody or error.errno in NOBODY
-            failure = f"cannot connect to {where}: {explain(error)}"
-    if failure and not nobody:
-        raise DaemonUnavailable(failure)
-    return None
+            self._nobody = self._nobody or error.errno in NOBODY
+            self._failure = f"cannot connect to {where}: {explain(error)}"
+            return None
+
+    def check(self):
+        """Raises DaemonUnavailable, unless there is an address at which nobody listens."""
+        if self._failure and not self._nobody:
+            raise DaemonUnavailable(self._failure)
 
 
 def tls_context(settings):
@@ -1376,8 +1514,8 @@ class Connection:
     def check_name(self, peerid):
         """Refuses a daemon whose certificate has not one CN, its peer id."""
         if not self.name or self.name != peerid:
-            raise DaemonUnavailable(f"{self.where}: the one CN of its certificate is "
-                                    f"{self.name!r}, but its peer id is {peerid!r}")
+            raise _Useless(f"{self.where}: the one CN of its certificate is {self.name!r}, "
+                           f"but its peer id is {peerid!r}")
 
     def peer(self):
         """(pid, uid) of a local daemon, (None, None) where the kernel does not tell."""
@@ -1409,13 +1547,13 @@ class Connection:
         except OSError as error:
             raise self._ended(error)
         if not data:
-            raise _Gone("it closed the connection")
+            raise _Gone("it closed the connection", self.where)
         return data
 
     def _ended(self, error):
         text = explain(error)
         refused = text.startswith("TLS: it refuses")  # TLS 1.3 tells it after the handshake
-        return DaemonUnavailable(f"{self.where}: {text}") if refused else _Gone(text)
+        return _Useless(f"{self.where}: {text}") if refused else _Gone(text, self.where)
 
     def receive(self):
         """The answers in what has come, None when nothing has; raises _Gone, ProtocolError.
@@ -1433,29 +1571,52 @@ class Connection:
             answers = self.receive()
         return answers
 
-    def asking(self, message, patience, last=True, answered=False):
-        """Steps that send a message, half-close after the `last`, and read to the end of a message.
+    def parting(self, message, patience, answered=False):
+        """Steps that send a last message, half-close, and wait for what follows.
 
-        TLS says goodbye, too, unless the last may be `answered`: that would lose the answer.
-        Their result is what has come, b"" for EOF, None when nothing came in `patience` s; unless
-        it is the last, each part of it may take as long.
+        TLS says goodbye, too, unless the message may be `answered`: that would lose the answer.
+        The result is the message that came, b"" when the daemon has closed the connection, None
+        when neither has happened in `patience` s.  The connection is closed in any case.
         """
         data, until = bytearray(), clock() + patience
         try:
             self.send(message)
-            if last:
-                if not answered:
-                    with contextlib.suppress(OSError, ValueError, AttributeError):
-                        self.sock.unwrap()
-                socket.socket.shutdown(self.sock, socket.SHUT_WR)  # SSLSocket's ends reading, too
-            while clock() < until and END not in data[-2 * CHUNK:]:
+            self._half_close(goodbye=not answered)
+            while END not in data and clock() < until:
                 more = self.take()
                 data += more
-                until = clock() + patience if more and not last else until
                 if not more:
                     yield self.sock.fileno(), READ, until - clock()
             return data or None
-        except (_Gone, OSError):
+        except _Gone:
+            return data
+        finally:
+            self.close()
+
+    def _half_close(self, goodbye):
+        if goodbye:
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                self.sock.unwrap()
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.sock, socket.SHUT_WR)  # SSLSocket's ends reading, too
+
+    def fetching(self, message, patience):
+        """Steps that send a message and read all of the one that follows, which may be long.
+
+        The result is as that of `parting`; each part of the message may take `patience` s.
+        """
+        data, until = bytearray(), clock() + patience
+        try:
+            self.send(message)
+            while END not in data[-2 * CHUNK:] and clock() < until:
+                more = self.take()
+                data += more
+                if more:
+                    until = clock() + patience
+                else:
+                    yield self.sock.fileno(), READ, until - clock()
+            return data or None
+        except _Gone:
             return data
         finally:
             self.close()
@@ -1501,8 +1662,7 @@ def program_connection(family, where):
 # since; a FLoM daemon takes it for an ordinary request, whose grant is as good where it carries no
 # element.  EOF alone means a crash, after which a daemon may be started; rc STOPPED means that
 # somebody wanted it to end: then flom starts none, and watches for one of somebody else.
-RESTART, HURRY = 1, 2  # s: between two starts of a daemon; how long to try every AGAIN
-LATECOMER = 5  # s for another's daemon to listen, when ours came too late or cannot serve
+HURRY = 2  # s: how long to try every AGAIN
 TAKEN = "it was granted to somebody else"
 
 
@@ -1531,19 +1691,21 @@ class Lock:
         in_program = command is None  # flom itself has a command, of whatever name
         self._make = program_connection if in_program else Connection
         self._launch = spawn_daemon if in_program else fork_daemon
+        several = "," in (self.settings["UnicastAddress"] or "")
+        self._patience = SEVERAL if several else PATIENCE
         self._begin()
 
     def _begin(self):
         """Nothing has been asked for yet; `_latest` is the connection that was made last."""
         self.connection = self._latest = None
         self._owner = self._context = None
-        self._start_after = 0
         self._forget()
 
     def _forget(self):
         """Forgets an earlier grant; `chain` is the id of the next and those it is asked under."""
-        self.element = self.token = self.loss = self._stopped = None
+        self.element = self.token = self.loss = None
         self.unread = self._evicted = False
+        self._starter = Starter(self.settings, self.start_daemon, self._launch)
         self.chain = [os.urandom(8).hex()] + re.findall(
             "[0-9a-f]{16}", os.environ.get("FLOM_SESSION", ""))[:CHAIN - 1]
 
@@ -1623,7 +1785,7 @@ class Lock:
         deadline = (started or clock()) + (limit / 1000 if limit >= 0 else FOREVER)
         self._context = tls_context(self.settings)
         self._about = {
-            "id": self.chain[0], "key": os.urandom(8).hex(),
+            "client": f"flom.py/{VERSION}", "id": self.chain[0], "key": os.urandom(8).hex(),
             "parent": ",".join(self.chain[1:]) or None, "pid": os.getpid(),
             "user": plain(login(), 32), "host": plain(os.uname().nodename, 64),
             "cmd": plain(self.command, 32), "progress": 1 if self.diary.verbose else None}
@@ -1671,7 +1833,7 @@ class Lock:
         try:
             if owner == os.getpid():
                 with contextlib.suppress(DaemonUnavailable):  # an alert of TLS
-                    finish(connection.asking(unlock_message(self.name, rollback), GOODBYE))
+                    finish(connection.parting(unlock_message(self.name, rollback), GOODBYE))
         finally:
             connection.close()
 
@@ -1700,21 +1862,23 @@ class Lock:
 
         Afterwards `unread` says that there may be more.
         """
-        if not self.connection:
+        if self.connection is None:
             return False
         try:
             answers = self.connection.receive()
             self.unread = answers is not None
             if self.connection.session.state == TAKEN_AWAY:
                 self._evicted = True
-                raise _Gone(visible(answers[-1].reason or TAKEN_AWAY))
+                raise _Gone(answers[-1].reason or TAKEN_AWAY, self.connection.where)
             if self.connection.session.state == ENDING:
-                self._stopped = "it was stopped"
-                raise _Gone(self._stopped)  # its EOF may come after the command's end
+                self._starter.order = "it was stopped"
+                # its EOF may come after the command's end
+                raise _Gone(self._starter.order, self.connection.where)
+            return True
         except (_Gone, ProtocolError, DaemonUnavailable) as error:
             self.connection.close()
-            self._lose(f"{self.connection.where}: {self._stopped or error}")
-        return self.connection is not None
+            self._lose(f"{self.connection.where}: {self._starter.order or error}")
+            return False
 
     def _lose(self, reason):
         self.connection, self.unread = None, False
@@ -1724,91 +1888,116 @@ class Lock:
     def _asking(self, deadline, recovering=False, **lost):
         """Steps to (connection, granting answer); raises the refusal.
 
-        A daemon that ends before its first answer is asked for again, for PATIENCE.  `recovering`:
-        one that served this lock has crashed; `lost`: what is to be reclaimed.
+        A daemon that ends before its first answer is asked for again, until patience ends.
+        `recovering`: one that served this lock has crashed; `lost`: what is to be reclaimed.
         """
-        until, patient = clock() + PATIENCE, False
+        until, patient, about = clock() + self._patience, False, self._about
         while True:
-            connection = yield from self._reaching(until, recovering, patient)
+            try:
+                served = yield from self._asking_each(about, deadline, until, lost)
+                if served:
+                    return served
+                self._check_patience(until, patient)
+                until = yield from self._starter.trying(until, recovering)
+            except _PlaceLost as gone:
+                recovering, patient, until = True, True, clock() + self._patience
+                self.diary.say(f"waiting for {self.name}: {gone.where}: {gone}; asking again")
+            except _Gone as gone:
+                if clock() >= until:
+                    hint = "" if self._context else "; it may want TLS"
+                    raise DaemonUnavailable(f"{gone.where} does not answer: {gone}{hint}")
+                patient, about = True, None if about and self._is_long() else self._about
+                yield None, 0, AGAIN
+
+    def _is_long(self):
+        """Whether a FLoM daemon would close the connection rather than read the request."""
+        return len(lock_message(self._asked, self._about, wait=True)) > LONGEST
+
+    def _check_patience(self, until, patient):
+        """Raises DaemonUnavailable when it is no use to look for a daemon any longer."""
+        obstacle, why = self._starter.obstacle(), ""
+        if clock() < until and (patient or not obstacle):
+            return
+        if self._starter.complaint:
+            why = f": {self._starter.complaint}"
+        elif obstacle:
+            why = f" (and {obstacle})"
+        raise DaemonUnavailable(f"no daemon at {place(self.settings)}{why}")
+
+    def _asking_each(self, about, deadline, until, lost):
+        """Steps to (connection, granting answer) of the first address that serves.
+
+        The result is None when nobody listens.  Only one is asked at a time: two daemons might both
+        grant.  Whatever is wrong with one before it has answered, the next is asked.  Raises the
+        refusal; _Gone when a daemon has ended, which may be another's moment to begin.
+        """
+        addresses = yield from locating(self.settings, self.diary)
+        race, wrong = Race(self.settings, addresses, self._context, self._make), None
+        while True:
+            connection = yield from race.winning()
+            if not connection:
+                break
             self._latest = connection
+            message = lock_message(self._asked, about, clock() < deadline, **lost)
+            patience = self._patience_with(race, until)
             try:
                 with connection:
-                    return connection, (yield from self._granting(connection, deadline, lost))
-            except _Gone as gone:
-                where = connection.where
-                if connection.session.state == WAITING:
-                    recovering, until = True, clock() + PATIENCE
-                    self.diary.say(f"waiting for {self.name}: {where}: {gone}; asking again")
-                elif clock() >= until:
-                    hint = "" if self._context else "; it may want TLS"
-                    raise DaemonUnavailable(f"{where} does not answer: {gone}{hint}")
-                else:
-                    yield None, 0, AGAIN
-            patient = True
+                    return connection, (yield from self._granting(
+                        connection, message, patience, deadline))
+            except _PlaceLost:
+                raise
+            except (_Gone, _Useless) as error:
+                wrong = wrong if isinstance(wrong, _Gone) else error
+        if wrong:
+            raise wrong
+        race.check()
+        return None
 
-    def _granting(self, connection, deadline, lost):
-        """Steps from the request to the granting answer; raises the refusal, or Timeout."""
+    def _patience_with(self, race, until):
+        """s in which the winner of a race must answer."""
+        if race.left:
+            return EACH
+        return PATIENCE if self._patience == PATIENCE else max(1, until - clock())
+
+    def _granting(self, connection, message, patience, deadline):
+        """Steps from the request to the granting answer; raises the refusal, _Useless, _Gone."""
         try:
-            return (yield from self._waiting(connection, deadline, lost))
+            answer = yield from self._asking_first(connection, message, patience)
+            while connection.session.state == WAITING:
+                answer = yield from self._waiting(connection, answer, deadline)
+            if answer.rc == OK:
+                check_element(self.name, answer.element)
         except ProtocolError as error:
-            raise DaemonUnavailable(f"{connection.where} is no lock daemon: {error}")
+            raise _Useless(f"{connection.where} is no lock daemon: {error}")
+        if answer.rc == OK:
+            return answer
+        late = answer.rc == BUSY and self._asked["Timeout"] > 0
+        raise refusal(LATE if late else answer.rc, answer.reason, self._asked)
 
-    def _waiting(self, connection, deadline, lost):
-        connection.send(lock_message(self._asked, self._about, clock() < deadline, **lost))
-        answers = yield from connection.answering(clock() + PATIENCE)
+    def _asking_first(self, connection, message, patience):
+        """Steps from the request to its first answer."""
+        connection.send(message)
+        answers = yield from connection.answering(clock() + patience)
         if not answers:
-            raise DaemonUnavailable(f"{connection.where} does not answer within {PATIENCE} s: "
-                                    "stopped, or no lock daemon")
+            raise _Useless(f"{connection.where} does not answer within {patience:.0f} s: "
+                           "stopped, or no lock daemon")
         if self._context and self.settings["TlsCheckPeerId"]:
             connection.check_name(answers[0].peerid)
-        while connection.session.state == WAITING:
-            answer = answers[-1]
-            where = "" if answer.position is None else f", place {answer.position}"
-            why = "nobody has created it" if answer.rc == WAIT_RESOURCE else answer.reason
-            self.diary.say(f"waiting for {self.name}{where}" + (f", {why}" if why else ""))
+        return answers[-1]
+
+    def _waiting(self, connection, answer, deadline):
+        """Steps from one answer to the next; tells what it waits for."""
+        where = "" if answer.position is None else f", place {answer.position}"
+        why = "nobody has created it" if answer.rc == WAIT_RESOURCE else answer.reason
+        self.diary.say(f"waiting for {self.name}{where}" + (f", {why}" if why else ""))
+        try:
             answers = yield from connection.answering(deadline)
-            if not answers:  # how long is as old as the answer
-                reason = re.sub(" for [0-9]+:[0-9:]+", "", answer.reason or "")
-                raise refusal(LATE, reason, self._asked)
-        answer = answers[-1]
-        if answer.rc != OK:
-            late = answer.rc == BUSY and self._asked["Timeout"] > 0
-            raise refusal(LATE if late else answer.rc, answer.reason, self._asked)
-        check_element(self.name, answer.element)
-        return answer
-
-    def _reaching(self, until, recovering, patient):
-        """Steps to a connection with the daemon, which is started where that is allowed."""
-        complaint, start = "", None
-        while True:
-            connection = yield from connecting(self.settings, self.diary, self._context,
-                                               self._make)
-            if connection:
-                return connection
-            obstacle = self._may_not_start()
-            if clock() >= until or obstacle and not patient:
-                why = f": {complaint}" if complaint else f" (and {obstacle})" if obstacle else ""
-                raise DaemonUnavailable(f"no daemon at {place(self.settings)}{why}")
-            if obstacle or clock() < self._start_after:
-                yield None, 0, AGAIN
-                continue
-            start = start or starting(self.settings, recovering, until, self._launch)
-            # After a crash, who waits for its own may reclaim too late: so it looks meanwhile.
-            outcome = yield from one_step(start) if recovering else start
-            if not outcome:
-                continue
-            start, (status, said) = None, outcome
-            complaint = said or complaint
-            if status == CANNOT_SERVE:  # mostly another client's daemon came first: it will listen
-                self._start_after = clock() + RESTART
-                until = min(until, clock() + LATECOMER)
-
-    def _may_not_start(self):
-        """Why no daemon may be started here, None when one may."""
-        return ("-d 0 forbids starting one" if self.settings["Lifespan"] == 0 else
-                "start_daemon=True is not given" if not self.start_daemon else self._stopped or (
-                    "with several addresses none is started"
-                    if "," in (self.settings["UnicastAddress"] or "") else None))
+        except _Gone as gone:
+            raise _PlaceLost(str(gone), gone.where)
+        if not answers:  # how long is as old as the answer
+            reason = re.sub(" for [0-9]+:[0-9:]+", "", answer.reason or "")
+            raise refusal(LATE, reason, self._asked)
+        return answers[-1]
 
     def reclaiming(self):
         """Steps that try to reclaim a lost lock, to True when it is held again, False: refused.
@@ -1836,9 +2025,9 @@ class Lock:
             0, recovering=True, reclaim=self.token, held=self.element)
         known = answer.daemon and answer.element == self.element
         if known or kind_of(self.name) not in WITH_ELEMENT:
-            self.connection, self._stopped = connection, None
+            self.connection, self._starter.order = connection, None
             return True
-        yield from connection.asking(unlock_message(self.name, True), GOODBYE)
+        yield from connection.parting(unlock_message(self.name, True), GOODBYE)
         self._lose(TAKEN)
         return False
 
@@ -2399,11 +2588,11 @@ def asking_for_report(settings):
     connection = yield from connecting(settings, Diary(settings), context, Connection)
     if not connection:
         raise DaemonUnavailable(f"no daemon at {place(settings)}")
-    data = yield from connection.asking(encode(
+    data = yield from connection.fetching(encode(
         LOCK, 8,
         element("session", ("peerid", machine_id()), ("client", f"flom.py/{VERSION}")),
         element("resource", ("name", encode_name(STATUS_RESOURCE)), ("mode", 0), ("wait", 0),
-                ("create", 0), ("lifespan", 0))), PATIENCE, last=False)
+                ("create", 0), ("lifespan", 0))), PATIENCE)
     if not data:
         why = "it closed the connection" if data is not None else f"{PATIENCE} s have passed"
         raise DaemonUnavailable(f"{connection.where} gives no report: {why}")
@@ -2578,8 +2767,8 @@ def give_order(settings, order, **about):
         connection.check_name(known)
     pid = connection.peer()[0]
     session = element("session", ("peerid", machine_id()), *about.items())
-    data = finish(connection.asking(encode(MANAGEMENT, 8, session, order), PATIENCE,
-                                    answered=True))
+    data = finish(connection.parting(encode(MANAGEMENT, 8, session, order), PATIENCE,
+                                     answered=True))
     if data is None:
         raise DaemonUnavailable(f"{connection.where} does not answer within {PATIENCE} s")
     if not data:

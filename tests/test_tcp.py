@@ -7,6 +7,7 @@ import threading
 import flom
 import pytest
 from commands import driven
+from fakes import END, LOCK, PEER, message, read_message
 from world import can_connect, free_port, wait_until
 
 HOSTS = ["127.0.0.1", "::1"]
@@ -90,11 +91,11 @@ def test_one_daemon_serves_a_socket_and_an_address_as_one_lock_space(box):
 # Where nobody answers: `-o 300` ends with a message, by the 10 s that connecting has (here: 3 s)
 
 class Silent:
-    """A listener that says nothing, or nothing but `words`."""
+    """A listener that says nothing, or nothing but `words`; b"" closes the connection."""
 
-    def __init__(self, words=None, backlog=5):
+    def __init__(self, words=None, backlog=5, host="127.0.0.1", port=0):
         self.socket, self.words, self.accepted = socket.socket(), words, []
-        self.socket.bind(("127.0.0.1", 0))
+        self.socket.bind((host, port))
         self.socket.listen(backlog)
         self.port = self.socket.getsockname()[1]
         self.thread = threading.Thread(target=self._serve)
@@ -106,6 +107,8 @@ class Silent:
                 self.accepted.append(self.socket.accept()[0])
                 if self.words:
                     self.accepted[-1].sendall(self.words)
+                elif self.words is not None:
+                    self.accepted.pop().close()
         except OSError:
             pass
 
@@ -167,3 +170,52 @@ def test_a_listener_that_is_no_lock_daemon(box, silent, words):
     status, out, err = box.run("-o", "300", "-d", "0", "--", "echo", "x", address=address,
                                seconds=25)
     assert status in (98, 99) and out == "" and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [
+    None, b"", b"SSH-2.0-x\r\n", message(LOCK, 8), message(LOCK, 16)[:-len(END)]],
+    ids=["says nothing", "closes", "nonsense", "a question", "half an answer"])
+def test_whatever_the_first_address_does_the_second_is_tried(box, silent, words):
+    """(Here it is given 0.5 s, not 6 s, when it says nothing.)"""
+    assert (flom.EACH, flom.SEVERAL) == (6, 15)
+    port = silent(host="127.0.0.3", words=words)
+    box.daemon(address=at("127.0.0.2", port))
+    done = driven(box, "flom.EACH = 0.5", "-d", "0", "--", "echo", "x",
+                  address=at("127.0.0.3,127.0.0.2", port)).end()
+    assert done == (0, "x\n", "")
+
+
+def test_an_address_that_does_not_connect_holds_the_next_one_up_for_a_moment(box):
+    assert flom.STAGGER == 0.25
+    sockets, port = full_port()
+    box.daemon(address=at("127.0.0.2", port))
+    done = driven(box, "flom.PATIENCE = 600", "-d", "0", "--", "echo", "x",
+                  address=at("127.0.0.1,127.0.0.2", port)).end(15)
+    assert done == (0, "x\n", "")
+    for one in sockets:
+        one.close()
+
+
+def test_two_addresses_are_never_asked_at_a_time(box):
+    """The first connection is closed before the second carries a request."""
+    listeners, port = [], 0
+    for host in ("127.0.0.3", "127.0.0.2"):
+        listener = socket.socket()
+        listener.bind((host, port))
+        port = listener.getsockname()[1]
+        listener.listen(1)
+        listener.settimeout(10)
+        listeners.append(listener)
+    client = driven(box, "flom.EACH = 0.5", "-d", "0", "-r", "R1", "--", "echo", "x",
+                    address=at("127.0.0.3,127.0.0.2", port))
+    first, second = [listener.accept()[0] for listener in listeners]
+    for connection in (first, second):
+        connection.settimeout(10)
+        assert read_message(connection).endswith(END)
+        if connection is second:
+            assert first.recv(1) == b""
+    second.sendall(message(LOCK, 16, f'<session peerid="{PEER}"/><answer rc="0"/>'))
+    assert read_message(second).endswith(END)
+    for one in (first, second, *listeners):
+        one.close()
+    assert client.end() == (0, "x\n", "")

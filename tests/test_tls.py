@@ -10,6 +10,7 @@ import threading
 import flom
 import pytest
 from certificates import Certificates, TlsClient
+from commands import driven
 from fakes import END, LOCK, MANAGEMENT, PEER, FlomClient, message, read_message
 from world import can_connect, endpoint, free_port, wait_until
 
@@ -367,3 +368,15 @@ def test_an_alert_at_the_unlock(box, certificates):
             with flom.Lock(config=False, unicast_address="127.0.0.1", unicast_port=port, **files):
                 1 / 0
         assert alerting.alerts == 2
+
+
+def test_the_first_address_that_completes_the_handshake_is_asked(box, certificates):
+    """One that takes the connection and says nothing holds the next one up for a moment alone."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.3", 0))
+        silent.listen(5)
+        port, options = str(silent.getsockname()[1]), certificates.options()
+        box.daemon(*options, address=("-a", "127.0.0.2", "-p", port))
+        done = driven(box, "flom.PATIENCE = 600", *options, "-d", "0", "--", "echo", "x",
+                      address=("-a", "127.0.0.3,127.0.0.2", "-p", port)).end(15)
+        assert done == (0, "x\n", "")

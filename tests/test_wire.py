@@ -405,13 +405,14 @@ def test_who_asks_is_told_in_ascii_and_in_time(box, floms):
     assert 400 < len(floms.messages[0]) <= 511 and floms.messages[0].decode("ascii")
 
 
-ABOUT = {"id": "a" * 16, "key": "b" * 16, "parent": ",".join(["c" * 16, "d" * 16, "e" * 16]),
+ABOUT = {"client": "flom.py/1.0", "id": "a" * 16, "key": "b" * 16,
+         "parent": ",".join(["c" * 16, "d" * 16, "e" * 16]),
          "pid": 4211, "user": "joe", "host": "db1.example.org", "cmd": "vacuum"}
 
 
 def test_what_gives_way_in_a_long_request():
     """First what only people read, then what is old; id, key and one ancestor travel always."""
-    settings, left = flom.Settings(), [set(ABOUT) | {"peerid", "client"}]
+    settings, left = flom.Settings(), [set(ABOUT) | {"peerid"}]
     for length in range(10, 400):
         settings.values["Name"] = "R" * length
         data = flom.lock_message(settings, ABOUT, True)
@@ -489,6 +490,16 @@ def test_stopping_floms_daemon(box, floms, option, word):
     assert done == (0, f"Starting FLoM daemon {word} shutdown...\n", "")
     wait_until(lambda: floms.ended)
     assert floms.lost == [] and verbs(floms) == ["5"]
+
+
+def test_a_daemon_that_reads_no_addition_is_asked_without(box):
+    """The additions that always travel make this request longer than 511 bytes."""
+    box.address = ("-s", box.socket, "-d", "0")
+    with FlomDaemon(unix=box.socket) as daemon:
+        done = box.run("-r", "R" * 200, "--", "echo", "x", env={"FLOM_SESSION": "0" * 16})
+        assert done == (0, "x\n", "")
+    assert [len(data) > 511 for data in daemon.messages] == [True, False, False]
+    assert daemon.deaths == []
 
 
 def test_a_daemon_over_tcp(box):
