@@ -2404,8 +2404,11 @@ class Connection:
         return self.output
 
     def _watch(self, writing):
-        self.writing = writing
-        self.daemon.poller.change(self.socket, writing)
+        try:
+            self.daemon.poller.change(self.socket, writing)
+            self.writing = writing
+        except OSError as error:
+            self.close(f"cannot be watched: {error.strerror}")
 
     def tell(self, decision):
         """Tells the client of a decision about its request."""
@@ -2424,9 +2427,10 @@ class Connection:
         if reason is not None:
             self.daemon.log.limited(f"{self.peer}: {reason}; connection closed")
         if self.socket is not None:
-            self.daemon.poller.remove(self.socket)
-            self.socket.close()
-            self.socket = None
+            closing, self.socket = self.socket, None
+            self.daemon.poller.remove(closing)
+            with contextlib.suppress(OSError):
+                closing.close()
             self.daemon.gone(self)
 
     def credentials(self):
@@ -2470,19 +2474,26 @@ class Users:
         if self.asking or not self.wanted:
             return
         uid, _ = self.wanted.popitem(last=False)
+        try:
+            self.asking = self._start(uid)
+            self.daemon.poller.add(self.asking[2], self._hear)
+        except OSError:  # no file or process can be had now
+            self.close()
+            self._learn(uid, str(uid))
+
+    def _start(self, uid):
+        """(uid, pid of its child, the pipe through which that tells the name)."""
         reader, writer = os.pipe()
         try:
             pid = fork_quietly()
             if not pid:
                 self._tell(uid, writer)
-        except OSError:  # no process can be had now
-            self._learn(uid, str(uid))
+        except OSError:
             os.close(reader)
-            return
+            raise
         finally:
             os.close(writer)
-        self.asking = uid, pid, open(reader, "rb", 0)
-        self.daemon.poller.add(self.asking[2], self._hear)
+        return uid, pid, open(reader, "rb", 0)
 
     @staticmethod
     def _tell(uid, writer):
@@ -2587,9 +2598,8 @@ class TlsConnection(Connection):
 # taken, and whatever the path holds then is a leftover, or the socket of a daemon that does not
 # know the lock (FLoM's).  A TCP address is guarded by its bind.
 
-NO_MORE_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 BACKLOG = socket.SOMAXCONN
-PAUSE = 1  # s without accepting when no more files can be opened
+PAUSE = 1  # s without accepting when no more files can be opened, or the like
 
 
 class Listener:
@@ -2601,10 +2611,14 @@ class Listener:
         self.label = f"unix:{address}" if self.local else f"tcp:{show_address(address)}"
         listening.setblocking(False)
         listening.listen(BACKLOG)
-        self._resume()
+        daemon.poller.add(listening, self.handle)
 
     def _resume(self):
-        self.daemon.poller.add(self.socket, self.handle)
+        """Accepts again; tries again later where even that fails."""
+        try:
+            self.daemon.poller.add(self.socket, self.handle)
+        except OSError:
+            self.daemon.dates[self._resume] = self.daemon.now.mono + PAUSE
 
     def handle(self, events):
         """Accepts those that have come, a batch at a time."""
@@ -2614,8 +2628,6 @@ class Listener:
             except WOULD_BLOCK + (ConnectionError,):
                 return
             except OSError as error:
-                if error.errno not in NO_MORE_FILES:
-                    raise
                 self.daemon.log.limited(f"cannot accept clients: {error.strerror}; trying again")
                 self.daemon.poller.remove(self.socket)  # or it would wake the loop all the time
                 self.daemon.dates[self._resume] = self.daemon.now.mono + PAUSE
@@ -2910,18 +2922,30 @@ class Poller:
     def add(self, watched, handler):
         """handler(events) is called when `watched` can be read."""
         number = watched.fileno()
+        self._poll.register(number, READABLE)  # may fail: then nothing is kept
         self.handlers[number] = handler
-        self._poll.register(number, READABLE)
 
     def change(self, watched, writing):
         """Its handler is called, or not any more, when it can be written, too."""
         self._poll.modify(watched.fileno(), READABLE | (WRITABLE if writing else 0))
 
     def remove(self, watched):
-        """To be called before `watched` is closed."""
+        """To be called before `watched` is closed, which makes the system forget it in any case."""
         number = watched.fileno()
-        self._poll.unregister(number)
+        with contextlib.suppress(OSError, KeyError):  # KeyError: poll's
+            self._poll.unregister(number)
         self.handlers.pop(number, None)  # at the end of the daemon there are none any more
+
+    def pause(self, number):
+        """Events of the descriptor wait for resume()."""
+        with contextlib.suppress(OSError, KeyError):
+            self._poll.unregister(number)
+
+    def resume(self, number):
+        """Goes on after pause(), unless the descriptor was removed."""
+        if number in self.handlers:
+            with contextlib.suppress(FileExistsError):  # another socket has this number now
+                self._poll.register(number, READABLE)
 
     def wait(self, timeout):
         """(descriptor, events) of what has happened, after `timeout` s (None: no limit) at most."""
@@ -2970,26 +2994,50 @@ class Daemon:
     def run(self):
         """Serves until it is told to end or nobody needs it."""
         self._rest()
-        handlers, due = self.poller.handlers, self._do_what_is_due
+        handlers = self.poller.handlers
         while self.ending is None or self.ending in ("quiesce", "drain") and self.connections:
             first = self._first_date()
             events = self.poller.wait(None if first is None else max(0, first - time.monotonic()))
             self.now = Moment()
-            try:
-                for number, what in events:
-                    handle = handlers.get(number)  # None when an event before this one closed it
-                    if handle:
-                        handle(what)
-                handle = due
-                if first is not None and first <= self.now.mono:
-                    due()
-                if self.decisions:
-                    self.tell()
-            except Exception:  # a bug: it may cost one connection, never the daemon
-                import traceback
-                self.log.limited(traceback.format_exc(), "error")
-                if isinstance(handle.__self__, Connection):
-                    handle.__self__.close()
+            for number, what in events:
+                handle = handlers.get(number)  # None when an event before this one closed it
+                if handle:
+                    self._handle(handle, number, what)
+            if first is not None and first <= self.now.mono:
+                self.guard(self._do_what_is_due)
+            if self.decisions:
+                self.tell()
+
+    def _handle(self, handle, number, what):
+        """Has an event handled.  A bug costs the connection; what is none rests for a while, since
+        the event that it fails on would come again at once."""
+        if self.guard(handle, what) or number not in self.poller.handlers:
+            return
+        if isinstance(handle.__self__, Connection):
+            self.guard(handle.__self__.close)
+        else:
+            self._pause(number)
+
+    def _pause(self, number):
+        self.poller.pause(number)
+        self.dates[functools.partial(self._resume, number)] = self.now.mono + PAUSE
+
+    def _resume(self, number):
+        try:
+            self.poller.resume(number)
+        except OSError:
+            self._pause(number)
+
+    def guard(self, act, *arguments):
+        """Calls act(*arguments); returns whether it came to its end.  A bug is logged, and ends
+        neither the daemon nor what else is to be done in this turn of the loop."""
+        try:
+            act(*arguments)
+            return True
+        except Exception:
+            import traceback
+            self.log.limited(traceback.format_exc(), "error")
+            return False
 
     def _first_date(self):
         first = self.table.next_date()
@@ -3003,11 +3051,12 @@ class Daemon:
     def _do_what_is_due(self):
         self.decisions.extend(self.table.expire(self.now))
         while self.silent and next(iter(self.silent.values())) <= self.now.mono:
-            next(iter(self.silent)).close("silent")
+            connection, _ = self.silent.popitem(last=False)
+            self.guard(connection.close, "silent")
         self._rest()
         for purpose in [key for key, when in self.dates.items() if when <= self.now.mono]:
             if self.dates.pop(purpose, None) is not None:
-                purpose()
+                self.guard(purpose)
 
     def _rest(self):
         """Begins the last part of the daemon's life once nobody uses it."""
@@ -3027,10 +3076,15 @@ class Daemon:
                  self.settings["TcpKeepaliveProbes"])
         connection = (TlsConnection if self.tls else Connection)(self, accepted, peer)
         connection.surplus = len(self.connections) >= self.most_clients
+        try:
+            self.poller.add(connection.socket, connection.handle)
+        except OSError as error:
+            self.log.limited(f"{peer}: cannot be watched: {error.strerror}; connection closed")
+            connection.socket.close()
+            return
         self.connections.add(connection)
         self.dates.pop(self._end_of_life, None)
         self.expect(connection)
-        self.poller.add(connection.socket, connection.handle)
 
     def expect(self, connection):
         """The client must say its first word, or close its side, within PATIENCE seconds."""
@@ -3085,13 +3139,17 @@ class Daemon:
         """Tells the sessions what was decided; closing one of them may bring more decisions."""
         while self.decisions:
             decision = self.decisions.popleft()
-            if decision.verdict == OK and not self.state.marked:
-                self.state.mark(True)
-            if self.publisher:
-                self.publisher.note(decision)
-            if decision.verdict in (ENQUEUED, BUSY) and "progress" in decision.session.about:
-                decision = self._explained(decision)
-            decision.session.connection.tell(decision)
+            if not self.guard(self._tell_one, decision):
+                self.guard(decision.session.connection.close)
+
+    def _tell_one(self, decision):
+        if decision.verdict == OK and not self.state.marked:
+            self.state.mark(True)
+        if self.publisher:
+            self.publisher.note(decision)
+        if decision.verdict in (ENQUEUED, BUSY) and "progress" in decision.session.about:
+            decision = self._explained(decision)
+        decision.session.connection.tell(decision)
 
     def _explained(self, decision):
         """The decision for a session that wants to know why it waits, and how that changes."""
@@ -3304,9 +3362,10 @@ class Signals:
         self.reader, daemon.waker = socket.socketpair()
         self.reader.setblocking(False)
         daemon.waker.setblocking(False)
+        self.daemon = daemon
         self.actions = {signal.SIGTERM: lambda: daemon.stop("it got SIGTERM"),
                         signal.SIGINT: lambda: daemon.stop("it got SIGINT"),
-                        signal.SIGUSR1: daemon.quiesce, signal.SIGHUP: daemon.log.open}
+                        signal.SIGUSR1: daemon.quiesce, signal.SIGHUP: daemon.log.reopen}
         for number in self.actions:
             signal.signal(number, lambda number, frame: None)
         self.actions[DRAIN] = daemon.drain
@@ -3317,7 +3376,7 @@ class Signals:
         """Acts on the signals that have come."""
         for number in self.reader.recv(64):
             if number in self.actions:
-                self.actions[number]()
+                self.daemon.guard(self.actions[number])  # what fails must not keep the next back
 
 
 # --- State on disk ------------------------------------------------------------------------------
@@ -3630,6 +3689,13 @@ class Log:
             self.append = True
         if before:
             before.close()
+
+    def reopen(self):
+        """Opens the log again; where that fails the old one goes on, and says so."""
+        try:
+            self.open()
+        except CannotServe as error:
+            self.error(f"{error}; the log is not opened again")
 
     def limited(self, text, level="warning"):
         """A line that a peer causes: no more than LIMITED of them in an INTERVAL."""

@@ -16,9 +16,9 @@ import flomd
 import pytest
 from attack import generated
 from certificates import Certificates
-from commands import driven_daemon
+from commands import driven_daemon, state
 from fakes import LOCK, PEER, PING, FlomClient, b64, message, read_message
-from world import (COUNT, DATA, PYTHON, ROOT, SOAK, chance, endpoint, free_port, pass_time,
+from world import (COUNT, DATA, PYTHON, ROOT, SOAK, chance, endpoint, free_port, pass_time, read,
                    wait_until)
 
 ATTACK = os.path.join(ROOT, "tests", "attack.py")
@@ -301,6 +301,86 @@ def test_at_the_limit_of_open_files(box):
     assert "Traceback" not in daemon.err
 
 
+FAILING = """
+import errno, os, select
+real = select.epoll
+class Failing:
+    def __init__(self):
+        self.inner = real()
+    def call(self, name, *arguments):
+        if name == CALL and os.path.exists(FLAG):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return getattr(self.inner, name)(*arguments)
+    def __getattr__(self, name):
+        return lambda *arguments: self.call(name, *arguments)
+select.epoll = Failing
+flomd.LEAST_LIFESPAN = 200
+"""
+
+
+@pytest.mark.parametrize("call", ["register", "modify", "unregister"])
+def test_a_connection_that_cannot_be_watched(box, call):
+    """It is closed; holders, dates and everybody after it are served as ever."""
+    flag = box.path("flag")
+    daemon = driven_daemon(box, f"FLAG, CALL = {flag!r}, {call!r}" + FAILING)
+    holder, gate = box.hold("a", "-r", "R1")
+    with connections(box, 2) as (early, reader):
+        assert early.lock("R2") is True and reader.lock("R3") is True
+        box.write("flag", "")
+        if call == "register":
+            with FlomClient(*endpoint(box.address)) as late:
+                assert late.socket.recv(1) == b""
+        if call == "modify":
+            fill(reader, message(PING, 8) * 50)
+            with contextlib.suppress(ConnectionError):
+                while reader.socket.recv(65536):
+                    pass
+    assert part_of_cpu(daemon, 0.5) < 0.3
+    os.unlink(flag)
+    report = box.run("--status", "--json")  # R2 and R3 have ended, and with them their idle life
+    assert [one["name"] for one in json.loads(report.out)["resources"]] == ["R1"]
+    gate.open()
+    assert holder.end() == (0, "", "")
+    assert box.run("-r", "R1", "--", "echo", "x") == (0, "x\n", "")
+    assert "Traceback" not in daemon.err
+
+
+BROKEN = """
+def fail(*arguments):
+    if os.path.exists(FLAG):
+        raise RuntimeError("a bug")
+    return real(*arguments)
+import os
+real, OWNER.NAME = OWNER.NAME, fail
+"""
+
+
+@pytest.mark.parametrize("place", [
+    "Listener.handle", "Session.calls", "Session.answer", "Connection.handle", "Daemon.listening",
+    "Daemon._do_what_is_due", "Connection.close"])
+def test_a_bug_costs_one_connection(box, place):
+    """Whatever fails, the loop does not spin, and goes on when the reason is gone."""
+    owner, name = place.split(".")
+    flag = box.path("flag")
+    code = f"FLAG = {flag!r}" + BROKEN.replace("OWNER", f"flomd.{owner}").replace("NAME", name)
+    daemon = driven_daemon(box, code + "flomd.PAUSE = 0.2\n")
+    holder, gate = box.hold("a", "-r", "R1", "--on-lock-loss", "term")
+    box.write("flag", "")
+    with connections(box, 3) as clients:
+        for client, name in zip(clients, ("R1", "_STATUS", "R1")):
+            client.socket.settimeout(1)
+            with contextlib.suppress(OSError):
+                client.socket.sendall(lock8(name, wait=0))
+                client.socket.recv(99)
+        assert part_of_cpu(daemon, 0.5) < 0.3
+    wait_until(lambda: "a bug" in daemon.err or place == "Daemon._do_what_is_due")
+    os.unlink(flag)
+    assert box.run("-r", "R1", "-o", "0", "--", "true", seconds=30).status == 98
+    assert box.run("-r", "R2", "--", "echo", "x") == (0, "x\n", "")
+    gate.open()
+    assert holder.end() == (0, "", "")
+
+
 def test_max_clients(box):
     """One more is refused with the reason; FLoM's client is closed."""
     box.daemon("--max-clients", "3")
@@ -377,6 +457,26 @@ def test_signals_in_masses(box):
         for _ in range(1000):
             os.kill(daemon.pid, signal.SIGHUP)
     assert daemon.poll() is None and "Traceback" not in daemon.err
+
+
+def test_a_log_that_cannot_be_opened_loses_no_signal(box):
+    """HUP and TERM together: the log that was goes on and says so, and the daemon ends."""
+    folder = box.path("logs")
+    os.mkdir(folder)
+    daemon = box.flomd("-f", "--no-files", *box.address, "--log", os.path.join(folder, "log"))
+    box.foreground.append(daemon)
+    log = os.path.join(box.path("moved"), "log")
+    wait_until(lambda: os.path.exists(box.socket))
+    assert box.run("--", "echo", "x") == (0, "x\n", "")
+    os.rename(folder, box.path("moved"))
+    daemon.send_signal(signal.SIGHUP)
+    wait_until(lambda: "not opened again" in read(log))
+    daemon.send_signal(signal.SIGSTOP)
+    wait_until(lambda: state(daemon.pid) == "T")
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGCONT):
+        daemon.send_signal(number)
+    assert daemon.end() == (0, "", "") and not os.path.exists(box.socket)
+    assert "Traceback" not in read(log) and read(log).endswith(" ended\n")
 
 
 def test_the_generator_repeats_itself():
