@@ -748,7 +748,7 @@ def discard(groups, key, member):
 
 class Resource:
     """A resource: its holders, its waiters and the policy.  A kind is a class below this one."""
-    serves = staticmethod(lambda name: True)  # whether the kind can do its work under this name
+    serves = staticmethod(lambda name, now: True)  # whether the kind can do its work under a name
     verdict = INVALID_NAME  # on the other names
     has_modes = timed = False  # timed: a grant may have to wait for the clock
     most = MOST  # quantity that can be granted at all
@@ -949,7 +949,7 @@ class Hierarchical(Resource):
     """A tree: a request must be compatible with those on its node, above it and below it.  Holders
     and waiters are counted on each node, so other branches cost nothing."""
     has_modes = True
-    serves = staticmethod(lambda name: name.count("/") <= DEEPEST)
+    serves = staticmethod(lambda name, now: name.count("/") <= DEEPEST)
 
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
@@ -1023,7 +1023,7 @@ class Counted(Resource):
 
 class Numeric(Counted):
     """A pool of units, of which a request takes some."""
-    serves, verdict = staticmethod(size_of), IMPOSSIBLE
+    serves, verdict = staticmethod(lambda name, now: size_of(name) > 0), IMPOSSIBLE
 
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
@@ -1139,22 +1139,58 @@ RESOLUTIONS = (("#ffffff", 1), ("#fffff", 10), ("#ffff", 100), ("#fff", 1000), (
                ("%H %I", 3600 * 10 ** 6))  # what the format contains: length in µs
 
 
+YEAR = range(0, 366, 29)  # days on which a format is tried: every month and every day of a week
+
+
 @functools.lru_cache(256)
 def resolution(name):
     """The interval (µs) of a timestamp resource, None where grants could not be told apart."""
-    return next((length for tokens, length in RESOLUTIONS
-                 if any(token in name for token in tokens.split())), None)
+    form = with_fraction(name, "000000")
+    # %% is none, and takes the % of what follows: %%S is the text %S
+    conversions = re.findall("%[#0-9]*[EO]?.", form)
+    for tokens, length in RESOLUTIONS:
+        if any(token in (name if token[0] == "#" else conversions) for token in tokens.split()):
+            return length
+    return None
+
+
+def with_fraction(text, micros):
+    """The text with #f to #ffffff replaced by a dot and so many of the six digits of `micros`."""
+    for digits in range(6, 0, -1):
+        text = text.replace("#" + "f" * digits, "." + micros[:digits])
+    return text
+
+
+def stamp(name, now, later=0):
+    """The element of a timestamp resource at `now`, or so many µs later."""
+    local = now.local()
+    then = local + later
+    form = with_fraction(name[len("_t_"):name.rindex("[")], f"{then % 10 ** 6:06d}")
+    return now.format(form, then // 10 ** 6 - local // 10 ** 6)
 
 
 class Timestamp(Pool):
     """Each grant carries a time of its own, so it may have to wait for the clock.  A text that was
     reclaimed may lie ahead of the clock: it is not granted once more when its time comes."""
-    serves, elements, timed = staticmethod(resolution), "[ -~]{1,500}", True
+    elements, timed = "(?!-)[ -~]{1,500}", True  # clients append it to a command
     opens = 0  # local time (µs) at which the interval of the last grant is over
 
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
         self.reclaimed = set()  # texts
+
+    @classmethod
+    def serves(cls, name, now):
+        """Whether the format tells two intervals apart, and its texts can be elements.  Of three
+        moments two may look alike, when a clock goes from summer time to winter time."""
+        length = resolution(name)
+        if length is None:
+            return False
+        for days in YEAR:
+            if not re.fullmatch(cls.elements, stamp(name, now, days * 86400 * 10 ** 6)):
+                return False
+        one, two, three = (stamp(name, now, number * length) for number in range(3))
+        return one != two or two != three
 
     def fits(self, request, now=None):
         """There is a place, and with `now` the interval of the last grant is over."""
@@ -1187,10 +1223,7 @@ class Timestamp(Pool):
         return (now.local() // length + 1) * length
 
     def _text(self, now):
-        text, micros = self.name[len("_t_"):self.name.rindex("[")], f"{now.local() % 10 ** 6:06d}"
-        for digits in range(6, 0, -1):
-            text = text.replace("#" + "f" * digits, "." + micros[:digits])
-        return now.format(text)
+        return stamp(self.name, now)
 
     def retry_at(self, now):
         """The time (monotonic) at which a waiter may fit without any release, or None: the start
@@ -1706,7 +1739,7 @@ class LockTable:
         resource = self.resources.get(name)
         if resource is None:
             kind = KINDS.get(kind_of(name))
-            if kind is None or not kind.serves(name):
+            if kind is None or not kind.serves(name, now):
                 return self._refuse(request, kind.verdict if kind else INVALID_NAME)
             resource = self.resource_of(name)
         if resource is not None:
@@ -2965,9 +2998,12 @@ class Moment:
         """µs since 1970 of local time, as a clock on the wall shows it."""
         return int(self.wall * 10 ** 6) + time.localtime(self.wall).tm_gmtoff * 10 ** 6
 
-    def format(self, text):
-        """strftime of this moment in local time."""
-        return time.strftime(text, time.localtime(self.wall))
+    def format(self, text, later=0):
+        """strftime of this moment, or so many s later, in local time; empty if it cannot be."""
+        try:
+            return time.strftime(text, time.localtime(self.wall + later))
+        except ValueError:
+            return ""
 
 
 class Daemon:

@@ -41,8 +41,8 @@ class Clock:
         assert self.looks < self.MOST_LOOKS, "the engine does not stop looking at the clock"
         return self.local_micros
 
-    def format(self, text):
-        return time.strftime(text, time.gmtime(self.local_micros // MICRO))
+    def format(self, text, later=0):
+        return time.strftime(text, time.gmtime(self.local_micros // MICRO + later))
 
     def move(self, micros):
         self.micros, self.local_micros = self.micros + micros, self.local_micros + micros

@@ -56,6 +56,42 @@ def test_formats_that_cannot_tell_two_grants_apart_are_refused(world, form):
     assert world.table.empty()
 
 
+@pytest.mark.parametrize("form", [
+    "%%S", "%%S%%M", "a%%%%H", "%%#x", "%0%S", "%2%M",  # no conversion: always the same text
+    "%S%n%M", "%t%S", "%n%S", "%S%500d", "%S%2000d", "%S%65000d%65000d", "%S%9999999999d",
+    "%S%499B"])
+def test_formats_whose_text_cannot_be_an_element_are_refused(world, form):
+    assert world.ask("A", f"_t_{form}[1]") == "A invalid"
+    assert world.table.empty()
+
+
+@pytest.mark.parametrize("form, element", [
+    ("%%%S", "%00"), ("%%#f", "%.0"), ("%S%%", "00%"), ("%S%%M", "00%M"), ("%e%S", "2100")])
+def test_a_percent_sign_is_a_text_beside_a_conversion(world, form, element):
+    assert world.ask("A", f"_t_{form}[1]") == f"A granted {element}"
+
+
+def test_a_text_of_500_characters_is_the_longest(world):
+    assert world.ask("A", "_t_%498d%S[1]") == "A granted " + "21".zfill(498) + "00"
+    assert world.ask("B", "_t_%499d%S[1]") == "B invalid"
+
+
+def test_an_element_never_begins_like_an_option(world):
+    """West of Greenwich %z is -0500."""
+    world.clock.format = lambda text, later=0: text.replace("%z", "-0500").replace(
+        "%S", f"{(world.clock.local_micros // MICRO + later) % 60:02}")
+    assert world.ask("A", "_t_%z%S[1]") == "A invalid"
+    assert world.ask("A", "_t_%S%z[1]") == "A granted 00-0500"
+
+
+def test_an_hour_that_comes_twice_is_no_reason_to_refuse(world):
+    """At the end of summer time two hours in a row look alike."""
+    shown = {12: "02", 13: "02", 14: "03"}
+    world.clock.format = lambda text, later=0: shown.get(
+        (world.clock.local_micros // MICRO + later) // 3600 % 24, "04")
+    assert world.ask("A", "_t_%H[1]") == "A granted 02"
+
+
 def test_a_free_place_is_needed_as_well_as_a_later_interval(world):
     assert world.ask("A", "_t_%S[2]") == "A granted 00"
     assert world.later(1) == ""
