@@ -942,11 +942,64 @@ def resolve(host, port, kind, scope, flags=0):
             for family, _, _, _, address in found if family in (socket.AF_INET, socket.AF_INET6)]
 
 
-def discovering(settings, diary):
+def resolving_here(host, port, kind, scope):
+    """Steps to what resolve says, of which there are none: it may take as long as it likes."""
+    return resolve(host, port, kind, scope)
+    yield
+
+
+def resolving_apart(host, port, kind, scope):
+    """Steps to what resolve says in a child: a name server may not answer for half a minute.
+
+    For where nothing else may be kept waiting, as the signals while the command runs.
+    """
+    with contextlib.suppress(DaemonUnavailable):
+        return resolve(host, port, kind, scope, socket.AI_NUMERICHOST)
+    (reading, writing), child, told, more = os.pipe(), 0, b"", True
+    try:
+        try:
+            child = os.fork() or _tell_addresses(writing, host, port, kind, scope)
+        finally:
+            os.close(writing)
+        os.set_blocking(reading, False)
+        while more:
+            with contextlib.suppress(BlockingIOError):
+                more = os.read(reading, 4096)
+                told += more
+                continue
+            yield reading, READ, FOREVER
+    finally:
+        os.close(reading)
+        if child:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    import marshal
+    found = marshal.loads(told) if told else f"cannot resolve {host!r}"
+    if isinstance(found, str):
+        raise DaemonUnavailable(found)
+    return found
+
+
+def _tell_addresses(writing, host, port, kind, scope):
+    """In the child: writes the addresses, or what is wrong, into a pipe."""
+    import marshal
+    try:
+        try:
+            found = [(int(family), address)
+                     for family, address in resolve(host, port, kind, scope)]
+        except DaemonUnavailable as error:
+            found = str(error)
+        os.write(writing, marshal.dumps(found))
+    finally:
+        os._exit(0)
+
+
+def discovering(settings, diary, resolving):
     """Steps to [(family, address)] of the group's daemon, [] when none answers; UsageError."""
     name, index = settings["MulticastAddress"], interface_index(settings)
     question, seconds = encode(DISCOVER, 8), settings["DiscoveryTimeout"] / 1000
-    family, group = resolve(name, settings["MulticastPort"], socket.SOCK_DGRAM, index)[0]
+    addresses = yield from resolving(name, settings["MulticastPort"], socket.SOCK_DGRAM, index)
+    family, group = addresses[0]
     six, first = family == socket.AF_INET6, socket.inet_pton(family, group[0].partition("%")[0])[0]
     if not (first == 0xFF if six else 224 <= first < 240):
         raise UsageError(f"{settings.origins['MulticastAddress']}: {name!r} is not "
@@ -1328,16 +1381,16 @@ def place(settings):
     return settings["SocketName"] or f"/tmp/flom-{login()}"
 
 
-def locating(settings, diary):
+def locating(settings, diary, resolving=resolving_here):
     """Steps to [(family, address)] where a daemon may be; raises DaemonUnavailable."""
     if not settings["UnicastAddress"]:
         if settings["MulticastAddress"]:
-            return (yield from discovering(settings, diary))
+            return (yield from discovering(settings, diary, resolving))
         return [(socket.AF_UNIX, place(settings))]
     found, failure, scope = [], None, interface_index(settings)
     for host in filter(None, map(str.strip, settings["UnicastAddress"].split(","))):
         try:
-            found += resolve(host, settings["UnicastPort"], socket.SOCK_STREAM, scope)
+            found += yield from resolving(host, settings["UnicastPort"], socket.SOCK_STREAM, scope)
         except DaemonUnavailable as error:
             failure = error
             diary.say(str(error))
@@ -1690,6 +1743,7 @@ class Lock:
         self.start_daemon = start_daemon
         in_program = command is None  # flom itself has a command, of whatever name
         self._make = program_connection if in_program else Connection
+        self.resolving = resolving_here
         self._launch = spawn_daemon if in_program else fork_daemon
         several = "," in (self.settings["UnicastAddress"] or "")
         self._patience = SEVERAL if several else PATIENCE
@@ -1931,7 +1985,7 @@ class Lock:
         grant.  Whatever is wrong with one before it has answered, the next is asked.  Raises the
         refusal; _Gone when a daemon has ended, which may be another's moment to begin.
         """
-        addresses = yield from locating(self.settings, self.diary)
+        addresses = yield from locating(self.settings, self.diary, self.resolving)
         race, wrong = Race(self.settings, addresses, self._context, self._make), None
         while True:
             connection = yield from race.winning()
@@ -2187,7 +2241,10 @@ def leave_process_1():
     if os.getpid() != 1:
         return
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, all_signals() - NOT_PASSED)
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError as error:
+        raise LockError(f"no process can be had: {error.strerror}")
     if not child:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return
@@ -2264,9 +2321,11 @@ class Loss:
         if not self.is_final:
             self.dates["reclaim"] = clock()
 
-    def tell_lost(self):
-        """Says, once, that the lock is lost."""
-        self._tell(f"flom: {self.lock.loss}")
+    def give_up(self):
+        """Nobody tries any more to have the lock back, and it is said, once, that it is lost."""
+        self._steps.close()
+        self.dates.clear()
+        self._tell_lost()
 
     def _reclaim(self):
         try:
@@ -2281,7 +2340,7 @@ class Loss:
             self._tell(f"flom: the lock on {self.lock.name} is held again")
 
     def _refused(self):
-        self.tell_lost()
+        self._tell_lost()
         if self.lock.settings["OnLockLoss"] == "term":
             self.dates["terminate"] = clock()
 
@@ -2290,15 +2349,18 @@ class Loss:
                    "answer; trying to get the lock back")
 
     def _terminate(self):
-        self._steps.close()
-        self.tell_lost()
+        self.give_up()
         self.terminated = True
         self._kill(signal.SIGTERM)
-        self.dates = {"kill": clock() + self.lock.settings["KillAfter"] / 1000}
+        self.dates["kill"] = clock() + self.lock.settings["KillAfter"] / 1000
 
     def _kill_again(self):
         self._kill(signal.SIGKILL)
         self.dates["kill"] = clock() + KILL_AGAIN
+
+    def _tell_lost(self):
+        """Says, once, that the lock is lost."""
+        self._tell(f"flom: {self.lock.loss}")
 
     def _tell(self, text):
         if text != self._told:
@@ -2447,6 +2509,7 @@ class Command:
                 self._pipe = CommandPipe()
                 self.signals.watch(self._pipe.reading)
             self.signals.watch(self.lock.connection.sock)
+            self.lock.resolving = resolving_apart
             self.pid = os.fork() or self._become(environment, writing)
             os.close(writing)
             if self._pipe:
@@ -2559,7 +2622,7 @@ class Command:
             return NOT_RUN
         if not self._loss:
             return self.status
-        self._loss.tell_lost()
+        self._loss.give_up()
         terminated = self._loss.terminated
         return self.status if self.status and not terminated else LockLost.status
 

@@ -274,6 +274,40 @@ def test_who_comes_to_a_stopped_daemon_is_served_when_it_continues(box):
     assert sorted(box.events()[2:]) == ["b", "c"]
 
 
+# A name server that does not answer, as long as there is a file
+
+DEAF = """\
+import socket, time
+getaddrinfo = socket.getaddrinfo
+def deaf(*some, **more):
+    while not more["flags"] and os.path.exists({!r}):
+        time.sleep(0.01)
+    return getaddrinfo(*some, **more)
+socket.getaddrinfo = deaf
+"""
+
+
+@pytest.mark.parametrize("back", [True, False], ids=["for a while", "to the end"])
+def test_a_name_that_is_not_resolved_while_a_lock_is_reclaimed(box, back):
+    """Signals are obeyed, and flom ends with its command; resolved, the lock is held again."""
+    port, file = str(free_port()), box.path("deaf")
+    known, named = (("-a", host, "-p", port) for host in ("127.0.0.1", "localhost"))
+    daemon, counter = box.daemon("--state-dir", box.folder, address=known), Counter(box, "a")
+    holder = driven(box, DEAF.format(file), *ALONE, "--", *counter.command, address=named)
+    counter.wait()
+    box.write("deaf", "")
+    box.kill(daemon.pid)
+    wait_until(lambda: TROUBLE in holder.err)
+    holder.send_signal(signal.SIGUSR1)
+    wait_until(lambda: signal.SIGUSR1 in counter.signals(), 2)
+    if back:
+        box.daemon("--state-dir", box.folder, address=known)
+        os.unlink(file)
+        wait_until(lambda: "is held again" in holder.err)
+    counter.open()
+    assert holder.end(2).status == (0 if back else 95)
+
+
 # TCP
 
 class Relay(threading.Thread):
