@@ -692,6 +692,7 @@ EX = 5  # the mode, as it were, of all requests where there are none
 DEEPEST = 255  # levels of a hierarchical name; FLoM's messages have room for some 120
 LEAST_LIFESPAN = 2000  # ms that an idle resource stays at least; commands in a row rely on it
 REMEMBERED = 50  # lanes of which a resource knows the last grant
+SLOT = 64  # bytes that a slot of a set takes in memory, beside its share of the name
 by_arrival = operator.attrgetter("serial")  # to sort requests
 
 Decision = collections.namedtuple("Decision", "session verdict element token position reason")
@@ -746,6 +747,11 @@ def discard(groups, key, member):
             del groups[key]
 
 
+def bytes_of(name):
+    """How long a name is on the wire, before base64; in memory it takes about as much."""
+    return len(name.encode("utf-8", "surrogateescape"))
+
+
 class Resource:
     """A resource: its holders, its waiters and the policy.  A kind is a class below this one."""
     serves = staticmethod(lambda name, now: True)  # whether the kind can do its work under a name
@@ -763,6 +769,7 @@ class Resource:
         self.lifespan = LEAST_LIFESPAN  # ms
         self.idle_since, self.dates = None, []  # dates: its entries in the table's heap, last first
         self.tokens = {}  # lane: token of the last grant in it
+        self.weight = bytes_of(name)  # of the names that it keeps
 
     # What a kind says.
 
@@ -865,11 +872,18 @@ class Resource:
     def remember(self, lane, token):
         """Notes a grant for those who reclaim; many older ones count as grants of the whole."""
         tokens = self.tokens
-        last = tokens.pop(lane, 0)
+        last = tokens.pop(lane, None)
+        if last is None:
+            last = 0
+            self.weight += self._weight_of(lane)
         tokens[lane] = token if token > last else last
         if len(tokens) > REMEMBERED:
             oldest = next(iter(tokens))
+            self.weight -= self._weight_of(oldest)
             self.remember((self.name, oldest[1]), tokens.pop(oldest))
+
+    def _weight_of(self, lane):
+        return 0 if lane[0] == self.name else bytes_of(lane[0])
 
     def reclaimable(self, request):
         """Whether no grant since the token of the reclaim can have conflicted with it."""
@@ -1066,6 +1080,7 @@ class Set(Counted):
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
         self.labels = name.split(".")
+        self.weight += SLOT * len(self.labels)
         self.free = [True] * len(self.labels)
         self.slots = {}  # session: index of its slot
 
@@ -1621,6 +1636,7 @@ class Reduction(Waits):
 
 DEFER = 5  # s that a request without wait may be deferred
 DAY = 86400 << 32  # a day in tokens
+MOST_NAMES = 64 << 20  # bytes of names that the resources may keep
 EPOCH = 1577836800  # tokens count seconds from 2020-01-01 UTC in their upper half
 MOST_SEARCHES = 3  # that one call may begin
 MOST_REFUSED = 8  # nested requests that one call refuses when the window has ended
@@ -1635,9 +1651,11 @@ def key_of(name):
 class LockTable:
     """Requests, releases and disconnects in, lists of decisions out."""
 
-    def __init__(self, first_fit=False, epoch=0, window_until=None, most_waiters=None):
+    def __init__(self, first_fit=False, epoch=0, window_until=None, most_waiters=None,
+                 most_resources=10 ** 6):
         self.first_fit = first_fit
         self.most_waiters = float("inf") if most_waiters is None else most_waiters
+        self.most_resources, self.names = most_resources, 0  # names: bytes of those that are kept
         self.resources = {}  # name, of a tree that of its first level: Resource
         self.requests = {}  # session: Request
         self.parked = collections.defaultdict(dict)  # name: {session: Request} as they arrived
@@ -1754,12 +1772,22 @@ class LockTable:
         """A new resource: its creator is the first, those that waited for it come next."""
         if request.quantity > resource.most:
             return self._refuse(request, IMPOSSIBLE)
+        # holders that come back are no more than there were
+        if request.reclaim is None and self._is_full(resource):
+            return self._refuse(request, LIMIT, "the daemon keeps too many resources, or names "
+                                                "that are too long")
         self.resources[resource.name] = resource
+        self.names += resource.weight
         if self.forgotten:  # perhaps it had this name
             resource.remember((resource.name, EX), self.forgotten)
         decisions = self._admit(request, resource, now) + self._wake(resource, now)
         self._look_again(resource, now)
         return decisions
+
+    def _is_full(self, resource):
+        """Whether there is no room for a new resource: many outlive the clients that made them."""
+        return (len(self.resources) >= self.most_resources
+                or self.names + resource.weight > MOST_NAMES)
 
     def _wake(self, resource, now):
         """Those who waited for the resource ask for it now, in the order of their arrival."""
@@ -1821,7 +1849,7 @@ class LockTable:
             self.last_token = token = self.last_token + 1
         resource = request.resource
         request.token, resource.idle_since = token, None
-        resource.remember(request.lane, token)
+        self._remember(resource, request.lane, token)
         self.holding += 1
         self._ways = None
         for waiter in self._nesting.hold(request):
@@ -1830,6 +1858,12 @@ class LockTable:
         # those that waited for the clock may wait for the holders now
         self._new_ways = self._new_ways or resource.timed
         return Decision(request.session, OK, request.element, token)
+
+    def _remember(self, resource, lane, token):
+        """Notes a grant; where names take much memory already, as one of the whole resource."""
+        before = resource.weight
+        resource.remember(lane if self.names < MOST_NAMES else (resource.name, lane[1]), token)
+        self.names += resource.weight - before
 
     def _queue(self, request, resource):
         request.state, request.behind = QUEUED, None
@@ -1960,6 +1994,7 @@ class LockTable:
         """The idle life of the resource is over."""
         if self.resources.get(resource.name) is resource:
             del self.resources[resource.name]
+            self.names -= resource.weight
             self.forgotten = max([self.forgotten, *resource.tokens.values()])
 
     def _date_has_come(self, resource, now):
@@ -3906,7 +3941,8 @@ def prepare(settings, options, log):
         group.elect()
     window = recovery_window(settings, state, rebooted=state.begin())
     table = LockTable(settings["Policy"] == "first-fit", state.epoch,
-                      time.monotonic() + window if window else None, options.max_waiters)
+                      time.monotonic() + window if window else None, options.max_waiters,
+                      settings["MaxResources"])
     daemon = Daemon(settings, options, log, pair, state, table)
     Session.introduce(machine_id(), pair[1])
     try:

@@ -17,7 +17,7 @@ import pytest
 from attack import generated
 from certificates import Certificates
 from commands import driven_daemon, state
-from fakes import LOCK, PEER, PING, FlomClient, b64, message, read_message
+from fakes import LOCK, PEER, PING, UNLOCK, FlomClient, b64, message, read_message
 from world import (COUNT, DATA, PYTHON, ROOT, SOAK, chance, endpoint, free_port, pass_time, read,
                    wait_until)
 
@@ -393,6 +393,44 @@ def test_max_clients(box):
     gate.open()
     assert holder.end().status == 0
     assert box.run("-r", "R3", "--", "echo", "x") == (0, "x\n", "")
+
+
+@pytest.mark.parametrize("form", ["n{}" + "a" * 45000, "n{}" + ".b" * 22000,
+                                  "/{}" + "a" * 45000, "/{}/" + "a" * 45000],
+                         ids=["simple", "set", "tree", "node"])
+def test_what_one_connection_leaves_behind(box, form):
+    """Many resources with long names, which outlive it: refused at a limit, here of 4 MB."""
+    daemon = driven_daemon(box, "flomd.MOST_NAMES = 4 << 20")
+    before, refused = status_of(daemon, "VmRSS"), 0
+    with FlomClient(*endpoint(box.address)) as client:
+        for number in range(300):
+            name = form.format(number)
+            with contextlib.suppress(ConnectionError):
+                client.socket.sendall(lock8(name, wait=0).replace(b'span="0"', b'span="99999999"'))
+                if client.socket.recv(999):
+                    client.socket.sendall(message(
+                        UNLOCK, 8, f'<resource name="{b64(name)}" rollback="0" />'))
+                    continue
+            refused += 1
+            client.socket.close()
+            client.socket = FlomClient(*endpoint(box.address)).socket
+    assert refused > 100
+    assert status_of(daemon, "VmRSS") - before < 24000
+    status, out, err = box.run("-r", form.format("one"), "-d", "0", "--", "true")
+    assert status == 99 and "too many resources" in err
+    assert "Traceback" not in daemon.err
+
+
+def test_max_resources(box):
+    box.daemon("--max-resources", "2")
+    holders = [box.hold(name, "-r", name) for name in ("a", "b")]
+    status, out, err = box.run("-r", "c", "-d", "0", "--", "echo", "x")
+    assert (status, out) == (99, "") and "too many resources" in err and err.count("\n") == 1
+    with FlomClient(*endpoint(box.address)) as flom:
+        assert flom.ask("c") is None
+    for holder, gate in holders:
+        gate.open()
+        assert holder.end().status == 0
 
 
 def test_max_waiters(box):

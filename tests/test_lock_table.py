@@ -1,4 +1,5 @@
 """The lock table: parked requests, idle life, tokens, limits, reclaims and the recovery window."""
+import flomd
 import pytest
 from engine_world import World, make_request
 
@@ -285,6 +286,58 @@ def test_one_waiter_too_many_is_refused():
     assert world.ask("F", "R") == "F limit"
     assert world.release("A") == "B granted"
     assert world.ask("F", "R") == "F queued"
+
+
+def test_one_resource_too_many_is_refused():
+    world = World(most_resources=2)
+    assert world.ask("A", "R1") == "A granted"
+    assert world.ask("B", "/t/a") == "B granted"
+    for wait in (0, 1):
+        assert world.ask("C", "R3", wait=wait) == "C limit"
+        assert "too many" in world.told[0].reason
+    assert world.ask("C", "/t/b") == "C granted"
+    assert world.ask("D", "R1") == "D queued"
+    assert world.ask("E", "R3", create=0) == "E parked"
+    world.leave("A")
+    assert world.leave("D") == ""
+    world.later(2)
+    assert world.ask("A", "R3") == "A granted, E queued"
+
+
+def test_a_holder_that_comes_back_is_no_resource_too_many():
+    world = World(most_resources=1, window=3)
+    assert reclaim(world, "A", "R1", reclaim=1000) == "A granted"
+    assert reclaim(world, "B", "R2", reclaim=1001) == "B granted"
+    assert world.ask("C", "R3") == "C limit"
+
+
+@pytest.mark.parametrize("form", [
+    "n{}" + "a" * 200, "n{}" + ".b" * 20, "/{}" + "\u20ac" * 66, "/{}" + "/x" * 100],
+    ids=["simple", "set", "tree", "node"])
+def test_names_take_a_limited_part_of_the_memory(form, monkeypatch):
+    """Those of idle resources, too, which may outlive their clients by weeks."""
+    monkeypatch.setattr(flomd, "MOST_NAMES", 20000)
+    world, made = World(), 0
+    while world.ask("A", form.format(made), lifespan=10 ** 9) != "A limit":
+        world.release("A")
+        made += 1
+    assert 10 < made < 110 and 19000 < world.table.names < 20000 + len(form)
+    world.later(10 ** 6 + 1)
+    assert world.table.empty() and world.table.names == 0
+    assert world.ask("A", "R") == "A granted"
+
+
+def test_the_nodes_that_a_tree_remembers_count(monkeypatch):
+    """At the limit grants count as grants of the whole, so that a reclaim is rather refused."""
+    monkeypatch.setattr(flomd, "MOST_NAMES", 5000)
+    world = World()
+    for number in range(200):
+        for tree in "ab":
+            assert world.ask("A", f"/{tree}/{number}{'x' * 500}", lifespan=60000).startswith("A gr")
+            world.release("A")
+    assert 4000 < world.table.names < 6000
+    world.later(61)
+    assert world.table.empty() and world.table.names == 0
 
 
 def test_parked_requests_count_once_when_they_are_woken():
