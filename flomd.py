@@ -1354,6 +1354,14 @@ def waits_directly(waiter, holders):
         holder.resource is resource and resource.clash(waiter, holder) for holder in holders)
 
 
+def is_waited_for(holder):
+    """Whether the holder may be in the way of a waiter."""
+    resource, conflicts = holder.resource, CONFLICTS[holder.lane[1]]
+    if not resource.lanes or not resource.has_modes:
+        return bool(resource.lanes)
+    return any(lane[1] in conflicts for lane in resource.rivals(holder))
+
+
 class Levels:
     """Points of a resource by node and mode.  `above`: the node names: those above each of them.
     Where there are no nodes, the name of the resource is the only one."""
@@ -1541,6 +1549,56 @@ class Waits:
         """Whether the point has ended."""
         return False
 
+    def needed_by(self):
+        """By point: the points that wait for it."""
+        found = [[] for _ in self.ends]
+        for point, ends in enumerate(self.ends):
+            for other in ends:
+                found[other].append(point)
+        return found
+
+    def leading_to(self, goals, without):
+        """The points from which a way leads to one of `goals`, over none of `without`."""
+        needed_by = self.needed_by()
+        todo = [self.points[goal] for goal in goals if goal in self.points]
+        found, closed = set(todo), {self.points[request] for request in without}
+        while todo:
+            for point in needed_by[todo.pop()]:
+                if point not in found and point not in closed:
+                    found.add(point)
+                    todo.append(point)
+        return found
+
+
+class Ways:
+    """Which nested waiters pass those ahead of them.  When some of them are granted, the ways that
+    led over those are closed; what leads over none of all that pass stays true."""
+    MOST_GOALS = 3  # for which it looks again
+
+    def __init__(self, nesting, resources):
+        self.nesting, self.waits = nesting, Waits(nesting, resources)
+        waiters = nesting.waiters()
+        self.passing = set(self.waits.passing(waiters, self.waits.components()))
+        self.granted = False  # some of those that pass were granted
+        self._leading = {}  # goals: the points from which ways lead there
+
+    def tell(self, waiter):
+        """Whether the nested waiter passes; None when that must be searched for anew."""
+        if waiter not in self.waits.points:
+            return None
+        if waiter not in self.passing:
+            return False
+        return True if not self.granted or self._still_passes(waiter) else None
+
+    def _still_passes(self, waiter):
+        goals = tuple(self.nesting.ancestors(waiter))
+        if goals not in self._leading:
+            if len(self._leading) == self.MOST_GOALS:
+                return False
+            self._leading[goals] = self.waits.leading_to(goals, self.passing)
+        leading = self._leading[goals]
+        return all(self.waits.points.get(one) in leading for one in waiter.resource.ahead(waiter))
+
 
 class Reduction(Waits):
     """What is left of those who hold or await the resources when all have ended that can."""
@@ -1548,10 +1606,7 @@ class Reduction(Waits):
     def __init__(self, nesting, resources):
         super().__init__(nesting, resources, patient=False)
         self.missing = [len(ends) for ends in self.ends]  # by point: how many have not ended
-        self.needed_by = [[] for _ in self.ends]
-        for point, ends in enumerate(self.ends):
-            for other in ends:
-                self.needed_by[other].append(point)
+        self.needing = self.needed_by()
         self.gone = [0] * len(self.ends)
         self.circles = None  # the components, once they were needed
         self._end([point for point, missing in enumerate(self.missing) if not missing])
@@ -1600,7 +1655,7 @@ class Reduction(Waits):
             if self.gone[point]:
                 continue
             self.gone[point] = 1
-            for other in self.needed_by[point]:
+            for other in self.needing[point]:
                 self.missing[other] -= 1
                 if not self.missing[other]:
                     todo.append(other)
@@ -1666,7 +1721,7 @@ class LockTable:
         # resources that have ended; those of other daemons, as soon as the window is over
         self.forgotten = self.last_token if window_until is None else 0
         self._nesting = Nesting()
-        self._ways = None  # the Waits, and the components, as long as they are true
+        self._ways = None  # the Ways, as long as they are true
         self._searches = 0  # in the graph of nested requests, that this call has made
         self._unfinished = False  # more searches were wanted
         self._new_ways = False  # some may wait for others that they did not wait for before
@@ -1874,7 +1929,7 @@ class LockTable:
         self._nesting.queue(request)
         for ancestor in self._nesting.ancestors(request):
             resource.nest(request)
-            self._new_ways = self._new_ways or ancestor.resource.waiting > 0
+            self._new_ways = self._new_ways or is_waited_for(ancestor)
 
     def _unqueue(self, request):
         resource = request.resource
@@ -1939,7 +1994,10 @@ class LockTable:
         def grant(request):
             if not self._is_next(request):
                 return False
+            ways = self._ways
             self._unqueue(request)
+            if ways is not None and request in ways.passing:
+                ways.granted, self._ways = True, ways
             resource.hold(request, now)
             granted.append(request)
             return True
@@ -2068,21 +2126,24 @@ class LockTable:
 
     def _leads_back(self, waiter):
         """Whether all ahead of the nested waiter wait for its ancestors, found by a search."""
-        if self._ways is None or waiter not in self._ways[0].points:
-            if self._searches >= MOST_SEARCHES:
-                self._unfinished = True
-                return False
-            self._searches += 1
-            nested = [other.resource for other in self._nesting.waiters()]
-            waits = Waits(self._nesting, self._nesting.around([waiter.resource] + nested))
-            self._ways = waits, set(waits.passing(self._nesting.waiters(), waits.components()))
-        return waiter in self._ways[1]
+        told = None if self._ways is None else self._ways.tell(waiter)
+        if told is not None:
+            return told
+        if self._searches >= MOST_SEARCHES:
+            self._unfinished = True
+            return False
+        self._searches += 1
+        nested = [other.resource for other in self._nesting.waiters()]
+        self._ways = Ways(self._nesting, self._nesting.around([waiter.resource] + nested))
+        return waiter in self._ways.passing
 
     def _reduction_that_leaves(self, request):
         """The reduction in which a new nested request is never granted; None where it is granted,
         or where that does not matter."""
         ancestors = self._nesting.ancestors(request)
         if not ancestors or request.patient or self.window_until is not None:
+            return None
+        if not any(is_waited_for(ancestor) for ancestor in ancestors):
             return None
         around = self._nesting.around([request.resource])
         if not any(ancestor.resource in around for ancestor in ancestors):

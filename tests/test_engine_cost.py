@@ -1,6 +1,8 @@
 """What the engine's work costs, counted in lines that are run: the same for few and for many."""
+import collections
+
 import pytest
-from engine_world import World, belongs_to, lines, make_request
+from engine_world import VERDICTS, World, belongs_to, lines, make_request
 
 FEW, MANY = 60, 4260  # the same waiter in the middle of each crowd, of up to five sorts
 POLICIES = ["fair", "first-fit"]
@@ -174,3 +176,183 @@ def test_the_search_for_a_deadlock_costs_for_each_waiter_the_same():
         found.append(lines(world.table.request, nested, world.clock))
         assert "b" not in world.table.requests
     assert found[1] - found[0] == found[2] - found[1]
+
+
+# A thousand sessions of any shape.  A call has 50 ms, in which Python runs 20 million lines a
+# second on a machine that is not the fastest.
+
+MOST_LINES = 1000000
+HALF, THIRD = 500, 333
+
+
+class Shape:
+    """A crowd that is there when the window of a new daemon ends, and what the dearest of the calls
+    that are measured costs."""
+
+    def __init__(self):
+        self.world, self.dearest = World(window=3), 0
+
+    def hold(self, session, name, mode="EX", **details):
+        self.ask(session, name, mode, wait=0, reclaim=9, **details)
+
+    def ask(self, session, name, mode="EX", **details):
+        request = make_request(session, name, mode, **details)
+        return self.measure(self.world.table.request, request)
+
+    def release(self, session):
+        return self.measure(lambda clock: self.world.table.release(session, True, clock))
+
+    def leave(self, session):
+        return self.measure(self.world.table.gone, session)
+
+    def later(self, seconds):
+        """Time passes; returns all that is decided."""
+        told, end = [], self.world.clock.mono + seconds
+        date = self.world.table.next_date()
+        while date is not None and date <= end:
+            self.world.clock.move_to(date)
+            told += self.measure(self.world.table.expire)
+            date = self.world.table.next_date()
+        self.world.clock.move_to(end)
+        return told
+
+    def measure(self, call, *arguments):
+        told = []
+        cost = lines(lambda: told.extend(call(*arguments, self.world.clock)))
+        self.dearest = max(self.dearest, cost)
+        return told
+
+
+def verdicts(told):
+    return collections.Counter(VERDICTS[one.verdict] for one in told)
+
+
+def nested_readers_beside_many_writers(shape):
+    shape.hold("A", "R", "CR")
+    for number in range(HALF):
+        shape.hold(f"H{number}", "R", "CW")
+    shape.ask("V", "R", "PR")
+    for number in range(HALF - 3):
+        shape.ask(f"N{number}", "R", "CW", under="A")
+    assert not shape.later(4)
+    assert not shape.release("H0") and not shape.leave("N0")
+    assert verdicts(shape.ask("N", "R", "CW", under="A")) == {"queued": 1}
+    assert verdicts(shape.leave("V")) == {"granted": HALF - 3}
+
+
+def a_ring(shape, form="Q{}"):
+    for number in range(HALF):
+        shape.hold(f"A{number}", form.format(number))
+    for number in range(HALF - 1):
+        shape.ask(f"N{number}", form.format(number + 1), under=f"A{number}")
+    assert not shape.later(4)
+    assert verdicts(shape.ask("N", form.format(0), under=f"A{HALF - 1}")) == {"deadlock": 1}
+    assert verdicts(shape.leave("A7")) == {"granted": 1}
+
+
+def a_ring_in_a_tree(shape):
+    a_ring(shape, "/t/{}")
+
+
+def units_for_many_that_pass(shape):
+    name = f"n[{2 * THIRD}]"
+    shape.hold("B", name, quantity=THIRD)
+    for number in range(THIRD):
+        shape.hold(f"A{number}", name)
+    shape.ask("W", name, quantity=2 * THIRD)
+    for number in range(THIRD - 2):
+        shape.ask(f"N{number}", name, under=f"A{number}")
+    assert not shape.later(4)
+    assert verdicts(shape.release("B")) == {"granted": THIRD - 2}
+
+
+def units_in_many_numbers(shape):
+    shape.hold("B", "n[2000]", quantity=1000)
+    for number in range(HALF):
+        shape.hold(f"A{number}", "n[2000]")
+    shape.ask("W", "n[2000]", quantity=1999)
+    for number in range(HALF - 3):
+        shape.ask(f"N{number}", "n[2000]", quantity=number + 1, under=f"A{number}")
+    granted = shape.later(4)
+    shape.ask("N", "n[2000]", quantity=7, under="A7")
+    granted += shape.release("B") + shape.later(1)
+    assert verdicts(granted)["granted"] > 50
+
+
+def a_root_and_its_leaves(shape):
+    shape.hold("P", "P")
+    shape.hold("H", "/t", "PR")
+    for number in range(THIRD):
+        shape.ask(f"A{number}", "/t", "EX")
+        shape.ask(f"N{number}", f"/t/{number}")
+        shape.ask(f"M{number}", f"/t/{number}", "PR", under="P")
+    shape.later(4)
+    assert verdicts(shape.ask("p", "P", under="H")) == {"queued": 1, "granted": THIRD}
+    shape.leave("H")
+
+
+def many_readers_of_a_root_before_its_leaves(shape):
+    shape.hold("H", "/t")
+    for number in range(HALF):
+        shape.ask(f"A{number}", "/t", "PR")
+    for number in range(HALF - 1):
+        shape.ask(f"N{number}", f"/t/{number}")
+    shape.later(4)
+    assert verdicts(shape.release("H")) == {"granted": HALF}
+
+
+def those_ahead_wait_in_ways_of_many_steps(shape):
+    many = HALF // 10
+    for number in range(many):
+        shape.hold(f"A{number}", f"P{number}")
+    shape.hold("B", "Q", "PW")
+    shape.hold("H", "Q", "CR")
+    shape.ask("W", "Q", "EX")
+    for number in range(many):
+        shape.ask(f"N{number}", "Q", "PR", under=f"A{number}")
+        shape.ask(f"h{number}", f"P{number}", under="H")
+    for number in range(2 * HALF - 3 * many):
+        shape.ask(f"X{number}", "Q", "PR")
+    told = shape.later(4) + shape.release("B")
+    assert verdicts(told + shape.later(1)) == {"granted": many}
+
+
+def all_are_refused_when_the_window_ends(shape):
+    for number in range(HALF // 4):
+        shape.hold(f"A{number}", "R", "CW")
+        shape.ask(f"N{number}", "R", under=f"A{number}")
+    for number in range(3 * HALF // 2):
+        shape.ask(f"X{number}", "R")
+    assert verdicts(shape.later(4)) == {"deadlock": HALF // 4}
+
+
+def many_that_do_not_wait_when_the_window_ends(shape):
+    for number in range(THIRD):
+        shape.hold(f"A{number}", f"Q{number}", "PR")
+        shape.ask(f"W{number}", f"Q{number}")
+    for number in range(THIRD):
+        shape.ask(f"N{number}", f"Q{(number + 1) % THIRD}", "PR", wait=0, under=f"A{number}")
+    assert verdicts(shape.later(9)) == {"busy": THIRD}
+
+
+def many_wait_for_a_resource(shape):
+    for number in range(HALF):
+        shape.hold(f"A{number}", f"Q{number}")
+    for number in range(HALF - 1):
+        shape.ask(f"N{number}", "R", "PR" if number % 2 else "CW", create=0, under=f"A{number}")
+    shape.later(4)
+    assert verdicts(shape.ask("C", "R") + shape.later(1)) == {"granted": 1, "queued": HALF - 1}
+    shape.release("C")
+
+
+SHAPES = [nested_readers_beside_many_writers, a_ring, a_ring_in_a_tree, units_for_many_that_pass,
+          units_in_many_numbers, a_root_and_its_leaves, many_readers_of_a_root_before_its_leaves,
+          those_ahead_wait_in_ways_of_many_steps, all_are_refused_when_the_window_ends,
+          many_that_do_not_wait_when_the_window_ends, many_wait_for_a_resource]
+
+
+@pytest.mark.parametrize("fill", SHAPES, ids=lambda fill: fill.__name__)
+def test_no_call_keeps_the_others_waiting(fill):
+    shape = Shape()
+    fill(shape)
+    assert shape.dearest < MOST_LINES
