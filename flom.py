@@ -704,9 +704,16 @@ REFUSALS = {  # rc: the error, its text
 
 
 def refusal(rc, reason, settings):
-    """The error for a refusal; the reason stands where its text wants it, with -V at its end."""
+    """The error for a refusal; the reason stands where its text wants it, with -V at its end.
+
+    Who asks with -o 0 is told who holds: nothing else comes of such a run.
+    """
     error_class, text = REFUSALS[rc]
-    text += ": {reason}" if settings["Verbose"] and reason and "{reason}" not in text else ""
+    holder = bool(reason) and reason.startswith("held by ") and reason != "held by nobody"
+    if rc == BUSY and holder:
+        text += " ({reason})"
+    elif settings["Verbose"] and reason and "{reason}" not in text:
+        text += ": {reason}"
     error = error_class(text.format(ms=settings["Timeout"], reason=reason or "no reason given"))
     error.reason = reason
     return error
@@ -1651,7 +1658,10 @@ class Connection:
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 self.sock.unwrap()
         with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.sock, socket.SHUT_WR)  # SSLSocket's ends reading, too
+            if hasattr(socket.socket, "shutdown"):  # SSLSocket's own would end reading, too
+                socket.socket.shutdown(self.sock, socket.SHUT_WR)
+            else:  # eventlet's sockets are of another class
+                self.sock.shutdown(socket.SHUT_WR)
 
     def fetching(self, message, patience):
         """Steps that send a message and read all of the one that follows, which may be long.
@@ -1842,7 +1852,8 @@ class Lock:
             "client": f"flom.py/{VERSION}", "id": self.chain[0], "key": os.urandom(8).hex(),
             "parent": ",".join(self.chain[1:]) or None, "pid": os.getpid(),
             "user": plain(login(), 32), "host": plain(os.uname().nodename, 64),
-            "cmd": plain(self.command, 32), "progress": 1 if self.diary.verbose else None}
+            "cmd": plain(self.command, 32),
+            "progress": 1 if self.diary.verbose or limit == 0 else None}
         try:
             self.connection, answer = finish(self._asking(deadline))
             self.element, self.token = answer.element, answer.token
@@ -2878,6 +2889,19 @@ def is_running(pid):
         return isinstance(error, FileNotFoundError)  # no /proc here
 
 
+def tell_ignored(settings, diary):
+    """Says, with -V or on a terminal, what is set and has no meaning for the kind of resource."""
+    kind = kind_of(settings["Name"])
+    for key, kinds, what in (("LockMode", WITH_MODE, "modes"),
+                             ("Quantity", ("numeric",), "quantity")):
+        if settings[key] == settings.defaults[key] or kind in kinds:
+            continue
+        line = f"{settings.origins[key]}: a {kind} resource has no {what}; ignored"
+        diary.say(line)
+        if not diary.verbose and sys.stderr and sys.stderr.isatty():
+            put(f"flom: {line}", sys.stderr)
+
+
 def run_command(options, settings):
     """The main job: lock, run, unlock."""
     leave_process_1()
@@ -2886,10 +2910,7 @@ def run_command(options, settings):
         put("No command to execute!", sys.stderr)
         return NOT_RUN
     lock = Lock(settings=settings, start_daemon=True, command=os.path.basename(options.command[0]))
-    for key, kinds, what in (("LockMode", WITH_MODE, "modes"), ("Quantity", "numeric", "quantity")):
-        kind, default = kind_of(lock.name), settings.defaults[key]
-        if settings[key] != default and kind not in kinds:
-            lock.diary.say(f"{settings.origins[key]}: a {kind} resource has no {what}; ignored")
+    tell_ignored(settings, lock.diary)
     lock.acquire(started=options.started)
     if lock.element is not None:
         lock.diary.say(f"Locked element is '{lock.element}'", sys.stdout)
@@ -2940,7 +2961,8 @@ def run():
             prepare(options, settings)
         return ACTIONS[options.action](options, settings)
     except LockError as error:
-        put(f"{error.prefix}{error}", sys.stderr)
+        if not (settings["Quiet"] and isinstance(error, (Busy, Timeout, CannotWait))):
+            put(f"{error.prefix}{error}", sys.stderr)
         return settings["BusyStatus"] if isinstance(error, (Busy, Timeout)) else error.status
     except (UsageError, ImportError) as error:  # a small Python lacks json or ssl
         put(f"flom: {error}", sys.stderr)

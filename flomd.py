@@ -4058,13 +4058,18 @@ def serve(settings, options):
     os._exit(0)  # Python would close the connections first, and then take its time
 
 
-def main(arguments=None):
+def main():
+    """Runs flomd and ends this process: what could not be written is not tried again."""
+    os._exit(run(sys.argv[1:]))
+
+
+def run(arguments):
     """The command flomd.py; returns the exit status."""
     forget_signals()
     with contextlib.suppress(OSError), open("/proc/self/comm", "w") as file:
         file.write("flomd")  # the name that users of FLoM expect of ps and pgrep
     try:
-        settings, options = read_options(sys.argv[1:] if arguments is None else arguments)
+        settings, options = read_options(arguments)
         for warning in settings.warnings:
             put(f"flomd: warning: {warning}", sys.stderr)
         if settings["Verbose"]:
@@ -4077,4 +4082,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -10,7 +10,7 @@ import sys
 import flom
 import pytest
 from test_settings import VERBOSE
-from world import FLOM_PY, read
+from world import FLOM_PY, FLOMD_PY, PYTHON, ROOT, read
 
 BAD = {  # for each type of setting, texts that are wrong
     "file": [""], "folder": [""], "host": [""], "interface": [""], "flag": ["", "maybe", "2"],
@@ -358,7 +358,137 @@ def test_verbose_tells_who_is_waited_for(box):
     assert [process.end().status for process in (holder, first, second)] == [0, 0, 0]
 
 
-def test_ignored_options_warn_with_verbose(box):
-    done = box.run("-V", "-r", "R1", "-q", "2", "--", "true")
-    assert done.status == 0 and "-q: " in done.err
-    assert box.run("-r", "R1", "-q", "2", "--", "true") == (0, "", "")
+IGNORED = [(["-r", "R1", "-q", "2"], "-q: a simple resource has no quantity; ignored"),
+           (["-r", "a[2]", "-l", "PR"], "-l: a numeric resource has no modes; ignored"),
+           (["-r", "a.b", "-q", "2"], "-q: a set resource has no quantity; ignored")]
+
+
+@pytest.mark.parametrize("options, line", IGNORED)
+def test_what_has_no_meaning_is_told_on_a_terminal_and_with_verbose(box, options, line):
+    assert box.run(*options, "--", "true") == (0, "", "")
+    assert box.run("-V", *options, "--", "true").err == f"{line}\n"
+    screen, terminal = os.openpty()
+    assert box.run(*options, "--", "true", stderr=terminal).status == 0
+    os.close(terminal)
+    assert os.read(screen, 999).decode() == f"flom: {line}\r\n"
+    os.close(screen)
+
+
+def test_what_has_a_meaning_is_not_told(box):
+    for options in (["-r", "/a", "-l", "PR"], ["-r", "a[2]", "-q", "2"], ["-q", "0"], ["-l", "EX"]):
+        assert box.run("-V", *options, "--", "true").err == ""
+
+
+# What users of FLoM type: options, the command, what is printed, what is said (a pattern), status.
+
+SAID = {
+    "busy": r"Resource already locked, the lock cannot be obtained \(held by .* for 00:00:..\)\n",
+    "late": r"The lock was not obtained because timeout \(100 milliseconds\) expired\n",
+    "none": r"The resource could be available in the future, but the requester can't wait\n",
+    "never": r"Resource will never satisfy the request, the lock cannot be obtained\n",
+    "no command": r"No command to execute!\n",
+    "unknown": r"flom: warning: --ignore-signal: 'SIGXXXX' is not a signal that .*; ignored\n"}
+LIKE_FLOM = [
+    ("-r R1 -o 0 -l EX -q 1 -e yes -i 0 -- echo a", "a\n", "", 0),
+    ("--resource-name=R1 --resource-timeout=0 --resource-quantity=1 --resource-create=no "
+     "--resource-idle-lifespan=1000 --lock-mode=Exclusive -- echo a", "a\n", "", 0),
+    ("-r R1 echo -n", "", "", 0), ("-r R1 -- false", "", "", 1), ("-r R1", "", "no command", 97),
+    ("-q 0 -D 0 -I -5 -i -5 -o -5 -d -1 -- echo a", "a\n", "", 0),
+    ("-r red.blue -- echo", "red\n", "", 0), ("-r _S_n[1] -- echo a", "a 1\n", "", 0),
+    ("-r held -o 0 -- echo a", "", "busy", 98), ("-r held -o 100 -- echo a", "", "late", 98),
+    ("-r held -o 0 --quiet -- echo a", "", "", 98), ("-r held -o 100 --quiet -- true", "", "", 98),
+    ("-r held -o 0 --quiet --busy-status 0 -- echo a", "", "", 0),
+    ("-r none -e no -o 0 -- echo a", "", "none", 96),
+    ("-r none -e no -o 0 --quiet -- true", "", "", 96),
+    ("-r a[2] -q 3 -- echo a", "", "never", 99), ("-r a[2] -q 3 --quiet -- true", "", "never", 99),
+    ("--quiet -- /none", "", "flom: cannot execute '/none': No such file or directory\n", 97),
+    ("--tcp-keepalive-time=0 --tcp-keepalive-intvl=99999 --tcp-keepalive-probes=12345 -- echo a",
+     "a\n", "", 0),
+    ("--ignore-signal SIGXXXX --ignore-signal=SIGHUP -- echo a", "a\n", "unknown", 0),
+    ("--unique-id", flom.machine_id() + "\n", "", 0), ("--version", "flom.py .*\n", "", 0),
+    ("-x echo a", "", "flom: -x: 'echo' is not run beside it\n", 99),
+    ("-X -- echo a", "", "flom: -X: 'echo' is not run beside it\n", 99)]
+
+
+def test_what_users_of_flom_type(box):
+    box.daemon()
+    holder, gate = box.hold("a", "-r", "held")
+    for line, out, err, status in LIKE_FLOM:
+        done = box.run(*line.split())
+        assert done.status == status and re.fullmatch(out, done.out), (line, done)
+        assert re.fullmatch(SAID.get(err, err), done.err), (line, done)
+    gate.open()
+    assert holder.end().status == 0
+
+
+def test_verbose_prints_the_settings_before_what_is_wrong_with_them(run):
+    for argv, text in ((["--tls-certificate=/x"], "--tls-certificate: TLS wants all of "),
+                       (["-s", "/x", "-a", "db1"], "-s: not together with -a: "),
+                       (["-n", "nosuch0"], "-n: 'nosuch0' is not a network interface")):
+        status, out, err = run("-V", *argv, "--", "true")
+        assert status == 99 and len(out.splitlines()) == len(flom.SETTINGS), argv
+        assert err.startswith(f"flom: {text}") and err.count("\n") == 1
+
+
+# Places that are not as they should be
+
+@pytest.mark.parametrize("program", ["flom", "flomd"])
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_what_cannot_be_written_is_an_error(box, program, option):
+    with open("/dev/full", "w") as full:
+        done = getattr(box, program)(option, stdout=full).end()
+    assert done == (99, "", f"{program}: cannot write to stdout: No space left on device\n")
+
+
+GONE = [(option, "x") for option in ("-s", "-t", "-T", "-m", "--state-dir", "--tls-certificate")]
+
+
+@pytest.mark.parametrize("program, argv", [("flom", [*option, "--", "true"]) for option in GONE] + [
+    ("flomd", option) for option in GONE if option[0] != "-T"] + [
+    ("flomd", (option, "x")) for option in ("--pid-file", "--metrics", "--log")])
+def test_a_relative_path_in_a_directory_that_is_gone(box, program, argv):
+    os.mkdir(box.path("gone"))
+    remove = ["/bin/sh", "-c", 'cd "$0" && rmdir "$0" && exec "$@"', box.path("gone")]
+    script = FLOM_PY if program == "flom" else FLOMD_PY
+    done = box.start(*remove, *PYTHON, script, *argv).end()
+    assert (done.status, done.out) == (99, "")
+    assert done.err.startswith(f"{program}: ") and done.err.endswith(
+        f"{argv[0]}: 'x' is not an absolute path, and the current directory is gone\n")
+
+
+def test_in_a_directory_that_is_gone_all_else_works(box):
+    os.mkdir(box.path("gone"))
+    remove = ["/bin/sh", "-c", 'cd "$0" && rmdir "$0" && exec "$@"', box.path("gone")]
+    done = box.start(*remove, *PYTHON, FLOM_PY, *box.address, "--", "echo", "x").end()
+    assert done == (0, "x\n", "")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_a_home_whose_settings_cannot_be_read(box, make):
+    make(box.path(".flom"))
+    done = box.run("--", "echo", "x")
+    assert done[:2] == (0, "x\n") and done.err.count("\n") == 1
+    assert done.err.startswith(f"flom: warning: {box.path('.flom')}: ")
+    daemon = box.flomd("-s", box.path("other"), "-d", "0").end()
+    assert daemon.status == 0
+    assert daemon.err.startswith(f"flomd: warning: {box.path('.flom')}: ")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
+def test_a_home_of_another_user_that_cannot_be_entered(box):
+    os.chmod(box.folder, 0o755)
+    os.mkdir(box.path("home"), 0o700)
+    as_nobody = f"""
+import os, pwd, sys
+sys.path.insert(0, {ROOT!r})
+import flom
+os.setgroups([])
+os.setuid(65534)
+os.environ["HOME"] = {box.path('home')!r}
+sys.argv[1:] = ["-s", "/tmp/none", "-d", "0", "--", "true"]
+flom.main()
+"""
+    done = box.start(*PYTHON, "-c", as_nobody).end()
+    first, last = done.err.splitlines()
+    assert done.status == 99 and last.startswith("flom: no daemon at /tmp/none")
+    assert first == f"flom: warning: {box.path('home')}/.flom: Permission denied; it is not read"

@@ -35,7 +35,7 @@ leave, os._exit = os._exit, end
 sys.path.insert(0, sys.argv[1])
 sys.argv = sys.argv[2:]
 module = __import__(sys.argv[0])
-end(getattr(module, "run", module.main)())
+module.main()
 """
 
 # One cycle is connect, lock, unlock, close.  At worst the daemon sleeps before each of these.

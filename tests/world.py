@@ -9,6 +9,7 @@ import importlib.util
 import marshal
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -52,6 +53,13 @@ COUNT = Count(20, 200, 20, 500000) if SOAK else Count(3, 8, 2, 5000)
 SEED = os.environ["FLOM_SEED"]
 
 Result = collections.namedtuple("Result", "status out err")
+
+
+def is_busy(result, status=98):
+    """Whether a flom with -o 0 has said, on one line, that the lock is busy and who holds it."""
+    text = (r"Resource already locked, the lock cannot be obtained "
+            r"\(held by \S+:[0-9]+ '[^']+' for [0-9]{2,}:[0-9]{2}:[0-9]{2}( and [0-9]+ more)?\)\n")
+    return result[:2] == (status, "") and bool(re.fullmatch(text, result.err))
 
 
 def wait_until(predicate, seconds=10):
