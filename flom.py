@@ -2480,8 +2480,11 @@ def command_environment(lock):
     """The environment of the command: FLOM_* tell of this lock and of no outer one."""
     mode = MODES[lock.settings["LockMode"]] if kind_of(lock.name) in WITH_MODE else None
     ours = {"FLOM_RESOURCE": lock.name, "FLOM_MODE": mode, "FLOM_ELEMENT": lock.element,
-            "FLOM_TOKEN": lock.token, "FLOM_SESSION": ",".join(lock.chain)}
-    both = {**found_environment(), **(ours if lock.settings["SetEnv"] else {})}
+            "FLOM_TOKEN": lock.token}
+    if not lock.settings["SetEnv"]:
+        ours = dict.fromkeys(ours)
+    ours["FLOM_SESSION"] = ",".join(lock.chain)  # always, or a deadlock would not be found
+    both = {**found_environment(), **ours}
     return {name: str(value) for name, value in both.items() if value is not None}
 
 

@@ -1287,6 +1287,7 @@ KINDS = {"simple": Simple, "numeric": Numeric, "set": Set, "hierarchical": Hiera
 # end by themselves, so the reduction leaves them out), and preferences in whom to refuse: it is who
 # asks last.
 
+MOST_ABOVE = 1000  # locks above a request
 GONE, SEVERAL = -1, 0  # in place of a component, which is 1 or more
 
 
@@ -1296,6 +1297,22 @@ class Nesting:
     def __init__(self):
         self.holders = {}  # id: the holder with it
         self.below = collections.defaultdict(dict)  # id: {waiter: None}, those nested in its lock
+
+    def lineage(self, parents):
+        """The ids of all locks above a request, nearest first, from those that its client names.
+
+        It names eight at most, and only the nearest beside a long name of a resource; what is above
+        those the holders themselves have told.
+        """
+        found, named = list(parents), set(parents)
+        for ident in found:
+            if ident in self.holders:
+                above = [one for one in self.holders[ident].parents if one not in named]
+                named.update(above)
+                found += above
+            if len(found) >= MOST_ABOVE:
+                break
+        return tuple(found[:MOST_ABOVE])
 
     def ancestors(self, request):
         """The holders under whose commands the request was made."""
@@ -1317,7 +1334,11 @@ class Nesting:
         if not holder.ident or holder.ident in self.holders:
             return ()
         self.holders[holder.ident] = holder
-        return self.below.get(holder.ident, ())
+        nested = list(self.below.get(holder.ident, ()))
+        for waiter in nested:  # it was queued before a former holder above it came back
+            waiter.parents = self.lineage(waiter.parents)
+            self.queue(waiter)
+        return nested
 
     def release(self, holder):
         """The holder is none any more."""
@@ -1877,6 +1898,7 @@ class LockTable:
         if request.quantity > resource.most:
             return self._refuse(request, IMPOSSIBLE)
         request.resource, request.lane = resource, resource.lane(request)
+        request.parents = self._nesting.lineage(request.parents)
         if request.reclaim is not None:
             return self._reclaim(request, resource, now)
         if self.window_until is None and resource.fits(request, now) and self._is_next(request):

@@ -290,7 +290,7 @@ def test_the_environment_of_the_command(box):
     assert found["FLOM_RESOURCE"] == "R1" and found["FLOM_MODE"] == "PR"
     assert int(found["FLOM_TOKEN"]) > 2 ** 32
     assert re.fullmatch("[0-9a-f]{16}", found["FLOM_SESSION"])
-    assert box.run("--set-env", "no", "--", *show).out == ""
+    assert box.run("--set-env", "no", "--", *show).out.startswith("FLOM_SESSION=")
 
 
 def test_statuses_pass_through(box):

@@ -53,6 +53,17 @@ def test_three_deep(box):
     assert cycle(err) == [("A", outer.pid)]
 
 
+def test_deeper_than_a_chain_and_under_names_that_leave_no_room_for_one(box):
+    """Also where one in between tells its command nothing else of its lock."""
+    words = [*nested(box.address, "-r", "A"), *box.note("wrong")]
+    for number in range(9):
+        words = [*nested(box.address, "-r", f"/{number}{'x' * 140}", "--set-env", "no"), *words]
+    outer = box.flom("-r", "A", "--", *words)
+    status, out, err = outer.end()
+    assert (status, out, box.events()) == (94, "", [])
+    assert cycle(err) == [("A", outer.pid)]
+
+
 @pytest.fixture(params=["one host", "two hosts"])
 def pair(request):
     """Two boxes and the address that serves both."""

@@ -60,6 +60,27 @@ def test_grandchildren_have_all_their_ancestors(world):
     assert world.ask("D", "P", "NL", under="C B A") == "D granted"
 
 
+def test_the_daemon_knows_what_is_above_the_ancestors_that_are_named(world):
+    """A client has no room for a long chain, so it names the nearest at least."""
+    world.ask("L0", "R0")
+    for number in range(1, 12):
+        assert world.ask(f"L{number}", f"R{number}", under=f"L{number - 1}").endswith("granted")
+    assert world.ask("N", "R0", under="L11") == "N deadlock"
+    assert "R0" in reason(world) and "L0" in reason(world)
+    world.release("L5")
+    assert world.ask("N", "R4", under="L11") == "N deadlock"
+
+
+def test_what_is_above_an_ancestor_may_come_back_later():
+    """After a crash the holders reclaim in any order."""
+    world = World(window=3)
+    assert world.ask("C", "R2", under="B", wait=0, reclaim=9) == "C granted"
+    assert world.ask("N", "R0", under="C") == "N queued"
+    assert world.ask("A", "R0", wait=0, reclaim=7) == "A granted"
+    assert world.ask("B", "R1", under="A", wait=0, reclaim=8) == "B granted"
+    assert world.later(3) == "N deadlock"
+
+
 def test_the_units_of_a_pool_that_are_all_held_outside(world):
     assert world.ask("A", "n[2]", quantity=2) == "A granted"
     assert world.ask("N", "n[2]", under="A") == "N deadlock"

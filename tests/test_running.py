@@ -51,9 +51,15 @@ def test_a_nested_flom_adds_itself_to_the_chain(box):
     assert chain.split(",")[1:] == [first] and re.fullmatch("[0-9a-f]{16},[0-9a-f]{16}", chain)
 
 
-def test_set_env_no_and_element_argument_no(box):
-    done = box.run("-r", "red.green", "--set-env", "no", "--", *SHOW, env=OUTER)
-    assert variables(done.out) == OUTER
+def test_set_env_no_tells_the_chain_alone(box):
+    """Without the chain a deadlock below would not be found; nothing of an outer lock is left."""
+    outer = dict(OUTER, FLOM_SESSION="0123456789abcdef")
+    done = box.run("-r", "red.green", "--set-env", "no", "--", *SHOW, env=outer)
+    (name, chain), = variables(done.out).items()
+    assert name == "FLOM_SESSION" and chain.endswith(",0123456789abcdef")
+
+
+def test_element_argument_no(box):
     echo = ("-r", "_s_seq[1]", "--", "echo", "x")
     assert box.run(*echo).out == "x 1\n"
     assert box.run("--element-argument", "no", *echo).out == "x\n"
