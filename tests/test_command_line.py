@@ -482,6 +482,7 @@ def test_a_home_of_another_user_that_cannot_be_entered(box):
 import os, pwd, sys
 sys.path.insert(0, {ROOT!r})
 import flom
+flom.read_arguments([])  # imports what this user cannot
 os.setgroups([])
 os.setuid(65534)
 os.environ["HOME"] = {box.path('home')!r}
