@@ -854,7 +854,15 @@ def milliseconds(seconds, origin):
 @functools.lru_cache(maxsize=None)
 def begin_trace(path, append):
     """Makes or empties a trace file, once in a process, however many locks it has.  OSError."""
-    open(path, "a" if append else "w").close()
+    open_trace(path, append).close()
+
+
+def open_trace(path, append=True):
+    """The file to write to; a FIFO that nobody reads is an OSError, and is not waited for."""
+    def opener(name, _):  # Python 3.6 cannot open a FIFO with the mode "a"
+        begin = os.O_APPEND if append else os.O_TRUNC
+        return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | begin, 0o666)
+    return open(path, "w", errors="replace", opener=opener)
 
 
 class Diary:
@@ -868,7 +876,8 @@ class Diary:
                 begin_trace(self.path, settings["AppendTraceFile"])
         except OSError as error:
             origin = settings.origins["CommandTraceFile"]
-            raise UsageError(f"{origin}: {self.path!r}: {error.strerror}")
+            raise UsageError(f"{origin}: {self.path!r} is not a file that can be written: "
+                             f"{error.strerror}")
 
     def say(self, text, stream=None):
         """Notes a line; with -V it goes to `stream`, stderr when none is given."""
@@ -876,7 +885,7 @@ class Diary:
         if self.verbose:
             put(text, stream or sys.stderr)
         if self.path:
-            with contextlib.suppress(OSError), open(self.path, "a", errors="replace") as file:
+            with contextlib.suppress(OSError), open_trace(self.path) as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} flom[{os.getpid()}] {text}\n")
 
 
