@@ -3059,6 +3059,7 @@ def daemon_at(address, context):
 # epoll, or poll where that is missing, and not `selectors`: a connection lives for two messages,
 # and the bookkeeping of selectors would take a quarter of its time.
 
+TURN = 0.01  # s that a turn of the loop gives to what has happened; dates wait no longer
 RESERVE = 32  # files that are not for clients: listeners, logs, state, a few to refuse clients with
 
 
@@ -3067,6 +3068,7 @@ class Poller:
 
     def __init__(self):
         self.handlers = {}
+        self._left = []  # descriptors whose events had to wait for the next turn
         self._poll = select.epoll() if hasattr(select, "epoll") else select.poll()
         self._unit = 1 if hasattr(select, "epoll") else 1000
 
@@ -3099,10 +3101,25 @@ class Poller:
                 self._poll.register(number, READABLE)
 
     def wait(self, timeout):
-        """(descriptor, events) of what has happened, after `timeout` s (None: no limit) at most."""
+        """What has happened, after `timeout` s (None: no limit) at most, as (descriptor, events).
+
+        What is not taken within TURN s is left for the next time, and comes first then.
+        """
         # rounded up to ms, so that a date has come when poll returns
         timeout = -1 if timeout is None else -(-timeout * 1000 // 1) * self._unit / 1000
-        return self._poll.poll(timeout)
+        if not self._left:
+            return self._portion(self._poll.poll(timeout))
+        found = dict(self._poll.poll(0))
+        events = [(number, found.pop(number)) for number in self._left if number in found]
+        return self._portion(events + list(found.items()))
+
+    def _portion(self, events):
+        self._left, until = [], time.monotonic() + TURN
+        for place, event in enumerate(events, 1):
+            yield event
+            if time.monotonic() >= until:
+                self._left = [number for number, _ in events[place:]]
+                return
 
 
 class Moment:
