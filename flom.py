@@ -1219,6 +1219,12 @@ class Starter:
             return "with several addresses none is started"
         return self.order
 
+    def close(self):
+        """Does not wait for the end of a start that has begun."""
+        if self._steps:
+            self._steps.close()
+            self._steps = None
+
     def trying(self, until, recovering):
         """Steps that start a daemon, or wait a moment; the result is `until`, or earlier.
 
@@ -1842,10 +1848,10 @@ class Lock:
         """
         if self._owner == os.getpid() and self.look():
             raise RuntimeError(f"{self.name} is held already")
+        asked = self._request_settings(blocking, timeout)
         self.release()  # of what is lost, or the parent's: only forgets
         self._forget()
-        self._asked = self._request_settings(blocking, timeout)
-        limit = self._asked["Timeout"]
+        self._asked, limit = asked, asked["Timeout"]
         deadline = (started or clock()) + (limit / 1000 if limit >= 0 else FOREVER)
         self._context = tls_context(self.settings)
         self._about = {
@@ -1859,6 +1865,7 @@ class Lock:
             self.element, self.token = answer.element, answer.token
             self._owner = os.getpid()
         finally:
+            self._starter.close()
             if self._owner is None:  # a signal handler may raise after the grant, too
                 self._abandon()
         return self
@@ -1893,6 +1900,7 @@ class Lock:
         """
         connection, self.connection = self.connection, None
         owner, self._owner = self._owner, None
+        self._starter.close()
         if not connection:
             return
         try:

@@ -433,6 +433,23 @@ def test_a_daemon_that_cannot_be_started_says_why(box, lock, monkeypatch):
         lock(start_daemon=True, timeout=5).acquire()
 
 
+def test_a_start_that_is_given_up_leaves_no_pipe(box, lock, monkeypatch):
+    """As when an exception comes, or when another daemon serves before."""
+    gate = Gate(box, "daemon")
+    path = box.write("flomd", f"#!/bin/sh\nread _ <{gate.fifo}\n")
+    os.chmod(path, 0o755)
+    monkeypatch.setenv("FLOMD", path)
+    made = lock(start_daemon=True)
+    files = set(os.listdir("/proc/self/fd"))
+    starting = made._starter.trying(flom.clock() + 10, recovering=True)
+    next(starting)
+    assert set(os.listdir("/proc/self/fd")) > files
+    made.release()
+    assert set(os.listdir("/proc/self/fd")) == files
+    gate.open()
+    os.waitpid(-1, 0)
+
+
 def test_a_started_daemon_leaves_the_program_as_it_was(box, lock):
     before = {number: signal.getsignal(number) for number in signal.Signals}
     files = set(os.listdir("/proc/self/fd"))
