@@ -854,7 +854,15 @@ def milliseconds(seconds, origin):
 @functools.lru_cache(maxsize=None)
 def begin_trace(path, append):
     """Makes or empties a trace file, once in a process, however many locks it has.  OSError."""
-    open(path, "a" if append else "w").close()
+    open_trace(path, append).close()
+
+
+def open_trace(path, append=True):
+    """The file to write to; a FIFO that nobody reads is an OSError, and is not waited for."""
+    def opener(name, _):  # Python 3.6 cannot open a FIFO with the mode "a"
+        begin = os.O_APPEND if append else os.O_TRUNC
+        return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | begin, 0o666)
+    return open(path, "w", errors="replace", opener=opener)
 
 
 class Diary:
@@ -868,7 +876,8 @@ class Diary:
                 begin_trace(self.path, settings["AppendTraceFile"])
         except OSError as error:
             origin = settings.origins["CommandTraceFile"]
-            raise UsageError(f"{origin}: {self.path!r}: {error.strerror}")
+            raise UsageError(f"{origin}: {self.path!r} is not a file that can be written: "
+                             f"{error.strerror}")
 
     def say(self, text, stream=None):
         """Notes a line; with -V it goes to `stream`, stderr when none is given."""
@@ -876,7 +885,7 @@ class Diary:
         if self.verbose:
             put(text, stream or sys.stderr)
         if self.path:
-            with contextlib.suppress(OSError), open(self.path, "a", errors="replace") as file:
+            with contextlib.suppress(OSError), open_trace(self.path) as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} flom[{os.getpid()}] {text}\n")
 
 
@@ -1119,10 +1128,9 @@ def _first_value(name):
     return {}
 
 
-def daemon_options(settings, recovering):
+def daemon_options(settings):
     """The options that hand on to the daemon what has been set, and only that."""
-    values = dict({"RecoveryWindow": RECOVERY_WINDOW} if recovering else {}, **settings.values)
-    values["Lifespan"] = settings["Lifespan"]
+    values = {**settings.values, "Lifespan": settings["Lifespan"]}
     yield "--no-files"
     for setting in SETTINGS:
         if "d" in setting.users and setting.key in values and setting.key not in SWITCHES:
@@ -1131,12 +1139,12 @@ def daemon_options(settings, recovering):
     yield from ["--allow-remote-shutdown"] * settings["AllowRemoteShutdown"]
 
 
-def starting(settings, recovering, until, launch):
+def starting(argv, until, launch):
     """Steps that start a daemon and end with (exit status, what it said); None: still starting.
 
     `launch` is fork_daemon or spawn_daemon.
     """
-    argv, said, ended = daemon_program() + [*daemon_options(settings, recovering)], b"", 0
+    said, ended = b"", 0
     reading, writing = os.pipe()
     wait = reading, READ, AGAIN
     try:
@@ -1208,6 +1216,12 @@ class Starter:
         self.settings, self.allowed, self.launch = settings, allowed, launch
         self.order = None  # the last daemon was ended by order: how, in words
         self.complaint, self._steps, self._after = "", None, 0
+        self._argv = self._missing = None
+        if allowed:
+            try:  # now: later the folder from which relative names count may be gone
+                self._argv = daemon_program() + [*daemon_options(settings)]
+            except DaemonUnavailable as error:
+                self._missing = error
 
     def obstacle(self):
         """Why no daemon may be started here, None when one may."""
@@ -1235,8 +1249,12 @@ class Starter:
             yield None, 0, AGAIN
             return until
         if not self._steps:
-            self._steps = starting(self.settings, recovering, until, self.launch)
-        outcome = yield from one_step(self._steps) if recovering else self._steps
+            self._steps = starting(self._command_line(recovering), until, self.launch)
+        try:
+            outcome = yield from one_step(self._steps) if recovering else self._steps
+        except Exception:  # what has failed cannot go on; the next attempt is another start
+            self._steps = None
+            raise
         if not outcome:
             return until
         self._steps, (status, said) = None, outcome
@@ -1245,6 +1263,12 @@ class Starter:
             return until
         self._after = clock() + RESTART  # mostly another client's daemon came first: it will listen
         return min(until, clock() + LATECOMER)
+
+    def _command_line(self, recovering):
+        if self._missing:
+            raise self._missing
+        after_a_crash = recovering and "RecoveryWindow" not in self.settings.values
+        return self._argv + [f"--recovery-window={RECOVERY_WINDOW}"] * after_a_crash
 
 
 # --- Session (the client's side of the protocol, pure: no sockets) --------------------------------

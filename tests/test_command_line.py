@@ -456,6 +456,16 @@ def test_a_relative_path_in_a_directory_that_is_gone(box, program, argv):
         f"{argv[0]}: 'x' is not an absolute path, and the current directory is gone\n")
 
 
+def test_a_trace_that_nobody_reads_is_an_error_at_once(box):
+    os.mkfifo(box.path("trace"))
+    done = box.run("-T", box.path("trace"), "--", "true")
+    assert is_usage_error(done, f"flom: -T: '{box.path('trace')}' is not a file that can be ")
+    reader = os.open(box.path("trace"), os.O_RDONLY | os.O_NONBLOCK)
+    assert box.run("-T", box.path("trace"), "-r", "a.b", "--", "echo", "x") == (0, "x a\n", "")
+    assert b"Locked element is 'a'" in os.read(reader, 9999)
+    os.close(reader)
+
+
 def test_in_a_directory_that_is_gone_all_else_works(box):
     os.mkdir(box.path("gone"))
     remove = ["/bin/sh", "-c", 'cd "$0" && rmdir "$0" && exec "$@"', box.path("gone")]
@@ -482,6 +492,7 @@ def test_a_home_of_another_user_that_cannot_be_entered(box):
 import os, pwd, sys
 sys.path.insert(0, {ROOT!r})
 import flom
+flom.read_arguments([])  # imports what this user cannot
 os.setgroups([])
 os.setuid(65534)
 os.environ["HOME"] = {box.path('home')!r}

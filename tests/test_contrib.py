@@ -204,6 +204,35 @@ def test_the_pages_are_well_formed(box, path):
         assert (done.status, done.err) == (0, "")
 
 
+# What is told to those who work on it
+
+def test_hacking_names_what_there_is(options):
+    """Paths, the names in the scripts, options."""
+    text = read(contrib("HACKING.md"))
+    quoted = set(re.findall("`([^`]+)`", text))
+    paths = {word for word in quoted if re.fullmatch(r"[\w./-]+(\.(py|md|1|5|7|8|json|conf)|/)", word)}
+    assert len(paths) > 20 and [path for path in paths if "KIND" not in path
+                                and not os.path.exists(os.path.join(ROOT, path))] == []
+    names = {word for word in quoted if re.fullmatch("_?[A-Z]{5,}", word)}
+    assert len(names) > 3 and [name for name in names if not hasattr(flom, name)] == []
+    both = options["flom"] | options["flomd"] | {"--copy"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= both
+
+
+def test_hacking_names_every_folder():
+    text = read(contrib("HACKING.md"))
+    for folder in os.listdir(CONTRIB):
+        name = f"contrib/{folder}"
+        if os.path.isdir(contrib(folder)) and folder != "__pycache__":
+            assert f"`{name}/`" in text, name
+
+
+def test_the_changelog_names_what_there_is(options):
+    text = read(contrib("CHANGELOG.md"))
+    both = options["flom"] | options["flomd"]
+    assert set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*(?=[` =])", text)) <= both
+
+
 # Completion
 
 def long_options(text):

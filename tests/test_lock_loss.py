@@ -9,6 +9,7 @@ import os
 import re
 import selectors
 import shlex
+import shutil
 import signal
 import socket
 import threading
@@ -18,7 +19,7 @@ import flom
 import pytest
 from commands import Counter, count, driven
 from fakes import FlomClient
-from world import FLOM, PYTHON, endpoint, free_port, read, wait_until
+from world import FLOM, PYTHON, can_connect, endpoint, free_port, read, wait_until
 
 ALONE = ("-d", "0")  # no client starts a daemon
 
@@ -116,7 +117,8 @@ def test_a_daemon_that_vanishes_while_min_hold_keeps_the_lock(box):
     wait_until(lambda: box.events() == ["a"] and len(box.running()) == 2)
     before = holders_of(box)
     box.kill(box.the_daemon())
-    wait_until(lambda: box.daemons() and holders_of(box) == before)
+    wait_until(lambda: can_connect(box.address))
+    wait_until(lambda: holders_of(box) == before)
     assert box.run("-o", "0", "--", "true").status == 98
     holder.send_signal(signal.SIGTERM)
     assert holder.end() == (0, "", "")
@@ -190,11 +192,49 @@ def test_whatever_fails_while_a_lock_is_reclaimed(box):
     gate.wait()
     before = holders_of(box)
     box.kill(daemon.pid)
-    wait_until(lambda: box.daemons() and holders_of(box) == before)
+    wait_until(lambda: can_connect(box.address))
+    wait_until(lambda: holders_of(box) == before)
     text = read(there)
     assert re.findall("reclaiming _RESOURCE: (.*)", text)[:4] == ["[Errno 24] 4", "3", "2", "1"]
     gate.open()
     assert flom_.end()[:2] == (0, "")
+
+
+def test_the_folder_is_removed_while_the_command_runs(box):
+    """Names that counted from there have been understood before: a daemon is started."""
+    folder, gate = box.path("folder"), box.gate("a")
+    os.mkdir(folder)
+    holder = box.flom("-d", "-1", "-t", "../trace", "--", *gate.command, cwd=folder)
+    gate.wait()
+    before = holders_of(box)
+    shutil.rmtree(folder)
+    box.kill(box.the_daemon())
+    wait_until(lambda: can_connect(box.address))
+    wait_until(lambda: holders_of(box) == before)
+    gate.open()
+    assert holder.end()[:2] == (0, "")
+
+
+def test_a_daemon_that_cannot_be_started_for_a_while(box):
+    """Each attempt is another start, and the command's end is seen at once."""
+    file, trace, gates = box.path("failing"), box.path("trace"), [box.gate("a"), box.gate("b")]
+    code = (f"plain = flom.fork_daemon\ndef fail(*some):"
+            f"\n    if os.path.exists({file!r}): raise ValueError('failing')"
+            f"\n    return plain(*some)\nflom.fork_daemon = fail")
+    holders = [driven(box, code, "-d", "-1", "-r", gate.name, "-T", trace, "--", *gate.command)
+               for gate in gates]
+    for gate in gates:
+        gate.wait()
+    box.write("failing", "")
+    box.kill(box.the_daemon())
+    wait_until(lambda: read(trace).count("failing") > 4)
+    gates[0].open()
+    assert holders[0].end(2).status == 95
+    os.unlink(file)
+    wait_until(lambda: can_connect(box.address))
+    wait_until(lambda: holders_of(box).get("b"))
+    gates[1].open()
+    assert holders[1].end()[:2] == (0, "")
 
 
 def test_a_command_that_ends_before_the_loss_is_told(box):
