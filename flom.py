@@ -1285,6 +1285,7 @@ NEXT = {  # (state, step): {rc: next state}
     (HOLDING, 24): {STOPPED: ENDING, EVICTED: TAKEN_AWAY}}
 LONGEST, ENDLESS = 511, 65536  # bytes: of a message sent, of one received
 CHAIN = 8  # ids of FLOM_SESSION that are told and handed on
+COVERED = [{0}, {0, 1}, {0, 1, 2}, {0, 1, 3}, {0, 1, 2, 3, 4}, {0, 1, 2, 3, 4, 5}]  # by a mode
 WITH_MODE, WITH_ELEMENT = ("simple", "hierarchical"), ("set", "sequence", "timestamp")
 FIELDS = ("rc", "element", "token", "position", "reason", "daemon", "peerid")  # of an answer
 
@@ -1759,6 +1760,60 @@ HURRY = 2  # s: how long to try every AGAIN
 TAKEN = "it was granted to somebody else"
 
 
+class Progress:
+    """Tells on stderr what a command waits for: after 2 s, and again when that has changed.
+
+    Nobody wants a line for each turn of a long queue, so there is one in PAUSE s at most.
+    """
+    FIRST, PAUSE = 2, 5  # s
+
+    def __init__(self, wanted):
+        self.wanted = wanted
+        self._date, self._text, self._since, self._told = None, "", 0, None
+
+    def note(self, text):
+        """This is what it waits for, from now on."""
+        self._text, self._since = text, clock()
+        if self._date is None:
+            self._date = self._since + self.FIRST
+
+    def date(self):
+        """When there will be something to tell."""
+        changed = without_duration(self._text) != self._told
+        return self._date if self.wanted and changed else FOREVER
+
+    def tell(self):
+        """Tells it, if its time has come."""
+        if clock() < self.date():
+            return
+        put(f"flom: {longer_by(clock() - self._since, self._text)}", sys.stderr)
+        self._told, self._date = without_duration(self._text), clock() + self.PAUSE
+
+
+def wants_progress(settings):
+    """Whether --progress is set, or by default a person looks who does not read -V."""
+    if settings["Progress"] is not None:
+        return settings["Progress"]
+    return not settings["Verbose"] and bool(sys.stderr) and sys.stderr.isatty()
+
+
+DURATION = " for ([0-9]+):([0-9]{2}):([0-9]{2})"  # in a reason, as old as the answer
+
+
+def without_duration(text):
+    """A reason without how long somebody has held the lock."""
+    return re.sub(DURATION, "", text)
+
+
+def longer_by(seconds, text):
+    """A reason, brought up to date after some seconds."""
+    def add(found):
+        hours, minutes, rest = map(int, found.groups())
+        total = int(hours * 3600 + minutes * 60 + rest + seconds)
+        return f" for {total // 3600:02d}:{total // 60 % 60:02d}:{total % 60:02d}"
+    return re.sub(DURATION, add, text)
+
+
 class Lock:
     """A lock on a resource: `with flom.Lock("backup", mode="PR", timeout=5) as lock: ...`
 
@@ -1785,6 +1840,7 @@ class Lock:
         self._make = program_connection if in_program else Connection
         self.resolving = resolving_here
         self._launch = spawn_daemon if in_program else fork_daemon
+        self._tells = not in_program and wants_progress(self.settings)
         several = "," in (self.settings["UnicastAddress"] or "")
         self._patience = SEVERAL if several else PATIENCE
         self._begin()
@@ -1798,7 +1854,8 @@ class Lock:
     def _forget(self):
         """Forgets an earlier grant; `chain` is the id of the next and those it is asked under."""
         self.element = self.token = self.loss = None
-        self.unread = self._evicted = False
+        self.unread = self.reused = self._evicted = False
+        self._progress = Progress(self._tells)
         self._starter = Starter(self.settings, self.start_daemon, self._launch)
         self.chain = [os.urandom(8).hex()] + re.findall(
             "[0-9a-f]{16}", os.environ.get("FLOM_SESSION", ""))[:CHAIN - 1]
@@ -1883,7 +1940,7 @@ class Lock:
             "parent": ",".join(self.chain[1:]) or None, "pid": os.getpid(),
             "user": plain(login(), 32), "host": plain(os.uname().nodename, 64),
             "cmd": plain(self.command, 32),
-            "progress": 1 if self.diary.verbose or limit == 0 else None}
+            "progress": 1 if self.diary.verbose or self._tells or limit == 0 else None}
         try:
             self.connection, answer = finish(self._asking(deadline))
             self.element, self.token = answer.element, answer.token
@@ -1910,6 +1967,16 @@ class Lock:
         asked.values = {**asked.values, "Timeout": limit}
         return asked
 
+    def reuse(self, holder):
+        """Counts as held what the command above holds, whose entry in a report is `holder`.
+
+        It is neither asked for nor released, and only that command's flom watches it.
+        """
+        self._forget()
+        self.chain = self.chain[1:]
+        self.element, self.token = holder.get("element"), int(holder["token"])
+        self.reused, self._owner = True, os.getpid()
+
     def _abandon(self):
         """Ends the request that an exception has cut short."""
         self.connection = None
@@ -1924,6 +1991,7 @@ class Lock:
         """
         connection, self.connection = self.connection, None
         owner, self._owner = self._owner, None
+        self.reused = False
         self._starter.close()
         if not connection:
             return
@@ -1960,7 +2028,7 @@ class Lock:
         Afterwards `unread` says that there may be more.
         """
         if self.connection is None:
-            return False
+            return self.reused
         try:
             answers = self.connection.receive()
             self.unread = answers is not None
@@ -2086,14 +2154,19 @@ class Lock:
         """Steps from one answer to the next; tells what it waits for."""
         where = "" if answer.position is None else f", place {answer.position}"
         why = "nobody has created it" if answer.rc == WAIT_RESOURCE else answer.reason
-        self.diary.say(f"waiting for {self.name}{where}" + (f", {why}" if why else ""))
+        text = f"waiting for {self.name}{where}" + (f", {why}" if why else "")
+        self.diary.say(text)
+        self._progress.note(text)
         try:
-            answers = yield from connection.answering(deadline)
+            answers = []
+            while not answers and clock() < deadline:
+                answers = yield from connection.answering(min(deadline, self._progress.date()))
+                if not answers:
+                    self._progress.tell()
         except _Gone as gone:
             raise _PlaceLost(str(gone), gone.where)
         if not answers:  # how long is as old as the answer
-            reason = re.sub(" for [0-9]+:[0-9:]+", "", answer.reason or "")
-            raise refusal(LATE, reason, self._asked)
+            raise refusal(LATE, without_duration(answer.reason or ""), self._asked)
         return answers[-1]
 
     def reclaiming(self):
@@ -2554,7 +2627,8 @@ class Command:
             if self.lock.settings["InheritConnection"]:
                 self._pipe = CommandPipe()
                 self.signals.watch(self._pipe.reading)
-            self.signals.watch(self.lock.connection.sock)
+            if self.lock.connection:
+                self.signals.watch(self.lock.connection.sock)
             self.lock.resolving = resolving_apart
             self.pid = os.fork() or self._become(environment, writing)
             os.close(writing)
@@ -2568,7 +2642,8 @@ class Command:
         try:
             if self._pipe:
                 with contextlib.suppress(OSError):  # EINVAL: descriptors end below 64
-                    fcntl.fcntl(self.lock.connection.sock, fcntl.F_DUPFD, INHERITED)
+                    if self.lock.connection:
+                        fcntl.fcntl(self.lock.connection.sock, fcntl.F_DUPFD, INHERITED)
                     fcntl.fcntl(self._pipe.writing, fcntl.F_DUPFD, INHERITED)
             for number, disposition in self.signals.found.items():
                 signal.signal(number, disposition)
@@ -2689,6 +2764,41 @@ def fetch_report(settings):
         return arrange_report(data)
     except ProtocolError as error:
         raise DaemonUnavailable(f"{connection.where} gives no report: {error}")
+
+
+def finding_outer_lock(settings, parents):
+    """Steps to the holder's entry of a lock with one of the ids `parents` that is as good as the
+    lock that is wanted; None when there is none, or nothing that reports.
+    """
+    try:
+        report = yield from fetch_report(settings)
+    except DaemonUnavailable:
+        return None
+    for resource in report["resources"]:
+        for holder in resource["holders"]:
+            name = holder.get("node") or resource.get("name")
+            if holder.get("id") in parents and name == settings["Name"] and covers(
+                    holder, settings):
+                return holder
+    return None
+
+
+def covers(holder, settings):
+    """Whether a holder of the same name has no less than what is wanted, in the form it has."""
+    kind = kind_of(settings["Name"])
+    try:
+        check_element(settings["Name"], holder.get("element"))
+    except ProtocolError:
+        return False
+    if not re.fullmatch("[0-9]{1,19}", str(holder.get("token"))):
+        return False
+    if kind == "numeric":
+        quantity = holder.get("quantity")
+        return isinstance(quantity, int) and quantity >= settings["Quantity"]
+    if kind in WITH_MODE:
+        mode = holder.get("mode")
+        return mode in MODES and settings["LockMode"] in COVERED[MODES.index(mode)]
+    return True
 
 
 def asking_for_report(settings):
@@ -2946,7 +3056,13 @@ def run_command(options, settings):
         return NOT_RUN
     lock = Lock(settings=settings, start_daemon=True, command=os.path.basename(options.command[0]))
     tell_ignored(settings, lock.diary)
-    lock.acquire(started=options.started)
+    outer = None
+    if settings["Deadlock"] == "reuse" and lock.chain[1:]:
+        outer = finish(finding_outer_lock(settings, lock.chain[1:]))
+    if outer:
+        lock.reuse(outer)
+    else:
+        lock.acquire(started=options.started)
     if lock.element is not None:
         lock.diary.say(f"Locked element is '{lock.element}'", sys.stdout)
     command = Command(options.command, lock, signals)

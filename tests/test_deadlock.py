@@ -4,8 +4,8 @@ is refused, with 94 and the cycle, and nobody else is.
 import re
 
 import pytest
-from test_usecases import BUSY
-from world import FLOM, PYTHON, wait_until
+from fakes import FlomDaemon
+from world import FLOM, PYTHON, is_busy, wait_until
 
 LINK = r"(\S+) is held by \S+:(\d+) '[^']*'"
 REFUSED = re.compile(r"flom: deadlock: .*, under which this command runs; .*--deadlock wait\n")
@@ -146,9 +146,10 @@ def test_different_resources(box):
 
 def test_who_waits_for_a_limited_time_is_not_refused(box):
     late = "The lock was not obtained because timeout (200 milliseconds) expired\n"
-    for wait, said in (("200", late), ("0", BUSY)):
-        words = nested(box.address, "-r", "A", "-o", wait) + ["echo", "x"]
-        assert box.run("-r", "A", "--", *words) == (98, "", said)
+    words = {wait: nested(box.address, "-r", "A", "-o", wait) + ["echo", "x"]
+             for wait in ("200", "0")}
+    assert box.run("-r", "A", "--", *words["200"]) == (98, "", late)
+    assert is_busy(box.run("-r", "A", "--", *words["0"]))
 
 
 @pytest.mark.parametrize("options", [("-o", "5000"), ("--deadlock", "wait"), ()], ids=" ".join)
@@ -165,3 +166,64 @@ def test_in_the_background(box, options):
     wait_until(lambda: box.daemons() == list(box.running()))
     assert box.events() == ["outer end"] + ["inside"] * bool(options)
     assert bool(options) != bool(REFUSED.search(outer.err))
+
+
+# --deadlock reuse: under the outer lock, where that is as good
+
+TELL = 'echo "$FLOM_TOKEN $FLOM_SESSION $FLOM_RESOURCE ${FLOM_MODE:-none} $FLOM_ELEMENT"'
+PLAIN = ("--element-argument", "no")
+
+
+def reusing(box, *options):
+    return nested(box.address, *PLAIN, "--deadlock", "reuse", "-r", *options)
+
+
+@pytest.mark.parametrize("outer, inner, told", [
+    (["R"], ["R", "-l", "PR"], "R PR "), (["/a/b", "-l", "PW"], ["/a/b", "-l", "CW"], "/a/b CW "),
+    (["p[3]", "-q", "2"], ["p[3]", "-q", "2"], "p[3] none "),
+    (["red.green"], ["red.green"], "red.green none red"),
+    (["_S_v[1]"], ["_S_v[1]"], "_S_v[1] none 1")])
+def test_a_lock_as_good_as_the_wanted_one_is_used_again(box, outer, inner, told):
+    """Two deep and twice; nothing is asked for, and released by the outer command's end alone."""
+    begin = ["sh", "-c", 'echo "$FLOM_TOKEN $FLOM_SESSION"; "$@"; "$@"', "sh"]
+    twice = reusing(box, *inner) + reusing(box, *inner)
+    status, out, err = box.run(*PLAIN, "-r", *outer, "--", *begin, *twice, "sh", "-c", TELL)
+    first, *lines = out.splitlines()
+    assert (status, err, lines) == (0, "", [f"{first} {told}"] * 2)
+
+
+@pytest.mark.parametrize("outer, inner", [
+    (["R", "-l", "PR"], ["R"]), (["/a", "-l", "PW"], ["/a", "-l", "EX"]), (["/a"], ["/a/b"]),
+    (["R", "-l", "CW"], ["R", "-l", "PR"]), (["p[3]", "-q", "2"], ["p[3]", "-q", "3"])])
+def test_a_lock_that_is_less_is_not_used_again(box, outer, inner):
+    """As without the option: the request is made, and refused."""
+    done = box.run("-r", *outer, "--", *reusing(box, *inner), "echo", "x")
+    assert done[:2] == (94, "") and done.err.count("\n") == 1
+
+
+def test_the_lock_of_somebody_else_is_not_used_again(box):
+    holder, gate = box.hold("a", "-r", "R")
+    done = box.run("-r", "Q", "--", *reusing(box, "R", "-o", "0"), "echo", "x")
+    assert is_busy(done)
+    gate.open()
+    assert holder.end().status == 0
+
+
+def test_the_command_under_a_lock_used_again_is_watched_as_any_other(box):
+    """Its status, and the signals that flom passes on."""
+    words = reusing(box, "R") + ["sh", "-c", "kill -TERM $$"]
+    assert box.run("-r", "R", "--", *words).status == 143
+    words = reusing(box, "R") + ["/nonexistent"]
+    done = box.run("-r", "R", "--", *words)
+    assert done.status == 97 and "/nonexistent" in done.err
+    assert box.run("-r", "R", "-o", "0", "--", "true").status == 0
+
+
+def test_without_a_report_nothing_is_used_again(box):
+    """FLoM's daemon tells nobody what the ids of a chain hold: the lock is asked for."""
+    box.address = ("-s", box.socket, "-d", "0")
+    with FlomDaemon(unix=box.socket) as daemon:
+        env = {"FLOM_SESSION": "0123456789abcdef"}
+        done = box.run("--deadlock", "reuse", "-r", "R", "--", "echo", "x", env=env)
+        assert done == (0, "x\n", "")
+    assert daemon.deaths == []

@@ -3,13 +3,15 @@ import json
 import os
 import re
 import socket
+import sys
 import time
 
 import flom
 import flomd
 import pytest
+from commands import driven
 from fakes import LOCK, PEER, FlomClient, FlomDaemon, b64, message
-from world import PYTHON, ROOT, endpoint, free_port, read, wait_until
+from world import PYTHON, ROOT, endpoint, free_port, pass_time, read, wait_until
 
 HOST = os.uname().nodename
 HEAD = ["RESOURCE", "KIND", "STATE", "ID", "HOST", "PID", "USER", "COMMAND", "HOW", "FOR"]
@@ -267,6 +269,59 @@ def test_the_place_and_the_holder(box):
     assert re.fullmatch(line(2, holder) + "\n" + line(1, first) + "\n", second.err)
     first_gate.open()
     assert [process.end().status for process in (holder, first, second)] == [0, 0, 0]
+
+
+SOON = "flom.Progress.FIRST, flom.Progress.PAUSE = 0.2, 0.5"
+
+
+def test_a_line_now_and_then_for_who_waits_at_a_terminal(box):
+    """Not at once, again when the place or the holder changes, and not more often than it may."""
+    assert (flom.Progress.FIRST, flom.Progress.PAUSE) == (2, 5)
+    holder, gate = box.hold("a", "-r", "R1")
+    other_gate = box.gate("b")
+    other = box.waiter("-r", "R1", "--", *other_gate.command)
+    began = time.monotonic()
+    told = driven(box, SOON, "--progress", "yes", "-r", "R1", "--", "true")
+    wait_until(lambda: told.err.count("\n") == 1)
+    first = time.monotonic() - began
+    silent = box.flom("-r", "R1", "--", "true")
+    gate.open()
+    wait_until(lambda: told.err.count("\n") == 2)
+    assert first > 0.2 and time.monotonic() - began > 0.7
+    other_gate.open()
+    assert [run.end().status for run in (holder, other, told, silent)] == [0] * 4
+    lines = [rf"flom: waiting for R1, place {place}, held by {HOST}:{run.pid} 'sh' for [0-9:]+\n"
+             for place, run in ((2, holder), (1, other))]
+    assert re.fullmatch("".join(lines), told.err) and silent.err == ""
+
+
+def test_a_flom_daemon_tells_no_place(box):
+    box.address = ("-s", box.socket, "-d", "0")
+    with FlomDaemon(unix=box.socket):
+        holder, gate = box.hold("a", "-r", "R1")
+        told = driven(box, "flom.Progress.FIRST, flom.Progress.PAUSE = 0.05, 0.05",
+                      "--progress", "yes", "-r", "R1", "--", "true")
+        wait_until(lambda: told.err)
+        pass_time(0.3)
+        gate.open()
+        assert [run.end().status for run in (holder, told)] == [0, 0]
+    assert told.err == "flom: waiting for R1\n"
+
+
+@pytest.mark.parametrize("terminal, verbose, progress, expected", [
+    (True, False, None, True), (True, True, None, False), (False, False, None, False),
+    (False, True, True, True), (True, False, False, False)])
+def test_who_wants_to_be_told(monkeypatch, terminal, verbose, progress, expected):
+    settings = flom.Settings()
+    settings.values.update(Verbose=verbose, **({} if progress is None else {"Progress": progress}))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert flom.wants_progress(settings) is expected
+
+
+def test_what_was_told_is_brought_up_to_date():
+    text = "held by a:1 'x' for 00:59:58 and 1 more"
+    assert flom.longer_by(2.5, text) == "held by a:1 'x' for 01:00:00 and 1 more"
+    assert flom.without_duration(text) == "held by a:1 'x' and 1 more"
 
 
 def test_another_holder_is_told_though_the_place_is_the_same(box):
