@@ -505,7 +505,7 @@ def test_a_cable_that_is_cut(hosts):
     one that nobody was granted is had back."""
     one, two = hosts(2)
     address, soon = ("-a", one.ipv4), ("--tcp-keepalive-intvl", "1", "--tcp-keepalive-probes", "1")
-    options = (*address, *soon, "--tcp-keepalive-time", "3", "-d", "-1")
+    options = (*address, *soon, "--tcp-keepalive-time", "5", "-d", "-1")
     assert one.run(*options, "--", "true").status == 0
     quick = "flom.KEEPALIVE, flom.RECOVERY_WINDOW, flom.NOTICE = (1, 1, 1), 300, 0.05"
     old = {name: two.gate(name) for name in ("warn", "term", "lone")}

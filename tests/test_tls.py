@@ -179,7 +179,11 @@ def test_a_client_that_presents_no_id(tls, certificates, shown):
         for verb, order in ORDERS:
             with TlsClient(*endpoint(tls.bare), certificates.context(shown)) as client:
                 client.socket.sendall(message(verb, 8, session + order))
-                assert b'rc="0"' not in read_message(client.socket)
+                try:
+                    answer = read_message(client.socket)
+                except ssl.SSLError:  # Python 3.6 with OpenSSL 3: an end without a goodbye
+                    answer = b""
+                assert b'rc="0"' not in answer
     assert daemon.poll() is None
 
 
