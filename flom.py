@@ -2824,6 +2824,17 @@ def asking_for_report(settings):
     return connection, data
 
 
+def make_readable(attributes):
+    """Numbers, modes and names of an entry of the report, in place of texts; ProtocolError."""
+    for name in INTEGERS:
+        if re.fullmatch("-?[0-9]{1,18}", attributes.get(name, "")):
+            attributes[name] = int(attributes[name])
+    if attributes.get("mode", "") in list("012345"):
+        attributes["mode"] = MODES[int(attributes["mode"])]
+    for name in {"name", "node"} & attributes.keys():
+        attributes[name] = decode_name(attributes[name])
+
+
 def arrange_report(data):
     """The report as dictionaries from its message; raises ProtocolError, DaemonUnavailable."""
     report, refused = {"daemon": None, "resources": [], "parked": []}, None
@@ -2831,12 +2842,7 @@ def arrange_report(data):
     for closing, tag, attributes, _ in tags(data):
         if closing:
             continue
-        attributes.update([(name, int(attributes[name])) for name in INTEGERS
-                           if re.fullmatch("-?[0-9]{1,18}", attributes.get(name, ""))])
-        if attributes.get("mode", "") in list("012345"):
-            attributes["mode"] = MODES[int(attributes["mode"])]
-        for name in {"name", "node"} & attributes.keys():
-            attributes[name] = decode_name(attributes[name])
+        make_readable(attributes)
         if tag == "resource":
             attributes.update(holders=[], waiters=[])
             entries.update(holder=attributes["holders"], waiter=attributes["waiters"])

@@ -23,7 +23,6 @@ import binascii
 import bisect
 import collections
 import contextlib
-import copy
 import errno
 import fcntl
 import functools
@@ -1267,23 +1266,23 @@ KINDS = {"simple": Simple, "numeric": Numeric, "set": Set, "hierarchical": Hiera
 # behind five hundred holders would be 250 000 arrows, so points are put together in groups, which
 # are points as well: all holders of a mode, all waiters of a lane up to the n-th.  A group has two
 # members, one of them mostly the group as it was before, so there are a few arrows for each session
-# whatever they ask for.  In a tree there is a group for each node that somebody asks for, of what is
+# whatever they ask for.  In a tree there is a group for each node that is asked for, of what is
 # on it, and one of what is on it or below it.  Where a kind is counted, a gate stands between the
 # waiters that need so much and the holders.
 #
 # The first question.  An ancestor waits for its nested request, and that for those ahead of it.  So
-# one of those ahead waits for the ancestor when there is a circle through both, and all questions of
+# one of those ahead waits for the ancestor if there is a circle through both, and all questions of
 # this sort have one answer: the circles of the graph, its strongly connected components, found in
 # one search.
 #
 # The second question is answered by reduction: who waits for nothing ends, what waited for it waits
 # for it no more, and so on; each arrow is looked at once.  When all have ended that can, nested
 # requests pass those ahead of them, and it goes on.  A request that is left will never be granted.
-# A mere circle would not do: of two holders of a pool one may be free to end.  Who is granted a lock
+# A mere circle would not do: of two holders of a pool one may be free to end.  Who gets a lock
 # in a reduction ends at once, so that it never takes anything from others, and the order in which
 # things happen does not matter.
 #
-# Not here on purpose: the clock (an interval always comes), waiters that will not wait for ever (they
+# Not here on purpose: the clock (an interval always comes), those that will not wait for ever (they
 # end by themselves, so the reduction leaves them out), and preferences in whom to refuse: it is who
 # asks last.
 
@@ -1539,9 +1538,10 @@ class Waits:
 
     def _passes(self, waiter, component, common):
         own = component[self.points[waiter]]
-        return any(component[self.points[ancestor]] == own
-                   for ancestor in self.nesting.ancestors(waiter) if ancestor in self.points
-                   ) and all(common[point] in (GONE, own) for point in self.ends[self.turns[waiter]])
+        if not any(component[self.points[ancestor]] == own
+                   for ancestor in self.nesting.ancestors(waiter) if ancestor in self.points):
+            return False
+        return all(common[point] in (GONE, own) for point in self.ends[self.turns[waiter]])
 
     def way(self, start, goals):
         """The shortest way, a list of requests, on which `start` waits, over others, for one of

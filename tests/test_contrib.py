@@ -210,7 +210,8 @@ def test_hacking_names_what_there_is(options):
     """Paths, the names in the scripts, options."""
     text = read(contrib("HACKING.md"))
     quoted = set(re.findall("`([^`]+)`", text))
-    paths = {word for word in quoted if re.fullmatch(r"[\w./-]+(\.(py|md|1|5|7|8|json|conf)|/)", word)}
+    path = r"[\w./-]+(\.(py|md|1|5|7|8|json|conf)|/)"
+    paths = {word for word in quoted if re.fullmatch(path, word)}
     assert len(paths) > 20 and [path for path in paths if "KIND" not in path
                                 and not os.path.exists(os.path.join(ROOT, path))] == []
     names = {word for word in quoted if re.fullmatch("_?[A-Z]{5,}", word)}

@@ -3,7 +3,6 @@
 Whatever the model tells the sessions, the lock table must tell them, in the same order for each
 resource and at the same time.  FLOM_SEED determines it all.
 """
-import os
 import random
 
 import pytest
