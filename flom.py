@@ -971,19 +971,23 @@ def resolving_apart(host, port, kind, scope):
     """
     with contextlib.suppress(DaemonUnavailable):
         return resolve(host, port, kind, scope, socket.AI_NUMERICHOST)
-    (reading, writing), child, told, more = os.pipe(), 0, b"", True
+    reading, writing = os.pipe()
+    child, told = 0, b""
     try:
         try:
             child = os.fork() or _tell_addresses(writing, host, port, kind, scope)
         finally:
             os.close(writing)
         os.set_blocking(reading, False)
-        while more:
-            with contextlib.suppress(BlockingIOError):
+        while True:
+            try:
                 more = os.read(reading, 4096)
-                told += more
+            except BlockingIOError:
+                yield reading, READ, FOREVER
                 continue
-            yield reading, READ, FOREVER
+            if not more:
+                break
+            told += more
     finally:
         os.close(reading)
         if child:
@@ -2327,13 +2331,13 @@ class Signals:
         again before CONT, which is pending then, reaches the command.
         """
         with contextlib.suppress(OSError), open("/dev/tty") as terminal:
-            terminal, own, group = terminal.fileno(), os.getpgrp(), os.getpgid(pid)
-            foreground = os.tcgetpgrp(terminal)
+            own, group = os.getpgrp(), os.getpgid(pid)
+            foreground = os.tcgetpgrp(terminal.fileno())
             if foreground not in (own, group):
                 return
             give_terminal(terminal, own)
             self.stop()
-            if os.tcgetpgrp(terminal) == own:
+            if os.tcgetpgrp(terminal.fileno()) == own:
                 give_terminal(terminal, foreground)
             if group != own and signal.SIGCONT not in signal.sigpending():
                 os.kill(pid, signal.SIGCONT)  # nobody else would
@@ -2343,7 +2347,7 @@ def give_terminal(terminal, group):
     """Makes a process group that of the foreground, also from the background."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
     try:
-        os.tcsetpgrp(terminal, group)
+        os.tcsetpgrp(terminal.fileno(), group)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -2367,15 +2371,19 @@ def leave_process_1():
     signals = Signals(())
     signals.block()
     while True:
-        with contextlib.suppress(ChildProcessError):
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            while pid:
-                if pid == child:
-                    os._exit(exit_status(status))
-                pid, status = os.waitpid(-1, os.WNOHANG)
         number, passed = signals.wait(FOREVER)
         if passed:
             os.kill(child, number)
+        reap_until(child)
+
+
+def reap_until(child):
+    """Reaps all processes that have ended; when `child` has, ends this one with its status."""
+    pid = True
+    while pid:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == child:
+            os._exit(exit_status(status))
 
 
 def exit_status(status):
@@ -2408,7 +2416,8 @@ class Loss:
     """What is done about a lost lock; `kill(number)` sends all of the command a signal."""
 
     def __init__(self, lock, kill):
-        self.lock, self._kill, self.terminated = lock, kill, False
+        self.lock, self._kill = lock, kill
+        self.terminated = False  # by TERM to the command: status 95, whatever it says
         self._steps, self._told = lock.reclaiming(), ""
         now = clock()
         self.dates = {"reclaim": now, "tell": now + NOTICE}
@@ -2569,7 +2578,9 @@ def is_flom(pid):
 def execute(argv, environment):
     """Becomes a program found in PATH, /bin/sh for a script without #! (unlike os.execvpe)."""
     failure = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-    folders = [""] if "/" in argv[0] else os.get_exec_path() if argv[0] else []
+    folders = os.get_exec_path() if argv[0] else []
+    if "/" in argv[0]:
+        folders = [""]
     for path in [os.path.join(folder, argv[0]) for folder in folders]:
         try:
             os.execve(path, argv, environment)
@@ -2597,10 +2608,16 @@ class Command:
     """A command under a lock; `status` is its exit status, 128 + n when signal n killed it."""
 
     def __init__(self, argv, lock, signals):
-        last = lock.element if lock.settings["ElementArgument"] else None
-        self.argv, self.lock, self.signals = argv + [last] * (last is not None), lock, signals
-        self.status = self.killed_by = self.failure = self.pid = self._pipe = self._loss = None
-        self._hold_until, self._sent_away, self._complained = 0, False, False
+        self.argv, self.lock, self.signals = list(argv), lock, signals
+        if lock.settings["ElementArgument"] and lock.element is not None:
+            self.argv.append(lock.element)
+        self.pid = self.status = None
+        self.killed_by = None  # the number of the signal
+        self.failure = None  # why it could not be run
+        self._pipe = self._loss = None
+        self._hold_until = 0
+        self._sent_away = False  # by a signal that came after the command's end
+        self._complained = False
 
     def run(self):
         """Runs it and returns flom's status; the lock is still held then, unless it was lost."""

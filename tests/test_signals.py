@@ -136,6 +136,23 @@ def test_an_alarm_that_was_set_before(box):
     assert flom.end() == (0, "", "")
 
 
+def test_a_command_of_another_user(box):
+    """As behind sudo: it cannot be signalled; that is said once, and flom goes on holding."""
+    counter = Counter(box, "a")
+    code = ("def refuse(pid, number): raise PermissionError(1, os.strerror(1))"
+            "\nos.kill = refuse")
+    flom = driven(box, code, "--", *counter.command)
+    counter.wait()
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        flom.send_signal(number)
+        wait_until(lambda: flom.err and not pending(flom.pid, number))
+    assert box.run("-o", "0", "--", "true").status == 98
+    counter.open()
+    assert flom.end()[:2] == (0, "") and counter.signals() == []
+    complaint = f"flom: cannot signal {sys.executable!r}: Operation not permitted\n"
+    assert flom.err == complaint
+
+
 # What is left of a command that a signal killed
 
 def test_a_pipeline_whose_shell_is_killed(box):
