@@ -517,7 +517,11 @@ def put(text, stream):
 
 
 def show(text):
-    """Writes a line that was asked for to stdout; raises UsageError when it cannot be written."""
+    """Writes a line that was asked for to stdout; raises UsageError when it cannot be written.
+
+    Where the reader has gone the process ends by SIGPIPE, as any C program.
+    """
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     error = put(text, sys.stdout)
     if error:
         raise UsageError(f"cannot write to stdout: {error.strerror}")
@@ -529,9 +533,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(add_help=False, formatter_class=_format_help, **options)
         self._negative_number_matcher = re.compile("-[0-9.]+(ms|[smh])?$")
+        self.color = False  # from Python 3.14 on help has escape sequences on a terminal
 
     def error(self, message):
-        raise UsageError(message)
+        raise UsageError(visible(message))
 
     def _get_option_tuples(self, option_string):
         # allow_abbrev=False would break bundles such as -xV on Python 3.6 and 3.7.
@@ -2942,7 +2947,6 @@ def find_entry(report, ident):
 def show_status(options, settings):
     """--status, with --json or --watch."""
     terminal = bool(sys.stdout) and sys.stdout.isatty()
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --watch ends with its reader
     while True:
         report = finish(fetch_report(settings))
         if "Name" in settings.values:

@@ -432,6 +432,19 @@ def test_verbose_prints_the_settings_before_what_is_wrong_with_them(run):
 
 # Places that are not as they should be
 
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["--signal-list"], ["--unique-id"]])
+def test_whose_reader_has_gone_ends_as_any_program(box, argv):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = box.run(*argv, stdout=writing)
+    os.close(writing)
+    assert done == (-signal.SIGPIPE, "", "")
+
+
+def test_an_error_is_one_line_that_a_terminal_shows(run):
+    assert is_usage_error(run("--no\n\33[7m", "--", "true"), "--no\\n\\x1b[7m")
+
+
 @pytest.mark.parametrize("program", ["flom", "flomd"])
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_what_cannot_be_written_is_an_error(box, program, option):
