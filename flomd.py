@@ -3057,14 +3057,19 @@ def daemon_at(address, context):
 
 
 # --- Event loop ---------------------------------------------------------------------------------
-# One thread, one loop: do what is due, wait for an event or the next date, handle the events.
+# One thread, one loop: wait for an event or the next date, handle the events, do what is due.
+# What has come by a date comes before what is due at it: the process may have been stopped, or the
+# host, over the end of a recovery window while the reclaims lay in the sockets.  To accept and to
+# read are two turns, and one turn takes no more than it does in TURN s, so the loop turns until
+# nothing comes any more; but, as a flood has no end, no longer than it was late.
 # `dates` has one date for each purpose, a function to be called then; times of which there may be
 # thousands stand in queues or heaps of their own, of which the first is a date.
 #
 # epoll, or poll where that is missing, and not `selectors`: a connection lives for two messages,
 # and the bookkeeping of selectors would take a quarter of its time.
 
-TURN = 0.01  # s that a turn of the loop gives to what has happened; dates wait no longer
+TURN = 0.01  # s that a turn of the loop gives to what has happened
+STALL = 1  # s by which a loop is late that did not run
 RESERVE = 32  # files that are not for clients: listeners, logs, state, a few to refuse clients with
 
 
@@ -3170,19 +3175,42 @@ class Daemon:
     def run(self):
         """Serves until it is told to end or nobody needs it."""
         self._rest()
-        handlers = self.poller.handlers
-        while self.ending is None or self.ending in ("quiesce", "drain") and self.connections:
+        while self._goes_on():
             first = self._first_date()
-            events = self.poller.wait(None if first is None else max(0, first - time.monotonic()))
-            self.now = Moment()
-            for number, what in events:
-                handle = handlers.get(number)  # None when an event before this one closed it
-                if handle:
-                    self._handle(handle, number, what)
+            self._turn(None if first is None else max(0, first - time.monotonic()))
             if first is not None and first <= self.now.mono:
+                self._catch_up(first)
                 self.guard(self._do_what_is_due)
-            if self.decisions:
                 self.tell()
+
+    def _goes_on(self):
+        waits = self.ending in ("quiesce", "drain") and bool(self.connections)
+        return self.ending is None or waits
+
+    def _turn(self, timeout):
+        """Waits for events, `timeout` s at most (None: no limit), and handles them; returns
+        whether there were any."""
+        handlers, events, any_came = self.poller.handlers, self.poller.wait(timeout), False
+        self.now = Moment()
+        for number, what in events:
+            any_came = True
+            handle = handlers.get(number)  # None when an event before this one closed it
+            if handle:
+                self._handle(handle, number, what)
+        if self.decisions:
+            self.tell()
+        return any_came
+
+    def _catch_up(self, date):
+        """Handles what has come by now, before what was due at the date is done."""
+        late = self.now.mono - date
+        until = self.now.mono + late
+        if late > STALL:  # nobody was silent while the daemon did not listen
+            self.silent.update(dict.fromkeys(self.silent, self.now.mono + PATIENCE))
+        accepted = self._turn(0)
+        came = accepted and self._turn(0)  # what they have sent
+        while came and self.now.mono < until and self._goes_on():
+            came = self._turn(0)
 
     def _handle(self, handle, number, what):
         """Has an event handled.  A bug costs the connection; what is none rests for a while, since

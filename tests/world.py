@@ -76,6 +76,12 @@ def wait_until(predicate, seconds=10):
         pause, begun = min(2 * pause, max(0.005, 10 * (asked - begun)), 0.05), time.monotonic()
 
 
+def patched(change):
+    """For `program` of Box.flomd(): flomd.py after statements that change the module."""
+    return ("-c", f"import sys\nsys.path.insert(0, {ROOT!r})\nimport flomd\n{change}\n"
+            "sys.exit(flomd.main())")
+
+
 def pass_time(seconds):
     """Lets a lifespan pass; not for the order of processes."""
     end = time.monotonic() + seconds
