@@ -657,6 +657,12 @@ class SteppedBack(Exception):
     """Another daemon serves the group: status 3, nothing on stderr."""
 
 
+def complain(text):
+    """One line on stderr, as far as it takes it."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"flomd: {text}\n".encode("utf-8", "replace")[:4096])
+
+
 @contextlib.contextmanager
 def serving(failure, *opened):
     """When the system refuses something, closes what is open and raises CannotServe."""
@@ -3805,7 +3811,8 @@ def _details(request, kind):
 
 
 def detach():
-    """Goes on in a detached process; returns the descriptor for report_ready()."""
+    """Goes on in a detached process; returns the descriptor for report_ready().  0, 1 and 2 must
+    be open: the pipe takes the lowest numbers that are free."""
     reader, writer = os.pipe()
     child = os.fork()
     if child:
@@ -3823,6 +3830,17 @@ def detach():
     os.dup2(null, 1)
     close_files(keep=writer)
     return writer
+
+
+def open_standard_files():
+    """What the starter has closed of stdin, stdout and stderr becomes /dev/null."""
+    number = os.open(os.devnull, os.O_RDWR)
+    while number <= 2:
+        number = os.open(os.devnull, os.O_RDWR)
+    os.close(number)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
 
 
 def close_files(keep=2):
@@ -3844,11 +3862,14 @@ def report_ready(writer, status):
 
 
 def forget_signals():
-    """Whatever the starter ignored or blocked, the daemon begins with the defaults."""
+    """Whatever the starter ignored or blocked, the daemon begins with the defaults; but a write
+    that fails is an error, no reason to die."""
     for number in range(1, signal.NSIG):
         with contextlib.suppress(OSError, ValueError):
-            if signal.getsignal(number) == signal.SIG_IGN and number != signal.SIGPIPE:
+            if signal.getsignal(number) == signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
@@ -3862,8 +3883,9 @@ def notify(text):
 
 
 # --- Log ----------------------------------------------------------------------------------------
-# Lines to syslog, to a file or to stderr.  Logging never blocks: syslog gets datagrams that may be
-# lost, and they are counted; stderr is written when it can take a line.
+# Lines to syslog, to a file or to stderr.  Logging never blocks: syslog gets datagrams; stderr is
+# written when it can take a line.  A line that cannot be written is lost and counted, and the next
+# one that can be says so; that a file cannot be written is said once, on stderr and to syslog.
 
 LEVELS = {"error": 3, "warning": 4, "info": 6, "debug": 7}
 SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")
@@ -3876,30 +3898,33 @@ class Log:
 
     def __init__(self, target, level, append=True):
         self.target, self.level, self.append = target, LEVELS[level], append
-        self.socket = self.file = None
+        self.socket = self.file = None  # to syslog; the descriptor of the file
         self.lost = self.count = self.begin = 0
+        self.put = {"syslog": self._to_syslog, "stderr": self._to_stderr}.get(
+            target, self._to_file)
 
     def open(self):
-        """Opens the log, once more after it was moved away; raises CannotServe."""
-        before = self.socket or self.file
-        if self.target == "syslog":
-            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            self.socket.setblocking(False)
-            any(self.socket.connect_ex(path) == 0 for path in SYSLOG)
-        elif self.target != "stderr":
+        """Opens the log; raises CannotServe."""
+        if self.put == self._to_syslog:
+            self._connect()
+        elif self.put == self._to_file:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+            if not self.append:
+                flags |= os.O_TRUNC
             with serving(f"cannot write the log {self.target}"):
-                self.file = open(self.target, "a" if self.append else "w", 1, encoding="utf-8",
-                                 errors="replace")
+                self.file = os.open(self.target, flags, 0o666)
             self.append = True
-        if before:
-            before.close()
 
     def reopen(self):
         """Opens the log again; where that fails the old one goes on, and says so."""
+        before = self.file
         try:
             self.open()
         except CannotServe as error:
             self.error(f"{error}; the log is not opened again")
+            return
+        if before is not None:
+            os.close(before)
 
     def limited(self, text, level="warning"):
         """A line that a peer causes: no more than LIMITED of them in an INTERVAL."""
@@ -3916,19 +3941,53 @@ class Log:
         if LEVELS[level] > self.level:
             return
         text = "\n".join(map(visible, text.split("\n")))
+        lost = f" ({self.lost} lines lost before)" if self.lost else ""
+        try:
+            self.put(level, text + lost)
+            self.lost = 0
+        except OSError as error:
+            self.lost += 1
+            if self.put == self._to_file and self.lost == 1:
+                self._tell_failure(f"cannot write the log {self.target}: {error.strerror}")
+
+    def _tell_failure(self, text):
+        """Says somewhere else that the file cannot be written."""
+        complain(text)
+        with contextlib.suppress(OSError):
+            self._to_syslog("error", text)
+
+    def _connect(self):
+        if self.socket:
+            self.socket.close()
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.setblocking(False)
+        any(self.socket.connect_ex(path) == 0 for path in SYSLOG)
+
+    def _to_syslog(self, level, text):
+        line = f"<{FACILITY + LEVELS[level]}>flomd[{os.getpid()}]: {text}"
+        data = line.encode("utf-8", "replace")[:2000]
         try:
             if self.socket:
-                lost = f" ({self.lost} lines lost before)" if self.lost else ""
-                line = f"<{FACILITY + LEVELS[level]}>flomd[{os.getpid()}]: {text}{lost}"
-                self.socket.send(line.encode("utf-8", "replace")[:2000])
-                self.lost = 0
-            elif self.file:
-                self.file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} flomd[{os.getpid()}] "
-                                f"{level}: {text}\n")
-            elif select.select([], [2], [], 0)[1]:
-                os.write(2, f"flomd: {text}\n".encode("utf-8", "replace")[:4096])
+                self.socket.send(data)
+                return
+        except WOULD_BLOCK:
+            raise
         except OSError:
-            self.lost += 1
+            pass  # syslogd was started again, or is started only now
+        self._connect()
+        self.socket.send(data)
+
+    def _to_file(self, level, text):
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} flomd[{os.getpid()}] {level}: {text}\n"
+        data = line.encode("utf-8", "replace")
+        data = data[os.write(self.file, data):]
+        if data:  # a disk that takes a part of a line says why when it is given the rest
+            os.write(self.file, data)
+
+    def _to_stderr(self, _, text):
+        if not select.select([], [2], [], 0)[1]:
+            raise BlockingIOError
+        os.write(2, f"flomd: {text}\n".encode("utf-8", "replace")[:4096])
 
     error = functools.partialmethod(_write, "error")
     info = functools.partialmethod(_write, "info")
@@ -4107,7 +4166,7 @@ def serve(settings, options):
         log.open()
         daemon = prepare(settings, options, log)
     except CannotServe as error:
-        os.write(2, f"flomd: {error}\n".encode("utf-8", "replace"))
+        complain(error)
         report_ready(writer, 1)
         return 1
     except SteppedBack as error:
@@ -4138,6 +4197,7 @@ def main():
 def run(arguments):
     """The command flomd.py; returns the exit status."""
     forget_signals()
+    open_standard_files()
     with contextlib.suppress(OSError), open("/proc/self/comm", "w") as file:
         file.write("flomd")  # the name that users of FLoM expect of ps and pgrep
     try:
