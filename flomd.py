@@ -1728,6 +1728,7 @@ EPOCH = 1577836800  # tokens count seconds from 2020-01-01 UTC in their upper ha
 MOST_SEARCHES = 3  # that one call may begin
 MOST_REFUSED = 8  # nested requests that one call refuses when the window has ended
 NEXT_CALL = 0.001  # s until a call goes on with what the last one has left
+LAST_EPOCH = 2 ** 31 - 2 ** 20  # tokens are below 2 ** 63, and a million starts are left
 
 
 def key_of(name):
@@ -1748,10 +1749,7 @@ class LockTable:
         self.parked = collections.defaultdict(dict)  # name: {session: Request} as they arrived
         self.window_until = window_until  # monotonic time at which the recovery window ends
         self.holding = self.waiting = 0
-        self.last_token = epoch << 32
-        # the greatest token of the grants of which nothing else is known any more: those of
-        # resources that have ended; those of other daemons, as soon as the window is over
-        self.forgotten = self.last_token if window_until is None else 0
+        self.begin_with(epoch)
         self._nesting = Nesting()
         self._ways = None  # the Ways, as long as they are true
         self._searches = 0  # in the graph of nested requests, that this call has made
@@ -1761,6 +1759,13 @@ class LockTable:
         self._serial = 0
         if window_until is not None:
             self._at(window_until, self._end_window, None)
+
+    def begin_with(self, epoch):
+        """Before any request: all tokens will be of this epoch or later."""
+        self.last_token = epoch << 32
+        # the greatest token of the grants of which nothing else is known any more: those of
+        # resources that have ended; those of other daemons, as soon as the window is over
+        self.forgotten = self.last_token if self.window_until is None else 0
 
     # What comes in.
 
@@ -2104,7 +2109,7 @@ class LockTable:
             back = [Decision(before.session, None)]
             self._take_out(before)
             request.claimed = before.element
-        elif request.reclaim > max(self.last_token, (int(now.wall) - EPOCH << 32) + DAY):
+        elif request.reclaim > max(self.last_token, self._latest(now)):
             return self._refuse(request, BUSY, "its token lies in the future")
         elif self.window_until is None and not resource.reclaimable(request):
             return self._refuse(request, BUSY, "it was granted to others since")
@@ -2115,6 +2120,11 @@ class LockTable:
             request.held_since = before.held_since
         self.last_token = max(self.last_token, request.reclaim)
         return [self._granted(request, request.reclaim)] + back
+
+    @staticmethod
+    def _latest(now):
+        """The greatest token that a daemon of the same time may have given, clocks being wrong."""
+        return min((int(now.wall) - EPOCH << 32) + DAY, LAST_EPOCH << 32)
 
     def _end_window(self, _, now):
         self.window_until, self.forgotten = None, self.last_token
@@ -2762,18 +2772,26 @@ class TlsConnection(Connection):
 
 BACKLOG = socket.SOMAXCONN
 PAUSE = 1  # s without accepting when no more files can be opened, or the like
+LOOK = 2  # s between two looks at the paths of the daemon
+FIRST_GIVEN = 3  # the first descriptor of LISTEN_FDS
+FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 
 
 class Listener:
     """A listening socket; `label` is how the status report names it."""
 
-    def __init__(self, daemon, listening, path=None):
-        self.daemon, self.socket, self.path = daemon, listening, path
-        self.local, address = listening.family == socket.AF_UNIX, listening.getsockname()
+    def __init__(self, daemon, bound):
+        self.daemon, self.local = daemon, bound.family == socket.AF_UNIX
+        address = bound.getsockname()
         self.label = f"unix:{address}" if self.local else f"tcp:{show_address(address)}"
-        listening.setblocking(False)
-        listening.listen(BACKLOG)
-        daemon.poller.add(listening, self.handle)
+        self._listen(bound)
+
+    def _listen(self, bound):
+        with serving(f"cannot listen on {self.label}", bound):
+            bound.setblocking(False)
+            bound.listen(BACKLOG)
+            self.daemon.poller.add(bound, self.handle)
+        self.socket = bound
 
     def _resume(self):
         """Accepts again; tries again later where even that fails."""
@@ -2798,14 +2816,72 @@ class Listener:
             with contextlib.suppress(OSError):  # TLS: it has gone already
                 self.daemon.welcome(connection, LOCAL if self.local else show_address(address))
 
+    def look(self):
+        """Nobody can take an address, or a socket that was given, away."""
+
     def close(self):
-        """Stops listening; removes the path of a UNIX socket that is its own."""
+        """Stops listening."""
         if self.daemon.dates.pop(self._resume, None) is None:
             self.daemon.poller.remove(self.socket)
         self.socket.close()
-        if self.path:
+
+
+class LocalListener(Listener):
+    """A UNIX socket of the daemon's own.  A cleaner of /tmp may remove it, and another daemon may
+    then be at its path: look() is called every LOOK s.  `guard` is the State with its lock."""
+
+    def __init__(self, daemon, path, mode, guard):
+        self.path, self.mode, self.guard = path, mode, guard
+        super().__init__(daemon, unix_socket(path, mode))
+        self.identity = identity(path)
+
+    def look(self):
+        """Binds the path anew when it is lost, or drains when another daemon listens there."""
+        if identity(self.path) == self.identity:
+            return
+        if listens(self.path):
+            self.daemon.drain(f"another daemon serves {self.path}")
+        elif self.guard.look():
+            self._bind_anew()
+
+    def _bind_anew(self):
+        try:
+            bound = unix_socket(self.path, self.mode)
+        except CannotServe as error:
+            self.daemon.log.limited(f"{error}, which was removed", "error")
+            return
+        self.daemon.log.error(f"{self.path} was removed; it was made anew")
+        super().close()
+        self._listen(bound)
+        self.identity = identity(self.path)
+
+    def close(self):
+        """Stops listening; removes the path if it still leads to this socket."""
+        super().close()
+        if identity(self.path) == self.identity:
             with contextlib.suppress(OSError):
                 os.unlink(self.path)
+
+
+def identity(path):
+    """What tells the file at the path from any other, None when there is none."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def listens(path):
+    """Whether somebody listens on the UNIX socket at the path."""
+    return _connect(path) in (0, errno.EAGAIN)
+
+
+def _connect(path):
+    """The error number of a connection to the path, 0 when there is none."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(path)
 
 
 def unix_socket(path, mode):
@@ -2830,12 +2906,9 @@ def creating(mode):
 
 def _remove_stale(path):
     """Removes a socket on which nobody listens; anything else there is left to bind to refuse."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)
-        failure = probe.connect_ex(path)
-    if failure in (0, errno.EAGAIN):
+    if listens(path):
         raise CannotServe(f"another daemon serves {path}")
-    if failure == errno.ECONNREFUSED and stat.S_ISSOCK(os.lstat(path).st_mode):
+    if _connect(path) == errno.ECONNREFUSED and stat.S_ISSOCK(os.lstat(path).st_mode):
         with serving(f"cannot remove the stale socket {path} of {owner(os.lstat(path).st_uid)}"):
             os.unlink(path)
 
@@ -2865,12 +2938,28 @@ def tcp_socket(settings, host, port):
 
 
 def inherited_sockets():
-    """Yields the listening sockets that an init system hands over (sd_listen_fds(3)), if any."""
-    mine = os.environ.get("LISTEN_PID") == str(os.getpid())
-    for number in range(3, 3 + int(os.environ.get("LISTEN_FDS", "0") if mine else 0)):
+    """Yields the listening sockets that an init system hands over (sd_listen_fds(3)), if any;
+    raises CannotServe when one is none."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return
+    count = os.environ.get("LISTEN_FDS", "")
+    if not re.fullmatch("[0-9]{1,4}", count, re.ASCII):
+        raise CannotServe(f"LISTEN_FDS: {count!r} is not a number of sockets")
+    for number in range(FIRST_GIVEN, FIRST_GIVEN + int(count)):
+        yield _given_socket(number)
+
+
+def _given_socket(number):
+    failure = f"LISTEN_FDS: cannot listen on descriptor {number}"
+    with serving(failure):
         given = socket.socket(fileno=number)
-        family = given.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)  # 3.6 does not look itself
-        yield socket.socket(family, socket.SOCK_STREAM, fileno=given.detach())
+    with serving(failure, given):  # 3.6 does not look itself
+        family = given.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)
+        kind = given.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+    if family not in FAMILIES or kind != socket.SOCK_STREAM:
+        given.close()
+        raise CannotServe(f"{failure}: it is no UNIX or TCP stream socket")
+    return socket.socket(family, kind, fileno=given.detach())
 
 
 # --- Discovery and election ---------------------------------------------------------------------
@@ -2879,17 +2968,25 @@ def inherited_sockets():
 # The election.  Before a daemon serves a group it is a candidate: it asks four times over 400 ms,
 # naming itself by the pair (start time, id).  A serving daemon answers, and the candidate steps
 # back.  Another candidate hears the question: the one with the lower pair stays, and repeats its
-# own question at once so that the other hears it and steps back.  The pair is an order and no
-# seniority: it only makes all candidates agree.  Datagrams get lost and networks are parted, so
-# the winner goes on asking, first often, then every 5 s.  When it finds that another daemon serves,
-# it connects to the address announced and asks for that daemon's id, so that a forged datagram has
-# no effect; then the one with the greater pair drains: no more answers, no new requests, its
-# waiters are sent away (and find the other daemon), its holders finish, it ends.  A daemon whose
-# answers carry no id is FLoM's, which cannot drain: ours does.
+# own question at once so that the other hears it.  That one asks on for a second, and steps back
+# when it is answered; the lower one may have ended instead, or be a forged datagram, so otherwise
+# it goes on without regard to it.  The pair is an order and no seniority: it only makes all
+# candidates agree.
+#
+# Datagrams get lost and networks are parted, so the winner goes on asking, first often, then every
+# 5 s.  When it finds that another daemon serves, it connects to the address announced and asks for
+# that daemon's id, so that a forged datagram has no effect; then the one with the greater pair
+# drains: no more answers, no new requests, its waiters are sent away (and find the other daemon),
+# its holders finish, it ends.  A daemon whose answers carry no id is FLoM's, which cannot drain:
+# ours does.
 
 CANDIDACY, QUESTIONS = 0.4, 4  # s, and questions in that time
+BETWEEN = CANDIDACY / QUESTIONS  # s from one question to the next
+DEFEAT = 1  # s in which a candidate that has won must be found to serve
+DEFEATS = 3  # rivals that a candidate waits for; after that it is a flood
 SOON = (0.5, 0.5, 1)  # s between the winner's first questions
 OFTEN = 5  # s between questions from then on, a fifth more or less
+WILDCARDS = ("0.0.0.0", "::")  # addresses that are none of a host
 DRAIN = 255  # what is written to the loop where it reads the numbers of signals, too
 MULTICAST = {  # level; names there and forms: of all groups (Linux; Python has none), sender, join
     socket.AF_INET: (socket.IPPROTO_IP, 49, socket.IP_MULTICAST_TTL,
@@ -2964,29 +3061,60 @@ class Group:
                 continue  # OSError: ICMP's, for something sent before
             head = elements["msg"]
             pair = (head["started"], head["daemon"]) if {"started", "daemon"} <= set(head) else None
-            if (head["verb"], head["step"]) == (DISCOVER, step) and pair != self.pair:
+            other = head.get("daemon") != self.pair[1]  # its own id is never another daemon's
+            if (head["verb"], head["step"]) == (DISCOVER, step) and other:
                 yield pair, elements.get("network", {}), sender
 
     def elect(self):
-        """Returns when this daemon is to serve the group, raises SteppedBack when another is."""
+        """Returns when this daemon is to serve the group, raises SteppedBack when another does."""
+        passed_over = set()  # rivals that have won and did not serve
+        while len(passed_over) < DEFEATS:
+            winner = self._stand(passed_over)
+            if winner is None:
+                return
+            passed_over.add(self._wait_for(winner))
         for _ in range(QUESTIONS):
-            self.ask()
-            until = time.monotonic() + CANDIDACY / QUESTIONS
-            while time.monotonic() < until:
-                select.select([self.socket, self.asker], [], [], max(0, until - time.monotonic()))
-                if list(self._heard(self.asker, 16)):
-                    raise SteppedBack("another daemon serves the group")
-                rivals = [pair for pair, _, _ in self._heard(self.socket, 8) if pair]
-                if rivals and min(rivals) < self.pair:
-                    raise SteppedBack("another daemon is about to serve the group")
-                if rivals:
-                    self.ask()
+            self.look_for_another()
 
-    def serve(self, daemon, port):
-        """Begins to answer: `port` is where the daemon listens."""
-        # no address when the daemon listens on all: the asker knows then
-        self.daemon, self.network = daemon, element(
-            "network", ("address", self.settings["UnicastAddress"] or ""), ("port", port))
+    def _stand(self, passed_over):
+        """Asks as a candidate; returns the first rival with a lower pair, None when none has."""
+        for _ in range(QUESTIONS):
+            for rival in self._rivals():
+                if rival < self.pair and rival not in passed_over:
+                    return rival
+                self.ask()  # it may not have heard of this one yet
+        return None
+
+    def _wait_for(self, winner):
+        """Gives a candidate that has won the time to serve; returns the lowest one heard of."""
+        for _ in range(round(DEFEAT / BETWEEN)):
+            winner = min([winner, *self._rivals()])
+        return winner
+
+    def look_for_another(self):
+        """Asks once, and raises SteppedBack when a daemon that serves the group answers."""
+        for _ in self._rivals():
+            pass
+
+    def _rivals(self):
+        """Asks once and yields, for BETWEEN s, the pairs of candidates that ask, too.  Raises
+        SteppedBack when a daemon that serves answers."""
+        self.ask()
+        until = time.monotonic() + BETWEEN
+        while time.monotonic() < until:
+            select.select([self.socket, self.asker], [], [], max(0, until - time.monotonic()))
+            if list(self._heard(self.asker, 16)):
+                raise SteppedBack("another daemon serves the group")
+            rivals = {pair for pair, _, _ in self._heard(self.socket, 8) if pair}
+            yield from rivals
+
+    def serve(self, daemon, address):
+        """Begins to answer: `address` is that of the socket on which the daemon listens."""
+        host, port = address[0].split("%")[0], address[1]
+        if host in WILDCARDS:
+            host = ""  # those who ask take the address from which the answer comes
+        self.daemon = daemon
+        self.network = element("network", ("address", host), ("port", port))
         self.pauses = iter(SOON)
         daemon.dates[self._ask_again] = daemon.now.mono + next(self.pauses)
         daemon.poller.add(self.socket, self.hear)
@@ -3036,7 +3164,12 @@ class Group:
         self.daemon.dates.pop(self._ask_again, None)
         for member in (self.socket, self.asker):
             self.daemon.poller.remove(member)
-            member.close()
+        self.leave()
+
+    def leave(self):
+        """Closes the sockets."""
+        self.socket.close()
+        self.asker.close()
 
 
 
@@ -3169,6 +3302,7 @@ class Daemon:
         # connections that must begin, or end, within PATIENCE seconds: their dates, in order
         self.silent = collections.OrderedDict()
         self.ways, self.publisher = [], None  # how clients find it: listeners and the group
+        self.watched = []  # what has a path that may be lost
         self.tls = tls_context(settings, server=True) if settings["TlsCertificate"] else None
         self.checks_ids = bool(self.tls and settings["TlsCheckPeerId"])
         self.users = Users(self)
@@ -3177,6 +3311,7 @@ class Daemon:
         self.curious = {}  # session that wants to know its place: the place as it knows it
         self.reported = None  # the turn of the loop, by its Moment, in which a report went on
         self.decisions = collections.deque()  # not told yet
+        self.signals = None  # the Signals
 
     def run(self):
         """Serves until it is told to end or nobody needs it."""
@@ -3353,13 +3488,20 @@ class Daemon:
                 self.guard(decision.session.connection.close)
 
     def _tell_one(self, decision):
-        if decision.verdict == OK and not self.state.marked:
-            self.state.mark(True)
+        if decision.verdict == OK:
+            self._prepare_state(decision.token)
         if self.publisher:
             self.publisher.note(decision)
         if decision.verdict in (ENQUEUED, BUSY) and "progress" in decision.session.about:
             decision = self._explained(decision)
         decision.session.connection.tell(decision)
+
+    def _prepare_state(self, token):
+        """What must be on disk before a grant is told."""
+        if token >> 32 > self.state.epoch:
+            self.state.cover(token)
+        if not self.state.marked:
+            self.state.mark(True)
 
     def _explained(self, decision):
         """The decision for a session that wants to know why it waits, and how that changes."""
@@ -3409,7 +3551,7 @@ class Daemon:
             self.log.limited(f"{connection.peer}: another daemon finds this one", "error")
         introduction = (Session.first_to_ours + '<answer rc="0"/>' + element(
             "daemon", ("version", VERSION), ("since", self.pair[0] // 1000),
-            ("policy", self.settings["Policy"]), ("listening", self.listening())))
+            ("policy", self.settings["Policy"]), ("listening", plain(self.listening()))))
         connection.finish(report(self.table, introduction, self.now))
 
     def listening(self):
@@ -3481,8 +3623,9 @@ class Daemon:
             allowed = uid in (None, 0, os.getuid())
             name, mine = self.users.name(uid), self.users.name(os.getuid())
             return None if allowed else f"{name} is neither {mine} nor root"
-        here, there = (address[0].replace("::ffff:", "") for address in (
-            connection.socket.getsockname(), connection.socket.getpeername()))
+        # the system does not know the peer any more when it has reset the connection
+        there = connection.peer.rpartition(":")[0].strip("[]").replace("::ffff:", "")
+        here = connection.socket.getsockname()[0].replace("::ffff:", "")
         if (self.settings["AllowRemoteShutdown"] or self.tls or here == there
                 or there.startswith("127.") or there == "::1"):
             return None
@@ -3520,11 +3663,11 @@ class Daemon:
         self.log.info("ending when the last client has gone")
         self.ending = self.ending or "quiesce"
 
-    def drain(self):
-        """Leaves the group to another daemon, which serves it, too."""
+    def drain(self, reason="another daemon serves the group"):
+        """Leaves the clients to another daemon, which is found where this one was."""
         if not self.ways:
             return
-        self.log.error("draining: another daemon serves the group")
+        self.log.error(f"draining: {reason}")
         self.ending = "drain"
         self.hide()
         self.tell()
@@ -3532,8 +3675,20 @@ class Daemon:
             connection.close()
         self.decisions.clear()  # a waiter that makes way grants nothing any more
 
+    def watch(self, parts):
+        """Every LOOK s the parts look whether their paths still lead to them."""
+        self.watched = [part for part in parts if part is not None]
+        self._look()
+
+    def _look(self):
+        self.dates[self._look] = self.now.mono + LOOK
+        for part in self.watched:
+            if self.ways:
+                part.look()
+
     def hide(self):
         """From now on no client finds the daemon."""
+        self.dates.pop(self._look, None)
         while self.ways:
             self.ways.pop().close()
 
@@ -3595,67 +3750,190 @@ class Signals:
 # it ended.  One record of fixed length, of which the mark alone is rewritten: set before the first
 # grant is told, cleared when nobody has held a lock for a second.
 #
-# The file is also the lock that keeps a second daemon from the same socket (see Listeners).
+# The file is also the lock that keeps a second daemon from the same socket (see Listeners), or
+# from the memory of the same address.  A cleaner of /tmp may remove it; then it keeps nobody away,
+# so the daemon looks every LOOK s, and makes and locks it anew.
 
-RECORD = "flomd {epoch:010d} {boot:36.36} {held} {pid:010d}\n"
+RECORD = "flomd {epoch:010d} {boot:36.36} {held:d} {pid:010d}\n"
 MARK_AT = len(RECORD.format(epoch=0, boot="", held=0, pid=0)) - len(" 0000000000\n") - 1
 _record = re.compile(rb"flomd (\d{10}) (.{36}) ([01]) (\d{10})\n").match
 QUIET = 1  # s without any holder before the mark is cleared
+HELD_FOR = 5  # s that a lock may be held by a daemon that does not answer any more
+AGAIN = 0.02  # s until a lock that is held is tried once more
 
 
 class State:
     """The record in the file at `path` (None: nothing is remembered), which is made if it is not
     there; `shared`: it may be anybody's.  Raises CannotServe."""
 
-    def __init__(self, path, shared=False, durable=False):
-        self.path, self.durable = path or os.devnull, durable
-        with serving(f"cannot open {self.path}"):
-            self.number = self._open(0o666 if shared else 0o600)
-            found = os.fstat(self.number)
-        if path and not (stat.S_ISREG(found.st_mode) and found.st_nlink == 1
-                         and (shared or found.st_uid == os.getuid())):
-            raise CannotServe(f"{path} is no file of {owner(os.getuid())}")
-        self._read()
+    def __init__(self, log, path=None, shared=False, durable=False):
+        self.log, self.path, self.durable = log, path or os.devnull, durable
+        self.mode = 0o666 if shared else 0o600
+        self.epoch = self.pid = 0  # of the predecessor, until begin()
+        self.boot, self.marked, self.unclean = "", False, False
+        self.kept = False  # the record is on disk
+        self.number = self._open()
 
-    def _open(self, mode):
+    def _open(self):
+        with serving(f"cannot open {self.path}"):
+            number = self._find()
+            found = os.fstat(number)
+        mine = self.mode == 0o666 or found.st_uid == os.getuid()
+        usable = mine and stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+        if not usable and self.path != os.devnull:
+            os.close(number)
+            raise CannotServe(f"{self.path} is no file of {owner(os.getuid())}")
+        return number
+
+    def _find(self):
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
         try:  # kernels refuse O_CREAT for the files of others in a sticky directory
             return os.open(self.path, flags)
         except FileNotFoundError:
-            with creating(mode):
-                return os.open(self.path, flags | os.O_CREAT, mode)
+            with creating(self.mode):
+                return os.open(self.path, flags | os.O_CREAT, self.mode)
 
-    def _read(self):
-        found = _record(os.pread(self.number, 128, 0))
-        epoch, boot, held, pid = found.groups() if found else (b"0", b"", b"0", b"0")
-        self.epoch, self.pid = int(epoch), int(pid)  # of the predecessor, until begin()
-        self.marked = self.unclean = held == b"1"
-        self.boot = boot.decode("ascii", "replace").strip()
+    def read(self):
+        """Reads what the predecessor, or who has the lock, has written."""
+        data = os.pread(self.number, 128, 0)
+        found = _record(data)
+        if found:
+            epoch, boot, held, pid = found.groups()
+            self.epoch, self.pid, self.unclean = int(epoch), int(pid), held == b"1"
+            self.boot = boot.decode("ascii", "replace").strip()
 
     def lock(self, wait=False):
-        """Takes the flock of the file; returns whether it could be had."""
-        with contextlib.suppress(*WOULD_BLOCK):
-            fcntl.flock(self.number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            self._read()
-            return True
-        return False
+        """Takes the flock of the file; returns whether it could be had.  Raises OSError where
+        there are no locks."""
+        while True:
+            if not self._flock(self.number, wait):
+                self.read()
+                return False
+            if self.is_at_its_path():
+                self._accept()
+                return True
+            os.close(self.number)  # its path leads to another one now
+            self.number = self._open()
+
+    @staticmethod
+    def _flock(number, wait=False):
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except WOULD_BLOCK:
+            return False
+        return True
+
+    def _accept(self):
+        """The lock is taken, and what the file says is that of the predecessor."""
+        self.read()
+        self.marked = self.unclean
+        if self.epoch > LAST_EPOCH:
+            self.log.error(f"{self.path} is damaged: its epoch, {self.epoch}, is ignored")
+            self.epoch = 0
+
+    def is_at_its_path(self):
+        """Whether the path still leads to the file."""
+        found = os.fstat(self.number)
+        return identity(self.path) == (found.st_dev, found.st_ino)
 
     def begin(self):
         """Writes this daemon's record and returns whether the system was booted since the last."""
-        boot = ""
+        before, self.boot = self.boot, ""
         with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
-            boot = file.read().strip()
-        self.epoch = max(int(time.time()) - EPOCH, self.epoch + 1)
-        os.pwrite(self.number, RECORD.format(
-            epoch=self.epoch, boot=boot, held=int(self.unclean), pid=os.getpid()).encode(), 0)
-        if self.durable:
-            os.fsync(self.number)
-        return self.boot != boot
+            self.boot = file.read().strip()
+        self.epoch = max(epoch_of_the_clock(), self.epoch + 1)
+        self._write_record()
+        return self.boot != before
+
+    def wait_for_epoch(self):
+        """When the record could not be written: lets the second pass that the epoch names, so that
+        one who serves after this daemon, and must look at the clock alone, has a greater one.
+        Nobody else may serve already."""
+        self.epoch = max(epoch_of_the_clock(), self.epoch)
+        time.sleep(1 - time.time() % 1)
+
+    def _write_record(self):
+        record = RECORD.format(epoch=self.epoch, boot=self.boot, held=self.marked, pid=os.getpid())
+        written = self._write(record.encode(), 0)
+        self.kept = written and self.path != os.devnull
+        return written
+
+    def _write(self, data, place):
+        """Writes to the file; returns whether it could be written."""
+        try:
+            os.pwrite(self.number, data, place)
+            if self.durable and place == 0:
+                os.fsync(self.number)
+        except OSError as error:
+            self.log.limited(f"cannot write {self.path}: {error.strerror}; "
+                             "nothing will be remembered", "error")
+            return False
+        return True
 
     def mark(self, held):
-        """Somebody is about to hold a lock, or nobody has held one for a while."""
-        self.marked = held
-        os.pwrite(self.number, b"1" if held else b"0", MARK_AT)
+        """Somebody is about to hold a lock, or nobody has held one for a while.  What cannot be
+        written is tried again with the next grant."""
+        before, self.marked = self.marked, held
+        if self.kept:
+            written = self._write(b"1" if held else b"0", MARK_AT)
+        else:
+            written = self._write_record()
+        if not written:
+            self.marked = before
+
+    def cover(self, token):
+        """The record's epoch becomes that of a token which is to be told: of one reclaimed that
+        lay ahead, or of the first after them.  Those of a successor must be greater."""
+        self.epoch = token >> 32
+        self._write_record()
+
+    def look(self):
+        """Makes and locks the file anew where its path does not lead to it any more; returns
+        whether this daemon has the lock of what is there."""
+        if self.is_at_its_path():
+            return True
+        try:
+            number = self._open()
+        except CannotServe as error:
+            self.log.limited(str(error), "error")
+            return False
+        locked = False
+        with contextlib.suppress(OSError):
+            locked = self._flock(number)
+        if not locked:
+            os.close(number)
+            self.log.limited(f"{self.path} is another daemon's now", "error")
+            return False
+        os.close(self.number)
+        self.number = number
+        self.log.error(f"{self.path} was removed; it was made and locked anew")
+        self._write_record()
+        return True
+
+
+def epoch_of_the_clock():
+    """s since EPOCH; 0 when the clock is so wrong that it would use up all tokens."""
+    seconds = int(time.time()) - EPOCH
+    return seconds if seconds <= LAST_EPOCH else 0
+
+
+def take(state, served, foreground, group, answers):
+    """Takes the lock of a State.  While another process holds it, it is waited for: for HELD_FOR s
+    and as long as nobody answers(), in the foreground for ever.  Raises CannotServe, which says
+    what is `served`; a group's answers() may raise SteppedBack.  Returns whether it waited."""
+    if state.lock():
+        return False
+    if foreground:
+        state.log.info(f"waiting for the daemon with pid {state.pid} to end")
+    until = time.monotonic() + HELD_FOR
+    while not state.lock(wait=foreground and not group):
+        if answers() and not foreground:
+            raise CannotServe(f"another daemon (pid {state.pid}) serves {served}")
+        if time.monotonic() > until and not foreground:
+            raise CannotServe(f"{state.path} is held by a daemon (pid {state.pid}) that does not "
+                              f"answer at {served} and does not end")
+        time.sleep(AGAIN)
+    return True
 
 
 # What others may watch: the tree of -m, in FLoM's layout, and the text of --metrics for Prometheus.
@@ -3680,6 +3958,23 @@ class Publisher:
             self._publish_tree()
         if metrics:
             self._publish_metrics()
+
+    @staticmethod
+    def check(mount, metrics):
+        """Raises CannotServe where nothing can be published."""
+        if metrics:
+            trial = f"{metrics}.{os.getpid()}"
+            with serving(f"cannot write {metrics}"):
+                with open(trial, "w") as file:
+                    file.write("\n")
+                os.replace(trial, metrics)
+        if mount:
+            folder, status = os.path.join(mount, f".status-{os.getpid()}"), f"{mount}/status"
+            with serving(f"cannot publish the state below {mount}"):
+                os.mkdir(folder)
+                os.rmdir(folder)
+                if os.path.lexists(status) and not os.path.islink(status):
+                    raise FileExistsError(errno.EEXIST, f"{status} is not a daemon's")
 
     def note(self, decision):
         """Counts a decision."""
@@ -3997,6 +4292,7 @@ class Log:
 
 
 ADDRESSES = ("SocketName", "UnicastAddress", "MulticastAddress")
+ANSWER = 0.5  # s until a daemon that answers has accepted a connection
 
 
 def make_parser():
@@ -4056,6 +4352,26 @@ def read_options(arguments):
     return settings, options
 
 
+def check_announced(settings):
+    """Raises UsageError for an address that a group cannot use."""
+    address = settings["UnicastAddress"]
+    if settings["MulticastAddress"] and is_loopback(address):
+        raise UsageError(f"{settings.origins['UnicastAddress']}: {address!r} is not an address "
+                         "that the other hosts of a group can reach")
+
+
+def is_loopback(host):
+    """Whether the name or number, if any, leads to this host alone."""
+    import ipaddress
+    if not host:
+        return False
+    found = []
+    with contextlib.suppress(OSError, UnicodeError):
+        found = socket.getaddrinfo(host, None, 0, socket.SOCK_STREAM)
+    numbers = [ipaddress.ip_address(address[0].split("%")[0]) for *_, address in found]
+    return bool(numbers) and all(number.is_loopback for number in numbers)
+
+
 # --- Main ---------------------------------------------------------------------------------------
 
 
@@ -4065,34 +4381,83 @@ def local_socket(settings):
     return settings["SocketName"] or (None if address else f"/tmp/flom-{owner(os.getuid())}")
 
 
-def open_states(settings, options, log):
-    """The State, its lock taken; raises CannotServe when another daemon has the local socket."""
-    durable, shared = bool(settings["StateDir"]), bool(settings["SocketName"])
+def state_paths(settings):
+    """(path of the lock beside the local socket, or None; path of the state)."""
     local = local_socket(settings)
-    lock = f"{local}.lock" if local else "/tmp/flom-{}-{}-{}.lock".format(
-        owner(os.getuid()), settings["UnicastAddress"] or settings["MulticastAddress"],
-        settings["UnicastPort" if settings["UnicastAddress"] else "MulticastPort"])
-    path = os.path.join(settings["StateDir"], os.path.basename(lock)) if durable else lock
+    address = settings["UnicastAddress"] or settings["MulticastAddress"]
+    port = settings["UnicastPort" if settings["UnicastAddress"] else "MulticastPort"]
+    beside = f"{local}.lock" if local else f"/tmp/flom-{owner(os.getuid())}-{address}-{port}.lock"
+    folder, name = os.path.split(beside)
+    folder = os.path.realpath(folder)
+    if not settings["StateDir"] or local and os.path.realpath(settings["StateDir"]) == folder:
+        return local and beside, beside
+    return local and beside, os.path.join(settings["StateDir"], state_name(folder, name))
+
+
+def state_name(folder, name):
+    """The name, in --state-dir, of the state that without it would be `name` in `folder`: there
+    are several of one name."""
+    import hashlib
+    digest = hashlib.sha256(os.fsencode(os.path.join(folder, name))).hexdigest()[:16]
+    return f"{name[:-len('.lock')]}-{digest}.lock"
+
+
+def served_address(settings):
+    """How a line for people names what the daemon serves."""
+    local = local_socket(settings)
     if local:
-        state = State(lock, shared, durable)
-        if not state.lock():
-            if not options.foreground:
-                raise CannotServe(f"another daemon (pid {state.pid}) serves {local}")
-            log.info(f"waiting for the daemon with pid {state.pid} to end")
-            state.lock(wait=True)
-        if os.path.realpath(path) == os.path.realpath(lock):
-            return state
-        state.begin()  # for the pid
+        return local
+    if settings["UnicastAddress"]:
+        return f"{settings['UnicastAddress']} port {settings['UnicastPort']}"
+    return f"{settings['MulticastAddress']} port {settings['MulticastPort']}"
+
+
+def somebody_answers(settings, group):
+    """Whether a daemon serves already; raises SteppedBack when it serves the group."""
+    local = local_socket(settings)
+    if local:
+        return listens(local)
+    if group:
+        return group.look_for_another()
+    address = settings["UnicastAddress"], settings["UnicastPort"]
+    with contextlib.suppress(OSError, UnicodeError), socket.create_connection(address, ANSWER):
+        return True
+    return False
+
+
+def locked(state, settings, options, group):
+    """The State, its lock taken; where there are no locks one that remembers nothing."""
     try:
-        state = State(path, shared, durable)
-        if state.lock():
-            return state  # or it is another daemon's, elsewhere on the same file system
+        waited = take(state, served_address(settings), options.foreground, bool(group),
+                      lambda: somebody_answers(settings, group))
+    except OSError as error:
+        state.log.error(f"cannot lock {state.path}: {error.strerror}; nothing will be remembered, "
+                        "and nothing keeps a second daemon away")
+        return State(state.log)
+    if waited and group:
+        group.elect()  # who began meanwhile had no answer
+    return state
+
+
+def open_states(settings, options, log, group):
+    """(the State of the local socket's lock, or None; the State that holds the record), locked.
+    Raises CannotServe or SteppedBack when another daemon serves already."""
+    beside, path = state_paths(settings)
+    shared, guard = bool(settings["SocketName"]), None
+    if beside:
+        durable = bool(settings["StateDir"]) and path == beside
+        guard = locked(State(log, beside, shared, durable), settings, options, group)
+        if path == beside:
+            return guard, guard
+        guard.begin()  # for the pid
+    try:
+        state = State(log, path, shared and not settings["StateDir"], bool(settings["StateDir"]))
     except CannotServe as error:
-        if durable:
+        if settings["StateDir"]:
             raise
         log.error(f"{error}; nothing will be remembered")
-    time.sleep(1 - time.time() % 1)  # tokens of two daemons in one second would be the same
-    return State(None)
+        return guard, State(log)
+    return guard, locked(state, settings, options, group)
 
 
 def recovery_window(settings, state, rebooted):
@@ -4106,48 +4471,76 @@ def recovery_window(settings, state, rebooted):
     return 0  # nobody on this host has survived its boot
 
 
-def open_listeners(daemon, group):
+def open_listeners(daemon, group, guard):
     """The daemon listens: on what it was given, else on its socket and its addresses."""
     settings, ways = daemon.settings, daemon.ways
-    ways.extend(Listener(daemon, given) for given in inherited_sockets())
+    for given in inherited_sockets():
+        ways.append(Listener(daemon, given))
     if ways:
         return
     local, host, port = local_socket(settings), settings["UnicastAddress"], settings["UnicastPort"]
     if group and not host:
-        host, port = "::" if group.family == socket.AF_INET6 else "0.0.0.0", 0
+        host = "::" if group.family == socket.AF_INET6 else "0.0.0.0"
+        port = settings.values.get("UnicastPort", 0)
     if local:
         mode = settings["SocketMode"] or (0o666 if settings["SocketName"] else 0o600)
-        ways.append(Listener(daemon, unix_socket(local, mode), local))
+        ways.append(LocalListener(daemon, local, mode, guard))
     if host:
         ways.append(Listener(daemon, tcp_socket(settings, host, port)))
+
+
+def announced_address(ways):
+    """The address of the socket on which clients of a group arrive; raises CannotServe."""
+    for way in ways:
+        if not way.local:
+            return way.socket.getsockname()
+    raise CannotServe("a group needs a TCP socket, and LISTEN_FDS has none")
 
 
 def prepare(settings, options, log):
     """A daemon that listens; raises CannotServe or SteppedBack."""
     if not settings["SocketName"] and "," in (settings["UnicastAddress"] or ""):
         raise CannotServe("a daemon has one address")
+    Publisher.check(settings["MountPointVFS"], options.metrics)
     pair = (int(time.time() * 1000), os.urandom(8).hex())
-    state = open_states(settings, options, log)
     group = Group(settings, pair) if settings["MulticastAddress"] else None
+    try:
+        return prepare_member(settings, options, log, pair, group)
+    except (CannotServe, SteppedBack):
+        if group:
+            group.leave()
+        raise
+
+
+def prepare_member(settings, options, log, pair, group):
+    """A daemon that listens, of the group if there is one; raises CannotServe or SteppedBack."""
     if group:
         group.elect()
+    guard, state = open_states(settings, options, log, group)
     window = recovery_window(settings, state, rebooted=state.begin())
-    table = LockTable(settings["Policy"] == "first-fit", state.epoch,
-                      time.monotonic() + window if window else None, options.max_waiters,
-                      settings["MaxResources"])
+    window_until = None
+    if window:  # it begins when the daemon serves
+        window_until = time.monotonic() + window + (0 if state.kept else 1)
+    table = LockTable(settings["Policy"] == "first-fit", state.epoch, window_until,
+                      options.max_waiters, settings["MaxResources"])
     daemon = Daemon(settings, options, log, pair, state, table)
     Session.introduce(machine_id(), pair[1])
     try:
-        open_listeners(daemon, group)
+        open_listeners(daemon, group, guard)
+        address = announced_address(daemon.ways) if group else None
         if options.pid_file:
             with serving(f"cannot write {options.pid_file}"), open(options.pid_file, "w") as file:
                 file.write(f"{os.getpid()}\n")
     except CannotServe:
         daemon.hide()
         raise
+    if not state.kept:
+        state.wait_for_epoch()
+        table.begin_with(state.epoch)
     daemon.released()
+    daemon.watch([*{guard: None, state: None}, *daemon.ways])
     if group:
-        group.serve(daemon, daemon.ways[-1].socket.getsockname()[1])
+        group.serve(daemon, address)
         daemon.ways.append(group)
     if settings["MountPointVFS"] or options.metrics:
         daemon.publisher = Publisher(daemon, settings["MountPointVFS"], options.metrics)
@@ -4173,7 +4566,7 @@ def serve(settings, options):
         log.info(str(error))
         report_ready(writer, 3)
         return 3
-    Signals(daemon)
+    daemon.signals = Signals(daemon)
     log.info(f"serving {daemon.listening()}")
     report_ready(writer, 0)
     notify("READY=1")
@@ -4207,6 +4600,7 @@ def run(arguments):
         if settings["Verbose"]:
             put("\n".join(settings.lines()), sys.stdout)
         check_rules(settings, ("MulticastAddress",))
+        check_announced(settings)
         return serve(settings, options)
     except UsageError as error:
         put(f"flomd: {error}", sys.stderr)

@@ -2,12 +2,15 @@
 import contextlib
 import os
 import re
+import resource
 import signal
 import socket
+import subprocess
 
 import pytest
 from fakes import FlomClient
-from world import COUNT, can_connect, comm, endpoint, free_port, peer_pid, read, wait_until
+from world import (COUNT, FLOMD, PYTHON, can_connect, comm, endpoint, free_port, patched, peer_pid,
+                   read, wait_until)
 
 
 def detached(box, *options, **more):
@@ -64,6 +67,15 @@ def test_it_starts_with_its_own_signals(box):
     pid = detached(box, preexec_fn=harden)
     os.kill(pid, signal.SIGTERM)
     wait_until(lambda: not box.daemons())
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_its_starter_has_closed_standard_files(box, closed):
+    flomd = [*PYTHON, FLOMD, "--no-files", *box.address]
+    assert box.start("/bin/sh", "-c", f'"$@" {closed}', "sh", *flomd).end() == (0, "", "")
+    pid = box.the_daemon()
+    assert [files(pid)[number] for number in (0, 1, 2)] == ["/dev/null"] * 3
+    assert box.run("-d", "0", "--", "echo", "x") == (0, "x\n", "")
 
 
 def test_when_the_starter_has_ended_the_daemon_listens(box):
@@ -145,6 +157,53 @@ def test_a_lock_file_that_is_a_link_is_refused(box):
     status, _, err = box.flomd("--no-files", "-s", box.socket).end()
     assert status == 1 and err.count("\n") == 1 and box.socket + ".lock" in err
     assert read(box.path("target")) == ""
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_a_path_that_is_not_ascii(box, locale):
+    folder = box.path("\xe9")
+    os.mkdir(folder)
+    box.address = ("-s", os.path.join(folder, "s"))
+    daemon = box.start("env", f"LC_ALL={locale}", *PYTHON, FLOMD, "-f", "--no-files", *box.address)
+    box.foreground.append(daemon)
+    wait_until(lambda: can_connect(box.address))
+    assert box.run("-d", "0", "--", "echo", "x") == (0, "x\n", "")
+    assert "?/s" in box.run("--status", "--json").out and "Traceback" not in daemon.err
+
+
+# Sockets that an init system hands over
+
+def handed_over(box, given, *options, count="1"):
+    """flomd.py with a socket as descriptor 3."""
+    script = f'LISTEN_PID=$$ LISTEN_FDS={count} exec "$@"'
+    return box.start("/bin/sh", "-c", script, "sh", *PYTHON, FLOMD, "-f", "--no-files", *options,
+                     pass_fds=[3], preexec_fn=lambda: os.dup2(given.fileno(), 3))
+
+
+@pytest.mark.parametrize("options, kind, count, named", [
+    (["-s"], socket.SOCK_DGRAM, "1", "descriptor 3"), (["-s"], socket.SOCK_STREAM, "x", "'x'"),
+    (["-s"], socket.SOCK_STREAM, "2", "descriptor 4"),
+    (["-n", "lo", "-A", "239.255.77.7"], socket.SOCK_STREAM, "1", "a group needs a TCP socket")])
+def test_a_socket_of_no_use_is_one_line_and_status_1(box, options, kind, count, named):
+    options = options + [box.socket] * (options == ["-s"])
+    with socket.socket(socket.AF_UNIX, kind) as given:
+        given.bind(box.path("given"))
+        done = handed_over(box, given, *options, "--state-dir", box.folder, count=count).end()
+    os.unlink(box.path("given"))
+    assert (done.status, done.out, done.err.count("\n")) == (1, "", 1) and named in done.err
+
+
+def test_a_socket_that_is_handed_over_is_served(box):
+    with socket.socket(socket.AF_UNIX) as given:
+        given.bind(box.path("given"))
+        given.listen(1)
+        daemon = handed_over(box, given, *box.address)
+        box.foreground.append(daemon)
+    address = ("-s", box.path("given"))
+    assert box.run("-d", "0", "--", "echo", "x", address=address).out == "x\n"
+    daemon.terminate()
+    assert daemon.wait(timeout=10) == 0 and os.path.exists(box.path("given"))
+    os.unlink(box.path("given"))
 
 
 CANNOT = [(["-s", "/nonexistent/s"], "/nonexistent/s"),
@@ -277,7 +336,194 @@ def test_there_is_nothing_to_stop(box, option, word):
     assert box.daemons() == []
 
 
+# Its paths.  In these tests it looks at them often.
+
+SHARP = patched("flomd.LOOK = 0.05")
+
+
+def test_a_socket_that_was_removed_is_made_anew(box):
+    daemon = box.daemon(program=SHARP)
+    holder, gate = box.hold("a")
+    os.unlink(box.socket)
+    wait_until(lambda: can_connect(box.address))
+    assert peer_pid(box.socket) == daemon.pid
+    assert f"{box.socket} was removed" in daemon.err
+    assert os.stat(box.socket).st_mode & 0o777 == 0o666
+    assert box.run("-d", "0", "-o", "0", "--", "true").status == 98
+    gate.open()
+    assert holder.end() == (0, "", "")
+
+
+def test_who_had_connected_to_a_socket_that_was_removed_is_served(box):
+    daemon = box.daemon(program=SHARP)
+    with socket.socket(socket.AF_UNIX) as client:
+        os.kill(daemon.pid, signal.SIGSTOP)
+        client.connect(box.socket)
+        os.unlink(box.socket)
+        os.kill(daemon.pid, signal.SIGCONT)
+        wait_until(lambda: can_connect(box.address))
+        client.sendall(b'<msg level="3" verb="3" step="8"></msg>')
+        assert b'step="16"' in client.recv(1000)
+
+
+@pytest.mark.parametrize("removed", [["lock"], ["lock", "socket"]])
+def test_a_lock_that_was_removed_is_taken_anew(box, removed):
+    daemon = box.daemon(program=SHARP)
+    holder, gate = box.hold("a")
+    lock = box.socket + ".lock"
+    os.unlink(lock)
+    if "socket" in removed:
+        os.unlink(box.socket)
+    wait_until(lambda: os.path.exists(lock) and read(lock) and can_connect(box.address))
+    assert f"{lock} was removed" in daemon.err
+    second = box.flomd("--no-files", *box.address).end()
+    assert second.err == f"flomd: another daemon (pid {daemon.pid}) serves {box.socket}\n"
+    assert read(lock).split()[3] == "1"
+    gate.open()
+    assert holder.end() == (0, "", "")
+
+
+def test_another_daemon_at_its_path(box):
+    """It leaves the clients to the other one, and the other one its socket."""
+    first = box.daemon(program=patched("flomd.LOOK = 1"))
+    holder, gate = box.hold("a")
+    waiter = box.waiter("--", "true")
+    os.unlink(box.socket + ".lock")
+    os.unlink(box.socket)
+    second = box.daemon()
+    wait_until(lambda: f"draining: another daemon serves {box.socket}" in first.err)
+    assert first.poll() is None and waiter.end().status == 0
+    gate.open()
+    assert holder.end() == (0, "", "") and first.wait(timeout=10) == 0
+    assert peer_pid(box.socket) == second.pid
+
+
+def test_what_is_not_its_own_at_its_end_stays(box):
+    first = box.daemon()
+    os.unlink(box.socket)
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(box.socket)
+        other.listen(1)
+        first.terminate()
+        assert first.wait(timeout=10) == 0 and can_connect(box.address)
+    os.unlink(box.socket)
+
+
+def test_something_else_at_its_path_is_left_alone(box):
+    daemon = box.daemon(program=SHARP)
+    os.unlink(box.socket)
+    box.write("s", "precious")
+    wait_until(lambda: "was removed" in daemon.err)
+    assert "Traceback" not in daemon.err and read(box.socket) == "precious"
+    os.unlink(box.socket)
+    wait_until(lambda: can_connect(box.address))
+
+
 # Its log
+
+@pytest.fixture
+def syslog(box):
+    """The path of a socket for patched daemons, and a function that makes it."""
+    path = box.path("log.socket")
+
+    def listen():
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        made.bind(path)
+        made.settimeout(10)
+        return made
+
+    yield path, listen
+    os.unlink(path)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_syslogd_is_started_again(box, syslog, early):
+    path, listen = syslog
+    if early:
+        first = listen()
+    daemon = box.daemon("--log", "syslog", program=patched(f"flomd.SYSLOG = ({path!r},)"))
+    if early:
+        assert b"serving" in first.recv(1000)
+        first.close()
+    with listen() as second:
+        daemon.send_signal(signal.SIGUSR1)
+        assert b"ending when" in second.recv(1000)
+        assert b"ended" in second.recv(1000)
+
+
+def limit_files(size):
+    """For preexec_fn: no file of the process grows beyond this."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_no_file_can_be_written(box):
+    """It serves, and says that it will remember nothing."""
+    daemon = box.daemon(stderr=subprocess.PIPE, preexec_fn=limit_files(0))
+    assert box.run("-d", "0", "--", "sh", "-c", "exit 3").status == 3
+    daemon.terminate()
+    said = daemon.communicate()[1].decode()
+    line = f"flomd: cannot write {box.socket}.lock: File too large; nothing will be remembered\n"
+    assert said.startswith(line) and "Traceback" not in said and daemon.returncode == 0
+
+
+def test_a_log_that_has_reached_its_limit(box):
+    log = box.write("daemon.log", "x" * 1000)
+    daemon = box.daemon("--log", log, preexec_fn=limit_files(1000))
+    assert box.run("-d", "0", "--", "true").status == 0
+    daemon.terminate()
+    assert daemon.wait(timeout=10) == 0
+    assert daemon.err == f"flomd: cannot write the log {log}: File too large\n"
+
+
+def test_a_log_on_a_full_disk(box):
+    done = box.flomd("--no-files", *box.address, "--log", "/dev/full").end()
+    assert done == (0, "", "flomd: cannot write the log /dev/full: No space left on device\n")
+    assert box.run("-d", "0", "--", "true").status == 0
+
+
+def test_a_log_that_cannot_be_opened_anew_goes_on(box):
+    folder = box.path("logs")
+    os.mkdir(folder)
+    path = os.path.join(folder, "log")
+    daemon = box.daemon("--log", path)
+    os.rename(folder, folder + ".1")
+    daemon.send_signal(signal.SIGHUP)
+    wait_until(lambda: f"cannot write the log {path}: No such file" in read(f"{folder}.1/log"))
+    daemon.terminate()
+    assert daemon.wait(timeout=10) == 0 and "ended" in read(f"{folder}.1/log")
+
+
+NO_LOCKS = """
+def flock(*_):
+    raise OSError(37, "No locks available")
+flomd.fcntl.flock = flock
+"""
+
+
+def test_there_are_no_locks(box):
+    """A network file system without them."""
+    daemon = box.daemon(program=patched(NO_LOCKS))
+    lock = box.socket + ".lock"
+    assert daemon.err.startswith(f"flomd: cannot lock {lock}: No locks available; nothing will be "
+                                 "remembered, and nothing keeps a second daemon away\n")
+    assert box.run("-d", "0", "--", "echo", "x") == (0, "x\n", "") and read(lock) == ""
+
+
+# What others watch
+
+def test_what_cannot_be_published_is_said_at_the_start(box):
+    folder = box.path("folder")
+    os.makedirs(folder + "/status")
+    for options, named in ((["-m", "/proc"], "/proc"), (["-m", "/nonexistent"], "/nonexistent"),
+                           (["-m", folder], folder), (["--metrics", "/nonexistent/x"], "/x"),
+                           (["--metrics", folder], folder)):
+        done = box.flomd("--no-files", *box.address, *options).end()
+        assert (done.status, done.out, done.err.count("\n")) == (1, "", 1) and named in done.err
+    assert os.listdir(folder) == ["status"]
+    wait_until(lambda: not box.daemons())
+
 
 def test_the_log_is_opened_anew_on_hup(box):
     path = box.path("daemon.log")

@@ -1,4 +1,5 @@
 """One daemon per group: many hosts at once, losses, a parted network, strangers on the group."""
+import re
 import subprocess
 import threading
 
@@ -304,6 +305,99 @@ def test_a_forged_answer_drains_nobody(hosts):
     assert two.run(*GROUP, "-d", "0", "--", "echo", "x") == (0, "x\n", "")
     assert daemon.poll() is None
     assert "draining" not in daemon.err and "Traceback" not in daemon.err
+
+
+OWN_ID = """\
+import re, socket, sys
+address, port = sys.argv[1], sys.argv[2]
+forger = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+forger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+forger.bind(("", 28015))
+forger.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP,
+                  socket.inet_aton("239.255.0.1") + socket.inet_aton(address))
+print("ready", flush=True)
+while True:
+    question, asker = forger.recvfrom(2048)
+    ident = re.search(b'daemon="([0-9a-f]+)"', question)
+    if ident and b'step="8"' in question:
+        for started in (b' started="1"', b""):
+            forger.sendto(b'<?xml version="1.0" encoding="UTF-8" ?><msg level="3" verb="4" '
+                          b'step="16" daemon="' + ident.group(1) + b'"' + started + b'><network '
+                          b'address="" port="' + port.encode() + b'"/></msg>', asker)
+        print("answered", flush=True)
+"""
+
+
+def test_its_own_id_is_never_another_daemon(hosts):
+    """Whatever a datagram says that bears it; the answers come from the daemon's own host."""
+    one, = hosts(1)
+    daemon = serving(one, *GROUP)
+    (_, port), = one.listening(daemon.pid)
+    forger = one.start(*PYTHON, one.write("forger.py", OWN_ID), one.ipv4, str(port))
+    wait_until(lambda: forger.out.count("answered") >= 2, seconds=15)
+    one.kill(forger.pid)
+    assert one.run(*GROUP, "-d", "0", "--", "echo", "x") == (0, "x\n", "")
+    assert daemon.poll() is None and "another daemon" not in daemon.err
+
+
+CANDIDATES = """\
+import os, socket, sys, time
+forger = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+forger.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(sys.argv[1]))
+print("ready", flush=True)
+while True:
+    ident = sys.argv[2] or os.urandom(8).hex()
+    forger.sendto(b'<?xml version="1.0" encoding="UTF-8" ?><msg level="3" verb="4" step="8" '
+                  b'daemon="' + ident.encode() + b'" started="0"></msg>', ("239.255.0.1", 28015))
+    time.sleep(0.02)
+"""
+
+
+@pytest.mark.parametrize("ident", ["0", ""], ids=["one", "many"])
+def test_candidates_that_never_serve_keep_nobody_away(hosts, ident):
+    """Forged, or ended before they served."""
+    one, two = hosts(2)
+    script = two.write("forger.py", CANDIDATES)
+    forger = two.start(*PYTHON, script, two.ipv4, ident)
+    wait_until(lambda: "ready" in forger.out)
+    assert one.run(*GROUP, "-d", "5000", "--", "echo", "x") == (0, "x\n", "")
+    two.kill(forger.pid)
+
+
+# What a daemon of a group announces
+
+def announced(host):
+    """(address, port) in the answers that a client is given."""
+    said = host.run("-V", *GROUP, "-d", "0", "--", "true").out
+    return re.search('<network address="([^"]*)" port="([0-9]+)"/>', said).groups()
+
+
+@pytest.mark.parametrize("options, address, port", [
+    (["-a", "0.0.0.0", "-p", "40125"], "", "40125"), (["-p", "40125"], "", "40125"),
+    (["-a", "10.77.0.1"], "10.77.0.1", "28015")])
+def test_what_a_daemon_announces(hosts, options, address, port):
+    """A wildcard is no address, and a port that is given is that of the daemon."""
+    one, two = hosts(2)
+    serving(one, *GROUP, *options)
+    assert announced(two) == (address, port)
+    assert two.run(*GROUP, "-d", "0", "--", "echo", "x") == (0, "x\n", "")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "localhost", "::1"])
+def test_a_group_wants_no_loopback_address(box, address):
+    done = box.flomd("--no-files", *GROUP, "-a", address).end()
+    assert (done.status, done.out, done.err.count("\n")) == (99, "", 1)
+    assert repr(address) in done.err
+
+
+def test_two_daemons_of_a_group_on_one_host(hosts):
+    """The second one steps back, and does not wait for the lock of the first."""
+    one, = hosts(1)
+    daemon = serving(one, *GROUP)
+    for foreground in (["-f"], []):
+        done = one.flomd(*foreground, "--no-files", *GROUP, *one.address)
+        assert done.end()[:2] == (3, "")
+    assert one_left([one], 5) == (one, daemon.pid)
 
 
 def test_two_groups_on_one_port_of_one_host(hosts):

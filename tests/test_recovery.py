@@ -11,6 +11,7 @@ import re
 import signal
 import time
 
+import flomd
 import pytest
 from fakes import COMPATIBLE
 from world import COUNT, FLOMD, PYTHON, chance, free_port, read, wait_until
@@ -201,7 +202,8 @@ def test_a_link_in_place_of_the_state_is_not_followed(box, where):
     precious = box.write("precious", "precious\n")
     folder = box.path("state")
     os.mkdir(folder)
-    link = box.socket + ".lock" if where == "socket" else os.path.join(folder, "s.lock")
+    name = flomd.state_name(box.folder, "s.lock")
+    link = box.socket + ".lock" if where == "socket" else os.path.join(folder, name)
     os.symlink(precious, link)
     done = box.flomd("--no-files", *box.address, "--state-dir", folder).end()
     assert done.status == 1 and link in done.err and done.err.count("\n") == 1

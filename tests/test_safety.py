@@ -5,6 +5,7 @@ The other user is a number without a name, so its default socket, /tmp/flom-NUMB
 import os
 import pwd
 import shutil
+import signal
 import socket
 import stat
 import struct
@@ -13,7 +14,7 @@ import time
 
 import pytest
 from commands import driven_daemon
-from fakes import PEER, FlomClient, message
+from fakes import MANAGEMENT, PEER, FlomClient, message
 from world import FLOM, FLOMD, PYTHON, endpoint, free_port, read, wait_until
 
 ME = os.getuid()
@@ -228,6 +229,19 @@ def test_no_datagram_stops_the_daemon(hosts):
             f"s.sendto({order!r}, ('127.0.0.1', 28015)); s.close()")
     assert one.start(*PYTHON, "-c", send).end() == (0, "", "")
     assert one.run("-A", "239.255.0.1", "-d", "0", "--", "echo", "x") == (0, "x\n", "")
+
+
+def test_an_order_over_a_connection_that_was_reset_is_obeyed(box):
+    """The peer's address is not known any more when the order is read."""
+    box.address = ("-a", "127.0.0.1", "-p", str(free_port()))
+    daemon = box.daemon()
+    with FlomClient(*endpoint(box.address)) as client:
+        os.kill(daemon.pid, signal.SIGSTOP)
+        client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.socket.sendall(message(MANAGEMENT, 8, '<session peerid="0"/><shutdown '
+                                      'immediate="1"/>'))
+    os.kill(daemon.pid, signal.SIGCONT)
+    assert daemon.wait(timeout=10) == 0 and "Traceback" not in daemon.err
 
 
 def test_an_order_of_a_client_that_is_gone_is_obeyed(box):
