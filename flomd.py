@@ -3156,7 +3156,8 @@ class Group:
         """Wakes the loop to drain if the other daemon is there.  A thread, as connecting blocks."""
         with contextlib.suppress(OSError, LookupError, ValueError, CannotServe):
             context = tls_context(self.settings, server=False) if self.daemon.tls else None
-            if daemon_at(address, context) == (pair and pair[1]):
+            found = daemon_at(address, context, self.daemon.checks_ids)
+            if found == (pair and pair[1]):
                 self.daemon.waker.send(bytes([DRAIN]))
 
     def close(self):
@@ -3173,13 +3174,16 @@ class Group:
 
 
 
-def daemon_at(address, context):
+def daemon_at(address, context, checks_ids=False):
     """The id of the daemon at a TCP address, None when it is FLoM's; it asks as a client would,
-    and blocks.  Raises OSError or LookupError when there is no lock daemon."""
+    and blocks.  Raises OSError or LookupError when there is no lock daemon, or, with `checks_ids`,
+    one whose certificate is not that of the id it presents."""
     question = encode(
         LOCK, 8, element("session", ("peerid", machine_id()), ("client", f"flomd.py/{VERSION}")),
         element("resource", ("name", encode_name(STATUS_RESOURCE))))
     until, answer = time.monotonic() + PATIENCE, b""
+    # anybody may have announced it: no name is looked up for a stranger
+    socket.getaddrinfo(*address, 0, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
     connected = socket.create_connection(address, PATIENCE)
     with secured(connected, context) if context else connected as asking:
         if context:
@@ -3187,12 +3191,21 @@ def daemon_at(address, context):
         asking.sendall(question)
         for data in iter(lambda: asking.recv(4096), b""):
             answer += data
-            found = re.search(rb"<session (?:[^>]* daemon=.([0-9a-f]+))?[^>]*>", answer)
+            found = re.search(rb"<session[^>]*>", answer)
             if found:
-                return found.group(1) and found.group(1).decode()
+                presented = dict(re.findall(' ([a-z]+)="([^"]*)"', found.group().decode()))
+                if checks_ids and not is_named(asking, presented.get("peerid")):
+                    raise LookupError("its certificate is not that of its id")
+                return presented.get("daemon")
             if len(answer) > 8192 or time.monotonic() > until:
                 break
     raise LookupError("no lock daemon")
+
+
+def is_named(connection, peer_id):
+    """Whether the certificate of a TLS peer has one common name, the id that it presents."""
+    name = common_name(connection.getpeercert())
+    return bool(name) and name == peer_id
 
 
 # --- Event loop ---------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import ssl
 import threading
 
 import flom
+import flomd
 import pytest
 from certificates import Certificates, TlsClient
 from commands import driven
@@ -164,6 +166,24 @@ def test_every_call_needs_one_name_that_is_the_id(tls, certificates, side, shown
     if side == "daemon":
         wait_until(lambda: "its id" in daemon.err)
     assert "Traceback" not in daemon.err
+
+
+@pytest.mark.parametrize("shown", ["good", "wrong", "nameless", "double"])
+def test_a_daemon_that_another_daemon_finds(tls, certificates, shown):
+    """It makes way for one whose certificate is that of its id alone."""
+    tls.daemon(address=tls.bare + certificates.options(shown))
+    address = endpoint(tls.bare)[1]
+    assert re.fullmatch("[0-9a-f]{16}", flomd.daemon_at(address, certificates.context()))
+    if shown == "good":
+        assert flomd.daemon_at(address, certificates.context(), checks_ids=True)
+    else:
+        with pytest.raises(LookupError):
+            flomd.daemon_at(address, certificates.context(), checks_ids=True)
+
+
+def test_no_name_is_looked_up_for_who_announces_a_daemon():
+    with pytest.raises(socket.gaierror):
+        flomd.daemon_at(("localhost", free_port()), None)
 
 
 ORDERS = [(LOCK, '<resource name="UjE=" wait="0" create="1"/>'),
