@@ -159,3 +159,24 @@ def test_the_environment_is_what_flom_has_found(box, locale):
     assert {entry for entry in entries[1] if not entry.startswith("FLOM_")} == entries[0] - {"=x"}
     daemon = set(read(f"/proc/{box.the_daemon()}/environ").split("\0"))
     assert daemon == entries[0] - {"=x"}
+
+
+WITHOUT_PROC = """
+import builtins, sys
+sys.path.insert(0, {root!r})
+import flom
+real = builtins.open
+def fail(path, *rest, **more):
+    if str(path).startswith("/proc"):
+        raise FileNotFoundError(2, "no /proc", path)
+    return real(path, *rest, **more)
+builtins.open = fail
+print(flom.found_environment().get("LC_CTYPE"))
+"""
+
+
+@pytest.mark.parametrize("locale, value", [([], None), (["LC_CTYPE=C.UTF-8"], "C.UTF-8")])
+def test_without_proc_the_interpreter_tells_whether_it_has_changed_the_locale(box, locale, value):
+    script = box.write("program.py", WITHOUT_PROC.format(root=ROOT))
+    done = box.start("env", "-u", "LC_ALL", "-u", "LANG", *locale, *PYTHON, script).end()
+    assert done == (0, f"{value}\n", "")
