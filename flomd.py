@@ -1100,7 +1100,8 @@ class Set(Counted):
 
     def could_have(self, element):
         """It is the label of a free slot, or any slot will do."""
-        return any(free and element in (None, label) for free, label in zip(self.free, self.labels))
+        return any(free and element in (None, label)
+                   for free, label in zip(self.free, self.labels))
 
     def take(self, request, now):
         """Takes the first free slot from the index on; a reclaim the first that has its label."""
@@ -1276,26 +1277,27 @@ KINDS = {"simple": Simple, "numeric": Numeric, "set": Set, "hierarchical": Hiera
 # are incompatible with it, from a holder to the waiters nested in its lock.  Five hundred waiters
 # behind five hundred holders would be 250 000 arrows, so points are put together in groups, which
 # are points as well: all holders of a mode, all waiters of a lane up to the n-th.  A group has two
-# members, one of them mostly the group as it was before, so there are a few arrows for each session
-# whatever they ask for.  In a tree there is a group for each node that is asked for, of what is
-# on it, and one of what is on it or below it.  Where a kind is counted, a gate stands between the
-# waiters that need so much and the holders.
+# members, one of them mostly the group as it was before, so there are a few arrows for each
+# session, whatever they ask for.  In a tree there is a group for each node that somebody asks
+# for, of what is on it, and one of what is on it or below it: there the arrows of a session grow
+# with the number of nodes above its own that somebody asks for.  Where a kind is counted, a gate
+# stands between the waiters that need so much and the holders.
 #
-# The first question.  An ancestor waits for its nested request, and that for those ahead of it.  So
-# one of those ahead waits for the ancestor if there is a circle through both, and all questions of
-# this sort have one answer: the circles of the graph, its strongly connected components, found in
-# one search.
+# The first question.  An ancestor waits for its nested request, and that for those ahead of it.
+# So one of those ahead waits for the ancestor when there is a circle through both, and all
+# questions of this sort have one answer: the circles of the graph, its strongly connected
+# components, found in one search.
 #
-# The second question is answered by reduction: who waits for nothing ends, what waited for it waits
-# for it no more, and so on; each arrow is looked at once.  When all have ended that can, nested
-# requests pass those ahead of them, and it goes on.  A request that is left will never be granted.
-# A mere circle would not do: of two holders of a pool one may be free to end.  Who gets a lock
-# in a reduction ends at once, so that it never takes anything from others, and the order in which
-# things happen does not matter.
+# The second question is answered by reduction: who waits for nothing ends, what waited for it
+# waits for it no more, and so on; each arrow is looked at once.  When all have ended that can,
+# nested requests pass those ahead of them, and it goes on.  A request that is left will never be
+# granted.  A mere circle would not do: of two holders of a pool one may be free to end.  Who is
+# granted a lock in a reduction ends at once, so that it never takes anything from others, and the
+# order in which things happen does not matter.
 #
-# Not here on purpose: the clock (an interval always comes), those that will not wait for ever (they
-# end by themselves, so the reduction leaves them out), and preferences in whom to refuse: it is who
-# asks last.
+# Not here on purpose: the clock (an interval always comes), waiters that will not wait for ever
+# (they end by themselves, so the reduction leaves them out), and preferences in whom to refuse: it
+# is who asks last.
 
 MOST_ABOVE = 1000  # locks above a request
 GONE, SEVERAL = -1, 0  # in place of a component, which is 1 or more
@@ -1549,8 +1551,9 @@ class Waits:
 
     def _passes(self, waiter, component, common):
         own = component[self.points[waiter]]
-        if not any(component[self.points[ancestor]] == own
-                   for ancestor in self.nesting.ancestors(waiter) if ancestor in self.points):
+        ancestors = [self.points[one] for one in self.nesting.ancestors(waiter)
+                     if one in self.points]
+        if not any(component[point] == own for point in ancestors):
             return False
         return all(common[point] in (GONE, own) for point in self.ends[self.turns[waiter]])
 
@@ -2047,7 +2050,7 @@ class LockTable:
         return [self._granted(request) for request in granted]
 
     def _let_pass(self, decisions, now):
-        """Grants nested requests, too, when those ahead of them have come to wait for ancestors."""
+        """Grants nested requests, too, when those ahead have come to wait for their ancestors."""
         while self._new_ways and self.window_until is None and not self.first_fit:
             self._new_ways = False
             for resource in {waiter.resource: None for waiter in self._nesting.waiters()}:
@@ -2397,37 +2400,81 @@ class Session:
         cls.first_to_ours = head + element("session", ("peerid", peer_id), ("daemon", daemon_id))
 
 
-# The status report, the answer to a lock of _STATUS.
+# --- Reports ------------------------------------------------------------------------------------
+# What the daemon tells of itself: who is in the way of a waiter, the status report (the answer to
+# a lock of _STATUS) and the tree of files that -m shows.  All are views of the lock table.
+#
+# The table may be large and names may be long, while the other clients want to be served.  So a
+# report is made of pieces, one for each holder and each waiter, which are made when they can be
+# sent.  What is the same for all waiters of a lane is found once: the holders in their way, and
+# the name in base64.
+#
+# Not here on purpose: one moment for the whole report.  A resource that is told of late may be
+# newer than the first.
+
+
+class Obstacles:
+    """Which holders of the resource are in the way of its waiters."""
+
+    def __init__(self, resource):
+        self.holders = list(resource.holders.values())
+        self._all = (self.holders[0] if self.holders else None), len(self.holders)
+        self._found = {}  # lane: what of() returns
+        self._levels = None
+        if resource.has_modes:
+            lanes = [holder.lane for holder in self.holders] + list(resource.lanes)
+            self._levels = Levels(names_above({lane[0] for lane in lanes}), self._join)
+            for place, holder in enumerate(self.holders):
+                self._levels.add((place, 1), holder.lane)
+
+    @staticmethod
+    def _join(one, before):
+        return before[0], before[1] + one[1]
+
+    def of(self, lane):
+        """(the first of those in the way of the lane, or None; their number).  All holders, when
+        the lane waits for other waiters only."""
+        if lane not in self._found:
+            self._found[lane] = self._look(lane)
+        return self._found[lane]
+
+    def _look(self, lane):
+        near = self._levels.near(lane) if self._levels is not None else []
+        if not near:
+            return self._all
+        return self.holders[min(place for place, _ in near)], sum(number for _, number in near)
 
 
 def in_the_way(resource, request):
-    """The holders that the request waits for; all, when it waits for other waiters only."""
+    """(the first of the holders that the request waits for, or None; their number).  All, when it
+    waits for other waiters only."""
     holders = list(resource.holders.values()) if resource else []
-    return [holder for holder in holders
-            if request is not None and resource.clash(request, holder)] or holders
+    clashing = [holder for holder in holders if resource.clash(request, holder)]
+    holders = clashing or holders
+    return (holders[0] if holders else None), len(holders)
 
 
-def held_by(resource, now, request=None):
-    """Who holds the resource, as far as it is in the way of the request, in one line."""
-    holders = in_the_way(resource, request)
-    if not holders:
+def held_by(obstacles, now):
+    """Who is in the way, (the first, their number), in one line."""
+    first, number = obstacles
+    if first is None:
         return "held by nobody"
-    first = holders[0]
     seconds = int(max(0, now.wall - first.held_since))
-    others = f" and {len(holders) - 1} more" if holders[1:] else ""
+    others = f" and {number - 1} more" if number > 1 else ""
     return (f"held by {first.session} for "
             f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}{others}")
 
 
 def report(table, introduction, now):
-    """Yields the pieces of the report: `introduction`, then one piece for each resource, then the
-    parked requests.  Pieces are made as they are sent, so a resource may be newer than another;
-    idle times are those of `now`."""
+    """Yields the pieces of the report: `introduction`, then the resources with those who hold and
+    await them, then the parked requests.  Idle times are those of `now`."""
+    encoded = functools.lru_cache(16)(encode_name)
     yield introduction
     for resource in list(table.resources.values()):
-        yield _resource_report(resource, now)
+        yield from _resource_report(resource, now, encoded)
     for request in parked(table):
-        yield element("parked", ("name", encode_name(request.name)), *_who(request))
+        about = _who(request, kind_of(request.name), encoded)
+        yield element("parked", ("name", encoded(request.name)), *about)
     yield END.decode()
 
 
@@ -2436,21 +2483,22 @@ def parked(table):
     return [request for queue in table.parked.values() for request in queue.values()]
 
 
-def _resource_report(resource, now):
-    idle = -1
+def _resource_report(resource, now, encoded):
+    kind, idle = kind_of(resource.name), -1
     if resource.idle_since is not None:
         idle = max(0, round((resource.idle_since - now.mono) * 1000 + resource.lifespan))
-    return "".join([
-        element("resource", ("name", encode_name(resource.name)),
-                ("kind", kind_of(resource.name)), ("idle", idle), end=">"),
-        *(element("holder", *_who(request), ("token", request.token))
-          for request in resource.holders.values()),
-        *(element("waiter", *_who(request), ("position", position))
-          for position, request in enumerate(resource.waiters(), 1)), "</resource>"])
+    yield element("resource", ("name", encoded(resource.name)), ("kind", kind), ("idle", idle),
+                  end=">")
+    for request in list(resource.holders.values()):
+        yield element("holder", *_who(request, kind, encoded), ("token", request.token))
+    for position, request in enumerate(resource.waiters(), 1):
+        yield element("waiter", *_who(request, kind, encoded), ("position", position))
+    yield "</resource>"
 
 
-def _who(request):
+def _who(request, kind, encoded):
     """The attributes that a holder, a waiter and a parked request have in common."""
+    session = request.session
     session, kind = request.session, kind_of(request.name)
     if not request.ident:  # FLoM's client: it can be named, too
         request.ident = os.urandom(8).hex()
@@ -2462,7 +2510,35 @@ def _who(request):
             ("mode", request.mode if kind in ("simple", "hierarchical") else None),
             ("quantity", request.quantity if kind == "numeric" else None),
             ("since", int(request.held_since or request.since)),
-            ("node", encode_name(request.name) if kind == "hierarchical" else None))
+            ("node", encoded(request.name) if kind == "hierarchical" else None))
+
+
+def tree(table):
+    """Yields (path, content) of the files that show the table."""
+    for number, resource in enumerate(table.resources.values(), 1):
+        folder, kind = f"lockers/{number}", kind_of(resource.name)
+        yield f"{folder}/resource_name", resource.name
+        yield f"{folder}/resource_type", kind
+        for role, requests in (("holders", resource.holders.values()),
+                               ("waitings", resource.waiters())):
+            for place, request in enumerate(requests, 1):
+                yield from ((f"{folder}/{role}/{place}/{key}", value)
+                            for key, value in _details(request, kind))
+    for number, request in enumerate(parked(table), 1):
+        folder = f"incubator/{number}"
+        yield f"{folder}/peer_name", request.session
+        yield f"{folder}/resource_name", request.name
+        yield f"{folder}/resource_type", kind_of(request.name)
+
+
+def _details(request, kind):
+    yield "peer_name", request.session
+    if kind in ("simple", "hierarchical"):
+        yield "lock_mode", MODES[request.mode]
+    elif kind == "numeric":
+        yield "quantity", request.quantity
+    elif request.element and kind in ("sequence", "timestamp"):
+        yield f"{kind}_value", request.element
 
 
 # --- Connections --------------------------------------------------------------------------------
@@ -2471,7 +2547,7 @@ def _who(request):
 
 MOST_UNREAD = 256 * 1024  # bytes that may wait for a slow reader
 PATIENCE = 10  # s for the first message, for a part of a report, and to close after the last word
-PIECES = 300  # of a status report that one turn of the loop makes
+PIECES, LARGEST = 300, 256 * 1024  # of a report in one turn of the loop, pieces and bytes
 LOCAL = "local"  # the peer on a UNIX socket
 MOST_USERS = 1000  # whose names are kept
 LOOK_UP, RENAMED = 10, 600  # s for one name; s after which it is asked for again
@@ -2488,7 +2564,7 @@ class Connection:
     def __init__(self, daemon, connection, peer):
         self.daemon, self.socket, self.peer = daemon, connection, peer
         self.session = Session(self)
-        self.output = b""  # what the client has not taken yet
+        self.output = b""  # what the client has not taken yet: bytes, or a memoryview
         self.report = None  # iterator over the rest of a status report, which follows the output
         self.over = False  # no more is said, and nothing that comes counts any more
         self.surplus = False  # beyond the limit of clients: to be refused
@@ -2534,7 +2610,7 @@ class Connection:
 
     def send(self, data):
         """Sends now what the client takes now, the rest when it can take more."""
-        self.output += data
+        self.output = bytes(self.output) + data if self.output else data
         if not self.writing:
             self._flush()
         if len(self.output) > MOST_UNREAD:
@@ -2552,7 +2628,7 @@ class Connection:
         try:
             while self.output or self.report and self._refill():
                 sent = self.socket.send(self.output)
-                self.output = self.output[sent:]
+                self.output = memoryview(self.output)[sent:]
         except self.would_block:
             pass
         except OSError:
@@ -2570,7 +2646,13 @@ class Connection:
         if self.daemon.reported is self.daemon.now:
             return False
         self.daemon.reported = self.daemon.now
-        self.output = "".join(itertools.islice(self.report, PIECES)).encode("ascii")
+        pieces, size = [], 0
+        for piece in itertools.islice(self.report, PIECES):
+            pieces.append(piece)
+            size += len(piece)
+            if size >= LARGEST:
+                break
+        self.output = "".join(pieces).encode("ascii")
         if not self.output:
             self.report = None
         return self.output
@@ -2624,7 +2706,7 @@ class Users:
         self.daemon = daemon
         self.names = collections.OrderedDict()  # uid: (name, when it is to be asked for again)
         self.wanted = collections.OrderedDict()  # uids to ask for
-        self.asking = None  # (uid, pid of the child, its pipe as a file)
+        self.asking = None  # the Child that looks for a name
         for uid in {0, os.getuid()}:
             self._learn(uid, owner(uid))
 
@@ -2647,55 +2729,79 @@ class Users:
             return
         uid, _ = self.wanted.popitem(last=False)
         try:
-            self.asking = self._start(uid)
-            self.daemon.poller.add(self.asking[2], self._hear)
+            self.asking = Child(self.daemon.poller, functools.partial(self._look_up, uid),
+                                functools.partial(self._hear, uid))
         except OSError:  # no file or process can be had now
-            self.close()
             self._learn(uid, str(uid))
 
-    def _start(self, uid):
-        """(uid, pid of its child, the pipe through which that tells the name)."""
-        reader, writer = os.pipe()
-        try:
-            pid = fork_quietly()
-            if not pid:
-                self._tell(uid, writer)
-        except OSError:
-            os.close(reader)
-            raise
-        finally:
-            os.close(writer)
-        return uid, pid, open(reader, "rb", 0)
-
     @staticmethod
-    def _tell(uid, writer):
-        """In the child: writes the name, and ends; a directory that hangs ends it, too."""
-        try:
-            signal.set_wakeup_fd(-1)
-            for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_DFL)
-            signal.alarm(LOOK_UP)
-            close_files(keep=writer)
-            os.write(writer, owner(uid).encode("utf-8", "replace"))
-        finally:
-            os._exit(0)
+    def _look_up(uid):
+        """In the child: the name; a directory that hangs ends it."""
+        signal.alarm(LOOK_UP)
+        return owner(uid)
 
-    def _hear(self, events):
-        uid, pid, pipe = self.asking
-        name = pipe.read(256).decode("utf-8", "replace")
-        self.close()
+    def _hear(self, uid, name):
+        self.asking = None
         self._learn(uid, name or str(uid))
         self._ask()
 
     def close(self):
         """Ends the child that is at work."""
         if self.asking:
-            (_, pid, pipe), self.asking = self.asking, None
-            self.daemon.poller.remove(pipe)
-            pipe.close()
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
+            self.asking.end()
+            self.asking = None
+
+
+class Child:
+    """A process that does for the loop what may take long: it calls act(), and when it has ended
+    hear(text) is called with what act() has returned, or "" where it came to no end.  Raises
+    OSError."""
+
+    def __init__(self, poller, act, hear):
+        self.poller, self.hear = poller, hear
+        reader, writer = os.pipe()
+        self.pipe = open(reader, "rb", 0)
+        try:
+            self.pid = fork_quietly()
+            if not self.pid:
+                self._work(act, writer)
+        except OSError:
+            self.pipe.close()
+            raise
+        finally:
+            os.close(writer)
+        try:
+            poller.add(self.pipe, self._end_has_come)
+        except OSError:
+            self.end()
+            raise
+
+    @staticmethod
+    def _work(act, writer):
+        """The signals are its own again, and of the files of the daemon it keeps none: clients
+        would wait for this process, too."""
+        try:
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
+                           signal.SIGUSR1):
+                signal.signal(number, signal.SIG_DFL)
+            close_files(keep=writer)
+            os.write(writer, act().encode("utf-8", "replace")[:select.PIPE_BUF])
+        finally:
+            os._exit(0)
+
+    def _end_has_come(self, events):
+        text = self.pipe.read(select.PIPE_BUF).decode("utf-8", "replace")
+        self.end()
+        self.hear(text)
+
+    def end(self):
+        """Ends the process, if it runs yet, and waits for it."""
+        self.poller.remove(self.pipe)
+        self.pipe.close()
+        with contextlib.suppress(OSError):
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
 
 
 def fork_quietly():
@@ -3505,7 +3611,8 @@ class Daemon:
             self._prepare_state(decision.token)
         if self.publisher:
             self.publisher.note(decision)
-        if decision.verdict in (ENQUEUED, BUSY) and "progress" in decision.session.about:
+        progress = "progress" in decision.session.about
+        if progress and decision.verdict in (ENQUEUED, BUSY) and decision.reason is None:
             decision = self._explained(decision)
         decision.session.connection.tell(decision)
 
@@ -3519,26 +3626,30 @@ class Daemon:
     def _explained(self, decision):
         """The decision for a session that wants to know why it waits, and how that changes."""
         session, resource = decision.session, self.table.resource_of(decision.session.asked)
+        obstacles = in_the_way(resource, session.request)
         if decision.verdict == ENQUEUED:
-            self.curious[session] = decision.position, in_the_way(resource, session.request)[:1]
+            self.curious[session] = decision.position, obstacles[0]
             self.dates.setdefault(self._tell_places, self.now.mono + 1)
-        return decision._replace(
-            reason=decision.reason or resource and held_by(resource, self.now, session.request))
+        return decision._replace(reason=held_by(obstacles, self.now) if resource else None)
 
     def _tell_places(self):
         """Once a second: tells those that want to know it of a new place, or another holder."""
         known, self.curious = self.curious, {}
         requests = filter(None, map(self.table.requests.get, known))
         for resource in {request.resource for request in requests if request.state is QUEUED}:
+            obstacles = Obstacles(resource)
             for position, request in enumerate(resource.waiters(), 1):
-                session = request.session
-                place = session in known and (position, in_the_way(resource, request)[:1])
-                if place and place == known[session]:
-                    self.curious[session] = place
-                elif place:
-                    self.decisions.append(Decision(session, ENQUEUED, position=position))
+                if request.session in known:
+                    self._tell_place(request, position, obstacles.of(request.lane), known)
         if self.curious:
             self.dates[self._tell_places] = self.now.mono + 1
+
+    def _tell_place(self, request, position, obstacles, known):
+        session, place = request.session, (position, obstacles[0])
+        self.curious[session] = place
+        if place != known[session]:
+            self.decisions.append(Decision(session, ENQUEUED, position=position,
+                                           reason=held_by(obstacles, self.now)))
 
     def _lock(self, connection, request):
         session = connection.session
@@ -3950,8 +4061,10 @@ def take(state, served, foreground, group, answers):
 
 
 # What others may watch: the tree of -m, in FLoM's layout, and the text of --metrics for Prometheus.
-# Both are written by a forked child, which sees the table as it was at that moment: the loop waits
-# for no disk.  The tree is built anew beside the old one; `status` is a link that is moved over.
+# Both are written by a child, which sees the table as it was at that moment: the loop waits for no
+# disk.  The tree is built anew beside the old one; `status` is a link that is moved over.  A disk
+# may be slow and the table large, so there is one child at a time: what is to be written meanwhile
+# is written by the next one, when it has ended, and none is left when the daemon ends.
 
 TREE_PAUSE, METRICS_PAUSE = 1, 15  # s between two versions
 WAITS = (0.001, 0.01, 0.1, 1, 10, 60, 600)  # s, the upper bounds of the histogram
@@ -3966,7 +4079,8 @@ class Publisher:
         self.daemon, self.mount, self.metrics = daemon, mount, metrics
         self.verdicts, self.lost = collections.Counter(), 0
         self.waits, self.waited = [0] * (len(WAITS) + 1), 0.0
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the children
+        self.child, self.trees = None, 0  # the Child that writes; trees made so far
+        self.late = collections.OrderedDict()  # what is to be written when it has ended
         if mount:
             self._publish_tree()
         if metrics:
@@ -4005,32 +4119,70 @@ class Publisher:
             self.daemon.dates.setdefault(self._publish_tree, self.daemon.now.mono + TREE_PAUSE)
 
     def _publish_tree(self):
-        self._in_child(self._write_tree, f".status-{time.time():f}")
+        self._publish(self._write_tree)
 
     def _publish_metrics(self):
         self.daemon.dates[self._publish_metrics] = self.daemon.now.mono + METRICS_PAUSE
-        self._in_child(self._write_metrics, f"{self.metrics}.{os.getpid()}")
+        self._publish(self._write_metrics)
 
-    @staticmethod
-    def _in_child(write, name):
-        if not os.fork():
-            try:
-                close_files()  # or clients would wait for this process, too
-                write(name)
-            finally:
-                os._exit(0)
+    def _publish(self, write):
+        """Has it written by a child, now or as soon as the one that is at work has ended."""
+        if self.child:
+            self.late[write] = None
+            return
+        self.trees += 1
+        try:
+            act = functools.partial(self._try, write)
+            self.child = Child(self.daemon.poller, act, self._ended)
+        except OSError as error:
+            self._ended(error.strerror)
 
-    def _write_tree(self, new):
+    def _try(self, write):
+        """In the child: writes; returns what went wrong."""
+        try:
+            write()
+        except OSError as error:
+            return f"cannot write {error.filename or self.mount or self.metrics}: {error.strerror}"
+        return ""
+
+    def _ended(self, failure):
+        self.child = None
+        if failure:
+            self.daemon.log.limited(failure, "error")
+        if self.late:
+            self._publish(self.late.popitem(last=False)[0])
+
+    def _write_tree(self):
+        daemon = os.getppid()
+        new = f".status-{daemon}-{self.trees}"
         top, link = os.path.join(self.mount, new), os.path.join(self.mount, f"{new}-link")
-        os.mkdir(top)
+        self._remove_but(os.path.basename(self._shown()))  # what a daemon left that was killed
+        try:
+            os.mkdir(top)
+            self._write_files(top)
+            if os.getppid() == daemon:  # it was not killed meanwhile
+                os.symlink(new, link)
+                os.replace(link, os.path.join(self.mount, "status"))
+        finally:
+            self._remove_but(os.path.basename(self._shown()))
+
+    def _shown(self):
+        """The tree to which the link leads; "" when there is none."""
+        try:
+            return os.readlink(os.path.join(self.mount, "status"))
+        except OSError:
+            return ""
+
+    def _write_files(self, top):
+        made = set()
         for path, text in tree(self.daemon.table):
             path = os.path.join(top, path)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            folder = os.path.dirname(path)
+            if folder not in made:
+                os.makedirs(folder, exist_ok=True)
+                made.add(folder)
             with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
                 file.write(f"{visible(str(text))}\n")
-        os.symlink(new, link)
-        os.replace(link, os.path.join(self.mount, "status"))
-        self._remove_but(new)
 
     def _remove_but(self, kept):
         for name in os.listdir(self.mount):
@@ -4044,11 +4196,15 @@ class Publisher:
                     os.unlink(os.path.join(folder, file))
                 os.rmdir(folder)
 
-    def _write_metrics(self, new):
+    def _write_metrics(self):
+        new = self._new_metrics()
         with open(new, "w") as file:
             file.write("".join(self._figures()))
         os.chmod(new, 0o644)
         os.replace(new, self.metrics)
+
+    def _new_metrics(self):
+        return f"{self.metrics}.new"
 
     def _figures(self):
         """Yields the metrics in Prometheus' text format."""
@@ -4075,41 +4231,18 @@ class Publisher:
             yield from (f"flomd_{name}{labels} {value}\n" for labels, value in values.items())
 
     def close(self):
-        """Removes what it has published."""
-        with contextlib.suppress(OSError):
-            if self.metrics:
-                os.unlink(self.metrics)
-            if self.mount:
+        """Removes what it has published, and what a child is about to publish."""
+        if self.child:
+            self.child.end()
+        if self.metrics:
+            for path in (self.metrics, self._new_metrics()):
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+        if self.mount:
+            with contextlib.suppress(OSError):
                 os.unlink(os.path.join(self.mount, "status"))
+            with contextlib.suppress(OSError):
                 self._remove_but(None)
-
-
-def tree(table):
-    """Yields (path, content) of the files that show the table."""
-    for number, resource in enumerate(table.resources.values(), 1):
-        folder, kind = f"lockers/{number}", kind_of(resource.name)
-        yield f"{folder}/resource_name", resource.name
-        yield f"{folder}/resource_type", kind
-        for role, requests in (("holders", resource.holders.values()),
-                               ("waitings", resource.waiters())):
-            for place, request in enumerate(requests, 1):
-                yield from ((f"{folder}/{role}/{place}/{key}", value)
-                            for key, value in _details(request, kind))
-    for number, request in enumerate(parked(table), 1):
-        folder = f"incubator/{number}"
-        yield f"{folder}/peer_name", request.session
-        yield f"{folder}/resource_name", request.name
-        yield f"{folder}/resource_type", kind_of(request.name)
-
-
-def _details(request, kind):
-    yield "peer_name", request.session
-    if kind in ("simple", "hierarchical"):
-        yield "lock_mode", MODES[request.mode]
-    elif kind == "numeric":
-        yield "quantity", request.quantity
-    elif request.element and kind in ("sequence", "timestamp"):
-        yield f"{kind}_value", request.element
 
 
 # --- Daemonize ----------------------------------------------------------------------------------

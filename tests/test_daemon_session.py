@@ -6,7 +6,7 @@ import xml.etree.ElementTree
 
 import flomd
 import pytest
-from engine_world import Clock
+from engine_world import Clock, World, lines
 from fakes import (DISCOVER, END, HEADER, LOCK, MANAGEMENT, MODES, PEER, PING, UNLOCK, b64, message,
                    parse)
 from world import DATA, chance
@@ -474,7 +474,8 @@ def test_the_report_says_since_when_a_lock_is_held(hub, link):
     link.unlock("R")
     hub.later(11)
     assert int(entries(hub)[2][1]["since"]) == int(hub.clock.wall) - 11
-    assert flomd.held_by(hub.table.resources["R"], hub.clock).endswith("for 00:00:11")
+    assert flomd.held_by(
+        flomd.Obstacles(hub.table.resources["R"]).of(("R", 5)), hub.clock).endswith("for 00:00:11")
 
 
 def test_whatever_clients_say_of_themselves_can_be_reported(hub, link):
@@ -518,3 +519,47 @@ def test_the_usual_messages_are_read_as_all_others():
             changed[draw.randrange(len(text))] = draw.choice(b'"<>&/ =0159abZ\xff\n')
             changed = bytes(changed)
             assert read(flomd.read_message, changed) == read(flomd.decode, changed), changed
+
+
+def test_a_report_has_a_piece_for_each_holder_and_waiter(hub):
+    """However many there are, and however long the names."""
+    name, links = "/t/" + "x" * 5000, [hub.connect() for _ in range(20)]
+    for link in links:
+        link.lock(name)
+    pieces = list(flomd.report(hub.table, "", hub.clock))
+    assert len(pieces) == 1 + 1 + len(links) + 1 + 1
+    assert max(map(len, pieces)) < 2 * len(name)
+
+
+# Who is in the way
+
+@pytest.mark.parametrize("names", [["R"], ["n[40]"], ["_s_x[40]"],
+                                   ["/t", "/t/a", "/t/a/x", "/t/b", "/t/bc"]])
+def test_who_is_in_the_way_is_the_same_for_one_and_for_all(names):
+    """For one waiter all holders are looked at; for all waiters each lane is looked at once."""
+    draw = chance("in the way")
+    for _ in range(30):
+        world = World()
+        for number in range(30):
+            world.ask(f"S{number}", draw.choice(names), draw.choice(MODES))
+        for resource in world.table.resources.values():
+            obstacles = flomd.Obstacles(resource)
+            for waiter in resource.waiters():
+                assert obstacles.of(waiter.lane) == flomd.in_the_way(resource, waiter)
+
+
+@pytest.mark.parametrize("form", ["R", "/t/{}"])
+def test_to_look_for_all_costs_for_each_the_same(form):
+    found = []
+    for many in (200, 400, 600):
+        world = World(window=3)
+        for number in range(many):
+            world.ask(f"H{number}", form.format(number), "PR", wait=0, reclaim=9)
+            world.ask(f"W{number}", form.format(number))
+        resource, = world.table.resources.values()
+
+        def look():
+            obstacles = flomd.Obstacles(resource)
+            return [obstacles.of(waiter.lane) for waiter in resource.waiters()]
+        found.append(lines(look))
+    assert found[2] - found[1] < 1.1 * (found[1] - found[0])

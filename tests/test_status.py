@@ -11,7 +11,8 @@ import flomd
 import pytest
 from commands import driven
 from fakes import LOCK, PEER, FlomClient, FlomDaemon, b64, message
-from world import PYTHON, ROOT, endpoint, free_port, pass_time, read, wait_until
+from world import (PYTHON, ROOT, can_connect, endpoint, free_port, pass_time, read,
+                   wait_until)
 
 HOST = os.uname().nodename
 HEAD = ["RESOURCE", "KIND", "STATE", "ID", "HOST", "PID", "USER", "COMMAND", "HOW", "FOR"]
@@ -502,6 +503,76 @@ def test_the_metrics(box):
     daemon.terminate()
     assert daemon.end().status == 0
     assert [name for name in os.listdir(box.folder) if name.startswith("flomd.prom")] == []
+
+
+SLOW = """\
+import os, sys
+sys.path.insert(0, {root!r})
+import flomd
+flomd.TREE_PAUSE = 0.01
+shown = flomd.tree
+def tree(table):
+    open({gate!r}).close()  # waits until somebody opens it for writing
+    return shown(table)
+flomd.tree = tree
+sys.exit(flomd.main())
+"""
+
+
+def test_a_slow_tree_is_written_once_and_whole(box):
+    """One process at a time writes, however often something changes; the next one begins when it
+    has ended, and at the end of the daemon nothing is left, not even of one that is at work."""
+    state, gate = box.path("state"), box.path("gate")
+    os.mkdir(state)
+    os.mkfifo(gate)
+    daemon = box.start(*PYTHON, "-c", SLOW.format(root=ROOT, gate=gate), "-f", "--no-files",
+                       *box.address, "-m", state)
+    box.foreground.append(daemon)
+    wait_until(lambda: can_connect(box.address) and os.listdir(state))
+    begun, first = os.listdir(state), children(daemon.pid)
+    holder, hold = box.hold("a", "-r", "R1")
+    for number in range(5):
+        assert box.run("-r", f"n{number}", "--", "true").status == 0
+        assert os.listdir(state) == begun and children(daemon.pid) == first
+    release(gate)
+    wait_until(lambda: children(daemon.pid) not in ([], first))
+    assert tree(os.path.join(state, "status")) == {}  # as it was when the first one began
+    release(gate)
+    found = wait_until(lambda: tree(os.path.join(state, "status")))
+    assert "lockers/1/holders/1/peer_name" in found
+    for number in range(1, 7):
+        assert f"lockers/{number}/resource_type" in found
+    assert box.run("-r", "last", "--", "true").status == 0
+    working, = wait_until(lambda: children(daemon.pid))
+    end([hold], [holder])
+    assert children(daemon.pid) == [working]
+    daemon.terminate()
+    assert daemon.end().status == 0
+    assert os.listdir(state) == [] and not os.path.exists(f"/proc/{working}")
+
+
+def children(pid):
+    """The pids of the processes that the process has started and not waited for."""
+    return [int(child) for child in read(f"/proc/{pid}/task/{pid}/children").split()]
+
+
+def release(gate):
+    """Lets the one who waits at the fifo go on, as soon as it waits there."""
+    with open(gate, "w"):
+        pass
+
+
+def test_a_tree_that_cannot_be_written(box):
+    """One line says so, and the daemon serves on."""
+    state = box.path("state")
+    os.mkdir(state)
+    daemon = box.daemon("-m", state)
+    wait_until(lambda: os.path.exists(os.path.join(state, "status")))
+    os.rename(state, box.path("away"))
+    assert box.run("-r", "R1", "--", "true").status == 0
+    wait_until(lambda: "cannot write" in daemon.err)
+    assert re.search(rf"cannot write {state}.*: No such file or directory", daemon.err)
+    assert box.run("-r", "R1", "--", "true").status == 0
 
 
 # The configuration
