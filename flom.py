@@ -2376,10 +2376,10 @@ def leave_process_1():
     signals = Signals(())
     signals.block()
     while True:
+        reap_until(child)  # first: it may have ended before its SIGCHLD was blocked
         number, passed = signals.wait(FOREVER)
         if passed:
             os.kill(child, number)
-        reap_until(child)
 
 
 def reap_until(child):
