@@ -1867,8 +1867,8 @@ class LockTable:
         """A new resource: its creator is the first, those that waited for it come next."""
         if request.quantity > resource.most:
             return self._refuse(request, IMPOSSIBLE)
-        # holders that come back are no more than there were
-        if request.reclaim is None and self._is_full(resource):
+        # newcomers must not take the room of holders that come back
+        if self._is_full(resource, 1 if request.reclaim is None else 2):
             return self._refuse(request, LIMIT, "the daemon keeps too many resources, or names "
                                                 "that are too long")
         self.resources[resource.name] = resource
@@ -1879,10 +1879,11 @@ class LockTable:
         self._look_again(resource, now)
         return decisions
 
-    def _is_full(self, resource):
-        """Whether there is no room for a new resource: many outlive the clients that made them."""
-        return (len(self.resources) >= self.most_resources
-                or self.names + resource.weight > MOST_NAMES)
+    def _is_full(self, resource, times):
+        """Whether there is no room for a new resource, not even in so many times the limits: many
+        outlive the clients that made them."""
+        return (len(self.resources) >= times * self.most_resources
+                or self.names + resource.weight > times * MOST_NAMES)
 
     def _wake(self, resource, now):
         """Those who waited for the resource ask for it now, in the order of their arrival."""

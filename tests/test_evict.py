@@ -2,6 +2,7 @@
 import os
 import re
 
+import flom
 import pytest
 from fakes import MANAGEMENT, PEER, FlomClient, FlomDaemon, message, read_message
 from test_safety import ME, STRANGER, another, needs_root, shared  # noqa: F401
@@ -43,6 +44,19 @@ def test_a_holder_loses_its_lock_for_good(place):
     assert (status, out) == (95, "") and err.count("\n") == 1
     assert re.search(rf"R1 is lost: .*taken away by \S+@{giver(place)}", err)
     assert "taken away" in place.master.err and "Traceback" not in place.master.err
+
+
+def test_a_program_is_told_and_does_not_get_the_lock_back(box):
+    box.daemon()
+    lock = flom.Lock("R1", config=False, socket_name=box.socket)
+    with lock:
+        assert box.run("--evict", ids(box)[0]).status == 0
+        assert lock.lost
+        with pytest.raises(flom.LockLost) as lost:
+            lock.check()
+        assert "taken away by" in str(lost.value) and ids(box) == []
+    assert lock.acquire() and not lock.lost
+    lock.release()
 
 
 @pytest.mark.parametrize("loss, status", [("ignore", 0), ("term", 95)])

@@ -307,8 +307,9 @@ def test_one_resource_too_many_is_refused():
 def test_a_holder_that_comes_back_is_no_resource_too_many():
     world = World(most_resources=1, window=3)
     assert reclaim(world, "A", "R1", reclaim=1000) == "A granted"
-    assert reclaim(world, "B", "R2", reclaim=1001) == "B granted"
     assert world.ask("C", "R3") == "C limit"
+    assert reclaim(world, "B", "R2", reclaim=1001) == "B granted"
+    assert reclaim(world, "D", "R4", reclaim=1002) == "D limit"  # a liar
 
 
 @pytest.mark.parametrize("form", [
