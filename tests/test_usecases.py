@@ -7,7 +7,7 @@ import shutil
 import signal
 
 import pytest
-from world import FLOM_PY, FLOMD_PY, is_busy, pass_time, wait_until
+from world import FLOM_PY, FLOMD_PY, is_busy, wait_until
 
 
 
