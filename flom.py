@@ -1446,21 +1446,10 @@ def locating(settings, diary, resolving=resolving_here):
     return list(dict.fromkeys(found))
 
 
-def connecting(settings, diary, context, make):
-    """Steps to a Connection, None when nobody listens; raises DaemonUnavailable.
-
-    `make` is Connection or, in a program, program_connection.
-    """
-    race = Race(settings, (yield from locating(settings, diary)), context, make)
-    connection = yield from race.winning()
-    if not connection:
-        race.check()
-    return connection
-
-
 class Race:
     """The addresses of a daemon: the first with which a connection stands, TLS included, wins.
 
+    `make` is Connection or, in a program, program_connection.
     The next address begins to run when the one before has failed, or has run for STAGGER without
     an end (RFC 8305).  A winner may prove to be of no use: then those that are left run on.
     """
@@ -1512,6 +1501,7 @@ class Race:
                 yield from connection.opening(name, until, self.context)
                 if local and not self.settings["SocketName"]:
                     connection.check_owner()
+                connection.address = address
                 return connection
         except OSError as error:
             self._nobody = self._nobody or error.errno in NOBODY
@@ -1570,6 +1560,7 @@ class Connection:
         self.sock, self._again = socket.socket(family, socket.SOCK_STREAM), (BlockingIOError,)
         self.sock.setblocking(False)
         self.name = None  # the one CN of the daemon's certificate
+        self.address = None  # as `locating` has found it
         self._maker = os.getpid()
 
     def __enter__(self):
@@ -1711,7 +1702,8 @@ class Connection:
         data, until = bytearray(), clock() + patience
         try:
             self.send(message)
-            while END not in data[-2 * CHUNK:] and clock() < until:
+            # what begins otherwise is no message, and may never end
+            while data[:1] in (b"", b"<") and END not in data[-2 * CHUNK:] and clock() < until:
                 more = self.take()
                 data += more
                 if more:
@@ -2080,7 +2072,8 @@ class Lock:
                 if clock() >= until:
                     hint = "" if self._context else "; it may want TLS"
                     raise DaemonUnavailable(f"{gone.where} does not answer: {gone}{hint}")
-                patient, about = True, None if about and self._is_long() else self._about
+                patient, bare = True, about and self._is_long()
+                about = None if bare else self._about
                 yield None, 0, AGAIN
 
     def _is_long(self):
@@ -2824,26 +2817,46 @@ def covers(holder, settings):
 
 
 def asking_for_report(settings):
-    """Steps to (connection, the report as it came) of a daemon that is whom it says it is."""
-    context = tls_context(settings)
-    connection = yield from connecting(settings, Diary(settings), context, Connection)
-    if not connection:
-        raise DaemonUnavailable(f"no daemon at {place(settings)}")
+    """Steps to (connection, the report as it came) of the first address that gives one."""
+    race, wrong = (yield from starting_race(settings)), None
+    while True:
+        connection = yield from race.winning()
+        if not connection:
+            break
+        try:
+            patience = EACH if race.left else PATIENCE
+            return connection, (yield from asking_one_for_report(connection, settings, patience))
+        except _Useless as error:
+            wrong = wrong or error
+    if wrong:
+        raise wrong
+    race.check()
+    raise DaemonUnavailable(f"no daemon at {place(settings)}")
+
+
+def starting_race(settings):
+    """Steps to a Race of all addresses, for one that holds no lock."""
+    addresses = yield from locating(settings, Diary(settings))
+    return Race(settings, addresses, tls_context(settings), Connection)
+
+
+def asking_one_for_report(connection, settings, patience):
+    """Steps to the report as it came, of a daemon that is whom it says it is; _Useless."""
     data = yield from connection.fetching(encode(
         LOCK, 8,
         element("session", ("peerid", machine_id()), ("client", f"flom.py/{VERSION}")),
         element("resource", ("name", encode_name(STATUS_RESOURCE)), ("mode", 0), ("wait", 0),
-                ("create", 0), ("lifespan", 0))), PATIENCE)
+                ("create", 0), ("lifespan", 0))), patience)
     if not data:
-        why = "it closed the connection" if data is not None else f"{PATIENCE} s have passed"
-        raise DaemonUnavailable(f"{connection.where} gives no report: {why}")
-    if context and settings["TlsCheckPeerId"]:
-        try:
-            sessions = [found for _, tag, found, _ in tags(data) if tag == "session"]
-        except ProtocolError as error:
-            raise DaemonUnavailable(f"{connection.where} gives no report: {error}")
+        why = "it closed the connection" if data is not None else f"{patience} s have passed"
+        raise _Useless(f"{connection.where} gives no report: {why}")
+    try:
+        sessions = [found for _, tag, found, _ in tags(data) if tag == "session"]
+    except ProtocolError as error:
+        raise _Useless(f"{connection.where} gives no report: {error}")
+    if settings["TlsCertificate"] and settings["TlsCheckPeerId"]:
         connection.check_name(sessions[0].get("peerid") if sessions else None)
-    return connection, data
+    return data
 
 
 def make_readable(attributes):
@@ -3002,15 +3015,19 @@ def check_configuration(options, settings):
 def give_order(settings, order, **about):
     """Sends a management message with the element `order`; returns (pid of a local daemon, the
     attributes of its answer, None for an end without one); raises DaemonUnavailable."""
-    context, known = tls_context(settings), None
-    if context and settings["TlsCheckPeerId"]:
-        # an order may end without an answer, so the daemon shows in a report who it is
-        known = finish(asking_for_report(settings))[0].name
-    connection = finish(connecting(settings, Diary(settings), context, Connection))
+    race, known = finish(starting_race(settings)), None
+    checked = settings["TlsCertificate"] and settings["TlsCheckPeerId"]
+    if checked or len(race.left) > 1:
+        # an order may end without an answer, so a report shows first which daemon serves, and who
+        # it is
+        known = finish(asking_for_report(settings))[0]
+        race.left = [known.address]
+    connection = finish(race.winning())
     if not connection:
+        race.check()
         raise DaemonUnavailable(f"no daemon at {place(settings)}")
-    if known:
-        connection.check_name(known)
+    if checked:
+        connection.check_name(known.name)
     pid = connection.peer()[0]
     session = element("session", ("peerid", machine_id()), *about.items())
     data = finish(connection.parting(encode(MANAGEMENT, 8, session, order), PATIENCE,

@@ -219,3 +219,14 @@ def test_two_addresses_are_never_asked_at_a_time(box):
     for one in (first, second, *listeners):
         one.close()
     assert client.end() == (0, "x\n", "")
+
+
+@pytest.mark.parametrize("words", [b"", b"SSH-2.0-x\r\n"], ids=["closes", "nonsense"])
+def test_reports_and_orders_go_to_the_address_that_serves(box, silent, words):
+    """An end without an answer is what an order that was obeyed looks like."""
+    port = silent(host="127.0.0.3", words=words)
+    daemon = box.daemon(address=at("127.0.0.2", port))
+    several = at("127.0.0.3,127.0.0.2", port)
+    assert box.run("--status", address=several) == (0, "nobody holds or awaits a lock\n", "")
+    done = box.run("-X", address=several)
+    assert (done.status, done.err) == (0, "") and daemon.end().status == 0
