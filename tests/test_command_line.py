@@ -502,23 +502,15 @@ def test_a_home_of_another_user_that_cannot_be_entered(box):
     os.chmod(box.folder, 0o755)
     os.mkdir(box.path("home"), 0o700)
     as_nobody = f"""
-<<<<<<< Updated upstream
 import os, pwd, sys
 sys.path.insert(0, {ROOT!r})
 import flom
 flom.read_arguments([])  # imports what this user cannot
-=======
-import os, runpy, sys
->>>>>>> Stashed changes
 os.setgroups([])
 os.setuid(65534)
 os.environ["HOME"] = {box.path('home')!r}
 sys.argv[1:] = ["-s", "/tmp/none", "-d", "0", "--", "true"]
-<<<<<<< Updated upstream
 flom.main()
-=======
-runpy.run_path({FLOM!r}, run_name="__main__")
->>>>>>> Stashed changes
 """
     done = box.start(*PYTHON, "-c", as_nobody).end()
     first, last = done.err.splitlines()
