@@ -4340,7 +4340,7 @@ class Log:
 
     def __init__(self, target, level, append=True):
         self.target, self.level, self.append = target, LEVELS[level], append
-        self.socket = self.file = None  # to syslog; the descriptor of the file
+        self.socket = self.file = None  # to syslog; without a buffer
         self.lost = self.count = self.begin = 0
         self.put = {"syslog": self._to_syslog, "stderr": self._to_stderr}.get(
             target, self._to_file)
@@ -4354,7 +4354,7 @@ class Log:
             if not self.append:
                 flags |= os.O_TRUNC
             with serving(f"cannot write the log {self.target}"):
-                self.file = os.open(self.target, flags, 0o666)
+                self.file = open(os.open(self.target, flags, 0o666), "wb", 0)
             self.append = True
 
     def reopen(self):
@@ -4366,7 +4366,7 @@ class Log:
             self.error(f"{error}; the log is not opened again")
             return
         if before is not None:
-            os.close(before)
+            before.close()
 
     def limited(self, text, level="warning"):
         """A line that a peer causes: no more than LIMITED of them in an INTERVAL."""
@@ -4422,9 +4422,11 @@ class Log:
     def _to_file(self, level, text):
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} flomd[{os.getpid()}] {level}: {text}\n"
         data = line.encode("utf-8", "replace")
-        data = data[os.write(self.file, data):]
-        if data:  # a disk that takes a part of a line says why when it is given the rest
-            os.write(self.file, data)
+        while data:  # a disk that takes a part of a line says why when it is given the rest
+            taken = self.file.write(data)
+            if taken is None:
+                raise BlockingIOError
+            data = data[taken:]
 
     def _to_stderr(self, _, text):
         if not select.select([], [2], [], 0)[1]:
