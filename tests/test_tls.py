@@ -394,6 +394,27 @@ def test_an_alert_at_the_unlock(box, certificates):
         assert alerting.alerts == 2
 
 
+@pytest.mark.parametrize("tls", ["tcp"], indirect=True)
+def test_a_process_made_by_fork_closes_its_copy_alone(tls):
+    """The stream of the parent goes on: no goodbye of TLS is said for it."""
+    tls.daemon()
+    words = [(word[2:].replace("-", "_"), value)
+             for word, value in zip(tls.address[::2], tls.address[1::2]) if word[:2] == "--"]
+    lock = flom.Lock("R1", config=False, unicast_address=tls.address[1],
+                     unicast_port=tls.address[3], **dict(words))
+    with lock:
+        child = os.fork()
+        if not child:
+            try:
+                lock.release()
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        assert not lock.lost
+        assert tls.run("-r", "R1", "-o", "0", "--", "true").status == 98
+    assert tls.run("-r", "R1", "-o", "0", "--", "true").status == 0
+
+
 def test_the_first_address_that_completes_the_handshake_is_asked(box, certificates):
     """One that takes the connection and says nothing holds the next one up for a moment alone."""
     with socket.socket() as silent:
