@@ -1,8 +1,11 @@
 """One daemon per group: many hosts at once, losses, a parted network, strangers on the group."""
+import fcntl
+import os
 import re
 import subprocess
 import threading
 
+import flomd
 import pytest
 from world import COUNT, PYTHON, ROOT, SOAK, chance, wait_until
 
@@ -398,6 +401,24 @@ def test_two_daemons_of_a_group_on_one_host(hosts):
         done = one.flomd(*foreground, "--no-files", *GROUP, *one.address)
         assert done.end()[:2] == (3, "")
     assert one_left([one], 5) == (one, daemon.pid)
+
+
+@pytest.mark.parametrize("end", ["released", "another serves"])
+def test_a_candidate_waits_for_the_lock_of_one_that_does_not_answer(hosts, end):
+    """Until that one has ended, or another daemon serves the group."""
+    one, two = hosts(2)
+    name = f"flom-{flomd.owner(os.getuid())}-239.255.0.1-28015.lock"
+    with open(one.write(flomd.state_name("/tmp", name), "")) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        daemon = one.flomd("-f", "--no-files", *GROUP, *one.address)
+        one.foreground.append(daemon)
+        wait_until(lambda: "waiting for the daemon" in daemon.err)
+        if end == "another serves":
+            serving(two, *GROUP)
+            assert daemon.wait(timeout=10) == 3
+    if end == "released":
+        wait_until(lambda: "serving" in daemon.err)
+    one_left([one, two], 5)
 
 
 def test_two_groups_on_one_port_of_one_host(hosts):
