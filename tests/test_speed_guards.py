@@ -12,7 +12,7 @@ import flomd
 import pytest
 from flom import machine_id
 
-from world import ROOT, pass_time, read, wait_until
+from world import ROOT, can_connect, pass_time, read, wait_until
 
 # What flom imports on its common path, and a daemon at its start, no more and no less.  All else
 # that an interpreter loads must come with these by itself.
@@ -217,7 +217,7 @@ class Counted:
         options = ["-f", "--no-files", "-s", box.socket]
         self.daemon = box.start(*BARE, "-c", COUNTING, ROOT, self.counts, *options)
         box.foreground.append(self.daemon)
-        wait_until(lambda: os.path.exists(box.socket) or self.daemon.poll() is not None)
+        wait_until(lambda: can_connect(("-s", box.socket)) or self.daemon.poll() is not None)
         assert self.daemon.poll() is None, self.daemon.err
 
     def count(self):
