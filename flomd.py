@@ -4093,11 +4093,13 @@ class Publisher:
         if metrics:
             trial = f"{metrics}.{os.getpid()}"
             with serving(f"cannot write {metrics}"):
+                if os.path.isdir(metrics):
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
                 with open(trial, "w") as file:
                     file.write("\n")
-                os.replace(trial, metrics)
+                os.unlink(trial)
         if mount:
-            folder, status = os.path.join(mount, f".status-{os.getpid()}"), f"{mount}/status"
+            folder, status = os.path.join(mount, f".trial-{os.getpid()}"), f"{mount}/status"
             with serving(f"cannot publish the state below {mount}"):
                 os.mkdir(folder)
                 os.rmdir(folder)
@@ -4650,7 +4652,6 @@ def prepare(settings, options, log):
     """A daemon that listens; raises CannotServe or SteppedBack."""
     if not settings["SocketName"] and "," in (settings["UnicastAddress"] or ""):
         raise CannotServe("a daemon has one address")
-    Publisher.check(settings["MountPointVFS"], options.metrics)
     pair = (int(time.time() * 1000), os.urandom(8).hex())
     group = Group(settings, pair) if settings["MulticastAddress"] else None
     try:
@@ -4675,6 +4676,7 @@ def prepare_member(settings, options, log, pair, group):
     daemon = Daemon(settings, options, log, pair, state, table)
     Session.introduce(machine_id(), pair[1])
     try:
+        Publisher.check(settings["MountPointVFS"], options.metrics)
         open_listeners(daemon, group, guard)
         address = announced_address(daemon.ways) if group else None
         if options.pid_file:

@@ -522,6 +522,7 @@ def test_what_cannot_be_published_is_said_at_the_start(box):
         done = box.flomd("--no-files", *box.address, *options).end()
         assert (done.status, done.out, done.err.count("\n")) == (1, "", 1) and named in done.err
     assert os.listdir(folder) == ["status"]
+    assert not [name for name in os.listdir(box.folder) if name.startswith("folder.")]
     wait_until(lambda: not box.daemons())
 
 
