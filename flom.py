@@ -69,6 +69,7 @@ class ProtocolError(Exception):
 # A message is an XML element `msg`; its end is the bytes </msg>.  The reader takes what FLoM's
 # takes, less comments, CDATA and DOCTYPE: one expression cuts tags, one finds their attributes.
 # What is seldom needed is compiled when it is needed, since each flom pays for what it compiles.
+MOST_TAGS = 1000  # of a message that is no report; a known one has ten, and reading takes time
 END, HEADER = b"</msg>", '<?xml version="1.0" encoding="UTF-8" ?>'
 _PAIR = r"""([A-Za-z_][-\w.]*)\s*=\s*(?:"([^"<]*)"|'([^'<]*)')"""
 _tag = re.compile(r"\s*<(/?)([A-Za-z_][-\w.]*)((?:\s+%s)*)\s*(/?)>"
@@ -101,7 +102,9 @@ def encode(verb, step, *elements, **attributes):
 def decode(data):
     """The elements of a message, {tag: {attribute: value}}, numbers as int, or ProtocolError."""
     elements, inside = {}, []
-    for closing, tag, attributes, empty in tags(data):
+    for number, (closing, tag, attributes, empty) in enumerate(tags(data)):
+        if number == MOST_TAGS:
+            raise ProtocolError(f"more than {MOST_TAGS} tags")
         if closing:
             if attributes or empty or not inside or inside.pop() != tag:
                 raise ProtocolError(f"misplaced </{tag}>")

@@ -241,3 +241,15 @@ def test_the_kind_of_a_name(kind, name):
 def test_the_size_in_a_name():
     names = ("a[5]", "a[05]", "_s_a[17]", "_t_%d[3]")
     assert [flom.size_of(name) for name in names] == [5, 5, 17, 3]
+
+
+@pytest.mark.parametrize("more, right", [(997, True), (998, False), (9000, False)])
+def test_a_message_has_a_thousand_tags_at_most(more, right):
+    """What is unknown is skipped, but not as long as somebody likes."""
+    tags = "".join(f"<a{number}/>" for number in range(more))
+    data = f'<msg verb="1" step="8"><resource name="UjE="/>{tags}</msg>'.encode()
+    if right:
+        assert flom.decode(data)["resource"] == {"name": "UjE="}
+    else:
+        with pytest.raises(flom.ProtocolError):
+            flom.decode(data)
