@@ -224,9 +224,9 @@ def test_connections_that_send_one_byte_and_stop(box, certificates):
     assert box.run("--", "echo", "x", **other) == (0, "x\n", "")
 
 
-def fill(client, data):
+def fill(client, data, seconds=0.3):
     """Sends until neither side can take more, or the daemon closes; whether it has closed."""
-    client.socket.settimeout(0.3)
+    client.socket.settimeout(seconds)
     try:
         for _ in range(3000):
             client.socket.sendall(data)
@@ -242,7 +242,7 @@ def test_connections_that_never_read(box):
     daemon = box.daemon()
     idle = files_at_rest(box, daemon)
     with beside(box), connections(box, MANY) as clients:
-        assert fill(clients[0], message(PING, 8) * 50)
+        assert fill(clients[0], message(PING, 8) * 50, 10)
         for client in clients[1:]:
             client.socket.sendall(message(PING, 8) * 20 + lock8("R1", 0) * 20)
     wait_until(lambda: files_of(daemon) <= idle)

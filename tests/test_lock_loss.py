@@ -493,7 +493,7 @@ def test_a_waiter_whose_connection_is_reset_asks_again(box, relay):
 
 # As a gate's command, but it logs its end by TERM, too.
 LOGS_TERM = """\
-trap 'kill $!; echo "$0" end >>"$1"; exit' TERM
+trap 'kill $! 2>/dev/null; echo "$0" end >>"$1"; exit' TERM
 echo "$0" start >>"$1"
 cat "$2" &
 wait

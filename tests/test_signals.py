@@ -181,7 +181,7 @@ def test_a_pipeline_whose_daemon_vanishes_after_its_shell_was_killed(box):
     box.kill(daemon.pid)
     assert box.run("-d", "-1", "-o", "0", "--", "true").status == 98
     gate.open()
-    assert flom.end() == (143, "", "")
+    assert flom.end()[:2] == (143, "")  # it says when a daemon takes more than a second
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])

@@ -228,6 +228,7 @@ def test_nobody_reads(box, options):
     assert reporter.end().status in (0, -13) and reporter.err == ""
 
 
+@pytest.mark.in_time
 def test_ten_thousand_resources(box, address):
     """Locks without number by clients of a few lines; the report comes in about a second."""
     family, name = ((socket.AF_UNIX, address[1]) if address[0] == "-s"
