@@ -1312,6 +1312,7 @@ class Nesting:
     def __init__(self):
         self.holders = {}  # id: the holder with it
         self.below = collections.defaultdict(dict)  # id: {waiter: None}, those nested in its lock
+        self.named = {}  # {waiter: None}, those that name ids at all
 
     def lineage(self, parents):
         """The ids of all locks above a request, nearest first, from those that its client names.
@@ -1341,8 +1342,8 @@ class Nesting:
 
     def waiters(self):
         """All waiters that have an ancestor, each once, as a dict."""
-        return {waiter: None for ident, below in self.below.items() if ident in self.holders
-                for waiter in below}
+        return {waiter: None for waiter in self.named
+                if any(ident in self.holders for ident in waiter.parents)}
 
     def hold(self, holder):
         """Notes a new holder, and returns the waiters that are nested in its lock."""
@@ -1363,10 +1364,12 @@ class Nesting:
     def queue(self, waiter):
         """Notes a new waiter."""
         for ident in waiter.parents:
+            self.named[waiter] = None
             self.below[ident][waiter] = None
 
     def leave(self, waiter):
         """The waiter is none any more."""
+        self.named.pop(waiter, None)
         for ident in waiter.parents:
             discard(self.below, ident, waiter)
 
@@ -2632,7 +2635,10 @@ class Connection:
         try:
             while self.output or self.report and self._refill():
                 sent = self.socket.send(self.output)
-                self.output = memoryview(self.output)[sent:]
+                if sent == len(self.output):
+                    self.output = b""
+                else:
+                    self.output = memoryview(self.output)[sent:]
         except self.would_block:
             pass
         except OSError:
@@ -3615,9 +3621,9 @@ class Daemon:
             self._prepare_state(decision.token)
         if self.publisher:
             self.publisher.note(decision)
-        progress = "progress" in decision.session.about
-        if progress and decision.verdict in (ENQUEUED, BUSY) and decision.reason is None:
-            decision = self._explained(decision)
+        if decision.verdict in (ENQUEUED, BUSY) and decision.reason is None:
+            if "progress" in decision.session.about:
+                decision = self._explained(decision)
         decision.session.connection.tell(decision)
 
     def _prepare_state(self, token):
