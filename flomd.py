@@ -950,16 +950,26 @@ class Node:
 
     def add(self, name, key, difference):
         """Adds to the number of `key` on the node `name`, as seen from the root."""
-        nodes, levels = [self], name.split("/")[2:]
-        for level in levels:
-            nodes.append(nodes[-1].children.setdefault(level, Node()))
-        for numbers in [nodes[-1].here] + [node.below for node in nodes]:
-            numbers[key] = numbers.get(key, 0) + difference
-            if not numbers[key]:
-                del numbers[key]
-        for above, level, node in zip(nodes, levels, nodes[1:]):
-            if not node.below:
-                del above.children[level]
+        node = self
+        node._count(node.below, key, difference)
+        for level in name.split("/")[2:]:
+            above, node = node, node.children.get(level)
+            if node is None:
+                node = above.children[level] = Node()
+            if not node._count(node.below, key, difference):
+                del above.children[level]  # what is below it has come to its end as well
+                return
+        node._count(node.here, key, difference)
+
+    @staticmethod
+    def _count(numbers, key, difference):
+        """Adds to the number of `key`; returns whether anything is left."""
+        number = numbers.get(key, 0) + difference
+        if number:
+            numbers[key] = number
+        else:
+            del numbers[key]
+        return numbers
 
     def near(self, name):
         """Yields the keys on the node `name`, above it and below it."""
@@ -1282,9 +1292,9 @@ KINDS = {"simple": Simple, "numeric": Numeric, "set": Set, "hierarchical": Hiera
 # are points as well: all holders of a mode, all waiters of a lane up to the n-th.  A group has two
 # members, one of them mostly the group as it was before, so there are a few arrows for each
 # session, whatever they ask for.  In a tree there is a group for each node that somebody asks
-# for, of what is on it, and one of what is on it or below it: there the arrows of a session grow
-# with the number of nodes above its own that somebody asks for.  Where a kind is counted, a gate
-# stands between the waiters that need so much and the holders.
+# for, of what is on it, and one of what is on it or below it; nodes between which nothing branches
+# count as one, so the arrows of a session grow with the number of branchings above its node.  Where
+# a kind is counted, a gate stands between the waiters that need so much and the holders.
 #
 # The first question.  An ancestor waits for its nested request, and that for those ahead of it.
 # So one of those ahead waits for the ancestor when there is a circle through both, and all
@@ -1402,22 +1412,23 @@ def is_waited_for(holder):
 
 
 class Levels:
-    """Points of a resource by node and mode.  `above`: the node names: those above each of them.
-    Where there are no nodes, the name of the resource is the only one."""
+    """Points of a resource by node and mode.  Names of which each is above the next, with nothing
+    else below the first ones, exclude each other whatever stands between: they are one path.  Where
+    there are no nodes, the name of the resource is the only path."""
 
-    def __init__(self, above, group):
-        self.above, self.group = above, group  # group(point, point) makes a new point of the two
-        self.here, self.below = {}, {}  # (name, mode): point, on the node; on it or below it
+    def __init__(self, names, group):
+        self.group = group  # group(point, point) makes a new point of the two
+        self.paths = paths_of(names)
+        self.here, self.below = {}, {}  # (path, mode): point, on the path; on it or below it
 
     def add(self, point, lane):
         """The point asks for what the lane says."""
-        name, mode = lane[:2]
-        above = self.above[name]
-        self._add(self.below, (name, mode), point)
+        mode, (path, above) = lane[1], self.paths[lane[0]]
+        self._add(self.below, (path, mode), point)
         for other in above:
             self._add(self.below, (other, mode), point)
-        if len(self.above) > 1:
-            self._add(self.here, (name, mode), point)
+        if len(self.paths) > 1:
+            self._add(self.here, (path, mode), point)
 
     def _add(self, points, key, point):
         before = points.get(key)
@@ -1425,26 +1436,36 @@ class Levels:
 
     def near(self, lane):
         """The points, or groups of them, that are incompatible with the lane."""
-        name, mode = lane[:2]
+        mode, (path, above) = lane[1], self.paths[lane[0]]
         found = []
         for other in CONFLICTS[mode]:
-            if (name, other) in self.below:
-                found.append(self.below[name, other])
-            for node in self.above[name]:
+            if (path, other) in self.below:
+                found.append(self.below[path, other])
+            for node in above:
                 if (node, other) in self.here:
                     found.append(self.here[node, other])
         return found
 
 
-def names_above(names):
-    """A dict of the names: which of the others are above each."""
-    found, path = {}, []
+def paths_of(names):
+    """For each of the names: the path on which it is, named by its first node, and a list of the
+    paths above that."""
+    found, parents, last = {}, {}, []
     for name in sorted(name + "/" for name in names):
-        while path and not name.startswith(path[-1]):
-            path.pop()
-        found[name[:-1]] = [other[:-1] for other in path]
-        path.append(name)
-    return found
+        while last and not name.startswith(last[-1]):
+            last.pop()
+        parents[name] = last[-1] if last else None
+        last.append(name)
+    children = collections.Counter(parents.values())
+    for name, parent in parents.items():  # sorted: those above come first
+        path, above = found.get(parent, (None, []))
+        if parent is None:
+            found[name] = name, []
+        elif children[parent] == 1:
+            found[name] = path, above
+        else:
+            found[name] = name, above + [path]
+    return {name[:-1]: place for name, place in found.items()}
 
 
 class Waits:
@@ -1481,8 +1502,8 @@ class Waits:
         waiters = [waiter for waiter in resource.waiters() if self.patient or not waiter.patient]
         lanes = {request.lane: None for request in itertools.chain(
             resource.holders.values(), waiters)}
-        above = names_above({lane[0] for lane in lanes})
-        held, queued = Levels(above, self._group), Levels(above, self._pair)
+        names = {lane[0] for lane in lanes}
+        held, queued = Levels(names, self._group), Levels(names, self._pair)
         for holder in resource.holders.values():
             self.points[holder] = self._point(holder, [])
             held.add(self.points[holder], holder.lane)
@@ -2430,7 +2451,7 @@ class Obstacles:
         self._levels = None
         if resource.has_modes:
             lanes = [holder.lane for holder in self.holders] + list(resource.lanes)
-            self._levels = Levels(names_above({lane[0] for lane in lanes}), self._join)
+            self._levels = Levels({lane[0] for lane in lanes}, self._join)
             for place, holder in enumerate(self.holders):
                 self._levels.add((place, 1), holder.lane)
 
