@@ -3046,8 +3046,12 @@ def _remove_stale(path):
     if listens(path):
         raise CannotServe(f"another daemon serves {path}")
     if _connect(path) == errno.ECONNREFUSED and stat.S_ISSOCK(os.lstat(path).st_mode):
-        with serving(f"cannot remove the stale socket {path} of {owner(os.lstat(path).st_uid)}"):
+        uid = os.lstat(path).st_uid
+        try:
             os.unlink(path)
+        except OSError as error:  # only now: a directory may take its time to tell the name
+            raise CannotServe(f"cannot remove the stale socket {path} of {owner(uid)}: "
+                              f"{error.strerror}")
 
 
 def owner(uid):
