@@ -1688,6 +1688,16 @@ class Reduction(Waits):
         return any(self.circles[self.points[waiter]] == self.circles[self.points[ancestor]]
                    for ancestor in self.nesting.ancestors(waiter) if ancestor in self.points)
 
+    def reason(self, waiter):
+        """Why the waiter, which is left, is refused, in one line: the resources and holders for
+        which it waits."""
+        way = self.way(waiter, self.nesting.ancestors(waiter))
+        links = [f"{one.name} is held by {one.session}" for one in way if one.state is HELD]
+        if not links:
+            return "those ahead wait for each other"
+        return ", which waits: ".join(links) + (
+            ", under which this command runs; a command in the background may use --deadlock wait")
+
     def remove(self, waiter):
         """The waiter was refused: it ends in another way."""
         self._end([self.points[waiter]])
@@ -1733,6 +1743,22 @@ class Reduction(Waits):
         while gates and gates[-1][0] <= entry[0]:
             opened.append(gates.pop()[1])
         return opened
+
+
+def all_hopeless(nesting, most):
+    """The nested waiters that can never be granted, at most so many, the last one first: each, and
+    why.  Each is looked at as if those that came before it in the list were gone."""
+    nested = [waiter for waiter in nesting.waiters() if not waiter.patient]
+    if not nested:
+        return []
+    reduction, hopeless = Reduction(nesting, nesting.around(one.resource for one in nested)), []
+    for waiter in sorted(nested, key=by_arrival, reverse=True):
+        if len(hopeless) == most:
+            break
+        if not reduction.can_ever_be_granted(waiter) and reduction.is_in_circle(waiter):
+            hopeless.append((waiter, reduction.reason(waiter)))
+            reduction.remove(waiter)
+    return hopeless
 
 
 # --- Lock table ---------------------------------------------------------------------------------
@@ -1956,7 +1982,7 @@ class LockTable:
         self._queue(request, resource)
         reduction = self._reduction_that_leaves(request) if request.parents else None
         if reduction is not None:
-            return self._refuse_queued(request, self._reason(request, reduction), now)
+            return self._refuse_queued(request, reduction.reason(request), now)
         self._look_again(resource, now)
         return [Decision(request.session, ENQUEUED, None, None, resource.waiting)]
 
@@ -2167,7 +2193,8 @@ class LockTable:
 
     def _after_window(self, _, now):
         """Refuses those who would wait for ever, and then decides on those who do not wait."""
-        hopeless, decisions = self._all_hopeless(), []
+        hopeless, decisions = all_hopeless(self._nesting, MOST_REFUSED + 1), []
+        self._searches += 1
         for request, reason in hopeless[:MOST_REFUSED]:
             decisions += self._refuse_queued(request, reason, now)
         if len(hopeless) <= MOST_REFUSED:
@@ -2231,30 +2258,6 @@ class LockTable:
         if request.state is not QUEUED:
             return []
         return [Decision(request.session, DEADLOCK, reason=reason)] + self._leave(request, now)
-
-    def _reason(self, request, reduction):
-        """Why it is refused, in one line: the resources and holders for which it waits."""
-        way = reduction.way(request, self._nesting.ancestors(request))
-        links = [f"{one.name} is held by {one.session}" for one in way if one.state is HELD]
-        return ", which waits: ".join(links) + (
-            ", under which this command runs; a command in the background may use --deadlock wait")
-
-    def _all_hopeless(self):
-        """The nested requests that can never be granted, the last one first: each, and why; if
-        they are many, one more than a call may refuse."""
-        nested = [waiter for waiter in self._nesting.waiters() if not waiter.patient]
-        if not nested:
-            return []
-        self._searches += 1
-        around = self._nesting.around(waiter.resource for waiter in nested)
-        reduction, hopeless = Reduction(self._nesting, around), []
-        for waiter in sorted(nested, key=by_arrival, reverse=True):
-            if len(hopeless) > MOST_REFUSED:
-                break
-            if not reduction.can_ever_be_granted(waiter) and reduction.is_in_circle(waiter):
-                hopeless.append((waiter, self._reason(waiter, reduction)))
-                reduction.remove(waiter)
-        return hopeless
 
 
 # --- Session ------------------------------------------------------------------------------------
