@@ -2665,6 +2665,10 @@ class Connection:
                     self.output = memoryview(self.output)[sent:]
         except self.would_block:
             pass
+        except (BrokenPipeError, ConnectionResetError):
+            # its end is an event of its own: many at once, found while a crowd is told, would make
+            # a long turn of the loop
+            self.output, self.report = b"", None
         except OSError:
             self.close()
             return

@@ -27,6 +27,7 @@ RESET = b"\1\0\0\0\0\0\0\0"  # SO_LINGER
 HELD = ["R{}", "pool[10]", "a.b.c.d.e.f.g.h.i.j", "/t/{}", "_s_x[10]", "_S_y[10]",
         "_t_%S#fff[10]"]  # what ten clients of each kind hold meanwhile
 NAMES = [form.format(0) for form in HELD]
+CHAINED = 400 if os.environ.get("FLOM_SOAK") == "1" else 120  # connections of nested commands
 STATUS = message(LOCK, 8, f'<resource name="{b64("_STATUS")}" wait="0"/>')
 
 
@@ -126,12 +127,12 @@ def chains(siege):
     """Commands under locks that ask for the locks of others, with chains of parents."""
     idents = [siege.ident() for _ in range(40)]
     for number, ident in enumerate(idents):
-        siege.say(siege.ours(f"c{number}", ident), keep=400)
+        siege.say(siege.ours(f"c{number}", ident), keep=CHAINED)
     for number, ident in enumerate(idents):
         parents = ",".join(siege.chance.sample(idents, 7) + [ident])
         name = siege.chance.choice([f"c{(number + 1) % 40}", "pool[10]", "/c/x/y", "a.b", "q[3]"])
         siege.say(siege.ours(name, siege.ident(), parents,
-                             mode=siege.chance.randrange(6)), keep=400)
+                             mode=siege.chance.randrange(6)), keep=CHAINED)
 
 
 def crowds(siege):

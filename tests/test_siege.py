@@ -109,7 +109,7 @@ def besiege(host, target, kinds, seconds=1000, connections=10 ** 9):
     """Starts the siege of one party."""
     seed = str(chance(f"siege {kinds}").getrandbits(32))
     return host.start(*PYTHON, SIEGE, "besiege", kinds, target.ipv4, "28015", GROUP, seed,
-                      str(seconds), str(connections))
+                      str(seconds), str(connections), env={"FLOM_SOAK": str(int(SOAK))})
 
 
 def test_a_daemon_under_siege(hosts):
