@@ -1085,12 +1085,17 @@ RESTART = 1  # s between two starts of a daemon
 LATECOMER = 5  # s for another's daemon to listen, when ours came too late or cannot serve
 
 
+def search_path():
+    """The folders in which programs are looked for; os.get_exec_path() would load `warnings`."""
+    return os.environ.get("PATH", os.defpath).split(os.pathsep)
+
+
 def daemon_program():
     """[program] or [python, script] of flomd; raises DaemonUnavailable: where it was looked for."""
     folder, named = os.path.dirname(os.path.realpath(__file__)), os.environ.get("FLOMD")
     beside = [os.path.join(folder, name) for name in ("flomd.py", "flomd")]
     in_path = [os.path.join(other, name) for name in ("flomd", "flomd.py")
-               for other in os.get_exec_path()]
+               for other in search_path()]
     for path in [named] if named else beside + in_path:
         if os.path.isfile(path) and (path not in in_path or os.access(path, os.X_OK)):
             return [interpreter(), path] if path.endswith(".py") else [path]
@@ -1107,7 +1112,7 @@ def interpreter():
     own = sys.executable or ""
     if re.match("(?i)python|pypy", os.path.basename(own)):
         return own
-    for folder in os.get_exec_path():
+    for folder in search_path():
         path = os.path.join(folder, "python3")
         if os.path.isfile(path) and os.access(path, os.X_OK):
             return path
@@ -2579,7 +2584,7 @@ def is_flom(pid):
 def execute(argv, environment):
     """Becomes a program found in PATH, /bin/sh for a script without #! (unlike os.execvpe)."""
     failure = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-    folders = os.get_exec_path() if argv[0] else []
+    folders = search_path() if argv[0] else []
     if "/" in argv[0]:
         folders = [""]
     for path in [os.path.join(folder, argv[0]) for folder in folders]:
