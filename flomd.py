@@ -649,7 +649,16 @@ def secured(connection, context, **options):
 # ==== Shared with flom.py: end ====
 
 
-# --- Errors -------------------------------------------------------------------------------------
+# --- Errors and log -----------------------------------------------------------------------------
+# Lines to syslog, to a file or to stderr.  Logging never blocks: syslog gets datagrams; stderr is
+# written when it can take a line.  A line that cannot be written is lost and counted, and the next
+# one that can be says so; that a file cannot be written is said once, on stderr and to syslog.
+
+WOULD_BLOCK = (BlockingIOError, InterruptedError)
+LEVELS = {"error": 3, "warning": 4, "info": 6, "debug": 7}
+SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")
+FACILITY = 3 << 3  # daemon
+LIMITED, INTERVAL = 10, 10  # lines that peers may cause in so many s
 
 
 class CannotServe(Exception):
@@ -675,6 +684,108 @@ def serving(failure, *opened):
         for part in opened:
             part.close()
         raise CannotServe(f"{failure}: {getattr(error, 'strerror', error)}")
+
+
+class Log:
+    """Where the daemon says what it does."""
+
+    def __init__(self, target, level, append=True):
+        self.target, self.level, self.append = target, LEVELS[level], append
+        self.socket = self.file = None  # to syslog; without a buffer
+        self.lost = self.count = self.begin = 0
+        self.put = {"syslog": self._to_syslog, "stderr": self._to_stderr}.get(
+            target, self._to_file)
+
+    def open(self):
+        """Opens the log; raises CannotServe."""
+        if self.put == self._to_syslog:
+            self._connect()
+        elif self.put == self._to_file:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+            if not self.append:
+                flags |= os.O_TRUNC
+            with serving(f"cannot write the log {self.target}"):
+                self.file = open(os.open(self.target, flags, 0o666), "wb", 0)
+            self.append = True
+
+    def reopen(self):
+        """Opens the log again; where that fails the old one goes on, and says so."""
+        before = self.file
+        try:
+            self.open()
+        except CannotServe as error:
+            self.error(f"{error}; the log is not opened again")
+            return
+        if before is not None:
+            before.close()
+
+    def limited(self, text, level="warning"):
+        """A line that a peer causes: no more than LIMITED of them in an INTERVAL."""
+        now = time.monotonic()
+        if now >= self.begin + INTERVAL:
+            if self.count > LIMITED:
+                self._write("warning", f"{self.count - LIMITED} lines like the last were left out")
+            self.begin, self.count = now, 0
+        self.count += 1
+        if self.count <= LIMITED:
+            self._write(level, text)
+
+    def _write(self, level, text):
+        if LEVELS[level] > self.level:
+            return
+        text = "\n".join(map(visible, text.split("\n")))
+        lost = f" ({self.lost} lines lost before)" if self.lost else ""
+        try:
+            self.put(level, text + lost)
+            self.lost = 0
+        except OSError as error:
+            self.lost += 1
+            if self.put == self._to_file and self.lost == 1:
+                self._tell_failure(f"cannot write the log {self.target}: {error.strerror}")
+
+    def _tell_failure(self, text):
+        """Says somewhere else that the file cannot be written."""
+        complain(text)
+        with contextlib.suppress(OSError):
+            self._to_syslog("error", text)
+
+    def _connect(self):
+        if self.socket:
+            self.socket.close()
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.setblocking(False)
+        any(self.socket.connect_ex(path) == 0 for path in SYSLOG)
+
+    def _to_syslog(self, level, text):
+        line = f"<{FACILITY + LEVELS[level]}>flomd[{os.getpid()}]: {text}"
+        data = line.encode("utf-8", "replace")[:2000]
+        try:
+            if self.socket:
+                self.socket.send(data)
+                return
+        except WOULD_BLOCK:
+            raise
+        except OSError:
+            pass  # syslogd was started again, or is started only now
+        self._connect()
+        self.socket.send(data)
+
+    def _to_file(self, level, text):
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} flomd[{os.getpid()}] {level}: {text}\n"
+        data = line.encode("utf-8", "replace")
+        while data:  # a disk that takes a part of a line says why when it is given the rest
+            taken = self.file.write(data)
+            if taken is None:
+                raise BlockingIOError
+            data = data[taken:]
+
+    def _to_stderr(self, _, text):
+        if not select.select([], [2], [], 0)[1]:
+            raise BlockingIOError
+        os.write(2, f"flomd: {text}\n".encode("utf-8", "replace")[:4096])
+
+    error = functools.partialmethod(_write, "error")
+    info = functools.partialmethod(_write, "info")
 
 
 # --- Requests and resources ---------------------------------------------------------------------
@@ -2572,6 +2683,217 @@ def _details(request, kind):
         yield f"{kind}_value", request.element
 
 
+# --- State on disk ------------------------------------------------------------------------------
+# What a successor must know: the epoch, which is the upper half of the tokens and grows with every
+# daemon; the boot of the system; and whether somebody held a lock when the daemon ended, however
+# it ended.  One record of fixed length, of which the mark alone is rewritten: set before the first
+# grant is told, cleared when nobody has held a lock for a second.
+#
+# The file is also the lock that keeps a second daemon from the same socket (see Listeners), or
+# from the memory of the same address.  A cleaner of /tmp may remove it; then it keeps nobody away,
+# so the daemon looks every LOOK s, and makes and locks it anew.
+
+RECORD = "flomd {epoch:010d} {boot:36.36} {held:d} {pid:010d}\n"
+MARK_AT = len(RECORD.format(epoch=0, boot="", held=0, pid=0)) - len(" 0000000000\n") - 1
+_record = re.compile(rb"flomd (\d{10}) (.{36}) ([01]) (\d{10})\n").match
+QUIET = 1  # s without any holder before the mark is cleared
+HELD_FOR = 5  # s that a lock may be held by a daemon that does not answer any more
+AGAIN = 0.02  # s until a lock that is held is tried once more
+
+
+class State:
+    """The record in the file at `path` (None: nothing is remembered), which is made if it is not
+    there; `shared`: it may be anybody's.  Raises CannotServe."""
+
+    def __init__(self, log, path=None, shared=False, durable=False):
+        self.log, self.path, self.durable = log, path or os.devnull, durable
+        self.mode = 0o666 if shared else 0o600
+        self.epoch = self.pid = 0  # of the predecessor, until begin()
+        self.boot, self.marked, self.unclean = "", False, False
+        self.kept = False  # the record is on disk
+        self.number = self._open()
+
+    def _open(self):
+        with serving(f"cannot open {self.path}"):
+            number = self._find()
+            found = os.fstat(number)
+        mine = self.mode == 0o666 or found.st_uid == os.getuid()
+        usable = mine and stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+        if not usable and self.path != os.devnull:
+            os.close(number)
+            raise CannotServe(f"{self.path} is no file of {owner(os.getuid())}")
+        return number
+
+    def _find(self):
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:  # kernels refuse O_CREAT for the files of others in a sticky directory
+            return os.open(self.path, flags)
+        except FileNotFoundError:
+            with creating(self.mode):
+                return os.open(self.path, flags | os.O_CREAT, self.mode)
+
+    def read(self):
+        """Reads what the predecessor, or who has the lock, has written."""
+        data = os.pread(self.number, 128, 0)
+        found = _record(data)
+        if found:
+            epoch, boot, held, pid = found.groups()
+            self.epoch, self.pid, self.unclean = int(epoch), int(pid), held == b"1"
+            self.boot = boot.decode("ascii", "replace").strip()
+
+    def lock(self, wait=False):
+        """Takes the flock of the file; returns whether it could be had.  Raises OSError where
+        there are no locks."""
+        while True:
+            if not self._flock(self.number, wait):
+                self.read()
+                return False
+            if self.is_at_its_path():
+                self._accept()
+                return True
+            os.close(self.number)  # its path leads to another one now
+            self.number = self._open()
+
+    @staticmethod
+    def _flock(number, wait=False):
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except WOULD_BLOCK:
+            return False
+        return True
+
+    def _accept(self):
+        """The lock is taken, and what the file says is that of the predecessor."""
+        self.read()
+        self.marked = self.unclean
+        if self.epoch > LAST_EPOCH:
+            self.log.error(f"{self.path} is damaged: its epoch, {self.epoch}, is ignored")
+            self.epoch = 0
+
+    def is_at_its_path(self):
+        """Whether the path still leads to the file."""
+        found = os.fstat(self.number)
+        return identity(self.path) == (found.st_dev, found.st_ino)
+
+    def begin(self):
+        """Writes this daemon's record and returns whether the system was booted since the last."""
+        before, self.boot = self.boot, ""
+        with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+            self.boot = file.read().strip()
+        self.epoch = max(epoch_of_the_clock(), self.epoch + 1)
+        self._write_record()
+        return self.boot != before
+
+    def wait_for_epoch(self):
+        """When the record could not be written: lets the second pass that the epoch names, so that
+        one who serves after this daemon, and must look at the clock alone, has a greater one.
+        Nobody else may serve already."""
+        self.epoch = max(epoch_of_the_clock(), self.epoch)
+        time.sleep(1 - time.time() % 1)
+
+    def _write_record(self):
+        record = RECORD.format(epoch=self.epoch, boot=self.boot, held=self.marked, pid=os.getpid())
+        written = self._write(record.encode(), 0)
+        self.kept = written and self.path != os.devnull
+        return written
+
+    def _write(self, data, place):
+        """Writes to the file; returns whether it could be written."""
+        try:
+            os.pwrite(self.number, data, place)
+            if self.durable and place == 0:
+                os.fsync(self.number)
+        except OSError as error:
+            self.log.limited(f"cannot write {self.path}: {error.strerror}; "
+                             "nothing will be remembered", "error")
+            return False
+        return True
+
+    def mark(self, held):
+        """Somebody is about to hold a lock, or nobody has held one for a while.  What cannot be
+        written is tried again with the next grant."""
+        before, self.marked = self.marked, held
+        if self.kept:
+            written = self._write(b"1" if held else b"0", MARK_AT)
+        else:
+            written = self._write_record()
+        if not written:
+            self.marked = before
+
+    def cover(self, token):
+        """The record's epoch becomes that of a token which is to be told: of one reclaimed that
+        lay ahead, or of the first after them.  Those of a successor must be greater."""
+        self.epoch = token >> 32
+        self._write_record()
+
+    def look(self):
+        """Makes and locks the file anew where its path does not lead to it any more; returns
+        whether this daemon has the lock of what is there."""
+        if self.is_at_its_path():
+            return True
+        try:
+            number = self._open()
+        except CannotServe as error:
+            self.log.limited(str(error), "error")
+            return False
+        locked = False
+        with contextlib.suppress(OSError):
+            locked = self._flock(number)
+        if not locked:
+            os.close(number)
+            self.log.limited(f"{self.path} is another daemon's now", "error")
+            return False
+        os.close(self.number)
+        self.number = number
+        self.log.error(f"{self.path} was removed; it was made and locked anew")
+        self._write_record()
+        return True
+
+
+def identity(path):
+    """What tells the file at the path from any other, None when there is none."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+@contextlib.contextmanager
+def creating(mode):
+    """Files that are created get these permissions, whatever the starter's umask was."""
+    before = os.umask(0o777 & ~mode)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def epoch_of_the_clock():
+    """s since EPOCH; 0 when the clock is so wrong that it would use up all tokens."""
+    seconds = int(time.time()) - EPOCH
+    return seconds if seconds <= LAST_EPOCH else 0
+
+
+def take(state, served, foreground, group, answers):
+    """Takes the lock of a State.  While another process holds it, it is waited for: for HELD_FOR s
+    and as long as nobody answers(), in the foreground for ever.  Raises CannotServe, which says
+    what is `served`; a group's answers() may raise SteppedBack.  Returns whether it waited."""
+    if state.lock():
+        return False
+    if foreground:
+        state.log.info(f"waiting for the daemon with pid {state.pid} to end")
+    until = time.monotonic() + HELD_FOR
+    while not state.lock(wait=foreground and not group):
+        if answers() and not foreground:
+            raise CannotServe(f"another daemon (pid {state.pid}) serves {served}")
+        if time.monotonic() > until and not foreground:
+            raise CannotServe(f"{state.path} is held by a daemon (pid {state.pid}) that does not "
+                              f"answer at {served} and does not end")
+        time.sleep(AGAIN)
+    return True
+
+
 # --- Connections --------------------------------------------------------------------------------
 # A session's socket: reads what has come, writes what the client can take, keeps the rest.  It
 # never blocks.  Closing is idempotent and tells the lock table.
@@ -2583,7 +2905,6 @@ LOCAL = "local"  # the peer on a UNIX socket
 MOST_USERS = 1000  # whose names are kept
 LOOK_UP, RENAMED = 10, 600  # s for one name; s after which it is asked for again
 READABLE, WRITABLE = select.POLLIN, select.POLLOUT  # the numbers that epoll uses, too
-WOULD_BLOCK = (BlockingIOError, InterruptedError)
 
 
 class Connection:
@@ -3007,15 +3328,6 @@ class LocalListener(Listener):
                 os.unlink(self.path)
 
 
-def identity(path):
-    """What tells the file at the path from any other, None when there is none."""
-    try:
-        found = os.lstat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
 def listens(path):
     """Whether somebody listens on the UNIX socket at the path."""
     return _connect(path) in (0, errno.EAGAIN)
@@ -3036,16 +3348,6 @@ def unix_socket(path, mode):
     with serving(f"cannot create the socket {path}", bound), creating(mode):
         bound.bind(path)
     return bound
-
-
-@contextlib.contextmanager
-def creating(mode):
-    """Files that are created get these permissions, whatever the starter's umask was."""
-    before = os.umask(0o777 & ~mode)
-    try:
-        yield
-    finally:
-        os.umask(before)
 
 
 def _remove_stale(path):
@@ -3910,198 +4212,7 @@ class Signals:
                 self.daemon.guard(self.actions[number])  # what fails must not keep the next back
 
 
-# --- State on disk ------------------------------------------------------------------------------
-# What a successor must know: the epoch, which is the upper half of the tokens and grows with every
-# daemon; the boot of the system; and whether somebody held a lock when the daemon ended, however
-# it ended.  One record of fixed length, of which the mark alone is rewritten: set before the first
-# grant is told, cleared when nobody has held a lock for a second.
-#
-# The file is also the lock that keeps a second daemon from the same socket (see Listeners), or
-# from the memory of the same address.  A cleaner of /tmp may remove it; then it keeps nobody away,
-# so the daemon looks every LOOK s, and makes and locks it anew.
-
-RECORD = "flomd {epoch:010d} {boot:36.36} {held:d} {pid:010d}\n"
-MARK_AT = len(RECORD.format(epoch=0, boot="", held=0, pid=0)) - len(" 0000000000\n") - 1
-_record = re.compile(rb"flomd (\d{10}) (.{36}) ([01]) (\d{10})\n").match
-QUIET = 1  # s without any holder before the mark is cleared
-HELD_FOR = 5  # s that a lock may be held by a daemon that does not answer any more
-AGAIN = 0.02  # s until a lock that is held is tried once more
-
-
-class State:
-    """The record in the file at `path` (None: nothing is remembered), which is made if it is not
-    there; `shared`: it may be anybody's.  Raises CannotServe."""
-
-    def __init__(self, log, path=None, shared=False, durable=False):
-        self.log, self.path, self.durable = log, path or os.devnull, durable
-        self.mode = 0o666 if shared else 0o600
-        self.epoch = self.pid = 0  # of the predecessor, until begin()
-        self.boot, self.marked, self.unclean = "", False, False
-        self.kept = False  # the record is on disk
-        self.number = self._open()
-
-    def _open(self):
-        with serving(f"cannot open {self.path}"):
-            number = self._find()
-            found = os.fstat(number)
-        mine = self.mode == 0o666 or found.st_uid == os.getuid()
-        usable = mine and stat.S_ISREG(found.st_mode) and found.st_nlink == 1
-        if not usable and self.path != os.devnull:
-            os.close(number)
-            raise CannotServe(f"{self.path} is no file of {owner(os.getuid())}")
-        return number
-
-    def _find(self):
-        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:  # kernels refuse O_CREAT for the files of others in a sticky directory
-            return os.open(self.path, flags)
-        except FileNotFoundError:
-            with creating(self.mode):
-                return os.open(self.path, flags | os.O_CREAT, self.mode)
-
-    def read(self):
-        """Reads what the predecessor, or who has the lock, has written."""
-        data = os.pread(self.number, 128, 0)
-        found = _record(data)
-        if found:
-            epoch, boot, held, pid = found.groups()
-            self.epoch, self.pid, self.unclean = int(epoch), int(pid), held == b"1"
-            self.boot = boot.decode("ascii", "replace").strip()
-
-    def lock(self, wait=False):
-        """Takes the flock of the file; returns whether it could be had.  Raises OSError where
-        there are no locks."""
-        while True:
-            if not self._flock(self.number, wait):
-                self.read()
-                return False
-            if self.is_at_its_path():
-                self._accept()
-                return True
-            os.close(self.number)  # its path leads to another one now
-            self.number = self._open()
-
-    @staticmethod
-    def _flock(number, wait=False):
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except WOULD_BLOCK:
-            return False
-        return True
-
-    def _accept(self):
-        """The lock is taken, and what the file says is that of the predecessor."""
-        self.read()
-        self.marked = self.unclean
-        if self.epoch > LAST_EPOCH:
-            self.log.error(f"{self.path} is damaged: its epoch, {self.epoch}, is ignored")
-            self.epoch = 0
-
-    def is_at_its_path(self):
-        """Whether the path still leads to the file."""
-        found = os.fstat(self.number)
-        return identity(self.path) == (found.st_dev, found.st_ino)
-
-    def begin(self):
-        """Writes this daemon's record and returns whether the system was booted since the last."""
-        before, self.boot = self.boot, ""
-        with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
-            self.boot = file.read().strip()
-        self.epoch = max(epoch_of_the_clock(), self.epoch + 1)
-        self._write_record()
-        return self.boot != before
-
-    def wait_for_epoch(self):
-        """When the record could not be written: lets the second pass that the epoch names, so that
-        one who serves after this daemon, and must look at the clock alone, has a greater one.
-        Nobody else may serve already."""
-        self.epoch = max(epoch_of_the_clock(), self.epoch)
-        time.sleep(1 - time.time() % 1)
-
-    def _write_record(self):
-        record = RECORD.format(epoch=self.epoch, boot=self.boot, held=self.marked, pid=os.getpid())
-        written = self._write(record.encode(), 0)
-        self.kept = written and self.path != os.devnull
-        return written
-
-    def _write(self, data, place):
-        """Writes to the file; returns whether it could be written."""
-        try:
-            os.pwrite(self.number, data, place)
-            if self.durable and place == 0:
-                os.fsync(self.number)
-        except OSError as error:
-            self.log.limited(f"cannot write {self.path}: {error.strerror}; "
-                             "nothing will be remembered", "error")
-            return False
-        return True
-
-    def mark(self, held):
-        """Somebody is about to hold a lock, or nobody has held one for a while.  What cannot be
-        written is tried again with the next grant."""
-        before, self.marked = self.marked, held
-        if self.kept:
-            written = self._write(b"1" if held else b"0", MARK_AT)
-        else:
-            written = self._write_record()
-        if not written:
-            self.marked = before
-
-    def cover(self, token):
-        """The record's epoch becomes that of a token which is to be told: of one reclaimed that
-        lay ahead, or of the first after them.  Those of a successor must be greater."""
-        self.epoch = token >> 32
-        self._write_record()
-
-    def look(self):
-        """Makes and locks the file anew where its path does not lead to it any more; returns
-        whether this daemon has the lock of what is there."""
-        if self.is_at_its_path():
-            return True
-        try:
-            number = self._open()
-        except CannotServe as error:
-            self.log.limited(str(error), "error")
-            return False
-        locked = False
-        with contextlib.suppress(OSError):
-            locked = self._flock(number)
-        if not locked:
-            os.close(number)
-            self.log.limited(f"{self.path} is another daemon's now", "error")
-            return False
-        os.close(self.number)
-        self.number = number
-        self.log.error(f"{self.path} was removed; it was made and locked anew")
-        self._write_record()
-        return True
-
-
-def epoch_of_the_clock():
-    """s since EPOCH; 0 when the clock is so wrong that it would use up all tokens."""
-    seconds = int(time.time()) - EPOCH
-    return seconds if seconds <= LAST_EPOCH else 0
-
-
-def take(state, served, foreground, group, answers):
-    """Takes the lock of a State.  While another process holds it, it is waited for: for HELD_FOR s
-    and as long as nobody answers(), in the foreground for ever.  Raises CannotServe, which says
-    what is `served`; a group's answers() may raise SteppedBack.  Returns whether it waited."""
-    if state.lock():
-        return False
-    if foreground:
-        state.log.info(f"waiting for the daemon with pid {state.pid} to end")
-    until = time.monotonic() + HELD_FOR
-    while not state.lock(wait=foreground and not group):
-        if answers() and not foreground:
-            raise CannotServe(f"another daemon (pid {state.pid}) serves {served}")
-        if time.monotonic() > until and not foreground:
-            raise CannotServe(f"{state.path} is held by a daemon (pid {state.pid}) that does not "
-                              f"answer at {served} and does not end")
-        time.sleep(AGAIN)
-    return True
-
-
+# --- Publishing ---------------------------------------------------------------------------------
 # What others may watch: the tree of -m, in FLoM's layout, and the text of --metrics for Prometheus.
 # Both are written by a child, which sees the table as it was at that moment: the loop waits for no
 # disk.  The tree is built anew beside the old one; `status` is a link that is moved over.  A disk
@@ -4365,119 +4476,6 @@ def notify(text):
         with contextlib.suppress(OSError), socket.socket(
                 socket.AF_UNIX, socket.SOCK_DGRAM) as messenger:
             messenger.sendto(text.encode(), "\0" + path[1:] if path[0] == "@" else path)
-
-
-# --- Log ----------------------------------------------------------------------------------------
-# Lines to syslog, to a file or to stderr.  Logging never blocks: syslog gets datagrams; stderr is
-# written when it can take a line.  A line that cannot be written is lost and counted, and the next
-# one that can be says so; that a file cannot be written is said once, on stderr and to syslog.
-
-LEVELS = {"error": 3, "warning": 4, "info": 6, "debug": 7}
-SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")
-FACILITY = 3 << 3  # daemon
-LIMITED, INTERVAL = 10, 10  # lines that peers may cause in so many s
-
-
-class Log:
-    """Where the daemon says what it does."""
-
-    def __init__(self, target, level, append=True):
-        self.target, self.level, self.append = target, LEVELS[level], append
-        self.socket = self.file = None  # to syslog; without a buffer
-        self.lost = self.count = self.begin = 0
-        self.put = {"syslog": self._to_syslog, "stderr": self._to_stderr}.get(
-            target, self._to_file)
-
-    def open(self):
-        """Opens the log; raises CannotServe."""
-        if self.put == self._to_syslog:
-            self._connect()
-        elif self.put == self._to_file:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
-            if not self.append:
-                flags |= os.O_TRUNC
-            with serving(f"cannot write the log {self.target}"):
-                self.file = open(os.open(self.target, flags, 0o666), "wb", 0)
-            self.append = True
-
-    def reopen(self):
-        """Opens the log again; where that fails the old one goes on, and says so."""
-        before = self.file
-        try:
-            self.open()
-        except CannotServe as error:
-            self.error(f"{error}; the log is not opened again")
-            return
-        if before is not None:
-            before.close()
-
-    def limited(self, text, level="warning"):
-        """A line that a peer causes: no more than LIMITED of them in an INTERVAL."""
-        now = time.monotonic()
-        if now >= self.begin + INTERVAL:
-            if self.count > LIMITED:
-                self._write("warning", f"{self.count - LIMITED} lines like the last were left out")
-            self.begin, self.count = now, 0
-        self.count += 1
-        if self.count <= LIMITED:
-            self._write(level, text)
-
-    def _write(self, level, text):
-        if LEVELS[level] > self.level:
-            return
-        text = "\n".join(map(visible, text.split("\n")))
-        lost = f" ({self.lost} lines lost before)" if self.lost else ""
-        try:
-            self.put(level, text + lost)
-            self.lost = 0
-        except OSError as error:
-            self.lost += 1
-            if self.put == self._to_file and self.lost == 1:
-                self._tell_failure(f"cannot write the log {self.target}: {error.strerror}")
-
-    def _tell_failure(self, text):
-        """Says somewhere else that the file cannot be written."""
-        complain(text)
-        with contextlib.suppress(OSError):
-            self._to_syslog("error", text)
-
-    def _connect(self):
-        if self.socket:
-            self.socket.close()
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.socket.setblocking(False)
-        any(self.socket.connect_ex(path) == 0 for path in SYSLOG)
-
-    def _to_syslog(self, level, text):
-        line = f"<{FACILITY + LEVELS[level]}>flomd[{os.getpid()}]: {text}"
-        data = line.encode("utf-8", "replace")[:2000]
-        try:
-            if self.socket:
-                self.socket.send(data)
-                return
-        except WOULD_BLOCK:
-            raise
-        except OSError:
-            pass  # syslogd was started again, or is started only now
-        self._connect()
-        self.socket.send(data)
-
-    def _to_file(self, level, text):
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} flomd[{os.getpid()}] {level}: {text}\n"
-        data = line.encode("utf-8", "replace")
-        while data:  # a disk that takes a part of a line says why when it is given the rest
-            taken = self.file.write(data)
-            if taken is None:
-                raise BlockingIOError
-            data = data[taken:]
-
-    def _to_stderr(self, _, text):
-        if not select.select([], [2], [], 0)[1]:
-            raise BlockingIOError
-        os.write(2, f"flomd: {text}\n".encode("utf-8", "replace")[:4096])
-
-    error = functools.partialmethod(_write, "error")
-    info = functools.partialmethod(_write, "info")
 
 
 # --- Options ------------------------------------------------------------------------------------
