@@ -385,13 +385,13 @@ def test_a_lock_that_was_removed_is_taken_anew(box, removed):
 
 def test_another_daemon_at_its_path(box):
     """It leaves the clients to the other one, and the other one its socket."""
-    first = box.daemon(program=patched("flomd.LOOK = 1"))
+    first = box.daemon(program=patched("flomd.LOOK = 4"))
     holder, gate = box.hold("a")
     waiter = box.waiter("--", "true")
     os.unlink(box.socket + ".lock")
     os.unlink(box.socket)
     second = box.daemon()
-    wait_until(lambda: f"draining: another daemon serves {box.socket}" in first.err)
+    wait_until(lambda: f"draining: another daemon serves {box.socket}" in first.err, 20)
     assert first.poll() is None and waiter.end().status == 0
     gate.open()
     assert holder.end() == (0, "", "") and first.wait(timeout=10) == 0
