@@ -264,10 +264,18 @@ def _socket_path(text):
     return absolute if len(os.fsencode(absolute)) <= 107 else None  # as many as the kernel takes
 
 
+@functools.lru_cache(maxsize=None)
+def signal_names():
+    """{number: name} of the signals of this system."""
+    names = {16: "SIGSTKFLT"}  # Linux; Python knows it from 3.11 on
+    names.update((int(number), number.name) for number in signal.Signals)
+    return names
+
+
 def _signal_number(text):
-    for number in signal.Signals:
-        if text.upper() in (number.name, number.name[len("SIG"):], str(int(number))):
-            return int(number)
+    for number, name in signal_names().items():
+        if text.upper() in (name, name[len("SIG"):], str(number)):
+            return number
     return None
 
 
@@ -358,6 +366,7 @@ SWITCHES = ("Verbose", "AllowRemoteShutdown", "Quiet")  # options without a valu
 
 
 SETTINGS_BY_PATH = {(setting.group, setting.key): setting for setting in SETTINGS}
+FILES = ("/etc/flom.conf", "/usr/local/etc/flom.conf", "~/.flom")
 LONGEST_FILE = 1000000  # bytes; more are no settings
 
 # Files are read as GKeyFile reads them, which FLoM uses: blanks before a key and around the `=` do
@@ -436,6 +445,18 @@ class Settings:
             for option, text in given:
                 self.set(setting, [text], option)
 
+    def read_files(self):
+        """Takes over the files of the system and of the user; raises UsageError."""
+        for path in FILES:
+            self.read_file(os.path.expanduser(path))
+
+    def fix_paths(self):
+        """Makes relative names of files absolute, for a process that will change its directory."""
+        for setting in SETTINGS:
+            if setting.type in ("file", "folder") and self.values.get(setting.key):
+                path = self.values[setting.key]
+                self.values[setting.key] = TYPES[setting.type].write(path)
+
     def read_file(self, path, required=False):
         """Takes over a file of settings, in the syntax of GKeyFile; raises UsageError.
 
@@ -478,22 +499,22 @@ class Settings:
         for setting in SETTINGS:
             value = self[setting.key]
             if setting.default == ():
-                value = ";".join(signal.Signals(number).name for number in sorted(value))
+                value = ";".join(signal_names()[number] for number in sorted(value))
             shown = f"{value:d}" if isinstance(value, int) else f"'{value or ''}'"
             yield f"[{setting.group}]/{setting.key}={shown}"
 
 
-FILES = ("/etc/flom.conf", "/usr/local/etc/flom.conf", "~/.flom")
 TLS_FILES = ("TlsCertificate", "TlsPrivateKey", "TlsCaCertificate")
 
 
-def check_rules(settings, partners):
-    """Raises UsageError for settings that exclude or need each other.
+NOT_WITH_SOCKET = {  # a daemon can serve a socket and an address at once
+    "c": ("UnicastAddress", "MulticastAddress"), "d": ("MulticastAddress",)}
 
-    `partners`: the keys of the addresses that do not go together with a socket.
-    """
+
+def check_rules(settings, user):
+    """Raises UsageError for settings of a user, "c" or "d", that exclude or need each other."""
     origins, tls = settings.origins, [key for key in TLS_FILES if settings[key]]
-    for partner in partners:
+    for partner in NOT_WITH_SOCKET[user]:
         if settings["SocketName"] and settings[partner]:
             raise UsageError(f"{origins['SocketName']}: not together with {origins[partner]}: "
                              "a daemon is local or in the network")
@@ -610,6 +631,50 @@ def machine_id():
     return hashlib.sha256(os.fsencode(os.uname().nodename)).hexdigest()[:32]
 
 
+def user_name(uid):
+    """The login name of a user, the number where there is none; a directory may be slow."""
+    import pwd
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+_kept_name = functools.lru_cache(maxsize=None)(user_name)
+
+
+def login():
+    """The login name of the user of this process, asked for once."""
+    return _kept_name(os.getuid())
+
+
+def default_socket():
+    """The path of the UNIX socket of this user's daemon, FLoM's."""
+    return f"/tmp/flom-{login()}"
+
+
+def name_process(name):
+    """Names this process for ps and pgrep, where the system can (/proc)."""
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as file:
+        file.write(name)
+
+
+def hhmmss(seconds):
+    """A time of so many seconds as HH:MM:SS; one that has not begun yet is 00:00:00."""
+    minutes, second = divmod(max(0, int(seconds)), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour:02d}:{minute:02d}:{second:02d}"
+
+
+def credentials(connection):
+    """(pid, uid) of the peer of a UNIX socket; (None, None) where the system does not tell."""
+    if connection.family != socket.AF_UNIX or not hasattr(socket, "SO_PEERCRED"):
+        return None, None
+    ucred = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    pid, uid, _ = memoryview(ucred).cast("I")
+    return pid, uid
+
+
 def common_name(certificate):
     """The common name in a certificate as ssl reads it (a dictionary); None without exactly one."""
     parts = [pair for part in certificate.get("subject", ()) for pair in part]
@@ -630,6 +695,50 @@ def tune(connection, idle, interval, probes):
                         ("TCP_KEEPCNT", probes)):
         with contextlib.suppress(AttributeError, OSError):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def aim(sender, hops, interface):
+    """Says how many hops the datagrams of a socket to a group go, and through which interface.
+
+    `interface` is its index; with 0 the system chooses.
+    """
+    six = sender.family == socket.AF_INET6
+    if six:
+        sender.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, hops)
+    else:
+        sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, hops)
+    if interface and six:
+        sender.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, interface)
+    elif interface:
+        ip_mreqn = bytes(8) + interface.to_bytes(4, sys.byteorder)
+        sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, ip_mreqn)
+
+
+def tls_context(settings, server=False):
+    """The context of one side of mutual TLS, 1.2 or newer; None without files; UsageError.
+
+    Who may talk is said by the CA and by the peer id: FLoM's certificates bear no host names.
+    """
+    certificate, key, authority = [settings[name] for name in TLS_FILES]
+    if not certificate:
+        return None
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_REQUIRED
+    if hasattr(context, "minimum_version"):
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    else:  # Python 3.6
+        context.options |= ssl.OP_NO_SSLv3 | ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    names = f"{certificate!r} with {key!r}"
+    try:
+        context.load_cert_chain(certificate, key, password=b"")  # b"": do not ask for one
+        names = repr(authority)
+        context.load_verify_locations(authority)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise UsageError(f"{settings.origins['TlsCertificate']}: {names}: {why}")
+    return context
 
 
 def secured(connection, context, **options):
@@ -782,16 +891,10 @@ def _parser():
 
 def option_settings(options, settings):
     """Fills `settings` from the files and the command line; raises UsageError."""
-    for path in FILES:
-        settings.read_file(os.path.expanduser(path))
+    settings.read_files()
     if options.config_file is not None:
         settings.read_file(options.config_file, required=True)
     settings.take_options(options)
-
-
-def check_settings(settings):
-    """Raises UsageError for settings that contradict each other."""
-    check_rules(settings, ("UnicastAddress", "MulticastAddress"))
 
 
 SHORT_KEYWORDS = {"name": "resource_name", "mode": "lock_mode", "timeout": "resource_timeout",
@@ -818,7 +921,7 @@ def keyword_settings(keywords, files):
         settings.read_file(os.path.expanduser(path))
     for word, value in given.items():
         settings.set(rows[word], keyword_texts(rows[word], word, value), f"{word}=")
-    check_settings(settings)
+    check_rules(settings, "c")
     return settings
 
 
@@ -1036,12 +1139,7 @@ def discovering(settings, diary, resolving):
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as asker:
             asker.setblocking(False)
-            for option, value in (
-                    ("MULTICAST_HOPS" if six else "MULTICAST_TTL", settings["DiscoveryTTL"]),
-                    ("MULTICAST_IF",  # for IPv4 an ip_mreqn
-                     index if six else bytes(8) + index.to_bytes(4, sys.byteorder))):
-                asker.setsockopt(getattr(socket, "IPPROTO_IPV6" if six else "IPPROTO_IP"),
-                                 getattr(socket, ("IPV6_" if six else "IP_") + option), value)
+            aim(asker, settings["DiscoveryTTL"], index)
             for _ in range(settings["DiscoveryAttempts"]):
                 diary.say(f"sending UDP multicast datagram to {name} ('{question.decode()}')",
                           sys.stdout)
@@ -1414,26 +1512,12 @@ NOT_YET = {errno.EINPROGRESS, errno.EALREADY, errno.EINTR, errno.EAGAIN}
 KEEPALIVE = (15, 5, 3)  # s, s, probes: a holder is to learn of a dead network before the daemon
 
 
-def login():
-    """The name of this process's user, its number where it has no name."""
-    return _name_of(os.getuid())
-
-
-@functools.lru_cache(None)  # a directory service may not answer while a lost lock is reclaimed
-def _name_of(user):
-    import pwd
-    try:
-        return pwd.getpwuid(user).pw_name
-    except KeyError:
-        return str(user)
-
-
 def place(settings):
     """Where a daemon is looked for, in words; a path when it is local."""
     for kind, words in (("Unicast", ""), ("Multicast", "multicast group ")):
         if settings[f"{kind}Address"]:
             return f"{words}{settings[f'{kind}Address']}, port {settings[f'{kind}Port']}"
-    return settings["SocketName"] or f"/tmp/flom-{login()}"
+    return settings["SocketName"] or default_socket()
 
 
 def locating(settings, diary, resolving=resolving_here):
@@ -1522,29 +1606,6 @@ class Race:
             raise DaemonUnavailable(self._failure)
 
 
-def tls_context(settings):
-    """The TLS context for the three files, None without them; raises UsageError."""
-    certificate, key, authority = (settings[key] for key in TLS_FILES)
-    if not certificate:
-        return None
-    import ssl
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False  # who may talk is said by the CA, and by the peer id
-    if hasattr(context, "minimum_version"):
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-    else:  # Python 3.6
-        context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
-    names = f"{certificate!r} with {key!r}"
-    try:
-        context.load_cert_chain(certificate, key, password=b"")  # b"": do not ask for one
-        names = repr(authority)
-        context.load_verify_locations(authority)
-    except (OSError, ValueError) as error:
-        why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise UsageError(f"{settings.origins['TlsCertificate']}: {names}: {why}")
-    return context
-
-
 def explain(error):
     """What an OSError of a connection means."""
     if type(error).__module__ != "ssl":
@@ -1616,16 +1677,9 @@ class Connection:
             raise _Useless(f"{self.where}: the one CN of its certificate is {self.name!r}, "
                            f"but its peer id is {peerid!r}")
 
-    def peer(self):
-        """(pid, uid) of a local daemon, (None, None) where the kernel does not tell."""
-        if self.family != socket.AF_UNIX or not hasattr(socket, "SO_PEERCRED"):
-            return None, None
-        credentials = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        return tuple(memoryview(credentials).cast("I")[:2])
-
     def check_owner(self):
         """Refuses a stranger's daemon on this user's own socket: it could grant anything."""
-        for owner in (self.peer()[1], os.stat(self.where).st_uid):
+        for owner in (credentials(self.sock)[1], os.stat(self.where).st_uid):
             if owner not in (None, 0, os.getuid()):
                 raise DaemonUnavailable(f"{self.where} belongs to user {owner}: refused; remove "
                                         "it, or name another socket with -s")
@@ -1819,7 +1873,7 @@ def longer_by(seconds, text):
     def add(found):
         hours, minutes, rest = map(int, found.groups())
         total = int(hours * 3600 + minutes * 60 + rest + seconds)
-        return f" for {total // 3600:02d}:{total // 60 % 60:02d}:{total % 60:02d}"
+        return f" for {hhmmss(total)}"
     return re.sub(DURATION, add, text)
 
 
@@ -2267,7 +2321,7 @@ class Signals:
         self.found = {signal.SIGPIPE: signal.SIG_DFL, signal.SIGXFSZ: signal.SIG_DFL}
         for number in {signal.SIGIO, *ignored, signal.SIGCHLD}:
             if number in (signal.SIGKILL, signal.SIGSTOP):
-                put(f"flom: warning: {signal.Signals(number).name} cannot be ignored", sys.stderr)
+                put(f"flom: warning: {signal_names()[number]} cannot be ignored", sys.stderr)
                 continue
             self.found[number] = signal.getsignal(number) or signal.SIG_DFL
             if number in ignored:
@@ -2930,8 +2984,7 @@ def duration(entry, now):
     """HH:MM:SS since the entry's lock was granted or asked for, empty where nobody tells."""
     if "since" not in entry:
         return ""
-    seconds = max(0, now - entry["since"])
-    return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    return hhmmss(now - entry["since"])
 
 
 def entries_of(report):
@@ -2995,8 +3048,7 @@ def clear_screen():
 
 def show_signals(options, settings):
     """--signal-list, four in a line."""
-    known = {16: "SIGSTKFLT"}  # Linux; Python has it from 3.11 on
-    known.update((int(number), number.name) for number in signal.Signals)
+    known = signal_names()
     show("".join(f"{number}) {known[number]}\t" + "\n" * (number % 4 == 0)
                  for number in range(1, 32) if number in known))
 
@@ -3013,7 +3065,8 @@ def check_configuration(options, settings):
     settings.set = functools.partial(attempt, set_value)  # goes on where it would stop
     settings.read_file = functools.partial(attempt, read_file)
     attempt(option_settings, options, settings)
-    for check in (check_settings, interface_index, tls_context):
+    attempt(check_rules, settings, "c")
+    for check in (interface_index, tls_context):
         attempt(check, settings)
     for line in problems + settings.warnings:
         put(f"flom: {line}", sys.stderr)
@@ -3036,7 +3089,7 @@ def give_order(settings, order, **about):
         raise DaemonUnavailable(f"no daemon at {place(settings)}")
     if checked:
         connection.check_name(known.name)
-    pid = connection.peer()[0]
+    pid = credentials(connection.sock)[0]
     session = element("session", ("peerid", machine_id()), *about.items())
     data = finish(connection.parting(encode(MANAGEMENT, 8, session, order), PATIENCE,
                                      answered=True))
@@ -3146,7 +3199,7 @@ def prepare(options, settings):
         put(f"flom: warning: {warning}", sys.stderr)
     if settings["Verbose"]:
         put("\n".join(settings.lines()), sys.stdout)
-    check_settings(settings)
+    check_rules(settings, "c")
     interface_index(settings)
 
 
@@ -3156,8 +3209,7 @@ def run():
     try:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # ^C ends flom as any C program
-        with contextlib.suppress(OSError), open("/proc/self/comm", "w") as comm:
-            comm.write("flom")
+        name_process("flom")
         options = read_arguments(sys.argv[1:])
         options.started = started
         if options.action != "check":

@@ -30,7 +30,6 @@ import heapq
 import itertools
 import operator
 import os
-import pwd
 import re
 import select
 import signal
@@ -261,10 +260,18 @@ def _socket_path(text):
     return absolute if len(os.fsencode(absolute)) <= 107 else None  # as many as the kernel takes
 
 
+@functools.lru_cache(maxsize=None)
+def signal_names():
+    """{number: name} of the signals of this system."""
+    names = {16: "SIGSTKFLT"}  # Linux; Python knows it from 3.11 on
+    names.update((int(number), number.name) for number in signal.Signals)
+    return names
+
+
 def _signal_number(text):
-    for number in signal.Signals:
-        if text.upper() in (number.name, number.name[len("SIG"):], str(int(number))):
-            return int(number)
+    for number, name in signal_names().items():
+        if text.upper() in (name, name[len("SIG"):], str(number)):
+            return number
     return None
 
 
@@ -355,6 +362,7 @@ SWITCHES = ("Verbose", "AllowRemoteShutdown", "Quiet")  # options without a valu
 
 
 SETTINGS_BY_PATH = {(setting.group, setting.key): setting for setting in SETTINGS}
+FILES = ("/etc/flom.conf", "/usr/local/etc/flom.conf", "~/.flom")
 LONGEST_FILE = 1000000  # bytes; more are no settings
 
 # Files are read as GKeyFile reads them, which FLoM uses: blanks before a key and around the `=` do
@@ -433,6 +441,18 @@ class Settings:
             for option, text in given:
                 self.set(setting, [text], option)
 
+    def read_files(self):
+        """Takes over the files of the system and of the user; raises UsageError."""
+        for path in FILES:
+            self.read_file(os.path.expanduser(path))
+
+    def fix_paths(self):
+        """Makes relative names of files absolute, for a process that will change its directory."""
+        for setting in SETTINGS:
+            if setting.type in ("file", "folder") and self.values.get(setting.key):
+                path = self.values[setting.key]
+                self.values[setting.key] = TYPES[setting.type].write(path)
+
     def read_file(self, path, required=False):
         """Takes over a file of settings, in the syntax of GKeyFile; raises UsageError.
 
@@ -475,22 +495,22 @@ class Settings:
         for setting in SETTINGS:
             value = self[setting.key]
             if setting.default == ():
-                value = ";".join(signal.Signals(number).name for number in sorted(value))
+                value = ";".join(signal_names()[number] for number in sorted(value))
             shown = f"{value:d}" if isinstance(value, int) else f"'{value or ''}'"
             yield f"[{setting.group}]/{setting.key}={shown}"
 
 
-FILES = ("/etc/flom.conf", "/usr/local/etc/flom.conf", "~/.flom")
 TLS_FILES = ("TlsCertificate", "TlsPrivateKey", "TlsCaCertificate")
 
 
-def check_rules(settings, partners):
-    """Raises UsageError for settings that exclude or need each other.
+NOT_WITH_SOCKET = {  # a daemon can serve a socket and an address at once
+    "c": ("UnicastAddress", "MulticastAddress"), "d": ("MulticastAddress",)}
 
-    `partners`: the keys of the addresses that do not go together with a socket.
-    """
+
+def check_rules(settings, user):
+    """Raises UsageError for settings of a user, "c" or "d", that exclude or need each other."""
     origins, tls = settings.origins, [key for key in TLS_FILES if settings[key]]
-    for partner in partners:
+    for partner in NOT_WITH_SOCKET[user]:
         if settings["SocketName"] and settings[partner]:
             raise UsageError(f"{origins['SocketName']}: not together with {origins[partner]}: "
                              "a daemon is local or in the network")
@@ -607,6 +627,50 @@ def machine_id():
     return hashlib.sha256(os.fsencode(os.uname().nodename)).hexdigest()[:32]
 
 
+def user_name(uid):
+    """The login name of a user, the number where there is none; a directory may be slow."""
+    import pwd
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+_kept_name = functools.lru_cache(maxsize=None)(user_name)
+
+
+def login():
+    """The login name of the user of this process, asked for once."""
+    return _kept_name(os.getuid())
+
+
+def default_socket():
+    """The path of the UNIX socket of this user's daemon, FLoM's."""
+    return f"/tmp/flom-{login()}"
+
+
+def name_process(name):
+    """Names this process for ps and pgrep, where the system can (/proc)."""
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as file:
+        file.write(name)
+
+
+def hhmmss(seconds):
+    """A time of so many seconds as HH:MM:SS; one that has not begun yet is 00:00:00."""
+    minutes, second = divmod(max(0, int(seconds)), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour:02d}:{minute:02d}:{second:02d}"
+
+
+def credentials(connection):
+    """(pid, uid) of the peer of a UNIX socket; (None, None) where the system does not tell."""
+    if connection.family != socket.AF_UNIX or not hasattr(socket, "SO_PEERCRED"):
+        return None, None
+    ucred = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    pid, uid, _ = memoryview(ucred).cast("I")
+    return pid, uid
+
+
 def common_name(certificate):
     """The common name in a certificate as ssl reads it (a dictionary); None without exactly one."""
     parts = [pair for part in certificate.get("subject", ()) for pair in part]
@@ -627,6 +691,50 @@ def tune(connection, idle, interval, probes):
                         ("TCP_KEEPCNT", probes)):
         with contextlib.suppress(AttributeError, OSError):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def aim(sender, hops, interface):
+    """Says how many hops the datagrams of a socket to a group go, and through which interface.
+
+    `interface` is its index; with 0 the system chooses.
+    """
+    six = sender.family == socket.AF_INET6
+    if six:
+        sender.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, hops)
+    else:
+        sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, hops)
+    if interface and six:
+        sender.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, interface)
+    elif interface:
+        ip_mreqn = bytes(8) + interface.to_bytes(4, sys.byteorder)
+        sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, ip_mreqn)
+
+
+def tls_context(settings, server=False):
+    """The context of one side of mutual TLS, 1.2 or newer; None without files; UsageError.
+
+    Who may talk is said by the CA and by the peer id: FLoM's certificates bear no host names.
+    """
+    certificate, key, authority = [settings[name] for name in TLS_FILES]
+    if not certificate:
+        return None
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_REQUIRED
+    if hasattr(context, "minimum_version"):
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    else:  # Python 3.6
+        context.options |= ssl.OP_NO_SSLv3 | ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    names = f"{certificate!r} with {key!r}"
+    try:
+        context.load_cert_chain(certificate, key, password=b"")  # b"": do not ask for one
+        names = repr(authority)
+        context.load_verify_locations(authority)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise UsageError(f"{settings.origins['TlsCertificate']}: {names}: {why}")
+    return context
 
 
 def secured(connection, context, **options):
@@ -2601,10 +2709,8 @@ def held_by(obstacles, now):
     first, number = obstacles
     if first is None:
         return "held by nobody"
-    seconds = int(max(0, now.wall - first.held_since))
     others = f" and {number - 1} more" if number > 1 else ""
-    return (f"held by {first.session} for "
-            f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}{others}")
+    return f"held by {first.session} for {hhmmss(now.wall - first.held_since)}{others}"
 
 
 def report(table, introduction, now):
@@ -2721,7 +2827,7 @@ class State:
         usable = mine and stat.S_ISREG(found.st_mode) and found.st_nlink == 1
         if not usable and self.path != os.devnull:
             os.close(number)
-            raise CannotServe(f"{self.path} is no file of {owner(os.getuid())}")
+            raise CannotServe(f"{self.path} is no file of {login()}")
         return number
 
     def _find(self):
@@ -3046,13 +3152,6 @@ class Connection:
                 closing.close()
             self.daemon.gone(self)
 
-    def credentials(self):
-        """(pid, uid) of the peer on a local socket, (None, None) where the system cannot tell."""
-        if self.peer != LOCAL or not hasattr(socket, "SO_PEERCRED"):
-            return None, None
-        raw = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        return struct.unpack("3i", raw)[:2]
-
 
 class Users:
     """The names of the users who ask.
@@ -3067,7 +3166,7 @@ class Users:
         self.wanted = collections.OrderedDict()  # uids to ask for
         self.asking = None  # the Child that looks for a name
         for uid in {0, os.getuid()}:
-            self._learn(uid, owner(uid))
+            self._learn(uid, user_name(uid))
 
     def name(self, uid):
         """The name, or the number where it is not known yet, or there is none."""
@@ -3097,7 +3196,7 @@ class Users:
     def _look_up(uid):
         """In the child: the name; a directory that hangs ends it."""
         signal.alarm(LOOK_UP)
-        return owner(uid)
+        return user_name(uid)
 
     def _hear(self, uid, name):
         self.asking = None
@@ -3177,25 +3276,12 @@ def fork_quietly():
 TLS_ALERT = b"\x15\3\3\0\2\2\x46"  # fatal, protocol version
 
 
-def tls_context(settings, server):
-    """The context for one side of mutual TLS 1.2 or newer; raises CannotServe."""
-    import ssl
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False  # FLoM's certificates bear no host names
-    context.verify_mode = ssl.CERT_REQUIRED
-    if hasattr(context, "minimum_version"):
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-    else:  # 3.6
-        context.options |= ssl.OP_NO_SSLv3 | ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
-    certificate, key, authority = (os.path.abspath(settings[name]) for name in TLS_FILES)
-    reading = f"{certificate} with {key}"
+def serving_context(settings):
+    """The TLS context of this daemon, None without TLS; raises CannotServe."""
     try:
-        context.load_cert_chain(certificate, key, password=lambda: "")
-        reading = authority
-        context.load_verify_locations(authority)
-    except (OSError, ValueError) as error:
-        raise CannotServe(f"cannot use {reading} for TLS: {error}")
-    return context
+        return tls_context(settings, server=True)
+    except UsageError as error:
+        raise CannotServe(str(error))
 
 
 class TlsConnection(Connection):
@@ -3359,16 +3445,8 @@ def _remove_stale(path):
         try:
             os.unlink(path)
         except OSError as error:  # only now: a directory may take its time to tell the name
-            raise CannotServe(f"cannot remove the stale socket {path} of {owner(uid)}: "
+            raise CannotServe(f"cannot remove the stale socket {path} of {user_name(uid)}: "
                               f"{error.strerror}")
-
-
-def owner(uid):
-    """The login name of a user, or the number where there is none."""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
 
 
 def tcp_socket(settings, host, port):
@@ -3438,11 +3516,9 @@ SOON = (0.5, 0.5, 1)  # s between the winner's first questions
 OFTEN = 5  # s between questions from then on, a fifth more or less
 WILDCARDS = ("0.0.0.0", "::")  # addresses that are none of a host
 DRAIN = 255  # what is written to the loop where it reads the numbers of signals, too
-MULTICAST = {  # level; names there and forms: of all groups (Linux; Python has none), sender, join
-    socket.AF_INET: (socket.IPPROTO_IP, 49, socket.IP_MULTICAST_TTL,
-                     socket.IP_MULTICAST_IF, "@8xi", socket.IP_ADD_MEMBERSHIP, "@4xi"),
-    socket.AF_INET6: (socket.IPPROTO_IPV6, 29, socket.IPV6_MULTICAST_HOPS,
-                      socket.IPV6_MULTICAST_IF, "@I", socket.IPV6_JOIN_GROUP, "@I")}
+MULTICAST = {  # level; names there: of all groups (Linux; Python has none), join; its form
+    socket.AF_INET: (socket.IPPROTO_IP, 49, socket.IP_ADD_MEMBERSHIP, "@4xi"),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, 29, socket.IPV6_JOIN_GROUP, "@I")}
 
 
 class Group:
@@ -3469,11 +3545,9 @@ class Group:
         self.label = f"udp:{self.address[0]}:{self.port}"
         self.probe = None  # the thread that looks for another daemon
 
-    def _join(self, level, of_all, hops, sender, sender_form, join, join_form):
+    def _join(self, level, of_all, join, join_form):
         """Joins on the interface asked for, else on all; raises OSError when none takes part."""
-        self.asker.setsockopt(level, hops, self.settings["DiscoveryTTL"])
-        if self.index:
-            self.asker.setsockopt(level, sender, struct.pack(sender_form, self.index))
+        aim(self.asker, self.settings["DiscoveryTTL"], self.index)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with contextlib.suppress(OSError):  # or it hears every group on this port
             self.socket.setsockopt(level, of_all, 0)
@@ -3604,8 +3678,8 @@ class Group:
 
     def _verify(self, pair, address):
         """Wakes the loop to drain if the other daemon is there.  A thread, as connecting blocks."""
-        with contextlib.suppress(OSError, LookupError, ValueError, CannotServe):
-            context = tls_context(self.settings, server=False) if self.daemon.tls else None
+        with contextlib.suppress(OSError, LookupError, ValueError, UsageError):
+            context = tls_context(self.settings)
             found = daemon_at(address, context, self.daemon.checks_ids)
             if found == (pair and pair[1]):
                 self.daemon.waker.send(bytes([DRAIN]))
@@ -3766,7 +3840,7 @@ class Daemon:
         self.silent = collections.OrderedDict()
         self.ways, self.publisher = [], None  # how clients find it: listeners and the group
         self.watched = []  # what has a path that may be lost
-        self.tls = tls_context(settings, server=True) if settings["TlsCertificate"] else None
+        self.tls = serving_context(settings)
         self.checks_ids = bool(self.tls and settings["TlsCheckPeerId"])
         self.users = Users(self)
         self.most_clients = options.max_clients or most_files() - RESERVE
@@ -4003,7 +4077,7 @@ class Daemon:
         elif connection.surplus:
             connection.tell(Decision(session, LIMIT, reason="the daemon has too many clients"))
         else:
-            pid, uid = connection.credentials() if session.ours else (None, None)
+            pid, uid = credentials(connection.socket) if session.ours else (None, None)
             if pid:  # on a local socket the system knows best who asks
                 session.about["pid"], session.uid = str(pid), uid
                 self.users.name(uid)  # to be known when somebody asks for a report
@@ -4068,8 +4142,8 @@ class Daemon:
 
     def _owns(self, connection, session):
         """Why the peer of a connection is not the user of a lock, None when it is."""
-        _, uid = connection.credentials()
-        _, owner_uid = session.connection.credentials()
+        _, uid = credentials(connection.socket)
+        _, owner_uid = credentials(session.connection.socket)
         if uid is not None and uid == owner_uid:
             return None
         if uid is None:
@@ -4078,7 +4152,7 @@ class Daemon:
 
     def _giver(self, connection, about):
         """USER@HOST of somebody who gives an order, as far as the system can tell."""
-        _, uid = connection.credentials()
+        _, uid = credentials(connection.socket)
         if connection.peer == LOCAL:
             user = about.get("user", "?") if uid is None else self.users.name(uid)
             return f"{user}@{os.uname().nodename}"
@@ -4087,7 +4161,7 @@ class Daemon:
     def _may_stop(self, connection):
         """Why the peer of this connection may not stop the daemon, None when it may."""
         if connection.peer == LOCAL:
-            _, uid = connection.credentials()
+            _, uid = credentials(connection.socket)
             allowed = uid in (None, 0, os.getuid())
             name, mine = self.users.name(uid), self.users.name(os.getuid())
             return None if allowed else f"{name} is neither {mine} nor root"
@@ -4530,8 +4604,7 @@ def read_options(arguments):
     options = make_parser().parse_args(arguments)
     settings = Settings(Lifespan=-1)
     if not options.no_files:
-        for path in FILES:
-            settings.read_file(os.path.expanduser(path))
+        settings.read_files()
     # the files that clients read, too, may name another daemon: an address in them counts last
     of_clients = {key: settings.values.pop(key) for key in ADDRESSES if key in settings.values}
     if options.config_file is not None:
@@ -4568,7 +4641,7 @@ def is_loopback(host):
 def local_socket(settings):
     """The path of the UNIX socket to serve, None when the daemon is to serve an address alone."""
     address = settings["UnicastAddress"] or settings["MulticastAddress"]
-    return settings["SocketName"] or (None if address else f"/tmp/flom-{owner(os.getuid())}")
+    return settings["SocketName"] or (None if address else default_socket())
 
 
 def state_paths(settings):
@@ -4576,7 +4649,7 @@ def state_paths(settings):
     local = local_socket(settings)
     address = settings["UnicastAddress"] or settings["MulticastAddress"]
     port = settings["UnicastPort" if settings["UnicastAddress"] else "MulticastPort"]
-    beside = f"{local}.lock" if local else f"/tmp/flom-{owner(os.getuid())}-{address}-{port}.lock"
+    beside = f"{local}.lock" if local else f"{default_socket()}-{address}-{port}.lock"
     folder, name = os.path.split(beside)
     folder = os.path.realpath(folder)
     if not settings["StateDir"] or local and os.path.realpath(settings["StateDir"]) == folder:
@@ -4781,15 +4854,15 @@ def run(arguments):
     """The command flomd.py; returns the exit status."""
     forget_signals()
     open_standard_files()
-    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as file:
-        file.write("flomd")  # the name that users of FLoM expect of ps and pgrep
+    name_process("flomd")  # as users of FLoM expect
     try:
         settings, options = read_options(arguments)
         for warning in settings.warnings:
             put(f"flomd: warning: {warning}", sys.stderr)
         if settings["Verbose"]:
             put("\n".join(settings.lines()), sys.stdout)
-        check_rules(settings, ("MulticastAddress",))
+        settings.fix_paths()
+        check_rules(settings, "d")
         check_announced(settings)
         return serve(settings, options)
     except UsageError as error:

@@ -86,6 +86,17 @@ def test_when_the_starter_has_ended_the_daemon_listens(box):
         wait_until(lambda: not box.daemons())
 
 
+def test_relative_names_count_from_where_it_was_started(box):
+    """On the command line and in a file; the daemon itself is in the root directory."""
+    for name in ("tree", "state"):
+        os.mkdir(box.path(name))
+    conf = box.write("conf", "[Trace]\nDaemonTraceFile=log\n[Daemon]\nStateDir=state\n")
+    done = box.flomd("-s", "socket", "-m", "tree", "-c", conf, cwd=box.folder).end()
+    assert done == (0, "", "")
+    wait_until(lambda: os.path.isdir(box.path("tree/status")))
+    assert "serving" in read(box.path("log")) and os.listdir(box.path("state")) != []
+
+
 def test_in_the_foreground_it_stays_and_logs_to_stderr(box):
     daemon = box.daemon()
     assert box.daemons() == [daemon.pid] == [peer_pid(box.socket)]

@@ -407,7 +407,7 @@ def test_two_daemons_of_a_group_on_one_host(hosts):
 def test_a_candidate_waits_for_the_lock_of_one_that_does_not_answer(hosts, end):
     """Until that one has ended, or another daemon serves the group."""
     one, two = hosts(2)
-    name = f"flom-{flomd.owner(os.getuid())}-239.255.0.1-28015.lock"
+    name = f"flom-{flomd.login()}-239.255.0.1-28015.lock"
     with open(one.write(flomd.state_name("/tmp", name), "")) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         daemon = one.flomd("-f", "--no-files", *GROUP, *one.address)

@@ -143,7 +143,7 @@ def dying(box):
     """A box with the state of a daemon for a TCP address, which does not answer any more but has
     not ended, and under which somebody holds a lock."""
     port = str(free_port())
-    name = f"flom-{flomd.owner(os.getuid())}-127.0.0.1-{port}.lock"
+    name = f"flom-{flomd.login()}-127.0.0.1-{port}.lock"
     box.address = ("-a", "127.0.0.1", "-p", port, "--state-dir", box.folder)
     path = box.write(flomd.state_name("/tmp", name), record(7, held=1, pid=4711))
     with open(path) as file:
