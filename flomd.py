@@ -758,14 +758,23 @@ def secured(connection, context, **options):
 
 
 # --- Errors and log -----------------------------------------------------------------------------
-# Lines to syslog, to a file or to stderr.  Logging never blocks: syslog gets datagrams; stderr is
-# written when it can take a line.  A line that cannot be written is lost and counted, and the next
-# one that can be says so; that a file cannot be written is said once, on stderr and to syslog.
+# How the daemon says that something is wrong.  Two exceptions end its start: CannotServe and
+# SteppedBack.  Everything later is a line in the log, which goes to syslog, to a file or to stderr.
+#
+# The problem: whoever reads the log may be slow or gone, and the clients would wait with the
+# daemon.  So no line is waited for.  Syslog gets datagrams, stderr is written when it can take a
+# line, a file is opened in a mode in which it never blocks.  A line that cannot be written is lost
+# and counted, and the next one that is written tells the number.  When a file cannot be written
+# stderr and syslog are told, once.
+#
+# A peer can cause lines, and must not fill a disk: see Log.limited().
 
 WOULD_BLOCK = (BlockingIOError, InterruptedError)
-LEVELS = {"error": 3, "warning": 4, "info": 6, "debug": 7}
+LEVELS = {"error": 3, "warning": 4, "info": 6, "debug": 7}  # as syslog numbers them
 SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")
-FACILITY = 3 << 3  # daemon
+FACILITY = 3 << 3  # syslog's number of daemons
+LONGEST_DATAGRAM = 2000  # bytes
+LONGEST_LINE = 4096  # bytes that stderr takes at once: a pipe's atomic write
 LIMITED, INTERVAL = 10, 10  # lines that peers may cause in so many s
 
 
@@ -777,12 +786,6 @@ class SteppedBack(Exception):
     """Another daemon serves the group: status 3, nothing on stderr."""
 
 
-def complain(text):
-    """One line on stderr, as far as it takes it."""
-    with contextlib.suppress(OSError):
-        os.write(2, f"flomd: {text}\n".encode("utf-8", "replace")[:4096])
-
-
 @contextlib.contextmanager
 def serving(failure, *opened):
     """When the system refuses something, closes what is open and raises CannotServe."""
@@ -791,95 +794,80 @@ def serving(failure, *opened):
     except (OSError, UnicodeError) as error:
         for part in opened:
             part.close()
-        raise CannotServe(f"{failure}: {getattr(error, 'strerror', error)}")
+        reason = getattr(error, "strerror", error)
+        raise CannotServe(f"{failure}: {reason}")
 
 
-class Log:
-    """Where the daemon says what it does."""
+def complain(text):
+    """Writes one line on stderr, or as much of it as stderr takes."""
+    with contextlib.suppress(OSError):
+        _write_to_stderr(text)
 
-    def __init__(self, target, level, append=True):
-        self.target, self.level, self.append = target, LEVELS[level], append
-        self.socket = self.file = None  # to syslog; without a buffer
-        self.lost = self.count = self.begin = 0
-        self.put = {"syslog": self._to_syslog, "stderr": self._to_stderr}.get(
-            target, self._to_file)
+
+def _write_to_stderr(text):
+    line = f"flomd: {text}\n"
+    os.write(2, line.encode("utf-8", "replace")[:LONGEST_LINE])
+
+
+class _Syslog:
+    """The syslogd of this host, if there is one."""
+
+    def __init__(self):
+        self.socket = None
 
     def open(self):
-        """Opens the log; raises CannotServe."""
-        if self.put == self._to_syslog:
-            self._connect()
-        elif self.put == self._to_file:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
-            if not self.append:
-                flags |= os.O_TRUNC
-            with serving(f"cannot write the log {self.target}"):
-                self.file = open(os.open(self.target, flags, 0o666), "wb", 0)
-            self.append = True
-
-    def reopen(self):
-        """Opens the log again; where that fails the old one goes on, and says so."""
-        before = self.file
-        try:
-            self.open()
-        except CannotServe as error:
-            self.error(f"{error}; the log is not opened again")
-            return
-        if before is not None:
-            before.close()
-
-    def limited(self, text, level="warning"):
-        """A line that a peer causes: no more than LIMITED of them in an INTERVAL."""
-        now = time.monotonic()
-        if now >= self.begin + INTERVAL:
-            if self.count > LIMITED:
-                self._write("warning", f"{self.count - LIMITED} lines like the last were left out")
-            self.begin, self.count = now, 0
-        self.count += 1
-        if self.count <= LIMITED:
-            self._write(level, text)
-
-    def _write(self, level, text):
-        if LEVELS[level] > self.level:
-            return
-        text = "\n".join(map(visible, text.split("\n")))
-        lost = f" ({self.lost} lines lost before)" if self.lost else ""
-        try:
-            self.put(level, text + lost)
-            self.lost = 0
-        except OSError as error:
-            self.lost += 1
-            if self.put == self._to_file and self.lost == 1:
-                self._tell_failure(f"cannot write the log {self.target}: {error.strerror}")
-
-    def _tell_failure(self, text):
-        """Says somewhere else that the file cannot be written."""
-        complain(text)
-        with contextlib.suppress(OSError):
-            self._to_syslog("error", text)
-
-    def _connect(self):
-        if self.socket:
+        """Connects to the first syslogd that listens; raises nothing where none does."""
+        if self.socket is not None:
             self.socket.close()
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.setblocking(False)
-        any(self.socket.connect_ex(path) == 0 for path in SYSLOG)
+        for path in SYSLOG:
+            if self.socket.connect_ex(path) == 0:
+                break
 
-    def _to_syslog(self, level, text):
+    def put(self, level, text):
+        """Sends one line; raises OSError when it is lost."""
         line = f"<{FACILITY + LEVELS[level]}>flomd[{os.getpid()}]: {text}"
-        data = line.encode("utf-8", "replace")[:2000]
+        data = line.encode("utf-8", "replace")[:LONGEST_DATAGRAM]
+        if self.socket is None or not self._sent(data):
+            self.open()
+            self.socket.send(data)
+
+    def _sent(self, data):
+        """Sends; returns False when syslogd was started again, or is started only now."""
         try:
-            if self.socket:
-                self.socket.send(data)
-                return
+            self.socket.send(data)
         except WOULD_BLOCK:
             raise
         except OSError:
-            pass  # syslogd was started again, or is started only now
-        self._connect()
-        self.socket.send(data)
+            return False
+        return True
 
-    def _to_file(self, level, text):
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} flomd[{os.getpid()}] {level}: {text}\n"
+
+class _LogFile:
+    """A file, without a buffer.  One that is not to be appended to is emptied, but only once."""
+
+    def __init__(self, path, append):
+        self.path, self.append = path, append
+        self.file = None
+
+    def open(self):
+        """Opens the file, perhaps again; raises CannotServe, and keeps the one it had."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+        if not self.append:
+            flags |= os.O_TRUNC
+        before = self.file
+        with serving(f"cannot write the log {self.path}"):
+            number = os.open(self.path, flags, 0o666)
+            self.file = open(number, "wb", 0)
+        self.append = True
+        if before is not None:
+            before.close()
+
+    def put(self, level, text):
+        """Writes one line; raises OSError when it is lost."""
+        date = time.strftime("%Y-%m-%d %H:%M:%S")
+        line = f"{date} flomd[{os.getpid()}] {level}: {text}\n"
         data = line.encode("utf-8", "replace")
         while data:  # a disk that takes a part of a line says why when it is given the rest
             taken = self.file.write(data)
@@ -887,13 +875,91 @@ class Log:
                 raise BlockingIOError
             data = data[taken:]
 
-    def _to_stderr(self, _, text):
-        if not select.select([], [2], [], 0)[1]:
-            raise BlockingIOError
-        os.write(2, f"flomd: {text}\n".encode("utf-8", "replace")[:4096])
 
-    error = functools.partialmethod(_write, "error")
-    info = functools.partialmethod(_write, "info")
+class _Stderr:
+    """The stderr of a daemon in the foreground."""
+
+    def open(self):
+        """There is nothing to be opened."""
+
+    def put(self, _, text):
+        """Writes one line; raises OSError when it is lost."""
+        _, writable, _ = select.select([], [2], [], 0)
+        if not writable:
+            raise BlockingIOError
+        _write_to_stderr(text)
+
+
+class Log:
+    """Where the daemon says what it does.  `target` is "syslog", "stderr" or the path of a file,
+    `level` one of LEVELS: what is less urgent is not written.  Open before use."""
+
+    def __init__(self, target: "str", level: "str", append: "bool" = True):
+        self.target, self.level = target, LEVELS[level]
+        self._syslog = _Syslog()
+        self._target = self._make_target(append)
+        self._lost = 0  # lines since the last that was written
+        self._caused = 0  # lines that peers have caused in the interval
+        self._interval_began = 0.0  # s, monotonic
+
+    def _make_target(self, append):
+        if self.target == "syslog":
+            return self._syslog
+        if self.target == "stderr":
+            return _Stderr()
+        return _LogFile(self.target, append)
+
+    def open(self) -> "None":
+        """Opens the log; raises CannotServe."""
+        self._target.open()
+
+    def reopen(self) -> "None":
+        """Opens the log again; where that fails the old one goes on, and says so."""
+        try:
+            self.open()
+        except CannotServe as error:
+            self.error(f"{error}; the log is not opened again")
+
+    def error(self, text: "str") -> "None":
+        """Something is wrong, and somebody should see to it."""
+        self._write("error", text)
+
+    def info(self, text: "str") -> "None":
+        """Something has happened that belongs to a daemon's life."""
+        self._write("info", text)
+
+    def limited(self, text: "str", level: "str" = "warning") -> "None":
+        """A line that a peer causes: at most LIMITED of them are written in an INTERVAL."""
+        now = time.monotonic()
+        if now >= self._interval_began + INTERVAL:
+            left_out = self._caused - LIMITED
+            self._interval_began, self._caused = now, 0
+            if left_out > 0:
+                self._write("warning", f"{left_out} lines like the last were left out")
+        self._caused += 1
+        if self._caused <= LIMITED:
+            self._write(level, text)
+
+    def _write(self, level, text):
+        if LEVELS[level] > self.level:
+            return
+        text = "\n".join(map(visible, text.split("\n")))
+        if self._lost:
+            text += f" ({self._lost} lines lost before)"
+        try:
+            self._target.put(level, text)
+        except OSError as error:
+            self._lost += 1
+            if self._lost == 1 and isinstance(self._target, _LogFile):
+                self._tell_failure(f"cannot write the log {self.target}: {error.strerror}")
+        else:
+            self._lost = 0
+
+    def _tell_failure(self, text):
+        """Says somewhere else that the file cannot be written."""
+        complain(text)
+        with contextlib.suppress(OSError):
+            self._syslog.put("error", text)
 
 
 # --- Requests and resources ---------------------------------------------------------------------
@@ -2790,47 +2856,65 @@ def _details(request, kind):
 
 
 # --- State on disk ------------------------------------------------------------------------------
-# What a successor must know: the epoch, which is the upper half of the tokens and grows with every
-# daemon; the boot of the system; and whether somebody held a lock when the daemon ended, however
-# it ended.  One record of fixed length, of which the mark alone is rewritten: set before the first
-# grant is told, cleared when nobody has held a lock for a second.
+# What a daemon must know of the one before it, however that one ended:
 #
-# The file is also the lock that keeps a second daemon from the same socket (see Listeners), or
-# from the memory of the same address.  A cleaner of /tmp may remove it; then it keeps nobody away,
-# so the daemon looks every LOOK s, and makes and locks it anew.
+#     epoch   the upper half of its tokens, a number that grows with every daemon
+#     boot    the id of the boot of the system: what was held before another boot is held no more
+#     mark    whether somebody held a lock
+#     pid     who it was, for the messages of daemons that find the file locked
+#
+# One record of fixed length.  The mark alone changes while the daemon serves: it is set before the
+# first grant is told, and cleared when nobody has held a lock for QUIET s.
+#
+# The file is a lock, too.  Its flock keeps a second daemon from the same socket (see Listeners), or
+# from the state of the same address; a kill releases it.  A cleaner of /tmp may remove the file;
+# then it keeps nobody away, so the daemon looks every LOOK s, makes it anew and locks it.
+#
+# A state that cannot be written costs no service: the log says so, and nothing is remembered.
 
 RECORD = "flomd {epoch:010d} {boot:36.36} {held:d} {pid:010d}\n"
-MARK_AT = len(RECORD.format(epoch=0, boot="", held=0, pid=0)) - len(" 0000000000\n") - 1
-_record = re.compile(rb"flomd (\d{10}) (.{36}) ([01]) (\d{10})\n").match
+MARK_AT = len(RECORD.format(epoch=0, boot="", held=0, pid=0)) - len("0 0000000000\n")
 QUIET = 1  # s without any holder before the mark is cleared
 HELD_FOR = 5  # s that a lock may be held by a daemon that does not answer any more
 AGAIN = 0.02  # s until a lock that is held is tried once more
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+_record = re.compile(rb"""
+    flomd\ (\d{10})   # epoch
+    \ (.{36})         # boot
+    \ ([01])          # mark
+    \ (\d{10})\n      # pid
+    """, re.VERBOSE).match
 
 
 class State:
     """The record in the file at `path` (None: nothing is remembered), which is made if it is not
-    there; `shared`: it may be anybody's.  Raises CannotServe."""
+    there.  A `shared` file may belong to anybody; a `durable` record is on the disk, and not only
+    in the system's memory, when it counts as written.  Raises CannotServe."""
 
-    def __init__(self, log, path=None, shared=False, durable=False):
-        self.log, self.path, self.durable = log, path or os.devnull, durable
+    def __init__(self, log: "Log", path: "str | None" = None, shared: "bool" = False,
+                 durable: "bool" = False):
+        self.log, self.path = log, path or os.devnull
+        self.durable = durable
         self.mode = 0o666 if shared else 0o600
         self.epoch = self.pid = 0  # of the predecessor, until begin()
-        self.boot, self.marked, self.unclean = "", False, False
-        self.kept = False  # the record is on disk
+        self.boot = ""
+        self.marked = False  # as the file says, or should say
+        self.unclean = False  # the predecessor ended while somebody held a lock
+        self.kept = False  # the record is in the file
         self.number = self._open()
 
     def _open(self):
+        """The descriptor of the file at the path."""
         with serving(f"cannot open {self.path}"):
-            number = self._find()
+            number = self._open_or_create()
             found = os.fstat(number)
-        mine = self.mode == 0o666 or found.st_uid == os.getuid()
-        usable = mine and stat.S_ISREG(found.st_mode) and found.st_nlink == 1
-        if not usable and self.path != os.devnull:
+        if not self._is_usable(found):
             os.close(number)
             raise CannotServe(f"{self.path} is no file of {login()}")
         return number
 
-    def _find(self):
+    def _open_or_create(self):
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
         try:  # kernels refuse O_CREAT for the files of others in a sticky directory
             return os.open(self.path, flags)
@@ -2838,63 +2922,60 @@ class State:
             with creating(self.mode):
                 return os.open(self.path, flags | os.O_CREAT, self.mode)
 
-    def read(self):
-        """Reads what the predecessor, or who has the lock, has written."""
-        data = os.pread(self.number, 128, 0)
-        found = _record(data)
-        if found:
-            epoch, boot, held, pid = found.groups()
-            self.epoch, self.pid, self.unclean = int(epoch), int(pid), held == b"1"
-            self.boot = boot.decode("ascii", "replace").strip()
+    def _is_usable(self, found):
+        """Whether it is a file that nobody else can have put in the way."""
+        if self.path == os.devnull:
+            return True
+        shared = self.mode == 0o666
+        mine = shared or found.st_uid == os.getuid()
+        return mine and stat.S_ISREG(found.st_mode) and found.st_nlink == 1
 
-    def lock(self, wait=False):
+    def lock(self, wait: "bool" = False) -> "bool":
         """Takes the flock of the file; returns whether it could be had.  Raises OSError where
         there are no locks."""
         while True:
-            if not self._flock(self.number, wait):
-                self.read()
+            if not _flock(self.number, wait):
+                self._read()
                 return False
-            if self.is_at_its_path():
+            if self._is_at_its_path():
                 self._accept()
                 return True
             os.close(self.number)  # its path leads to another one now
             self.number = self._open()
 
-    @staticmethod
-    def _flock(number, wait=False):
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except WOULD_BLOCK:
-            return False
-        return True
+    def _read(self):
+        """Reads what the predecessor, or who has the lock, has written."""
+        found = _record(os.pread(self.number, 128, 0))
+        if found:
+            epoch, boot, mark, pid = found.groups()
+            self.epoch, self.pid = int(epoch), int(pid)
+            self.boot = boot.decode("ascii", "replace").strip()
+            self.unclean = mark == b"1"
 
     def _accept(self):
         """The lock is taken, and what the file says is that of the predecessor."""
-        self.read()
+        self._read()
         self.marked = self.unclean
         if self.epoch > LAST_EPOCH:
             self.log.error(f"{self.path} is damaged: its epoch, {self.epoch}, is ignored")
             self.epoch = 0
 
-    def is_at_its_path(self):
+    def _is_at_its_path(self):
         """Whether the path still leads to the file."""
-        found = os.fstat(self.number)
-        return identity(self.path) == (found.st_dev, found.st_ino)
+        return identity(self.path) == identity(self.number)
 
-    def begin(self):
-        """Writes this daemon's record and returns whether the system was booted since the last."""
-        before, self.boot = self.boot, ""
-        with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
-            self.boot = file.read().strip()
-        self.epoch = max(epoch_of_the_clock(), self.epoch + 1)
+    def begin(self) -> "bool":
+        """Writes this daemon's record; returns whether the system was booted since the last."""
+        before, self.boot = self.boot, _boot_id()
+        self.epoch = max(_epoch_of_the_clock(), self.epoch + 1)
         self._write_record()
         return self.boot != before
 
-    def wait_for_epoch(self):
+    def wait_for_epoch(self) -> "None":
         """When the record could not be written: lets the second pass that the epoch names, so that
         one who serves after this daemon, and must look at the clock alone, has a greater one.
         Nobody else may serve already."""
-        self.epoch = max(epoch_of_the_clock(), self.epoch)
+        self.epoch = max(_epoch_of_the_clock(), self.epoch)
         time.sleep(1 - time.time() % 1)
 
     def _write_record(self):
@@ -2915,27 +2996,28 @@ class State:
             return False
         return True
 
-    def mark(self, held):
+    def mark(self, held: "bool") -> "None":
         """Somebody is about to hold a lock, or nobody has held one for a while.  What cannot be
         written is tried again with the next grant."""
         before, self.marked = self.marked, held
         if self.kept:
-            written = self._write(b"1" if held else b"0", MARK_AT)
+            mark = b"1" if held else b"0"
+            written = self._write(mark, MARK_AT)
         else:
             written = self._write_record()
         if not written:
             self.marked = before
 
-    def cover(self, token):
+    def cover(self, token: "int") -> "None":
         """The record's epoch becomes that of a token which is to be told: of one reclaimed that
         lay ahead, or of the first after them.  Those of a successor must be greater."""
         self.epoch = token >> 32
         self._write_record()
 
-    def look(self):
+    def look(self) -> "bool":
         """Makes and locks the file anew where its path does not lead to it any more; returns
         whether this daemon has the lock of what is there."""
-        if self.is_at_its_path():
+        if self._is_at_its_path():
             return True
         try:
             number = self._open()
@@ -2944,7 +3026,7 @@ class State:
             return False
         locked = False
         with contextlib.suppress(OSError):
-            locked = self._flock(number)
+            locked = _flock(number, wait=False)
         if not locked:
             os.close(number)
             self.log.limited(f"{self.path} is another daemon's now", "error")
@@ -2956,10 +3038,67 @@ class State:
         return True
 
 
-def identity(path):
-    """What tells the file at the path from any other, None when there is none."""
+def take(state: "State", served: "str", foreground: "bool", group: "bool", answers) -> "bool":
+    """Takes the lock of a State.  While another process holds it, it is waited for: for HELD_FOR s
+    and as long as nobody answers(), in the foreground for ever.  Raises CannotServe, which says
+    what is `served`; a group's answers() may raise SteppedBack.  Returns whether it waited."""
+    if state.lock():
+        return False
+    if foreground:
+        state.log.info(f"waiting for the daemon with pid {state.pid} to end")
+    block = foreground and not group  # the group may get another daemon meanwhile
+    until = time.monotonic() + HELD_FOR
+    while not state.lock(wait=block):
+        answered = answers()
+        if not foreground:
+            _give_up(state, served, answered, time.monotonic() > until)
+        time.sleep(AGAIN)
+    return True
+
+
+def _give_up(state, served, answered, late):
+    """Raises CannotServe when the daemon that holds the lock answers, or does not end in time."""
+    if answered:
+        raise CannotServe(f"another daemon (pid {state.pid}) serves {served}")
+    if late:
+        raise CannotServe(f"{state.path} is held by a daemon (pid {state.pid}) that does not "
+                          f"answer at {served} and does not end")
+
+
+def _flock(number, wait):
+    """Locks an open file; returns False when another process has the lock."""
+    operation = fcntl.LOCK_EX
+    if not wait:
+        operation |= fcntl.LOCK_NB
     try:
-        found = os.lstat(path)
+        fcntl.flock(number, operation)
+    except WOULD_BLOCK:
+        return False
+    return True
+
+
+def _boot_id():
+    """What tells this boot of the system from any other; "" where it cannot be had."""
+    try:
+        with open(BOOT_ID) as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def _epoch_of_the_clock():
+    """s since EPOCH; 0 when the clock is so wrong that it would use up all tokens."""
+    seconds = int(time.time()) - EPOCH
+    return seconds if seconds <= LAST_EPOCH else 0
+
+
+def identity(file):
+    """What tells a file (a path, or a descriptor) from any other, None when there is none."""
+    try:
+        if isinstance(file, int):
+            found = os.fstat(file)
+        else:
+            found = os.lstat(file)
     except OSError:
         return None
     return found.st_dev, found.st_ino
@@ -2973,31 +3112,6 @@ def creating(mode):
         yield
     finally:
         os.umask(before)
-
-
-def epoch_of_the_clock():
-    """s since EPOCH; 0 when the clock is so wrong that it would use up all tokens."""
-    seconds = int(time.time()) - EPOCH
-    return seconds if seconds <= LAST_EPOCH else 0
-
-
-def take(state, served, foreground, group, answers):
-    """Takes the lock of a State.  While another process holds it, it is waited for: for HELD_FOR s
-    and as long as nobody answers(), in the foreground for ever.  Raises CannotServe, which says
-    what is `served`; a group's answers() may raise SteppedBack.  Returns whether it waited."""
-    if state.lock():
-        return False
-    if foreground:
-        state.log.info(f"waiting for the daemon with pid {state.pid} to end")
-    until = time.monotonic() + HELD_FOR
-    while not state.lock(wait=foreground and not group):
-        if answers() and not foreground:
-            raise CannotServe(f"another daemon (pid {state.pid}) serves {served}")
-        if time.monotonic() > until and not foreground:
-            raise CannotServe(f"{state.path} is held by a daemon (pid {state.pid}) that does not "
-                              f"answer at {served} and does not end")
-        time.sleep(AGAIN)
-    return True
 
 
 # --- Connections --------------------------------------------------------------------------------

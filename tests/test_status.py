@@ -188,7 +188,7 @@ def test_a_line_of_the_log_is_one_line_whatever_it_tells(tmp_path):
     log = flomd.Log(str(tmp_path / "log"), "info")
     log.open()
     log.info("\x1b[2J \u00e9 \u202e")
-    log.file.close()
+    log._target.file.close()
     assert read(log.target).endswith("info: \\x1b[2J \u00e9 \\u202e\n")
 
 
