@@ -2717,8 +2717,12 @@ class Session:
 
 
 # --- Reports ------------------------------------------------------------------------------------
-# What the daemon tells of itself: who is in the way of a waiter, the status report (the answer to
-# a lock of _STATUS) and the tree of files that -m shows.  All are views of the lock table.
+# What the daemon tells of itself.  All of it are views of the lock table, made of data alone:
+#
+#     held_by   one line for a waiter that wants to know what it waits for
+#     report    the answer to a lock of _STATUS, elements of the protocol
+#     metrics   figures in Prometheus' text format, for --metrics
+#     tree      small files in FLoM's layout, for -m
 #
 # The table may be large and names may be long, while the other clients want to be served.  So a
 # report is made of pieces, one for each holder and each waiter, which are made when they can be
@@ -2728,131 +2732,251 @@ class Session:
 # Not here on purpose: one moment for the whole report.  A resource that is told of late may be
 # newer than the first.
 
+# The holders that a waiter waits for: the first of them, None where there is none, their number.
+InTheWay = collections.namedtuple("InTheWay", "first number")
+
+
+def _all_of(holders):
+    if not holders:
+        return InTheWay(None, 0)
+    return InTheWay(holders[0], len(holders))
+
 
 class Obstacles:
-    """Which holders of the resource are in the way of its waiters."""
+    """Which holders of the resource are in the way of its waiters, for all waiters at once."""
 
-    def __init__(self, resource):
-        self.holders = list(resource.holders.values())
-        self._all = (self.holders[0] if self.holders else None), len(self.holders)
-        self._found = {}  # lane: what of() returns
+    def __init__(self, resource: "Resource"):
+        self._holders = list(resource.holders.values())
+        self._found: "dict" = {}  # lane: InTheWay
         self._levels = None
         if resource.has_modes:
-            lanes = [holder.lane for holder in self.holders] + list(resource.lanes)
-            self._levels = Levels({lane[0] for lane in lanes}, self._join)
-            for place, holder in enumerate(self.holders):
-                self._levels.add((place, 1), holder.lane)
+            self._levels = self._make_levels(resource)
+
+    def _make_levels(self, resource):
+        """Each point in these levels stands for holders: (place of the first, number)."""
+        names = {name for name, _ in resource.lanes}
+        names.update(holder.lane[0] for holder in self._holders)
+        levels = Levels(names, self._join)
+        for place, holder in enumerate(self._holders):
+            levels.add((place, 1), holder.lane)
+        return levels
 
     @staticmethod
-    def _join(one, before):
-        return before[0], before[1] + one[1]
+    def _join(later, before):
+        first, number = before
+        return first, number + later[1]
 
-    def of(self, lane):
-        """(the first of those in the way of the lane, or None; their number).  All holders, when
-        the lane waits for other waiters only."""
+    def of(self, lane: "tuple") -> "InTheWay":
+        """The holders in the way of the lane; all, when it waits for other waiters only."""
         if lane not in self._found:
             self._found[lane] = self._look(lane)
         return self._found[lane]
 
     def _look(self, lane):
-        near = self._levels.near(lane) if self._levels is not None else []
+        near = []
+        if self._levels is not None:
+            near = self._levels.near(lane)
         if not near:
-            return self._all
-        return self.holders[min(place for place, _ in near)], sum(number for _, number in near)
+            return _all_of(self._holders)
+        places = [place for place, _ in near]
+        numbers = [number for _, number in near]
+        first = self._holders[min(places)]
+        return InTheWay(first, sum(numbers))
 
 
-def in_the_way(resource, request):
-    """(the first of the holders that the request waits for, or None; their number).  All, when it
-    waits for other waiters only."""
-    holders = list(resource.holders.values()) if resource else []
+def in_the_way(resource: "Resource | None", request: "Request") -> "InTheWay":
+    """The holders in the way of one request; all, when it waits for other waiters only."""
+    if resource is None:
+        return InTheWay(None, 0)
+    holders = list(resource.holders.values())
     clashing = [holder for holder in holders if resource.clash(request, holder)]
-    holders = clashing or holders
-    return (holders[0] if holders else None), len(holders)
+    return _all_of(clashing or holders)
 
 
-def held_by(obstacles, now):
-    """Who is in the way, (the first, their number), in one line."""
+def held_by(obstacles: "InTheWay", now: "Moment") -> "str":
+    """Who is in the way, in one line."""
     first, number = obstacles
     if first is None:
         return "held by nobody"
-    others = f" and {number - 1} more" if number > 1 else ""
-    return f"held by {first.session} for {hhmmss(now.wall - first.held_since)}{others}"
+    since = hhmmss(now.wall - first.held_since)
+    line = f"held by {first.session} for {since}"
+    if number > 1:
+        line += f" and {number - 1} more"
+    return line
 
 
-def report(table, introduction, now):
+# What a request asks for, beside the name, by the kind of its resource.
+_ASKED = {"simple": "mode", "hierarchical": "mode", "numeric": "quantity"}
+
+
+def report(table: "LockTable", introduction: "str", now: "Moment"):
     """Yields the pieces of the report: `introduction`, then the resources with those who hold and
     await them, then the parked requests.  Idle times are those of `now`."""
     encoded = functools.lru_cache(16)(encode_name)
     yield introduction
     for resource in list(table.resources.values()):
         yield from _resource_report(resource, now, encoded)
-    for request in parked(table):
-        about = _who(request, kind_of(request.name), encoded)
-        yield element("parked", ("name", encoded(request.name)), *about)
+    for request in _parked(table):
+        name = encoded(request.name)
+        yield element("parked", ("name", name), *_about(request, encoded))
     yield END.decode()
 
 
-def parked(table):
+def _parked(table):
     """The requests that wait for somebody to create their resources."""
     return [request for queue in table.parked.values() for request in queue.values()]
 
 
 def _resource_report(resource, now, encoded):
-    kind, idle = kind_of(resource.name), -1
-    if resource.idle_since is not None:
-        idle = max(0, round((resource.idle_since - now.mono) * 1000 + resource.lifespan))
-    yield element("resource", ("name", encoded(resource.name)), ("kind", kind), ("idle", idle),
-                  end=">")
+    name, kind = encoded(resource.name), kind_of(resource.name)
+    idle = _idle_time(resource, now)
+    yield element("resource", ("name", name), ("kind", kind), ("idle", idle), end=">")
     for request in list(resource.holders.values()):
-        yield element("holder", *_who(request, kind, encoded), ("token", request.token))
+        yield element("holder", *_about(request, encoded), ("token", request.token))
     for position, request in enumerate(resource.waiters(), 1):
-        yield element("waiter", *_who(request, kind, encoded), ("position", position))
+        yield element("waiter", *_about(request, encoded), ("position", position))
     yield "</resource>"
 
 
-def _who(request, kind, encoded):
+def _idle_time(resource, now):
+    """ms that an idle resource will yet be kept; -1 for one that is in use."""
+    if resource.idle_since is None:
+        return -1
+    passed = (now.mono - resource.idle_since) * 1000
+    return max(0, round(resource.lifespan - passed))
+
+
+def _about(request, encoded):
     """The attributes that a holder, a waiter and a parked request have in common."""
-    session = request.session
     session, kind = request.session, kind_of(request.name)
-    if not request.ident:  # FLoM's client: it can be named, too
+    about = session.about
+    texts = (
+        ("id", _ident(request)),
+        ("peer", session.connection.peer),
+        ("host", about.get("host")),
+        ("pid", about.get("pid")),
+        ("user", session.user()),
+        ("cmd", about.get("cmd")),
+        ("element", request.element),
+    )
+    attributes: "list" = [(name, plain(text)) for name, text in texts if text is not None]
+    asked = _ASKED.get(kind)
+    if asked is not None:
+        attributes.append((asked, getattr(request, asked)))
+    since = request.held_since or request.since
+    attributes.append(("since", int(since)))
+    if kind == "hierarchical":
+        attributes.append(("node", encoded(request.name)))
+    return attributes
+
+
+def _ident(request):
+    """The id by which people name the lock; FLoM's client has none, and gets one here."""
+    if not request.ident:
         request.ident = os.urandom(8).hex()
-    told = [("id", request.ident), ("peer", session.connection.peer),
-            ("host", session.about.get("host")), ("pid", session.about.get("pid")),
-            ("user", session.user()), ("cmd", session.about.get("cmd")),
-            ("element", request.element)]
-    return (*((name, text and plain(text)) for name, text in told),
-            ("mode", request.mode if kind in ("simple", "hierarchical") else None),
-            ("quantity", request.quantity if kind == "numeric" else None),
-            ("since", int(request.held_since or request.since)),
-            ("node", encoded(request.name) if kind == "hierarchical" else None))
+    return request.ident
 
 
-def tree(table):
+# Figures.
+
+WAITS = (0.001, 0.01, 0.1, 1, 10, 60, 600)  # s, the upper bounds of the histogram
+REFUSED = {BUSY: "busy", CANT_WAIT: "cannot_wait", IMPOSSIBLE: "impossible", DEADLOCK: "deadlock",
+           LIMIT: "limit", INVALID_NAME: "invalid_name"}
+
+
+class Counts:
+    """What has happened since the daemon began."""
+
+    def __init__(self):
+        self.verdicts = collections.Counter()
+        self.lost = 0  # sessions that ended while they held a lock
+        self.waits = [0] * (len(WAITS) + 1)  # grants by the time from the request: a histogram
+        self.waited = 0.0  # s, the sum of these times
+
+    def note(self, verdict: "int", request: "Request | None", now: "Moment") -> "None":
+        """Counts a decision on the request, None when the table does not know it any more."""
+        self.verdicts[verdict] += 1
+        if verdict == OK and request is not None:
+            waited = max(0.0, now.wall - request.since)
+            self.waits[bisect.bisect_left(WAITS, waited)] += 1
+            self.waited += waited
+
+
+def metrics(table: "LockTable", counts: "Counts", sessions: "int", epoch: "int"):
+    """Yields the lines of the figures in Prometheus' text format, version 0.0.4."""
+    for name, form, meaning, values in _families(table, counts, sessions, epoch):
+        yield f"# HELP flomd_{name} {meaning}\n# TYPE flomd_{name} {form}\n"
+        for labels, value in values.items():
+            yield f"flomd_{name}{labels} {value}\n"
+
+
+def _families(table, counts, sessions, epoch):
+    """The metrics as rows: name, form, what it means, {what follows the name: value}."""
+    granted = counts.verdicts[OK]
+    return [
+        ("sessions", "gauge", "Open connections.", {"": sessions}),
+        ("resources", "gauge", "Resources by kind.", _resources_by_kind(table)),
+        ("holders", "gauge", "Sessions that hold a lock.", {"": table.holding}),
+        ("waiters", "gauge", "Sessions that wait for a lock.", {"": table.waiting}),
+        ("grants_total", "counter", "Locks granted.", {"": granted}),
+        ("refusals_total", "counter", "Requests refused, by reason.", _refusals(counts)),
+        ("lost_sessions_total", "counter", "Sessions that ended while they held a lock.",
+         {"": counts.lost}),
+        ("epoch", "gauge", "Upper half of the tokens.", {"": epoch}),
+        ("wait_seconds", "histogram", "Time from the request to the grant.", _histogram(counts)),
+    ]
+
+
+def _resources_by_kind(table):
+    numbers = collections.Counter(map(kind_of, table.resources))
+    return {f'{{kind="{kind}"}}': numbers[kind] for kind in KINDS}
+
+
+def _refusals(counts):
+    values = {}
+    for verdict, reason in REFUSED.items():
+        values[f'{{reason="{reason}"}}'] = counts.verdicts[verdict]
+    return values
+
+
+def _histogram(counts):
+    """The values of the histogram; a bucket counts all waits up to its bound."""
+    values = {}
+    bounds = [f"{bound:g}" for bound in WAITS] + ["+Inf"]
+    for bound, total in zip(bounds, itertools.accumulate(counts.waits)):
+        values[f'_bucket{{le="{bound}"}}'] = total
+    values["_sum"] = f"{counts.waited:.6f}"
+    values["_count"] = sum(counts.waits)
+    return values
+
+
+# Files, in FLoM's layout.
+
+def tree(table: "LockTable"):
     """Yields (path, content) of the files that show the table."""
     for number, resource in enumerate(table.resources.values(), 1):
-        folder, kind = f"lockers/{number}", kind_of(resource.name)
+        folder = f"lockers/{number}"
         yield f"{folder}/resource_name", resource.name
-        yield f"{folder}/resource_type", kind
-        for role, requests in (("holders", resource.holders.values()),
-                               ("waitings", resource.waiters())):
-            for place, request in enumerate(requests, 1):
-                yield from ((f"{folder}/{role}/{place}/{key}", value)
-                            for key, value in _details(request, kind))
-    for number, request in enumerate(parked(table), 1):
+        yield f"{folder}/resource_type", kind_of(resource.name)
+        yield from _requests_tree(f"{folder}/holders", resource.holders.values())
+        yield from _requests_tree(f"{folder}/waitings", resource.waiters())
+    for number, request in enumerate(_parked(table), 1):
         folder = f"incubator/{number}"
         yield f"{folder}/peer_name", request.session
         yield f"{folder}/resource_name", request.name
         yield f"{folder}/resource_type", kind_of(request.name)
 
 
-def _details(request, kind):
-    yield "peer_name", request.session
-    if kind in ("simple", "hierarchical"):
-        yield "lock_mode", MODES[request.mode]
-    elif kind == "numeric":
-        yield "quantity", request.quantity
-    elif request.element and kind in ("sequence", "timestamp"):
-        yield f"{kind}_value", request.element
+def _requests_tree(folder, requests):
+    for place, request in enumerate(requests, 1):
+        kind = kind_of(request.name)
+        yield f"{folder}/{place}/peer_name", request.session
+        if _ASKED.get(kind) == "mode":
+            yield f"{folder}/{place}/lock_mode", MODES[request.mode]
+        elif kind == "numeric":
+            yield f"{folder}/{place}/quantity", request.quantity
+        elif request.element and kind in ("sequence", "timestamp"):
+            yield f"{folder}/{place}/{kind}_value", request.element
 
 
 # --- State on disk ------------------------------------------------------------------------------
@@ -4090,7 +4214,8 @@ class Daemon:
     def gone(self, connection):
         """A connection has ended; what it held or waited for goes on to others."""
         if self.publisher:
-            self.publisher.lost += connection.session.holds is not None
+            if connection.session.holds is not None:
+                self.publisher.counts.lost += 1
         self.connections.discard(connection)
         self.silent.pop(connection, None)
         if connection.session in self.table.requests:
@@ -4408,9 +4533,6 @@ class Signals:
 # is written by the next one, when it has ended, and none is left when the daemon ends.
 
 TREE_PAUSE, METRICS_PAUSE = 1, 15  # s between two versions
-WAITS = (0.001, 0.01, 0.1, 1, 10, 60, 600)  # s, the upper bounds of the histogram
-REFUSED = {BUSY: "busy", CANT_WAIT: "cannot_wait", IMPOSSIBLE: "impossible", DEADLOCK: "deadlock",
-           LIMIT: "limit", INVALID_NAME: "invalid_name"}
 
 
 class Publisher:
@@ -4418,8 +4540,7 @@ class Publisher:
 
     def __init__(self, daemon, mount, metrics):
         self.daemon, self.mount, self.metrics = daemon, mount, metrics
-        self.verdicts, self.lost = collections.Counter(), 0
-        self.waits, self.waited = [0] * (len(WAITS) + 1), 0.0
+        self.counts = Counts()
         self.child, self.trees = None, 0  # the Child that writes; trees made so far
         self.late = collections.OrderedDict()  # what is to be written when it has ended
         if mount:
@@ -4448,12 +4569,8 @@ class Publisher:
 
     def note(self, decision):
         """Counts a decision."""
-        self.verdicts[decision.verdict] += 1
         request = self.daemon.table.requests.get(decision.session)
-        if decision.verdict == OK and request is not None:
-            waited = max(0.0, self.daemon.now.wall - request.since)
-            self.waits[bisect.bisect_left(WAITS, waited)] += 1
-            self.waited += waited
+        self.counts.note(decision.verdict, request, self.daemon.now)
         self.changed()
 
     def changed(self):
@@ -4542,36 +4659,14 @@ class Publisher:
     def _write_metrics(self):
         new = self._new_metrics()
         with open(new, "w") as file:
-            file.write("".join(self._figures()))
+            daemon = self.daemon
+            figures = metrics(daemon.table, self.counts, len(daemon.connections), daemon.state.epoch)
+            file.write("".join(figures))
         os.chmod(new, 0o644)
         os.replace(new, self.metrics)
 
     def _new_metrics(self):
         return f"{self.metrics}.new"
-
-    def _figures(self):
-        """Yields the metrics in Prometheus' text format."""
-        table, count = self.daemon.table, self.verdicts
-        kinds = collections.Counter(map(kind_of, table.resources))
-        bounds = [f"{bound:g}" for bound in WAITS] + ["+Inf"]
-        waits = {f'_bucket{{le="{bound}"}}': total
-                 for bound, total in zip(bounds, itertools.accumulate(self.waits))}
-        waits.update(_sum=f"{self.waited:.6f}", _count=sum(self.waits))
-        for name, kind, what, values in (
-                ("sessions", "gauge", "Open connections.", {"": len(self.daemon.connections)}),
-                ("resources", "gauge", "Resources by kind.",
-                 {f'{{kind="{kind}"}}': kinds[kind] for kind in KINDS}),
-                ("holders", "gauge", "Sessions that hold a lock.", {"": table.holding}),
-                ("waiters", "gauge", "Sessions that wait for a lock.", {"": table.waiting}),
-                ("grants_total", "counter", "Locks granted.", {"": count[OK]}),
-                ("refusals_total", "counter", "Requests refused, by reason.",
-                 {f'{{reason="{REFUSED[rc]}"}}': count[rc] for rc in REFUSED}),
-                ("lost_sessions_total", "counter", "Sessions that ended while they held a lock.",
-                 {"": self.lost}),
-                ("epoch", "gauge", "Upper half of the tokens.", {"": self.daemon.state.epoch}),
-                ("wait_seconds", "histogram", "Time from the request to the grant.", waits)):
-            yield f"# HELP flomd_{name} {what}\n# TYPE flomd_{name} {kind}\n"
-            yield from (f"flomd_{name}{labels} {value}\n" for labels, value in values.items())
 
     def close(self):
         """Removes what it has published, and what a child is about to publish."""
