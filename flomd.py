@@ -4995,6 +4995,7 @@ def prepare_member(settings, options, log, pair, group):
     table = LockTable(settings["Policy"] == "first-fit", state.epoch, window_until,
                       options.max_waiters, settings["MaxResources"])
     daemon = Daemon(settings, options, log, pair, state, table)
+    daemon.signals = Signals(daemon)  # before it listens: an end by TERM then removes the socket
     Session.introduce(machine_id(), pair[1])
     try:
         Publisher.check(settings["MountPointVFS"], options.metrics)
@@ -5038,7 +5039,6 @@ def serve(settings, options):
         log.info(str(error))
         report_ready(writer, 3)
         return 3
-    daemon.signals = Signals(daemon)
     log.info(f"serving {daemon.listening()}")
     report_ready(writer, 0)
     notify("READY=1")

@@ -289,6 +289,23 @@ def test_a_signal_ends_it_at_once(box, number):
     assert holder.end() == (0, "", "")
 
 
+TERM_AT_ONCE = """
+import os, signal, socket
+
+def listen(bound, *backlog):
+    real_listen(bound, *backlog)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+real_listen, socket.socket.listen = socket.socket.listen, listen
+"""
+
+
+def test_a_signal_as_soon_as_it_listens_ends_it_in_order(box):
+    daemon = box.flomd("-f", "--no-files", *box.address, program=patched(TERM_AT_ONCE))
+    assert daemon.end()[:2] == (0, "")
+    assert box.sockets() == set()
+
+
 @pytest.mark.parametrize("quiesce", ["-x", "USR1"])
 def test_quiesce_lets_everyone_finish(box, quiesce):
     pid = detached(box)

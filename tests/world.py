@@ -210,12 +210,11 @@ class Box:
         return self.start(*PYTHON, *program, *args, **options)
 
     def daemon(self, *args, **options):
-        """Starts `flomd.py -f` and waits until it accepts connections, and would end in order."""
+        """Starts `flomd.py -f` and waits until it accepts connections."""
         address = options.pop("address", self.address)
         daemon = self.flomd("-f", "--no-files", *address, *args, **options)
         self.foreground.append(daemon)
-        wait_until(lambda: daemon.poll() is not None or (
-            can_connect(address) and catches(daemon.pid, signal.SIGTERM)))
+        wait_until(lambda: daemon.poll() is not None or can_connect(address))
         assert daemon.poll() is None, f"flomd.py ended with {daemon.poll()}: {daemon.err}"
         return daemon
 
@@ -373,12 +372,6 @@ def comm(pid):
         return read(f"/proc/{pid}/comm").strip()
     except OSError:
         return ""
-
-
-def catches(pid, number):
-    """Whether a process has a handler for a signal."""
-    line = re.search(r"^SigCgt:\s*(\w+)$", read(f"/proc/{pid}/status"), re.MULTILINE)
-    return bool(int(line.group(1), 16) >> number - 1 & 1)
 
 
 def has_ended(pid):
