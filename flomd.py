@@ -32,12 +32,21 @@ import operator
 import os
 import re
 import select
+import selectors
 import signal
 import socket
 import stat
 import struct
 import time
 import types
+
+TYPE_CHECKING = False  # mypy knows it as true: names that annotations alone use
+if TYPE_CHECKING:
+    from io import FileIO
+    from typing import Callable, Deque, Dict, List, Tuple, Union
+    Descriptor = Union[int, socket.socket, FileIO]
+    Act = Callable[[], object]
+    Handler = Callable[[int], object]
 
 
 # --- Shared with flom.py ------------------------------------------------------------------------
@@ -3238,6 +3247,243 @@ def creating(mode):
         os.umask(before)
 
 
+# --- Loop ---------------------------------------------------------------------------------------
+# One thread, one loop: it waits for events and dates, and calls who wants to know of them.  It
+# knows no lock and no connection.
+#
+# Words.  An event: a socket can be read or written.  A handler is called with the events of one
+# descriptor.  An act is called at its date.  A turn: to wait once, and to handle what has come.
+#
+# What has come is read before what is due is done: the process, or the host, may have been stopped
+# over the end of a recovery window while the reclaims lay in the sockets.  To accept and to read
+# are two turns, so the loop turns until nothing comes any more; but a flood has no end, so it turns
+# no longer than it was late.
+#
+# A turn handles events for TURN s, that dates are kept under a flood, too.  The events that are
+# left are the first of the next turn, and the system is asked again only when none is left: so
+# everybody is served in turn.
+#
+# A bug costs one connection.  Each handler and each act is called through a Guard, which logs the
+# traceback and closes what the handler was for.  What cannot be closed, such as a listener, rests
+# for PAUSE s: its event would come again at once.
+
+TURN = 0.01  # s that a turn gives to the events that have come
+STALL = 1  # s by which a loop is late that did not run
+PAUSE = 1  # s of rest after something has failed that would fail again at once
+NEVER = float("inf")  # the date of nothing
+MOST_STALE = 64  # entries without a date that the heap of dates keeps in any case
+EVENT_READ, EVENT_WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+
+class Moment:
+    """A point in time, as the engine wants it: `mono`, s of the monotonic clock; `wall`, s since
+    1970."""
+    __slots__ = ("mono", "wall")
+
+    def __init__(self):
+        self.mono = time.monotonic()
+        self.wall = time.time()
+
+    def local(self):
+        """µs since 1970 of local time, as a clock on the wall shows it."""
+        offset = time.localtime(self.wall).tm_gmtoff
+        return int(self.wall * 10 ** 6) + offset * 10 ** 6
+
+    def format(self, text, later=0):
+        """strftime of this moment, or so many s later, in local time; empty if it cannot be."""
+        try:
+            return time.strftime(text, time.localtime(self.wall + later))
+        except ValueError:
+            return ""
+
+
+class Guard:
+    """`with guard:` one step of the daemon.  A bug in it is logged, and close() is called to end
+    what the step was for; whatever else is to be done goes on."""
+    __slots__ = ("log", "close", "failed")
+
+    def __init__(self, log: "Log", close: "Act"):
+        self.log = log
+        self.close = close
+        self.failed = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if kind is None or not issubclass(kind, Exception):
+            return False
+        self.failed = True
+        import traceback
+        self.log.limited("".join(traceback.format_exception(kind, error, trace)), "error")
+        with Guard(self.log, nothing):
+            self.close()
+        return True
+
+
+def nothing():
+    """For a Guard of what cannot be closed."""
+
+
+class Loop:
+    """Sockets and dates.  `now` is the Moment of this turn."""
+
+    def __init__(self, log: "Log"):
+        self.now = Moment()
+        self.running_since = self.now.mono  # s, monotonic: when it began, or went on after a stall
+        self._log = log
+        self._stopped = False
+        self._selector = selectors.DefaultSelector()
+        self._watched: "Dict[int, Tuple[Handler, Act]]" = {}  # descriptor: handler, close
+        self._events: "Deque[tuple]" = collections.deque()  # that have come and wait for a turn
+        self._dates: "Dict[Act, float]" = {}
+        # (date, serial, act); an entry is stale when the act has another date now, or none
+        self._heap: "List[Tuple[float, int, Act]]" = []
+        self._serial = itertools.count()
+
+    def run(self):
+        """Handles what comes and calls what is due, until stop()."""
+        while not self._stopped:
+            date = self._first_date()
+            self._turn(max(0, date - time.monotonic()))
+            if date <= self.now.mono:
+                self._catch_up(date)
+                self._do_what_is_due()
+
+    def stop(self):
+        """From now on no handler is called; run() comes to its end."""
+        self._stopped = True
+
+    def guard(self, close: "Act" = nothing) -> "Guard":
+        """A Guard for a step that ends, when it fails, by close()."""
+        return Guard(self._log, close)
+
+    # Sockets.
+
+    def watch(self, descriptor: "Descriptor", handler: "Handler",
+              close: "Act" = nothing) -> "None":
+        """handler(events) is called when the descriptor (a number, or what has a fileno()) can be
+        read; close() when the handler fails.  Raises OSError, and then watches nothing."""
+        watched = handler, close
+        key = self._selector.register(descriptor, EVENT_READ, watched)
+        self._watched[key.fd] = watched
+
+    def watch_writing(self, descriptor: "Descriptor", wanted: "bool") -> "None":
+        """Its handler is called when it can be written, too, or not any more.  Raises OSError."""
+        events = EVENT_READ
+        if wanted:
+            events |= EVENT_WRITE
+        watched = self._watched.get(number_of(descriptor))
+        self._selector.modify(descriptor, events, watched)
+
+    def forget(self, descriptor: "Descriptor") -> "None":
+        """To be called before the descriptor is closed."""
+        self._watched.pop(number_of(descriptor), None)
+        with contextlib.suppress(KeyError):  # it rests, or watching it has failed
+            self._selector.unregister(descriptor)
+
+    # Dates.
+
+    def at(self, when: "float", act: "Act") -> "None":
+        """act() is called at `when` (s, monotonic).  An act has one date: this moves it."""
+        self._dates[act] = when
+        heapq.heappush(self._heap, (when, next(self._serial), act))
+        if len(self._heap) > 2 * len(self._dates) + MOST_STALE:
+            self._heap = [(date, next(self._serial), one) for one, date in self._dates.items()]
+            heapq.heapify(self._heap)
+
+    def after(self, seconds: "float", act: "Act") -> "None":
+        """act() is called in so many s; this moves the date that it has."""
+        self.at(self.now.mono + seconds, act)
+
+    def within(self, seconds: "float", act: "Act") -> "None":
+        """act() is called in so many s, or at the date that it has already."""
+        if act not in self._dates:
+            self.after(seconds, act)
+
+    def cancel(self, act: "Act") -> "None":
+        """act() is not called, if it has a date."""
+        self._dates.pop(act, None)
+
+    # A turn.
+
+    def _first_date(self):
+        while self._heap:
+            when, _, act = self._heap[0]
+            if self._dates.get(act) == when:
+                return when
+            heapq.heappop(self._heap)
+        return NEVER
+
+    def _turn(self, timeout):
+        """Waits for events, `timeout` s at most, and handles them; returns whether any came."""
+        if not self._events:
+            if timeout == NEVER:
+                timeout = None
+            self._events.extend(self._selector.select(timeout))
+        any_came = bool(self._events)
+        self.now = Moment()
+        until = self.now.mono + TURN
+        while self._events and not self._stopped:
+            key, events = self._events.popleft()
+            self._handle(key.fd, key.data, events)
+            if time.monotonic() >= until:
+                break
+        return any_came
+
+    def _handle(self, number, watched, events):
+        if self._watched.get(number) is not watched:
+            return  # an event before this one had it forgotten
+        handler, close = watched
+        guard = Guard(self._log, close)
+        with guard:
+            handler(events)
+        if guard.failed and self._watched.get(number) is watched:
+            self._rest(number, watched)
+
+    def _rest(self, number, watched):
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(number)
+        self.after(PAUSE, functools.partial(self._resume, number, watched))
+
+    def _resume(self, number, watched):
+        if self._watched.get(number) is not watched:
+            return  # it was forgotten, and another may have this number
+        try:
+            self._selector.register(number, EVENT_READ, watched)
+        except OSError:
+            self._rest(number, watched)
+
+    def _catch_up(self, date):
+        """Handles what has come by now, before what was due at the date is done."""
+        late = self.now.mono - date
+        until = self.now.mono + late
+        if late > STALL:
+            self.running_since = self.now.mono
+        accepted = self._turn(0)
+        came = accepted and self._turn(0)  # what they have sent
+        while came and self.now.mono < until and not self._stopped:
+            came = self._turn(0)
+
+    def _do_what_is_due(self):
+        due = []
+        while self._heap and self._heap[0][0] <= self.now.mono:
+            when, _, act = heapq.heappop(self._heap)
+            due.append((when, act))
+        for when, act in due:
+            if self._dates.get(act) == when:  # none before it has cancelled or moved it
+                del self._dates[act]
+                with Guard(self._log, nothing):
+                    act()
+
+
+def number_of(descriptor: "Descriptor") -> "int":
+    """The number of a descriptor that is one, or has a fileno()."""
+    if isinstance(descriptor, int):
+        return descriptor
+    return descriptor.fileno()
+
+
 # --- Connections --------------------------------------------------------------------------------
 # A session's socket: reads what has come, writes what the client can take, keeps the rest.  It
 # never blocks.  Closing is idempotent and tells the lock table.
@@ -3248,7 +3494,6 @@ PIECES, LARGEST = 300, 256 * 1024  # of a report in one turn of the loop, pieces
 LOCAL = "local"  # the peer on a UNIX socket
 MOST_USERS = 1000  # whose names are kept
 LOOK_UP, RENAMED = 10, 600  # s for one name; s after which it is asked for again
-READABLE, WRITABLE = select.POLLIN, select.POLLOUT  # the numbers that epoll uses, too
 
 
 class Connection:
@@ -3269,11 +3514,11 @@ class Connection:
 
     def handle(self, events):
         """What the poller has seen."""
-        if events & WRITABLE:
+        if events & EVENT_WRITE:
             if self.over:
                 self.daemon.expect(self)  # it has taken a part of the report
             self._flush()
-        if events & ~WRITABLE and self.socket is not None and self._read():
+        if events & EVENT_READ and self.socket is not None and self._read():
             self._read()
 
     def _read(self):
@@ -3295,10 +3540,9 @@ class Connection:
         daemon = self.daemon
         try:
             for call, *details in self.session.calls(data):
-                daemon.silent.pop(self, None)
+                daemon.loop.cancel(self.be_silent)
                 daemon.obey(self, call, *details)
-                if daemon.decisions:
-                    daemon.tell()
+                daemon.tell()
                 if self.socket is None or self.over:
                     return
         except ProtocolError as error:
@@ -3362,7 +3606,7 @@ class Connection:
 
     def _watch(self, writing):
         try:
-            self.daemon.poller.change(self.socket, writing)
+            self.daemon.loop.watch_writing(self.socket, writing)
             self.writing = writing
         except OSError as error:
             self.close(f"cannot be watched: {error.strerror}")
@@ -3389,6 +3633,14 @@ class Connection:
             with contextlib.suppress(OSError):
                 closing.close()
             self.daemon.gone(self)
+
+    def be_silent(self):
+        """Nothing has come for PATIENCE s; what the loop did not listen to does not count."""
+        until = self.daemon.loop.running_since + PATIENCE
+        if self.daemon.now.mono < until:
+            self.daemon.loop.at(until, self.be_silent)
+        else:
+            self.close("silent")
 
 
 class Users:
@@ -3535,7 +3787,7 @@ class TlsConnection(Connection):
         if self.shaking:
             self._shake()
         if not self.shaking:
-            super().handle(events | READABLE)
+            super().handle(events | EVENT_READ)
             while self.socket is not None and self.socket.pending():
                 self._read()
 
@@ -3560,7 +3812,6 @@ class TlsConnection(Connection):
 # know the lock (FLoM's).  A TCP address is guarded by its bind.
 
 BACKLOG = socket.SOMAXCONN
-PAUSE = 1  # s without accepting when no more files can be opened, or the like
 LOOK = 2  # s between two looks at the paths of the daemon
 FIRST_GIVEN = 3  # the first descriptor of LISTEN_FDS
 FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
@@ -3970,99 +4221,33 @@ def is_named(connection, peer_id):
     return bool(name) and name == peer_id
 
 
-# --- Event loop ---------------------------------------------------------------------------------
-# One thread, one loop: wait for an event or the next date, handle the events, do what is due.
-# What has come by a date comes before what is due at it: the process may have been stopped, or the
-# host, over the end of a recovery window while the reclaims lay in the sockets.  To accept and to
-# read are two turns, and one turn takes no more than it does in TURN s, so the loop turns until
-# nothing comes any more; but, as a flood has no end, no longer than it was late.
-# `dates` has one date for each purpose, a function to be called then; times of which there may be
-# thousands stand in queues or heaps of their own, of which the first is a date.
-#
-# epoll, or poll where that is missing, and not `selectors`: a connection lives for two messages,
-# and the bookkeeping of selectors would take a quarter of its time.
+# --- Daemon -------------------------------------------------------------------------------------
+# Brings together the lock table, the connections, the listeners and the group.
 
-TURN = 0.01  # s that a turn of the loop gives to what has happened
-STALL = 1  # s by which a loop is late that did not run
 RESERVE = 32  # files that are not for clients: listeners, logs, state, a few to refuse clients with
 
 
-class Poller:
-    """Which function to call when a socket can be read, or written."""
+class Watching:
+    """The loop under the names that sections still use."""
 
-    def __init__(self):
-        self.handlers = {}
-        self._left = []  # descriptors whose events had to wait for the next turn
-        self._poll = select.epoll() if hasattr(select, "epoll") else select.poll()
-        self._unit = 1 if hasattr(select, "epoll") else 1000
-
-    def add(self, watched, handler):
-        """handler(events) is called when `watched` can be read."""
-        number = watched.fileno()
-        self._poll.register(number, READABLE)  # may fail: then nothing is kept
-        self.handlers[number] = handler
-
-    def change(self, watched, writing):
-        """Its handler is called, or not any more, when it can be written, too."""
-        self._poll.modify(watched.fileno(), READABLE | (WRITABLE if writing else 0))
-
-    def remove(self, watched):
-        """To be called before `watched` is closed, which makes the system forget it in any case."""
-        number = watched.fileno()
-        with contextlib.suppress(OSError, KeyError):  # KeyError: poll's
-            self._poll.unregister(number)
-        self.handlers.pop(number, None)  # at the end of the daemon there are none any more
-
-    def pause(self, number):
-        """Events of the descriptor wait for resume()."""
-        with contextlib.suppress(OSError, KeyError):
-            self._poll.unregister(number)
-
-    def resume(self, number):
-        """Goes on after pause(), unless the descriptor was removed."""
-        if number in self.handlers:
-            with contextlib.suppress(FileExistsError):  # another socket has this number now
-                self._poll.register(number, READABLE)
-
-    def wait(self, timeout):
-        """What has happened, after `timeout` s (None: no limit) at most, as (descriptor, events).
-
-        What is not taken within TURN s is left for the next time, and comes first then.
-        """
-        # rounded up to ms, so that a date has come when poll returns
-        timeout = -1 if timeout is None else -(-timeout * 1000 // 1) * self._unit / 1000
-        if not self._left:
-            return self._portion(self._poll.poll(timeout))
-        found = dict(self._poll.poll(0))
-        events = [(number, found.pop(number)) for number in self._left if number in found]
-        return self._portion(events + list(found.items()))
-
-    def _portion(self, events):
-        self._left, until = [], time.monotonic() + TURN
-        for place, event in enumerate(events, 1):
-            yield event
-            if time.monotonic() >= until:
-                self._left = [number for number, _ in events[place:]]
-                return
+    def __init__(self, loop):
+        self.add, self.remove = loop.watch, loop.forget
 
 
-class Moment:
-    """A point in time, as the engine wants it."""
-    __slots__ = ("mono", "wall")
+class Dates:
+    """The dates of the loop as a mapping, which sections still use."""
 
-    def __init__(self):
-        self.mono, self.wall = time.monotonic(), time.time()
+    def __init__(self, loop):
+        self.loop = loop
 
-    def local(self):
-        """µs since 1970 of local time, as a clock on the wall shows it."""
-        return int(self.wall * 10 ** 6) + time.localtime(self.wall).tm_gmtoff * 10 ** 6
+    def __setitem__(self, act, when):
+        self.loop.at(when, act)
 
-    def format(self, text, later=0):
-        """strftime of this moment, or so many s later, in local time; empty if it cannot be."""
-        try:
-            return time.strftime(text, time.localtime(self.wall + later))
-        except ValueError:
-            return ""
+    def setdefault(self, act, when):
+        self.loop.within(when - self.loop.now.mono, act)
+
+    def pop(self, act, default):
+        return self.loop.cancel(act)
 
 
 class Daemon:
@@ -4071,11 +4256,10 @@ class Daemon:
     def __init__(self, settings, options, log, pair, state, table):
         self.settings, self.log, self.pair = settings, log, pair
         self.state, self.table = state, table
-        self.now = Moment()
-        self.poller, self.dates = Poller(), {}
+        self.loop = Loop(log)
+        self.poller, self.dates = Watching(self.loop), Dates(self.loop)
+        self.planned = NEVER  # the date at which the table expects a call
         self.connections = set()
-        # connections that must begin, or end, within PATIENCE seconds: their dates, in order
-        self.silent = collections.OrderedDict()
         self.ways, self.publisher = [], None  # how clients find it: listeners and the group
         self.watched = []  # what has a path that may be lost
         self.tls = serving_context(settings)
@@ -4088,95 +4272,40 @@ class Daemon:
         self.decisions = collections.deque()  # not told yet
         self.signals = None  # the Signals
 
+    @property
+    def now(self):
+        """The moment of this turn."""
+        return self.loop.now
+
     def run(self):
         """Serves until it is told to end or nobody needs it."""
+        self.plan()
         self._rest()
-        while self._goes_on():
-            first = self._first_date()
-            self._turn(None if first is None else max(0, first - time.monotonic()))
-            if first is not None and first <= self.now.mono:
-                self._catch_up(first)
-                self.guard(self._do_what_is_due)
-                self.tell()
+        self.loop.run()
 
-    def _goes_on(self):
-        waits = self.ending in ("quiesce", "drain") and bool(self.connections)
-        return self.ending is None or waits
+    def plan(self):
+        """What the table expects at a date is done then."""
+        date = self.table.next_date()
+        if date is None:
+            date = NEVER
+        if date != self.planned:
+            self.planned = date
+            self.loop.at(date, self._expire)
 
-    def _turn(self, timeout):
-        """Waits for events, `timeout` s at most (None: no limit), and handles them; returns
-        whether there were any."""
-        handlers, events, any_came = self.poller.handlers, self.poller.wait(timeout), False
-        self.now = Moment()
-        for number, what in events:
-            any_came = True
-            handle = handlers.get(number)  # None when an event before this one closed it
-            if handle:
-                self._handle(handle, number, what)
-        if self.decisions:
-            self.tell()
-        return any_came
-
-    def _catch_up(self, date):
-        """Handles what has come by now, before what was due at the date is done."""
-        late = self.now.mono - date
-        until = self.now.mono + late
-        if late > STALL:  # nobody was silent while the daemon did not listen
-            self.silent.update(dict.fromkeys(self.silent, self.now.mono + PATIENCE))
-        accepted = self._turn(0)
-        came = accepted and self._turn(0)  # what they have sent
-        while came and self.now.mono < until and self._goes_on():
-            came = self._turn(0)
-
-    def _handle(self, handle, number, what):
-        """Has an event handled.  A bug costs the connection; what is none rests for a while, since
-        the event that it fails on would come again at once."""
-        if self.guard(handle, what) or number not in self.poller.handlers:
-            return
-        if isinstance(handle.__self__, Connection):
-            self.guard(handle.__self__.close)
-        else:
-            self._pause(number)
-
-    def _pause(self, number):
-        self.poller.pause(number)
-        self.dates[functools.partial(self._resume, number)] = self.now.mono + PAUSE
-
-    def _resume(self, number):
-        try:
-            self.poller.resume(number)
-        except OSError:
-            self._pause(number)
+    def _expire(self):
+        self.planned = self.now.mono + PAUSE  # where it fails it is tried again
+        self.loop.at(self.planned, self._expire)
+        self.decisions.extend(self.table.expire(self.now))
+        self.tell()
+        self._rest()
 
     def guard(self, act, *arguments):
         """Calls act(*arguments); returns whether it came to its end.  A bug is logged, and ends
         neither the daemon nor what else is to be done in this turn of the loop."""
-        try:
+        guard = self.loop.guard()
+        with guard:
             act(*arguments)
-            return True
-        except Exception:
-            import traceback
-            self.log.limited(traceback.format_exc(), "error")
-            return False
-
-    def _first_date(self):
-        first = self.table.next_date()
-        for when in self.dates.values():
-            if first is None or when < first:
-                first = when
-        for when in self.silent.values():
-            return when if first is None or when < first else first
-        return first
-
-    def _do_what_is_due(self):
-        self.decisions.extend(self.table.expire(self.now))
-        while self.silent and next(iter(self.silent.values())) <= self.now.mono:
-            connection, _ = self.silent.popitem(last=False)
-            self.guard(connection.close, "silent")
-        self._rest()
-        for purpose in [key for key, when in self.dates.items() if when <= self.now.mono]:
-            if self.dates.pop(purpose, None) is not None:
-                self.guard(purpose)
+        return not guard.failed
 
     def _rest(self):
         """Begins the last part of the daemon's life once nobody uses it."""
@@ -4186,6 +4315,7 @@ class Daemon:
 
     def _end_of_life(self):
         self.ending = "nobody needs it"
+        self.loop.stop()
 
     # Connections come and go.
 
@@ -4197,7 +4327,7 @@ class Daemon:
         connection = (TlsConnection if self.tls else Connection)(self, accepted, peer)
         connection.surplus = len(self.connections) >= self.most_clients
         try:
-            self.poller.add(connection.socket, connection.handle)
+            self.loop.watch(connection.socket, connection.handle, connection.close)
         except OSError as error:
             self.log.limited(f"{peer}: cannot be watched: {error.strerror}; connection closed")
             connection.socket.close()
@@ -4208,8 +4338,7 @@ class Daemon:
 
     def expect(self, connection):
         """The client must say its first word, or close its side, within PATIENCE seconds."""
-        self.silent.pop(connection, None)
-        self.silent[connection] = self.now.mono + PATIENCE
+        self.loop.after(PATIENCE, connection.be_silent)
 
     def gone(self, connection):
         """A connection has ended; what it held or waited for goes on to others."""
@@ -4217,11 +4346,14 @@ class Daemon:
             if connection.session.holds is not None:
                 self.publisher.counts.lost += 1
         self.connections.discard(connection)
-        self.silent.pop(connection, None)
+        self.loop.cancel(connection.be_silent)
         if connection.session in self.table.requests:
             self.decisions.extend(self.table.gone(connection.session, self.now))
+            self.loop.after(0, self.tell)
             self.released()
         if not self.connections:
+            if self.ending is not None:
+                self.loop.stop()
             self._rest()
 
     def released(self):
@@ -4258,6 +4390,7 @@ class Daemon:
 
     def tell(self):
         """Tells the sessions what was decided; closing one of them may bring more decisions."""
+        self.plan()
         while self.decisions:
             decision = self.decisions.popleft()
             if not self.guard(self._tell_one, decision):
@@ -4437,12 +4570,14 @@ class Daemon:
         of its connections does: whoever sees the end of one may start a daemon."""
         self.log.info(f"ending: {reason}")
         self.ending = reason
-        self.poller.handlers.clear()
+        self.loop.stop()
 
     def quiesce(self):
         """Ends when nobody is served any more; newcomers are served meanwhile."""
         self.log.info("ending when the last client has gone")
         self.ending = self.ending or "quiesce"
+        if not self.connections:
+            self.loop.stop()
 
     def drain(self, reason="another daemon serves the group"):
         """Leaves the clients to another daemon, which is found where this one was."""
@@ -4455,6 +4590,8 @@ class Daemon:
         for connection in [other for other in self.connections if other.session.holds is None]:
             connection.close()
         self.decisions.clear()  # a waiter that makes way grants nothing any more
+        if not self.connections:
+            self.loop.stop()
 
     def watch(self, parts):
         """Every LOOK s the parts look whether their paths still lead to them."""

@@ -7,16 +7,19 @@ import pytest
 
 
 class Watched:
-    """The poller of a daemon with one connection: whether it waits until that can be written."""
+    """The loop of a daemon with one connection: whether it waits until that can be written."""
 
     def __init__(self):
         self.writing = False
 
-    def change(self, watched, writing):
+    def watch_writing(self, watched, writing):
         self.writing = writing
 
-    def remove(self, watched):
+    def forget(self, watched):
         self.writing = False
+
+    def cancel(self, act):
+        pass
 
 
 @pytest.fixture
@@ -28,7 +31,7 @@ def link():
     server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     log = types.SimpleNamespace(limited=lambda text: None)
     daemon = types.SimpleNamespace(
-        poller=Watched(), reported=None, now=0, log=log, expect=lambda connection: None,
+        loop=Watched(), reported=None, now=0, log=log, expect=lambda connection: None,
         gone=lambda connection: None)
     yield flomd.Connection(daemon, server, "local"), client, daemon
     server.close()
@@ -47,14 +50,14 @@ def turn(connection, client, daemon):
         found += data
         if not data:
             break
-    if daemon.poller.writing:
-        connection.handle(flomd.WRITABLE)
+    if daemon.loop.writing:
+        connection.handle(flomd.EVENT_WRITE)
     return found
 
 
 def read_all(connection, client, daemon):
     found = [turn(connection, client, daemon)]
-    while daemon.poller.writing or found[-1]:
+    while daemon.loop.writing or found[-1]:
         found.append(turn(connection, client, daemon))
     return b"".join(found)
 
@@ -64,9 +67,9 @@ def test_what_is_taken_in_parts_arrives_whole(link):
     told = [bytes([65 + number % 26]) * 3000 for number in range(40)]
     for message in told:
         connection.send(message)
-    assert daemon.poller.writing and 0 < len(connection.output) < flomd.MOST_UNREAD
+    assert daemon.loop.writing and 0 < len(connection.output) < flomd.MOST_UNREAD
     assert read_all(*link) == b"".join(told)
-    assert not connection.output and not daemon.poller.writing
+    assert not connection.output and not daemon.loop.writing
 
 
 def test_a_report_of_large_pieces_is_made_as_it_is_read(link):
@@ -80,7 +83,7 @@ def test_a_report_of_large_pieces_is_made_as_it_is_read(link):
     connection.finish(pieces())
     assert len(made) * 60000 < flomd.LARGEST + 60000
     before = len(made)
-    connection.handle(flomd.WRITABLE)  # in the same turn of the loop
+    connection.handle(flomd.EVENT_WRITE)  # in the same turn of the loop
     assert len(made) == before
     assert len(read_all(*link)) == 50 * 60000 and len(made) == 50
 
@@ -89,6 +92,6 @@ def test_in_one_turn_one_report_goes_on(link):
     connection, client, daemon = link
     daemon.reported = daemon.now = object()
     connection.finish(iter(["x" * 10]))
-    assert not connection.output and daemon.poller.writing
+    assert not connection.output and daemon.loop.writing
     daemon.now = 0
     assert read_all(*link) == b"x" * 10

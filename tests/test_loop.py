@@ -1,7 +1,10 @@
-"""The daemon's loop: what has come is read before what is due is done."""
+"""The daemon's loop: what has come is read before what is due is done; a bug costs one connection."""
 import contextlib
 import signal
+import socket
 
+import flomd
+import pytest
 from fakes import LOCK, PEER, FlomClient, b64, message, parse
 from world import can_connect, endpoint, pass_time, patched, read, wait_until
 
@@ -72,8 +75,7 @@ def test_a_reclaim_on_a_connection_that_is_not_accepted_yet(box):
 ONE_BY_ONE = """
 flomd.PATIENCE = 2
 flomd.STALL = 0.3
-wait = flomd.Poller.wait
-flomd.Poller.wait = lambda self, timeout: list(wait(self, timeout))[:1]
+flomd.TURN = 0
 """
 
 
@@ -93,3 +95,154 @@ def test_nobody_was_silent_while_the_daemon_was_stopped(box):
         send_lock(clients[-2], 99)
         assert answer(clients[-2])["rc"] == "4"
         assert clients[-1].receive() == b""
+
+
+# The Loop alone
+
+class Lines:
+    """A log: its lines."""
+
+    def __init__(self):
+        self.lines = []
+
+    def limited(self, text, level="warning"):
+        self.lines.append(text)
+
+
+class Pairs:
+    """A loop that watches one end of each pair of sockets; `called` tells which were handled."""
+
+    def __init__(self):
+        self.log, self.called = Lines(), []
+        self.loop, self.pairs = flomd.Loop(self.log), []
+
+    def add(self, act=lambda events: None, close=flomd.nothing):
+        """Watches one more, whose handler notes its number and then calls act(events)."""
+        number, pair = len(self.pairs), socket.socketpair()
+        self.pairs.append(pair)
+
+        def handle(events):
+            self.called.append(number)
+            act(events)
+        self.loop.watch(pair[0], handle, close)
+        return pair
+
+    def call(self, number):
+        self.pairs[number][1].send(b"x")
+
+    def run(self, seconds=0):
+        """Runs the loop until the end of the turn in which the date comes."""
+        self.loop.after(seconds, self.loop.stop)
+        self.loop.run()
+
+
+@pytest.fixture
+def pairs():
+    made = Pairs()
+    yield made
+    for pair in made.pairs:
+        for end in pair:
+            end.close()
+
+
+def test_events_that_had_to_wait_come_first(pairs, monkeypatch):
+    """A turn takes what it has time for; nobody is passed over."""
+    monkeypatch.setattr(flomd, "TURN", 0)
+    for number in range(5):
+        pairs.add(lambda events: len(pairs.called) < 20 or pairs.loop.stop())
+        pairs.call(number)
+    pairs.loop.run()
+    rounds = [pairs.called[begin:begin + 5] for begin in range(0, 20, 5)]
+    assert [sorted(one) for one in rounds] == [list(range(5))] * 4
+
+
+def test_an_event_of_one_that_was_forgotten_is_not_handled(pairs):
+    """Not even where another has its number by then."""
+    def close_others(events):
+        for number in {0, 1} - set(pairs.called):
+            pairs.loop.forget(pairs.pairs[number][0])
+            pairs.pairs[number][0].close()
+            pairs.add()
+    for number in (0, 1):
+        pairs.add(close_others)
+        pairs.call(number)
+    pairs.run(0.05)
+    assert set(pairs.called) in ({0}, {1})
+
+
+def test_writing_is_told_where_it_is_wanted(pairs):
+    found = []
+
+    def handle(events):
+        found.append(events)
+        pairs.loop.watch_writing(pairs.pairs[0][0], False)
+    pairs.add(handle)
+    pairs.run(0.01)
+    assert found == []
+    pairs.loop = flomd.Loop(pairs.log)
+    pairs.loop.watch(pairs.pairs[0][0], handle)
+    pairs.loop.watch_writing(pairs.pairs[0][0], True)
+    pairs.run(0.01)
+    assert found == [flomd.EVENT_WRITE]
+
+
+def test_an_act_has_one_date(pairs):
+    loop, called = pairs.loop, []
+
+    def first():
+        called.append("first")
+
+    def second():
+        called.append("second")
+        loop.cancel(third)  # due at the same time
+
+    def third():
+        called.append("third")
+    now = loop.now.mono
+    loop.at(now + 1000, first)
+    loop.at(now + 0.01, first)  # moves it
+    loop.at(now + 0.02, second)
+    loop.within(0.001, second)  # does not
+    loop.at(now + 0.02, third)
+    pairs.run(0.05)
+    assert called == ["first", "second"]
+
+
+def test_dates_that_were_moved_do_not_pile_up(pairs):
+    for number in range(10000):
+        pairs.loop.after(100 + number, flomd.nothing)
+    assert len(pairs.loop._heap) < 200
+
+
+def broken(*arguments):
+    raise RuntimeError("a bug")
+
+
+def test_a_handler_that_fails_costs_its_own_connection(pairs):
+    closed = []
+
+    def close():
+        closed.append(0)
+        pairs.loop.forget(pairs.pairs[0][0])
+    pairs.add(broken, close)
+    pairs.add()
+    pairs.call(0)
+    pairs.call(1)
+    pairs.loop.after(0, broken)
+    pairs.run(0.05)
+    assert closed == [0] and set(pairs.called) == {0, 1}
+    assert len(pairs.log.lines) == 2 and all("a bug" in line for line in pairs.log.lines)
+
+
+def test_what_cannot_be_closed_rests(pairs, monkeypatch):
+    """Nor does the loop spin where close() fails, too; forgotten meanwhile it does not come back."""
+    monkeypatch.setattr(flomd, "PAUSE", 0.02)
+    for number, close in enumerate((flomd.nothing, broken, flomd.nothing)):
+        pairs.add(broken, close)
+        pairs.call(number)
+    def forget():
+        assert sorted(pairs.called) == [0, 1, 2]
+        pairs.loop.forget(pairs.pairs[2][0])
+    pairs.loop.after(0.01, forget)
+    pairs.run(0.035)
+    assert sorted(pairs.called) == [0, 0, 1, 1, 2]

@@ -6,10 +6,8 @@ and nothing is left in its memory.  The daemon is run by a wrapper that measures
 import json
 import os
 import signal
-import socket
 import subprocess
 
-import flomd
 from siege import KINDS
 from world import PYTHON, ROOT, SOAK, chance, wait_until
 
@@ -34,16 +32,15 @@ class Turn:
 def used():
     return 1000 * time.clock_gettime(time.CLOCK_THREAD_CPUTIME_ID)
 
-def wait(poller, timeout):
+def turn(loop, timeout):
     if Turn.begun is not None:
         worst = Turn.worst["reporting" if Turn.reports else "plain"]
         worst.append(round(used() - Turn.begun, 1))
         if len(worst) > 100:
             worst.sort()
             del worst[:-5]
-    events = real_wait(poller, timeout)
     Turn.begun, Turn.reports = used(), False
-    return events
+    return real_turn(loop, timeout)
 
 def report(*arguments):
     for piece in real_report(*arguments):
@@ -56,7 +53,7 @@ def tell(number, frame):
     os.rename(PATH + ".new", PATH)
 
 PATH, sys.argv = sys.argv[2], sys.argv[2:]
-real_wait, flomd.Poller.wait = flomd.Poller.wait, wait
+real_turn, flomd.Loop._turn = flomd.Loop._turn, turn
 real_report, flomd.report = flomd.report, report
 signal.signal(signal.SIGUSR2, tell)
 sys.exit(flomd.main())
@@ -159,22 +156,3 @@ def test_nothing_is_left_of_hostile_connections(hosts):
 
 def test_the_parties_are_all_kinds():
     assert sorted(",".join(PARTIES).split(",")) == sorted(KINDS)
-
-
-def test_events_that_had_to_wait_come_first(monkeypatch):
-    """A turn takes what it has time for; nobody is passed over."""
-    monkeypatch.setattr(flomd, "TURN", 0)
-    poller, pairs = flomd.Poller(), [socket.socketpair() for _ in range(5)]
-    for reader, writer in pairs:
-        poller.add(reader, None)
-        writer.send(b"x")
-    turns = [[number for number, _ in poller.wait(None)] for _ in range(10)]
-    assert all(len(turn) == 1 for turn in turns)
-    assert sorted(number for turn, in zip(turns[:5]) for number in turn) == sorted(
-        reader.fileno() for reader, _ in pairs)
-    monkeypatch.setattr(flomd, "TURN", 10)
-    pairs[0][0].recv(1)  # whose event waits no longer
-    assert len(list(poller.wait(0))) == 4 and len(list(poller.wait(0))) == 4
-    for pair in pairs:
-        for end in pair:
-            end.close()

@@ -18,7 +18,7 @@ from world import ROOT, can_connect, pass_time, read, wait_until
 # that an interpreter loads must come with these by itself.
 OF_FLOM = set("argparse binascii collections contextlib errno fcntl functools os pwd re select "
               "signal socket sys time".split())
-OF_FLOMD = OF_FLOM | set("bisect heapq itertools operator resource stat struct".split())
+OF_FLOMD = OF_FLOM | set("bisect heapq itertools operator resource selectors stat struct".split())
 DEAR = {"asyncio", "base64", "configparser", "ctypes", "datetime", "getpass", "hashlib", "http",
         "inspect", "ipaddress", "json", "logging", "pathlib", "platform", "queue", "shlex",
         "shutil", "ssl", "subprocess", "syslog", "tempfile", "typing", "urllib", "uuid", "xml",
