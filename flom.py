@@ -761,51 +761,73 @@ def secured(connection, context, **options):
 # ==== Shared with flomd.py: end ====
 
 
-# --- Errors and exit statuses ---------------------------------------------------------------------
-# What can be wrong is a class: its status is flom's exit status, its prefix opens the line on
+# --- Errors and exit statuses --------------------------------------------------------------------
+# Each way to fail is a class: its `status` is flom's exit status, its `prefix` opens the line on
 # stderr (FLoM's own messages have none).  What the daemon refuses is a row of REFUSALS.
 NOT_RUN, WRONG = 97, 99
 
 
 class LockError(Exception):
-    """There is no lock; `reason` is what the daemon had to say about it, if anything."""
-    status, prefix, reason = WRONG, "flom: ", None
+    """There is no lock; `reason` is what the daemon said about it, if anything."""
+    status = WRONG
+    prefix = "flom: "
+    reason: "str | None" = None
 
 
-class _Gone(Exception):
-    """The connection ended: the daemon at `where` has ended, crashed, or drains."""
+class Busy(LockError):
+    """The resource is locked, and waiting was not wanted."""
+    status = 98
+    prefix = ""
+
+
+class Timeout(LockError):
+    """The lock was not granted in time."""
+    status = 98
+    prefix = ""
+
+
+class CannotWait(LockError):
+    """The resource does not exist, and waiting for it or creating it was not wanted."""
+    status = 96
+    prefix = ""
+
+
+class Impossible(LockError):
+    """The request can never be granted: it wants more than there is."""
+    prefix = ""
+
+
+class Deadlock(LockError):
+    """The lock is held by a command that this one runs under; see `reason`."""
+    status = 94
+
+
+class LockLost(LockError):
+    """The daemon has vanished, and the lock was not reclaimed."""
+    status = 95
+
+
+class DaemonUnavailable(LockError):
+    """There is no daemon, or it does not serve."""
+
+
+class Useless(DaemonUnavailable):
+    """What listens there does not answer, is no lock daemon, or not the one that it says it is."""
+
+
+class Gone(Exception):
+    """The connection ended: the daemon at `where` has ended, has crashed, or is about to end."""
 
     def __init__(self, text, where):
         super().__init__(text)
         self.where = where
 
 
-class _PlaceLost(_Gone):
-    """It ended while the request stood in the daemon's queue."""
+class LeftQueue(Gone):
+    """The connection ended while the request waited in the daemon's queue."""
 
 
-def _error(name, meaning, status=WRONG, prefix="flom: "):
-    return type(name, (LockError,), {
-        "__doc__": meaning, "__module__": __name__, "status": status, "prefix": prefix})
-
-
-Busy = _error("Busy", "The resource is locked, and waiting was not wanted.", 98, "")
-Timeout = _error("Timeout", "The lock was not granted in time.", 98, "")
-CannotWait = _error("CannotWait", "It does not exist; waiting or creating was not wanted.", 96, "")
-Impossible = _error("Impossible", "It can never be granted: more than there is.", prefix="")
-Deadlock = _error("Deadlock", "It is held by a command that this one runs under; see `reason`.", 94)
-LockLost = _error("LockLost", "The daemon has vanished, and the lock was not reclaimed.", 95)
-
-
-class DaemonUnavailable(LockError):
-    """No daemon, or one that does not serve."""
-
-
-class _Useless(DaemonUnavailable):
-    """What listens there says nothing, or is no lock daemon, or not the one that it says it is."""
-
-
-LATE = "late"  # no rc: there was no answer in time
+LATE = "late"  # not an rc of the daemon: the lock was not granted in time
 REFUSALS = {  # rc: the error, its text
     LATE: (Timeout, "The lock was not obtained because timeout ({ms} milliseconds) expired"),
     BUSY: (Busy, "Resource already locked, the lock cannot be obtained"),
@@ -820,19 +842,21 @@ REFUSALS = {  # rc: the error, its text
     LIMIT: (DaemonUnavailable, "the daemon refuses: {reason}")}
 
 
-def refusal(rc, reason, settings):
+def refusal(rc, reason: "str | None", settings: "Settings") -> "LockError":
     """The error for a refusal; the reason stands where its text wants it, with -V at its end.
 
-    Who asks with -o 0 is told who holds: nothing else comes of such a run.
+    Who asks with -o 0 is told who holds the lock: it is all that he gets.
     """
     error_class, text = REFUSALS[rc]
-    holder = bool(reason) and reason.startswith("held by ") and reason != "held by nobody"
-    if rc == BUSY and holder:
+    reason = reason or ""
+    if rc == BUSY and reason.startswith("held by ") and reason != "held by nobody":
         text += " ({reason})"
     elif settings["Verbose"] and reason and "{reason}" not in text:
         text += ": {reason}"
-    error = error_class(text.format(ms=settings["Timeout"], reason=reason or "no reason given"))
-    error.reason = reason
+    told = reason or "no reason given"
+    error = error_class(text.format(ms=settings["Timeout"], reason=told))
+    if reason:
+        error.reason = reason
     return error
 
 
@@ -955,7 +979,7 @@ def milliseconds(seconds, origin):
         number = float(seconds)
     except (TypeError, ValueError, OverflowError):
         number = float("nan")
-    if number < 0 or number == FOREVER:
+    if number < 0 or number == float("inf"):
         return -1
     if isinstance(seconds, bool) or not number <= MOST / 1000:  # nan is not
         raise UsageError(f"{origin}: {seconds!r} is not a number of seconds up to {MOST // 1000}")
@@ -1000,18 +1024,29 @@ class Diary:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} flom[{os.getpid()}] {text}\n")
 
 
-# --- Discovery ------------------------------------------------------------------------------------
-# Where is the daemon?  On a socket, at an address, or wherever the group's answer says.
-# Here and below, whatever may take time is a generator of *steps*: it yields what it waits for,
-# (descriptor or None, poll events, seconds), and is resumed when that has come, when the time is
-# over, or earlier; so it looks again each time.  `finish` runs one to its end and sleeps in poll();
-# a Command resumes one between two signals, which thus are never kept waiting.
+# --- Steps ---------------------------------------------------------------------------------------
+# A program may wait in poll() for its lock.  A flom whose command runs may not: it would keep the
+# signals waiting.  So whatever may take time is a generator of *steps*: it yields what it waits
+# for, (descriptor or None, poll events, seconds at most), and is resumed when that has come, when
+# the time is over, or earlier; so it looks again each time.  `finish` runs steps to their end and
+# sleeps in poll(); a Loss resumes them between two signals.
 clock = time.monotonic
-READ, WRITE, FOREVER = 1, 4, float("inf")  # POLLIN, POLLOUT
+READ, WRITE = 1, 4  # POLLIN, POLLOUT
+FOREVER = float("inf")  # s
 
 
-def finish(steps, until=FOREVER):
-    """Runs steps to their end and returns their result; None when `until` comes first.
+def pause(seconds: "float"):
+    """The step that waits for nothing but time."""
+    return None, 0, seconds
+
+
+def input_of(sock, until: "float"):
+    """The step that waits until something comes in on a socket, at most `until` (monotonic s)."""
+    return sock.fileno(), READ, until - clock()
+
+
+def finish(steps, until: "float" = FOREVER):
+    """Runs steps to their end and returns their result; None when `until` (monotonic s) is first.
 
     Whatever ends it, also an exception out of a signal handler, closes the steps, and thereby the
     connection on which they wait.
@@ -1019,8 +1054,7 @@ def finish(steps, until=FOREVER):
     try:
         while clock() < until:
             descriptor, events, seconds = next(steps)
-            seconds = min(seconds, until - clock())
-            _sleep(descriptor, events, None if seconds == FOREVER else max(0, seconds))
+            _sleep(descriptor, events, min(seconds, until - clock()))
     except StopIteration as end:
         return end.value
     finally:
@@ -1029,44 +1063,75 @@ def finish(steps, until=FOREVER):
 
 
 def _sleep(descriptor, events, seconds):
-    """Waits for events of a descriptor, None: of none, for so long, None: for ever."""
-    waiting = [] if descriptor is None else [descriptor]
+    """Waits for events of a descriptor (None: of none), so many seconds at most."""
+    waiting = []
+    if descriptor is not None:
+        waiting.append(descriptor)
+    limit = ()  # poll and select wait without an end when they are told none
+    if seconds != FOREVER:
+        limit = (max(0, seconds),)
     if not hasattr(select, "poll"):  # eventlet takes it away and makes select() cooperative
         reading, writing = (waiting if events & event else [] for event in (READ, WRITE))
-        select.select(reading, writing, [], seconds)
+        select.select(reading, writing, [], *limit)
         return
     poll = select.poll()
     for number in waiting:
         poll.register(number, events)
-    poll.poll(None if seconds is None else seconds * 1000)
+    poll.poll(*[1000 * number for number in limit])
 
 
-def one_step(steps):
-    """The next of the steps; returns their result when they have ended, else None."""
-    try:
-        yield next(steps)
-    except StopIteration as end:
-        return end.value
+def reading_all(descriptor: "int"):
+    """Steps to all the bytes that come through a pipe before its end."""
+    os.set_blocking(descriptor, False)
+    data = b""
+    while True:
+        try:
+            more = os.read(descriptor, 4096)
+        except BlockingIOError:
+            yield descriptor, READ, FOREVER
+            continue
+        if not more:
+            return data
+        data += more
 
 
-def interface_index(settings):
+# --- Discovery -----------------------------------------------------------------------------------
+# Where may a daemon be?  On a local socket, at one or several addresses, or wherever the answer of
+# a multicast group says.  What is found is a list of (family, address) as `socket` takes them.
+#
+# A name server may be silent for half a minute.  Before the command runs that is waited for
+# (resolving_here); while it runs a child asks (resolving_apart), so that signals are not delayed.
+
+
+def interface_index(settings: "Settings") -> "int":
     """The index of the network interface wanted, 0 for none; raises UsageError."""
     name = settings["NetworkInterface"]
+    if not name:
+        return 0
     try:
-        return socket.if_nametoindex(name) if name else 0
+        return socket.if_nametoindex(name)
     except OSError:
         raise UsageError(f"{settings.origins['NetworkInterface']}: {name!r} is not "
                          "a network interface of this host")
 
 
 def resolve(host, port, kind, scope, flags=0):
-    """[(family, address)] of a host; `scope` is for link-local addresses without one."""
+    """[(family, address)] of a host; `scope` is for link-local addresses without one.
+
+    Raises DaemonUnavailable.
+    """
     try:
         found = socket.getaddrinfo(host, port, type=kind, flags=flags)
     except (socket.gaierror, UnicodeError) as error:
         raise DaemonUnavailable(f"cannot resolve {host!r}: {getattr(error, 'strerror', error)}")
-    return [(family, address if family == socket.AF_INET else address[:3] + (address[3] or scope,))
-            for family, _, _, _, address in found if family in (socket.AF_INET, socket.AF_INET6)]
+    addresses = []
+    for family, _, _, _, address in found:
+        if family == socket.AF_INET:
+            addresses.append((family, address))
+        elif family == socket.AF_INET6:
+            name, number, flow, own_scope = address
+            addresses.append((family, (name, number, flow, own_scope or scope)))
+    return addresses
 
 
 def resolving_here(host, port, kind, scope):
@@ -1076,36 +1141,26 @@ def resolving_here(host, port, kind, scope):
 
 
 def resolving_apart(host, port, kind, scope):
-    """Steps to what resolve says in a child: a name server may not answer for half a minute.
-
-    For where nothing else may be kept waiting, as the signals while the command runs.
-    """
+    """Steps to what resolve says in a child."""
     with contextlib.suppress(DaemonUnavailable):
         return resolve(host, port, kind, scope, socket.AI_NUMERICHOST)
     reading, writing = os.pipe()
-    child, told = 0, b""
+    child = 0
     try:
         try:
             child = os.fork() or _tell_addresses(writing, host, port, kind, scope)
         finally:
             os.close(writing)
-        os.set_blocking(reading, False)
-        while True:
-            try:
-                more = os.read(reading, 4096)
-            except BlockingIOError:
-                yield reading, READ, FOREVER
-                continue
-            if not more:
-                break
-            told += more
+        told = yield from reading_all(reading)
     finally:
         os.close(reading)
         if child:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
     import marshal
-    found = marshal.loads(told) if told else f"cannot resolve {host!r}"
+    found = f"cannot resolve {host!r}"
+    if told:
+        found = marshal.loads(told)
     if isinstance(found, str):
         raise DaemonUnavailable(found)
     return found
@@ -1116,8 +1171,8 @@ def _tell_addresses(writing, host, port, kind, scope):
     import marshal
     try:
         try:
-            found = [(int(family), address)
-                     for family, address in resolve(host, port, kind, scope)]
+            addresses = resolve(host, port, kind, scope)
+            found = [(int(family), address) for family, address in addresses]
         except DaemonUnavailable as error:
             found = str(error)
         os.write(writing, marshal.dumps(found))
@@ -1125,57 +1180,117 @@ def _tell_addresses(writing, host, port, kind, scope):
         os._exit(0)
 
 
-def discovering(settings, diary, resolving):
-    """Steps to [(family, address)] of the group's daemon, [] when none answers; UsageError."""
-    name, index = settings["MulticastAddress"], interface_index(settings)
-    question, seconds = encode(DISCOVER, 8), settings["DiscoveryTimeout"] / 1000
-    addresses = yield from resolving(name, settings["MulticastPort"], socket.SOCK_DGRAM, index)
+def place(settings: "Settings") -> "str":
+    """Where a daemon is looked for, in words; a path when it is local."""
+    for kind, words in (("Unicast", ""), ("Multicast", "multicast group ")):
+        address = settings[f"{kind}Address"]
+        if address:
+            return f"{words}{address}, port {settings[f'{kind}Port']}"
+    return settings["SocketName"] or default_socket()
+
+
+def locating(settings, diary, resolving=resolving_here):
+    """Steps to [(family, address)] where a daemon may be; DaemonUnavailable, UsageError."""
+    if settings["UnicastAddress"]:
+        return (yield from _locating_hosts(settings, diary, resolving))
+    if settings["MulticastAddress"]:
+        return (yield from _locating_group(settings, diary, resolving))
+    return [(socket.AF_UNIX, place(settings))]
+
+
+def _locating_hosts(settings, diary, resolving):
+    """Steps to the addresses of all hosts that can be resolved, in the order of the setting."""
+    scope = interface_index(settings)
+    found = []
+    failure = DaemonUnavailable(f"{settings['UnicastAddress']!r} names no host")
+    for host in filter(None, map(str.strip, settings["UnicastAddress"].split(","))):
+        try:
+            found += yield from resolving(host, settings["UnicastPort"], socket.SOCK_STREAM, scope)
+        except DaemonUnavailable as error:
+            failure = error
+            diary.say(str(error))
+    if not found:
+        raise failure
+    return list(dict.fromkeys(found))
+
+
+def _locating_group(settings, diary, resolving):
+    """Steps to the addresses of the group's daemon, [] when none answers."""
+    name, port = settings["MulticastAddress"], settings["MulticastPort"]
+    index = interface_index(settings)
+    addresses = yield from resolving(name, port, socket.SOCK_DGRAM, index)
     family, group = addresses[0]
-    six, first = family == socket.AF_INET6, socket.inet_pton(family, group[0].partition("%")[0])[0]
-    if not (first == 0xFF if six else 224 <= first < 240):
-        raise UsageError(f"{settings.origins['MulticastAddress']}: {name!r} is not "
-                         "a multicast group (224.0.0.0 to 239.255.255.255, ff00::/8)")
-    name = f"{name}/{settings['MulticastPort']}"
+    check_group(settings, family, group)
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as asker:
             asker.setblocking(False)
             aim(asker, settings["DiscoveryTTL"], index)
-            for _ in range(settings["DiscoveryAttempts"]):
-                diary.say(f"sending UDP multicast datagram to {name} ('{question.decode()}')",
-                          sys.stdout)
-                asker.sendto(question, group)
-                data, found = yield from hearing(asker, clock() + seconds)
-                if found:
-                    diary.say(f"reply from {name} is '{data.decode()}'", sys.stdout)
-                    return found
+            return (yield from _asking_group(asker, group, settings, diary))
     except OSError as error:
-        raise DaemonUnavailable(f"multicast group {name}: {error.strerror}")
+        raise DaemonUnavailable(f"multicast group {name}/{port}: {error.strerror}")
+
+
+def check_group(settings, family, group):
+    """Raises UsageError unless the address of a group is a multicast address."""
+    first = socket.inet_pton(family, group[0].partition("%")[0])[0]
+    right = 224 <= first < 240
+    if family == socket.AF_INET6:
+        right = first == 0xFF
+    if not right:
+        origin, name = settings.origins["MulticastAddress"], settings["MulticastAddress"]
+        raise UsageError(f"{origin}: {name!r} is not a multicast group "
+                         "(224.0.0.0 to 239.255.255.255, ff00::/8)")
+
+
+def _asking_group(asker, group, settings, diary):
+    """Steps to the addresses in the first answer, [] when none comes."""
+    name = f"{settings['MulticastAddress']}/{settings['MulticastPort']}"
+    question = encode(DISCOVER, 8)
+    for _ in range(settings["DiscoveryAttempts"]):
+        diary.say(f"sending UDP multicast datagram to {name} ('{question.decode()}')", sys.stdout)
+        asker.sendto(question, group)
+        until = clock() + settings["DiscoveryTimeout"] / 1000
+        data, found = yield from hearing(asker, until)
+        if found:
+            diary.say(f"reply from {name} is '{data.decode()}'", sys.stdout)
+            return found
     diary.say(f"no reply from {name}", sys.stdout)
     return []
 
 
-def hearing(asker, until):
-    """Steps to (datagram, addresses) of the first valid answer, (None, []) when time is over."""
+def hearing(asker, until: "float"):
+    """Steps to (datagram, addresses) of the first valid answer, (b"", []) when time is over."""
     while True:
         with contextlib.suppress(BlockingIOError, ProtocolError, DaemonUnavailable):
             data, source = asker.recvfrom(65536)
-            message = decode(data)
-            head, network = message["msg"], message.get("network", {})
-            if (head["verb"], head["step"]) == (DISCOVER, 16) and "port" in network:
-                host = network.get("address") or source[0].partition("%")[0]  # empty: the source
-                # No stranger's datagram makes this host ask a name server.
-                return data, resolve(host, network["port"], socket.SOCK_STREAM, sum(source[3:]),
-                                     socket.AI_NUMERICHOST)
+            found = told_addresses(decode(data), source)
+            if found:
+                return data, found
         if clock() >= until:
-            return None, []
-        yield asker.fileno(), READ, until - clock()
+            return b"", []
+        yield input_of(asker, until)
 
 
-# --- Starting the daemon --------------------------------------------------------------------------
-# flomd detaches itself: the process started here ends with 0 when the daemon listens, 1 when it
-# cannot serve (often since another came first), 3 when it left the group to another daemon.  What
-# it has to say is kept, for the case that in the end nobody serves.  It comes through a pipe, whose
-# end tells at once that the process has ended.
+def told_addresses(message, source):
+    """The addresses of the daemon that a message from `source` tells; DaemonUnavailable."""
+    head, network = message["msg"], message.get("network", {})
+    if (head["verb"], head["step"]) != (DISCOVER, 16) or "port" not in network:
+        return []
+    # An empty address means: where the datagram came from.
+    host = network.get("address") or source[0].partition("%")[0]
+    scope = sum(source[3:])  # IPv4 has none
+    # No stranger's datagram makes this host ask a name server.
+    return resolve(host, network["port"], socket.SOCK_STREAM, scope, socket.AI_NUMERICHOST)
+
+
+# --- Starter -------------------------------------------------------------------------------------
+# Who finds no daemon may start one.  flomd detaches itself: the process started here ends with 0
+# when the daemon listens, 1 when it cannot serve (often since another came first), 3 when it left
+# the group to another daemon.  What it has to say is kept, for the case that in the end nobody
+# serves.  It comes through a pipe, whose end tells at once that the process has ended.
+#
+# A Start is one such process.  A Starter serves one claim: it says how long to look for a daemon,
+# starts one where that is allowed, and says why none is to be had.
 CANNOT_SERVE = 1
 AGAIN = 0.02  # s between two looks, two tries
 RECOVERY_WINDOW = 2000  # ms in which a new daemon grants only to those who held before
@@ -1183,26 +1298,38 @@ RESTART = 1  # s between two starts of a daemon
 LATECOMER = 5  # s for another's daemon to listen, when ours came too late or cannot serve
 
 
-def search_path():
+def search_path() -> "list[str]":
     """The folders in which programs are looked for; os.get_exec_path() would load `warnings`."""
     return os.environ.get("PATH", os.defpath).split(os.pathsep)
 
 
-def daemon_program():
-    """[program] or [python, script] of flomd; raises DaemonUnavailable: where it was looked for."""
-    folder, named = os.path.dirname(os.path.realpath(__file__)), os.environ.get("FLOMD")
-    beside = [os.path.join(folder, name) for name in ("flomd.py", "flomd")]
-    in_path = [os.path.join(other, name) for name in ("flomd", "flomd.py")
-               for other in search_path()]
-    for path in [named] if named else beside + in_path:
-        if os.path.isfile(path) and (path not in in_path or os.access(path, os.X_OK)):
+def daemon_program() -> "list[str]":
+    """[program] or [python, script] of flomd; DaemonUnavailable: where it was looked for."""
+    folder = os.path.dirname(os.path.realpath(__file__))
+    named = os.environ.get("FLOMD")
+    if named:
+        looked, paths = f"$FLOMD ({named})", [named]
+    else:
+        looked, paths = f"{folder} and PATH", list(_possible_programs(folder))
+    for path in paths:
+        if os.path.isfile(path):
             return [interpreter(), path] if path.endswith(".py") else [path]
-    looked = f"$FLOMD ({named})" if named else f"{folder} and PATH"
     raise DaemonUnavailable(f"flomd.py is not in {looked}; put it beside flom.py, or start it "
                             "by hand and use -d 0")
 
 
-def interpreter():
+def _possible_programs(folder):
+    """Paths where flomd may be: beside flom.py, which need not be executable, and in PATH."""
+    yield os.path.join(folder, "flomd.py")
+    yield os.path.join(folder, "flomd")
+    for other in search_path():
+        for name in ("flomd", "flomd.py"):
+            path = os.path.join(other, name)
+            if os.access(path, os.X_OK):
+                yield path
+
+
+def interpreter() -> "str":
     """The Python that is to run flomd.py; raises DaemonUnavailable.
 
     An embedded Python has no sys.executable, or, as under uWSGI, the server's own program.
@@ -1217,15 +1344,15 @@ def interpreter():
     raise DaemonUnavailable(f"no python3 in PATH to run flomd.py ({own!r} is no Python)")
 
 
-def found_environment():
+def found_environment() -> "dict[str, str]":
     """The environment that flom has found, as far as a program can have it.
 
-    In the C locale Python from 3.7 on (PEP 538) sets LC_CTYPE, for itself: `wc -m` counts otherwise
-    with it.  An entry without a name is left out, since Python refuses it.
+    In the C locale Python from 3.7 on (PEP 538) sets LC_CTYPE, for itself: `wc -m` counts
+    otherwise with it.  An entry without a name is left out, since Python refuses it.
     """
     found = {name: value for name, value in os.environ.items() if name}
     if found.get("LC_CTYPE") in ("C.UTF-8", "C.utf8", "UTF-8"):
-        found.pop("LC_CTYPE")
+        del found["LC_CTYPE"]
         found.update(_first_value("LC_CTYPE"))
     return found
 
@@ -1236,67 +1363,43 @@ def _first_value(name):
         with open("/proc/self/environ", "rb") as file:
             entries = os.fsdecode(file.read()).split("\0")
     except OSError:  # no /proc; UTF-8 mode tells that Python found the C locale
-        entries = [] if getattr(sys.flags, "utf8_mode", 0) else [f"{name}={os.environ[name]}"]
+        if getattr(sys.flags, "utf8_mode", 0):
+            return {}
+        return {name: os.environ[name]}
     for entry in entries:
-        if entry.startswith(f"{name}="):
-            return {name: entry[len(name) + 1:]}
+        key, _, value = entry.partition("=")
+        if key == name:
+            return {name: value}
     return {}
 
 
-def daemon_options(settings):
-    """The options that hand on to the daemon what has been set, and only that."""
+def daemon_environment() -> "dict[str, str]":
+    """The environment of the daemon: nothing in it tells of a lock or of sockets handed over."""
+    ours = ("FLOM_", "LISTEN_", "NOTIFY_SOCKET")
+    return {name: value for name, value in found_environment().items()
+            if not name.startswith(ours)}
+
+
+def daemon_options(settings: "Settings"):
+    """Yields the options that hand on to the daemon what has been set, and only that."""
     values = {**settings.values, "Lifespan": settings["Lifespan"]}
     yield "--no-files"
     for setting in SETTINGS:
         if "d" in setting.users and setting.key in values and setting.key not in SWITCHES:
             value = values[setting.key]
             yield f"--{setting.long}={TYPES[setting.type].write(value)}"
-    yield from ["--allow-remote-shutdown"] * settings["AllowRemoteShutdown"]
+    if settings["AllowRemoteShutdown"]:
+        yield "--allow-remote-shutdown"
 
 
-def starting(argv, until, launch):
-    """Steps that start a daemon and end with (exit status, what it said); None: still starting.
-
-    `launch` is fork_daemon or spawn_daemon.
-    """
-    said, ended = b"", 0
-    reading, writing = os.pipe()
-    wait = reading, READ, AGAIN
-    try:
-        try:
-            pid = launch(argv, writing)
-        finally:
-            os.close(writing)
-        os.set_blocking(reading, False)
-        while not ended and clock() < until:
-            yield wait
-            with contextlib.suppress(BlockingIOError):
-                data = os.read(reading, 4096)
-                said, wait = said + data, wait if data else (None, 0, 0.001)  # EOF: about to end
-            ended, status = os.waitpid(pid, os.WNOHANG)
-        return os.WEXITSTATUS(status) if ended else None, said.decode("utf-8", "replace").strip()
-    except ChildProcessError:  # a program that ignores SIGCHLD has no statuses
-        return 0, ""
-    except OSError as error:
-        return CANNOT_SERVE, f"cannot start flomd: {error.strerror}"
-    finally:
-        os.close(reading)
-
-
-def daemon_environment():
-    """The environment of the daemon: nothing in it tells of a lock or of sockets handed over."""
-    return {name: value for name, value in found_environment().items()
-            if not name.startswith(("FLOM_", "LISTEN_")) and name != "NOTIFY_SOCKET"}
-
-
-def fork_daemon(argv, writing):
+def fork_daemon(argv, writing: "int") -> "int":
     """The pid of a new process that becomes flomd, and tells what it has to say to `writing`."""
     return os.fork() or _become_daemon(argv, writing)
 
 
-def spawn_daemon(argv, writing):
-    """As fork_daemon, where other threads may run: os.fork alone could stop the child for ever, and
-    says so from Python 3.12 on.  flom itself has no threads, and spares the import.
+def spawn_daemon(argv, writing: "int") -> "int":
+    """As fork_daemon, where other threads may run: os.fork alone could stop the child for ever,
+    and says so from Python 3.12 on.  flom itself has no threads, and spares the import.
     """
     import subprocess
     process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -1321,76 +1424,168 @@ def _become_daemon(argv, writing):
         os._exit(CANNOT_SERVE)
 
 
-class Starter:
-    """Starts daemons for one lock, where that is allowed, and keeps what the last had to say.
+class Start:
+    """A process that becomes a daemon, or says why not; `launch` is fork_daemon or spawn_daemon.
 
-    `launch` is fork_daemon or spawn_daemon.
+    `ended`: whether it has ended, which a daemon does when it listens; then `status` is its exit
+    status.  `said`: what it has to say.  `wait`: the step to be waited for before the next look.
     """
 
-    def __init__(self, settings, allowed, launch):
-        self.settings, self.allowed, self.launch = settings, allowed, launch
-        self.order = None  # the last daemon was ended by order: how, in words
-        self.complaint, self._steps, self._after = "", None, 0
-        self._argv = self._missing = None
+    def __init__(self, argv, launch):
+        self.ended = False
+        self.status, self.said = 0, ""
+        self._pid = None
+        self._data = b""
+        self._reading, writing = os.pipe()
+        os.set_blocking(self._reading, False)
+        self.wait = self._reading, READ, AGAIN
+        try:
+            self._pid = launch(argv, writing)
+        except OSError as error:
+            self._end(CANNOT_SERVE)
+            self.said = f"cannot start flomd: {error.strerror}"
+        finally:
+            os.close(writing)
+            if self._pid is None:
+                self.close()
+
+    def look(self):
+        """Reads what it has said, and notes its end."""
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(self._reading, 4096)
+            self._data += data
+            self.said = self._data.decode("utf-8", "replace").strip()
+            if not data:  # it is about to end
+                self.wait = pause(0.001)
+        try:
+            ended, status = os.waitpid(self._pid, os.WNOHANG)
+        except ChildProcessError:  # a program that ignores SIGCHLD has no statuses
+            self._end(0)
+            return
+        if ended:
+            self._end(os.WEXITSTATUS(status))
+
+    def _end(self, status):
+        self.ended, self.status = True, status
+
+    def close(self):
+        """Does not wait for the end of the process."""
+        if self._reading is not None:
+            os.close(self._reading)
+        self._reading = None
+
+
+class Starter:
+    """Looks after a daemon for one claim: how long to look for one, and whether to start one.
+
+    `launch` is fork_daemon or spawn_daemon.  `until` (monotonic s): no longer is a daemon looked
+    for.  `order`: in words, that the last daemon ended by somebody's order, so none is started.
+    """
+
+    def __init__(self, settings: "Settings", launch, allowed: "bool" = True):
+        self._settings, self._launch = settings, launch
+        self._allowed = allowed
+        self.until = 0.0
+        self.order = ""
+        self._recovering = False
+        self._another_may_come = False
+        self._start = None
+        self._next_start = 0.0
+        self._complaint = ""  # what the last process had to say
+        self._argv = []
+        self._missing = None
         if allowed:
             try:  # now: later the folder from which relative names count may be gone
-                self._argv = daemon_program() + [*daemon_options(settings)]
+                self._argv = daemon_program() + list(daemon_options(settings))
             except DaemonUnavailable as error:
                 self._missing = error
 
-    def obstacle(self):
-        """Why no daemon may be started here, None when one may."""
-        if self.settings["Lifespan"] == 0:
+    def begin(self, seconds: "float", recovering: "bool"):
+        """From now on a daemon is looked for, so many seconds at most.
+
+        `recovering`: a daemon that served this claim has crashed, and others may hold its locks.
+        """
+        self.until = clock() + seconds
+        self._recovering = recovering
+        self._another_may_come = False
+
+    def expect_another(self):
+        """A daemon has ended: another may come, also where none may be started here."""
+        self._another_may_come = True
+
+    def trying(self):
+        """Steps that start a daemon, or wait a moment; DaemonUnavailable when it is of no use.
+
+        After a crash who waits for its own daemon may reclaim too late, since another's may serve
+        by then: so when recovering they are only a part of the start, between two looks.
+        """
+        self._check()
+        if self._obstacle() or clock() < self._next_start:
+            yield pause(AGAIN)
+            return
+        if not self._start:
+            self._start = Start(self._command_line(), self._launch)
+        start = self._start
+        while not start.ended and clock() < self.until:
+            yield start.wait
+            start.look()
+            if self._recovering:
+                break
+        self._complaint = start.said or self._complaint
+        if start.ended:
+            self._note_end(start.status)
+
+    def _check(self):
+        """Raises DaemonUnavailable when it is of no use to look for a daemon any longer."""
+        obstacle = self._obstacle()
+        if clock() < self.until and (self._another_may_come or not obstacle):
+            return
+        why = ""
+        if self._complaint:
+            why = f": {self._complaint}"
+        elif obstacle:
+            why = f" (and {obstacle})"
+        raise DaemonUnavailable(f"no daemon at {place(self._settings)}{why}")
+
+    def _obstacle(self):
+        """Why no daemon may be started here, "" when one may."""
+        if self._settings["Lifespan"] == 0:
             return "-d 0 forbids starting one"
-        if not self.allowed:
+        if not self._allowed:
             return "start_daemon=True is not given"
-        if "," in (self.settings["UnicastAddress"] or ""):
+        if "," in (self._settings["UnicastAddress"] or ""):
             return "with several addresses none is started"
         return self.order
 
-    def close(self):
-        """Does not wait for the end of a start that has begun."""
-        if self._steps:
-            self._steps.close()
-            self._steps = None
-
-    def trying(self, until, recovering):
-        """Steps that start a daemon, or wait a moment; the result is `until`, or earlier.
-
-        After a crash who waits for its own daemon may reclaim too late, since another's may serve
-        by then: so when `recovering` they are only a part of the start, between two looks.
-        """
-        if self.obstacle() or clock() < self._after:
-            yield None, 0, AGAIN
-            return until
-        if not self._steps:
-            self._steps = starting(self._command_line(recovering), until, self.launch)
-        try:
-            outcome = yield from one_step(self._steps) if recovering else self._steps
-        except Exception:  # what has failed cannot go on; the next attempt is another start
-            self._steps = None
-            raise
-        if not outcome:
-            return until
-        self._steps, (status, said) = None, outcome
-        self.complaint = said or self.complaint
-        if status != CANNOT_SERVE:
-            return until
-        self._after = clock() + RESTART  # mostly another client's daemon came first: it will listen
-        return min(until, clock() + LATECOMER)
-
-    def _command_line(self, recovering):
+    def _command_line(self):
         if self._missing:
             raise self._missing
-        after_a_crash = recovering and "RecoveryWindow" not in self.settings.values
-        return self._argv + [f"--recovery-window={RECOVERY_WINDOW}"] * after_a_crash
+        if self._recovering and "RecoveryWindow" not in self._settings.values:
+            return self._argv + [f"--recovery-window={RECOVERY_WINDOW}"]
+        return self._argv
+
+    def _note_end(self, status):
+        self.close()
+        if status == CANNOT_SERVE:
+            # Mostly another client's daemon came first: it will listen in a moment.
+            self._next_start = clock() + RESTART
+            self.until = min(self.until, clock() + LATECOMER)
+
+    def close(self):
+        """Does not wait for the end of a start that has begun."""
+        if self._start:
+            self._start.close()
+        self._start = None
 
 
-# --- Session (the client's side of the protocol, pure: no sockets) --------------------------------
-# One session is one request: bytes in, answers out.  It is ASKING until the step 16, WAITING while
-# it is queued, HOLDING after rc 0, whatever the step.  What is not in NEXT is illegal.
+# --- Session -------------------------------------------------------------------------------------
+# The client's side of the protocol, without sockets: one session is one request, bytes in, answers
+# out.  It is ASKING until the step 16, WAITING while it is queued, HOLDING after rc 0, whatever
+# the step.  What is not in NEXT is illegal.
+#
 # Additions of ours travel as attributes that FLoM ignores.  A FLoM daemon drops a message longer
-# than 511 bytes, and dies of a byte that is not UTF-8: so ours are ASCII, and give way.
+# than 511 bytes, and dies of a byte that is not UTF-8: so ours are ASCII, and are left out when
+# the message grows too long, those first that matter least.
 ASKING, WAITING, HOLDING, REFUSED, ENDING = "asking", "waiting", "holding", "refused", "ending"
 TAKEN_AWAY = "taken away"
 _OUTCOMES = {OK: HOLDING, ENQUEUED: WAITING, WAIT_RESOURCE: WAITING,
@@ -1405,33 +1600,42 @@ WITH_MODE, WITH_ELEMENT = ("simple", "hierarchical"), ("set", "sequence", "times
 FIELDS = ("rc", "element", "token", "position", "reason", "daemon", "peerid")  # of an answer
 
 
-def lock_message(settings, about, wait, reclaim=None, held=None):
+def lock_message(settings: "Settings", about, wait: "bool", reclaim=None, held=None) -> "bytes":
     """The lock 8; `about`: id, parent, pid ...; `reclaim`, `held`: token, element of the lost.
 
     Of `about` what matters least is left out until FLoM would read the message.  It is None for a
     message without any addition of ours.
     """
-    name, kind = settings["Name"], kind_of(settings["Name"])
-    resource = [("name", encode_name(name))]
-    if kind in WITH_MODE:
-        resource.append(("mode", settings["LockMode"]))
-    resource.append(("wait", int(wait)))
-    if kind == "numeric":
-        resource.append(("quantity", settings["Quantity"]))
-    resource.append(("create", int(settings["Create"] or reclaim is not None)))
-    resource.append(("lifespan", settings["IdleLifespan"]))
+    attributes = _wanted(settings, wait, create=settings["Create"] or reclaim is not None)
     if about is not None:
-        resource += [("reclaim", reclaim), ("held", held)]
+        attributes += [("reclaim", reclaim), ("held", held)]
         if wait and (settings["Timeout"] >= 0 or settings["Deadlock"] == "wait"):
-            resource.append(("deadlock", "wait"))
+            attributes.append(("deadlock", "wait"))
+    resource = element("resource", *attributes)
+    session = {"peerid": machine_id(), **(about or {})}
     while True:
-        session = {"peerid": machine_id(), **(about or {})}
-        message = encode(LOCK, 8, element("session", *session.items()),
-                         element("resource", *resource))
-        shorter = without_the_least(session)
-        if len(message) <= LONGEST or shorter is None:
+        message = encode(LOCK, 8, element("session", *session.items()), resource)
+        if len(message) <= LONGEST:
             return message
-        about = shorter
+        shorter = without_the_least(session)
+        if shorter is None:
+            return message
+        session = shorter
+
+
+def _wanted(settings, wait, create):
+    """The attributes of a request as FLoM knows them, in its order."""
+    name = settings["Name"]
+    kind = kind_of(name)
+    attributes = [("name", encode_name(name))]
+    if kind in WITH_MODE:
+        attributes.append(("mode", settings["LockMode"]))
+    attributes.append(("wait", int(wait)))
+    if kind == "numeric":
+        attributes.append(("quantity", settings["Quantity"]))
+    attributes.append(("create", int(create)))
+    attributes.append(("lifespan", settings["IdleLifespan"]))
+    return attributes
 
 
 def without_the_least(about):
@@ -1447,26 +1651,30 @@ def without_the_least(about):
     return None
 
 
-def unlock_message(name, rollback):
+def unlock_message(name: "str", rollback: "bool") -> "bytes":
     """The unlock 8; `rollback`: the command did not succeed."""
-    return encode(UNLOCK, 8, element(
-        "resource", ("name", encode_name(name)), ("rollback", int(rollback)), end=" />"))
+    attributes = [("name", encode_name(name)), ("rollback", int(rollback))]
+    return encode(UNLOCK, 8, element("resource", *attributes, end=" />"))
 
 
-def check_element(name, text):
+def check_element(name: "str", text: "str | None"):
     """Raises ProtocolError unless `text` (None: none) can be the element of a lock on `name`.
 
     It becomes an argument of the command, which must not take it for an option.
     """
     kind = kind_of(name)
-    right = {
-        "set": lambda: text in name.split("."),
-        "sequence": lambda: re.fullmatch("[0-9]{1,10}", text),
-        "timestamp": lambda: re.fullmatch("[^-].{0,499}", text) and text.isprintable()}
-    if kind not in right:
+    if kind not in WITH_ELEMENT:
         if text is not None:
             raise ProtocolError(f"it grants an element, {text[:40]!r}, where there are none")
-    elif text is None or not right[kind]():
+        return
+    told = text or ""
+    if kind == "set":
+        right = told in name.split(".")
+    elif kind == "sequence":
+        right = bool(re.fullmatch("[0-9]{1,10}", told))
+    else:
+        right = bool(re.fullmatch("[^-].{0,499}", told)) and told.isprintable()
+    if not right:
         raise ProtocolError(f"it grants the element {str(text)[:40]!r}")
 
 
@@ -1474,35 +1682,49 @@ class Session:
     """A request's life: `receive` takes bytes, returns answers, keeps `state`."""
 
     def __init__(self):
-        self.state, self._buffer = ASKING, b""
+        self.state = ASKING
+        self._buffer = b""
 
-    def receive(self, data):
+    def receive(self, data: "bytes") -> "list[types.SimpleNamespace]":
         """The answers that are complete with `data`.  ProtocolError."""
         *messages, self._buffer = (self._buffer + data).split(END)
-        answers = [self._take(decode(message + END)) for message in messages]
+        answers = []
+        for message in messages:
+            answers += self._take(decode(message + END))
+        self._check_rest()
+        return answers
+
+    def _check_rest(self):
+        """Raises ProtocolError when what has come cannot become a message."""
         start = self._buffer.lstrip()[:20]
-        if start and (start[:1] != b"<" or len(self._buffer) > ENDLESS):
-            tls = start[:1] == b"\x15"  # an alert
-            raise ProtocolError("it wants TLS" if tls else f"it says {plain(repr(start), 60)}")
-        return [answer for answer in answers if answer]
+        if start[:1] in (b"", b"<") and len(self._buffer) <= ENDLESS:
+            return
+        if start[:1] == b"\x15":  # an alert
+            raise ProtocolError("it wants TLS")
+        raise ProtocolError(f"it says {plain(repr(start), 60)}")
 
     def _take(self, message):
+        """[answer] in a message, [] in one that is none; takes the step that it tells."""
         verb, step = message["msg"]["verb"], message["msg"]["step"]
         if (verb, step) == (PING, 8):  # no daemon asks so; harmless
-            return None
-        answer, outcomes = message.get("answer"), NEXT.get((self.state, step), {})
-        if verb != LOCK or answer is None or answer.setdefault("rc", 0) not in outcomes:
+            return []
+        answer = message.get("answer")
+        outcomes = NEXT.get((self.state, step), {})
+        if verb != LOCK or answer is None or answer.setdefault("rc", OK) not in outcomes:
             raise ProtocolError(f"verb {verb} step {step} {str(answer)[:99]} while {self.state}")
         self.state = outcomes[answer["rc"]]
         found = {**message.get("session", {}), **answer}
         if "reason" in found:
             found["reason"] = visible(found["reason"][:500])
-        return types.SimpleNamespace(**{name: found.get(name) for name in FIELDS})
+        return [types.SimpleNamespace(**{name: found.get(name) for name in FIELDS})]
 
 
-# --- Connection -----------------------------------------------------------------------------------
+# --- Connection ----------------------------------------------------------------------------------
 # A non-blocking stream to the daemon, with TLS where three files say so, and the session on it.
 # Connecting and the first answer have PATIENCE: a daemon that says nothing is an error.
+#
+# A daemon may have several addresses.  In a Race they are tried side by side until a connection
+# stands; who owns the Race asks there, and has the Race go on if that address is of no use.
 PATIENCE, GOODBYE = 10, 5  # s: for a first answer, for the daemon's EOF after ours
 SEVERAL, EACH = 15, 6  # s: PATIENCE with several addresses, with one of them but the last
 STAGGER = 0.25  # s from one connection attempt to the next
@@ -1512,101 +1734,7 @@ NOT_YET = {errno.EINPROGRESS, errno.EALREADY, errno.EINTR, errno.EAGAIN}
 KEEPALIVE = (15, 5, 3)  # s, s, probes: a holder is to learn of a dead network before the daemon
 
 
-def place(settings):
-    """Where a daemon is looked for, in words; a path when it is local."""
-    for kind, words in (("Unicast", ""), ("Multicast", "multicast group ")):
-        if settings[f"{kind}Address"]:
-            return f"{words}{settings[f'{kind}Address']}, port {settings[f'{kind}Port']}"
-    return settings["SocketName"] or default_socket()
-
-
-def locating(settings, diary, resolving=resolving_here):
-    """Steps to [(family, address)] where a daemon may be; raises DaemonUnavailable."""
-    if not settings["UnicastAddress"]:
-        if settings["MulticastAddress"]:
-            return (yield from discovering(settings, diary, resolving))
-        return [(socket.AF_UNIX, place(settings))]
-    found, failure, scope = [], None, interface_index(settings)
-    for host in filter(None, map(str.strip, settings["UnicastAddress"].split(","))):
-        try:
-            found += yield from resolving(host, settings["UnicastPort"], socket.SOCK_STREAM, scope)
-        except DaemonUnavailable as error:
-            failure = error
-            diary.say(str(error))
-    if not found:
-        raise failure or DaemonUnavailable(f"{settings['UnicastAddress']!r} names no host")
-    return list(dict.fromkeys(found))
-
-
-class Race:
-    """The addresses of a daemon: the first with which a connection stands, TLS included, wins.
-
-    `make` is Connection or, in a program, program_connection.
-    The next address begins to run when the one before has failed, or has run for STAGGER without
-    an end (RFC 8305).  A winner may prove to be of no use: then those that are left run on.
-    """
-
-    def __init__(self, settings, addresses, context, make):
-        self.settings, self.context, self.make = settings, context, make
-        self.left = list(addresses)  # those that have neither won nor failed
-        self._failure, self._nobody = None, False
-
-    def winning(self):
-        """Steps to the next Connection that stands, None when no address is left."""
-        until, begin, running = clock() + PATIENCE, 0, {}
-        try:
-            while self.left or running:
-                if self.left and (not running or clock() >= begin):
-                    address = self.left.pop(0)
-                    running[address], begin = self._opening(address, until), clock() + STAGGER
-                wait = None
-                for address, steps in list(running.items()):
-                    try:
-                        wait = next(steps)
-                    except StopIteration as end:
-                        del running[address]
-                        if end.value:
-                            return end.value
-                if wait:
-                    yield self._first_of(wait, len(running), begin)
-        finally:  # those that have run in vain run again if the winner is of no use
-            for steps in running.values():
-                steps.close()
-            self.left[:0] = running
-
-    def _first_of(self, wait, count, begin):
-        """What to wait for: several connections have no common event, so they are looked at."""
-        descriptor, events, seconds = wait
-        if count > 1:
-            return None, 0, AGAIN
-        if self.left:
-            seconds = min(seconds, max(0, begin - clock()))
-        return descriptor, events, seconds
-
-    def _opening(self, address, until):
-        """Steps to a Connection that stands, None when it fails."""
-        family, name = address
-        local = family == socket.AF_UNIX
-        where = name if local else show_address(name)
-        try:
-            with self.make(family, where) as connection:
-                yield from connection.opening(name, until, self.context)
-                if local and not self.settings["SocketName"]:
-                    connection.check_owner()
-                connection.address = address
-                return connection
-        except OSError as error:
-            self._nobody = self._nobody or error.errno in NOBODY
-            self._failure = f"cannot connect to {where}: {explain(error)}"
-            return None
-
-    def check(self):
-        """Raises DaemonUnavailable, unless there is an address at which nobody listens."""
-        if self._failure and not self._nobody:
-            raise DaemonUnavailable(self._failure)
-
-
-def explain(error):
+def explain(error: "OSError") -> "str":
     """What an OSError of a connection means."""
     if type(error).__module__ != "ssl":
         return error.strerror or str(error)
@@ -1614,8 +1742,10 @@ def explain(error):
     if type(error).__name__ == "SSLEOFError" or reason in (
             None, "WRONG_VERSION_NUMBER", "UNEXPECTED_MESSAGE"):
         return "TLS: it does not speak TLS, or refuses to"
-    ours = "it refuses our certificate" if "ALERT" in reason else "its certificate"
-    return f"TLS: {ours}: {getattr(error, 'verify_message', None) or reason}"
+    what = "its certificate"
+    if "ALERT" in reason:
+        what = "it refuses our certificate"
+    return f"TLS: {what}: {getattr(error, 'verify_message', None) or reason}"
 
 
 class Connection:
@@ -1624,12 +1754,14 @@ class Connection:
     It is its maker's: a process made by fork closes its own copy, and does not end the stream.
     """
 
-    def __init__(self, family, where):
-        self.family, self.where, self.session = family, where, Session()
-        self.sock, self._again = socket.socket(family, socket.SOCK_STREAM), (BlockingIOError,)
+    def __init__(self, family, where: "str"):
+        self.family, self.where = family, where
+        self.session = Session()
+        self.sock = socket.socket(family, socket.SOCK_STREAM)
         self.sock.setblocking(False)
         self.name = None  # the one CN of the daemon's certificate
         self.address = None  # as `locating` has found it
+        self._not_now = (BlockingIOError,)  # nothing can be read or written at present
         self._maker = os.getpid()
 
     def __enter__(self):
@@ -1639,112 +1771,151 @@ class Connection:
         if error_class:
             self.close()
 
-    def opening(self, address, until, context):
+    def opening(self, address, until: "float", context):
         """Steps that connect, with TLS where there is a context; raises OSError."""
         if self.family != socket.AF_UNIX:
             tune(self.sock, *KEEPALIVE)
         code = self.sock.connect_ex(address)
         while code in NOT_YET and clock() < until:
-            # EAGAIN: the backlog of a local daemon is full, which no event tells.
-            yield ((None, 0, 0.01) if code == errno.EAGAIN else
-                   (self.sock.fileno(), WRITE, until - clock()))
+            if code == errno.EAGAIN:  # the backlog of a local daemon is full, which no event tells
+                yield pause(0.01)
+            else:
+                yield self.sock.fileno(), WRITE, until - clock()
             code = self.sock.connect_ex(address)
-        if code in (0, errno.EISCONN):  # TCP can connect to itself
-            code = errno.ECONNREFUSED if self.sock.getsockname() == address else 0
-        if code:
-            code = errno.ETIMEDOUT if code in NOT_YET else code
-            raise OSError(code, os.strerror(code))
+        self._check_connected(code, address)
         if context:
             yield from self._securing(until, context)
 
+    def _check_connected(self, code, address):
+        if code in (0, errno.EISCONN):
+            if self.sock.getsockname() != address:
+                return
+            code = errno.ECONNREFUSED  # TCP has connected to itself
+        elif code in NOT_YET:
+            code = errno.ETIMEDOUT
+        raise OSError(code, os.strerror(code))
+
     def _securing(self, until, context):
         import ssl
-        self._again = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+        self._not_now = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
         self.sock = secured(self.sock, context)
         while clock() < until:
+            events = READ
             try:
                 self.sock.do_handshake()
                 self.name = common_name(self.sock.getpeercert())
                 return
-            except self._again as wanted:
-                events = WRITE if isinstance(wanted, ssl.SSLWantWriteError) else READ
+            except ssl.SSLWantWriteError:
+                events = WRITE
+            except self._not_now:
+                pass
             yield self.sock.fileno(), events, until - clock()
         raise OSError(errno.ETIMEDOUT, "it does not answer the TLS handshake")
 
-    def check_name(self, peerid):
-        """Refuses a daemon whose certificate has not one CN, its peer id."""
+    def check_name(self, peerid: "str | None"):
+        """Refuses a daemon whose certificate has not one CN, its peer id; raises Useless."""
         if not self.name or self.name != peerid:
-            raise _Useless(f"{self.where}: the one CN of its certificate is {self.name!r}, "
-                           f"but its peer id is {peerid!r}")
+            raise Useless(f"{self.where}: the one CN of its certificate is {self.name!r}, "
+                          f"but its peer id is {peerid!r}")
 
     def check_owner(self):
         """Refuses a stranger's daemon on this user's own socket: it could grant anything."""
-        for owner in (credentials(self.sock)[1], os.stat(self.where).st_uid):
+        _, uid = credentials(self.sock)
+        for owner in (uid, os.stat(self.where).st_uid):
             if owner not in (None, 0, os.getuid()):
                 raise DaemonUnavailable(f"{self.where} belongs to user {owner}: refused; remove "
                                         "it, or name another socket with -s")
 
-    def send(self, data):
-        """Sends a message in one write, for which a socket always has room; raises _Gone."""
+    def send(self, data: "bytes"):
+        """Sends a message in one write, for which a socket always has room; raises Gone."""
         try:
             self.sock.send(data)
         except OSError as error:
             raise self._ended(error)
 
-    def take(self):
-        """The bytes that have come, b"" when none have; _Gone at the end."""
+    def take(self) -> "bytes":
+        """The bytes that have come, b"" when none have; Gone at the end."""
         try:
             data = self.sock.recv(CHUNK)
-        except self._again:
+        except self._not_now:
             return b""
         except OSError as error:
             raise self._ended(error)
         if not data:
-            raise _Gone("it closed the connection", self.where)
+            raise Gone("it closed the connection", self.where)
         return data
 
     def _ended(self, error):
         text = explain(error)
-        refused = text.startswith("TLS: it refuses")  # TLS 1.3 tells it after the handshake
-        return _Useless(f"{self.where}: {text}") if refused else _Gone(text, self.where)
+        if text.startswith("TLS: it refuses"):  # TLS 1.3 tells it after the handshake
+            return Useless(f"{self.where}: {text}")
+        return Gone(text, self.where)
 
     def receive(self):
-        """The answers in what has come, None when nothing has; raises _Gone, ProtocolError.
+        """The answers in what has come, None when nothing has; raises Gone, ProtocolError.
 
         It reads once: a daemon that sends without end must not keep its client from all else.
         """
         data = self.take()
-        return self.session.receive(data) if data else None
+        if not data:
+            return None
+        return self.session.receive(data)
 
-    def answering(self, until):
+    def answering(self, until: "float"):
         """Steps to the next answers, [] when there are none before `until`."""
-        answers = []
+        answers: list = []
         while not answers and clock() < until:
-            yield self.sock.fileno(), READ, until - clock()
+            yield input_of(self.sock, until)
             answers = self.receive()
         return answers
 
-    def parting(self, message, patience, answered=False):
+    def parting(self, message: "bytes", patience: "float", answered: "bool" = False):
         """Steps that send a last message, half-close, and wait for what follows.
 
         TLS says goodbye, too, unless the message may be `answered`: that would lose the answer.
         The result is the message that came, b"" when the daemon has closed the connection, None
         when neither has happened in `patience` s.  The connection is closed in any case.
         """
-        data, until = bytearray(), clock() + patience
+        data = bytearray()
+        until = clock() + patience
         try:
             self.send(message)
             self._half_close(goodbye=not answered)
-            while END not in data and clock() < until:
-                more = self.take()
-                data += more
-                if not more:
-                    yield self.sock.fileno(), READ, until - clock()
+            while END not in data and (yield from self._reading(data, until)):
+                pass
             return data or None
-        except _Gone:
+        except Gone:
             return data
         finally:
             self.close()
+
+    def fetching(self, message: "bytes", patience: "float"):
+        """Steps that send a message and read all of the one that follows, which may be long.
+
+        The result is as that of `parting`; each part of the message may take `patience` s.
+        """
+        data = bytearray()
+        try:
+            self.send(message)
+            # What begins otherwise is no message, and may never end.
+            while data[:1] in (b"", b"<") and END not in data[-2 * CHUNK:]:
+                if not (yield from self._reading(data, clock() + patience)):
+                    break
+            return data or None
+        except Gone:
+            return data
+        finally:
+            self.close()
+
+    def _reading(self, data, until):
+        """Steps that add what comes in to `data`; True, or False when nothing came in time."""
+        while clock() < until:
+            more = self.take()
+            if more:
+                data += more
+                return True
+            yield input_of(self.sock, until)
+        return False
 
     def _half_close(self, goodbye):
         if goodbye:
@@ -1755,28 +1926,6 @@ class Connection:
                 socket.socket.shutdown(self.sock, socket.SHUT_WR)
             else:  # eventlet's sockets are of another class
                 self.sock.shutdown(socket.SHUT_WR)
-
-    def fetching(self, message, patience):
-        """Steps that send a message and read all of the one that follows, which may be long.
-
-        The result is as that of `parting`; each part of the message may take `patience` s.
-        """
-        data, until = bytearray(), clock() + patience
-        try:
-            self.send(message)
-            # what begins otherwise is no message, and may never end
-            while data[:1] in (b"", b"<") and END not in data[-2 * CHUNK:] and clock() < until:
-                more = self.take()
-                data += more
-                if more:
-                    until = clock() + patience
-                else:
-                    yield self.sock.fileno(), READ, until - clock()
-            return data or None
-        except _Gone:
-            return data
-        finally:
-            self.close()
 
     def close(self):
         """Ends it, also for copies of the descriptor that a command has inherited."""
@@ -1791,8 +1940,8 @@ def program_connections():
     """The connections of a program, in a WeakSet, of which a fork closes the child's copies.
 
     A child that kept its copy would keep a lock, or a place in the queue, of a parent that has
-    ended.  Python 3.6 does not tell of a fork: there the child closes its copy when it releases the
-    Lock, or drops it.
+    ended.  Python 3.6 does not tell of a fork: there the child closes its copy when it releases
+    the Lock, or drops it.
     """
     import weakref
     connections = weakref.WeakSet()
@@ -1805,22 +1954,273 @@ def program_connections():
     return connections
 
 
-def program_connection(family, where):
+def program_connection(family, where: "str") -> "Connection":
     """A Connection that no process made by fork keeps.  flom's command inherits flom's."""
     connection = Connection(family, where)
     program_connections().add(connection)
     return connection
 
 
-# --- Lock (the Python API) ------------------------------------------------------------------------
-# A lock is one request on one connection.  When the daemon vanishes, a waiter asks again and a
-# holder *reclaims*: it asks the next daemon, with the token and the element of its grant, for the
-# same lock, without waiting.  The daemon grants that only if nobody else can have been granted
-# since; a FLoM daemon takes it for an ordinary request, whose grant is as good where it carries no
-# element.  EOF alone means a crash, after which a daemon may be started; rc STOPPED means that
-# somebody wanted it to end: then flom starts none, and watches for one of somebody else.
+class Race:
+    """The addresses of a daemon: the first with which a connection stands, TLS included, wins.
+
+    The next address begins to run when the one before has failed, or has run for STAGGER without
+    an end (RFC 8305).  A winner may prove to be of no use: then those that are left run on.
+    `left`: the addresses that have neither won nor failed.  `make` is Connection or, in a program,
+    program_connection.
+    """
+
+    def __init__(self, settings: "Settings", addresses, context, make):
+        self.left = list(addresses)
+        self._context, self._make = context, make
+        self._own_socket = not settings["SocketName"]
+        self._running: dict = {}  # address: the steps that connect to it
+        self._failure = ""
+        self._nobody = False  # at one address nobody listens: a daemon may be started there
+
+    def winning(self):
+        """Steps to the next Connection that stands, None when no address is left."""
+        until = clock() + PATIENCE
+        next_date = 0
+        try:
+            while self.left or self._running:
+                if self.left and (not self._running or clock() >= next_date):
+                    address = self.left.pop(0)
+                    self._running[address] = self._opening(address, until)
+                    next_date = clock() + STAGGER
+                winner, wait = self._run()
+                if winner:
+                    return winner
+                if self._running:
+                    yield self._earliest(wait, next_date)
+        finally:
+            self._call_back()
+
+    def _run(self):
+        """Goes on with all that run: (the winner, if there is one, what the last waits for)."""
+        wait = None
+        for address, steps in list(self._running.items()):
+            try:
+                wait = next(steps)
+            except StopIteration as end:
+                del self._running[address]
+                if end.value:
+                    return end.value, wait
+        return None, wait
+
+    def _earliest(self, wait, next_date):
+        """What to wait for: several connections have no common event, so they are looked at."""
+        if len(self._running) > 1:
+            return pause(AGAIN)
+        descriptor, events, seconds = wait
+        if self.left:
+            seconds = min(seconds, max(0, next_date - clock()))
+        return descriptor, events, seconds
+
+    def _call_back(self):
+        """Those that have run in vain run again if the winner is of no use."""
+        for steps in self._running.values():
+            steps.close()
+        self.left[:0] = self._running
+        self._running = {}
+
+    def _opening(self, address, until):
+        """Steps to a Connection that stands, None when it fails."""
+        family, name = address
+        where = name
+        if family != socket.AF_UNIX:
+            where = show_address(name)
+        try:
+            with self._make(family, where) as connection:
+                yield from connection.opening(name, until, self._context)
+                if family == socket.AF_UNIX and self._own_socket:
+                    connection.check_owner()
+                connection.address = address
+                return connection
+        except OSError as error:
+            if error.errno in NOBODY:
+                self._nobody = True
+            self._failure = f"cannot connect to {where}: {explain(error)}"
+            return None
+
+    def check(self):
+        """Raises DaemonUnavailable, unless there is an address at which nobody listens."""
+        if self._failure and not self._nobody:
+            raise DaemonUnavailable(self._failure)
+
+
+def starting_race(settings: "Settings", diary: "Diary", make=Connection):
+    """Steps to a Race of all addresses, for one who holds no lock."""
+    addresses = yield from locating(settings, diary)
+    return Race(settings, addresses, tls_context(settings), make)
+
+
+# --- Reading a report ----------------------------------------------------------------------------
+# The daemon answers a lock 8 for _STATUS with one large message, whose entries follow the resource
+# that they belong to.  A FLoM daemon refuses the name.  JSON: numbers are numbers, but a token is
+# a string, since many readers would lose its last digits.
+#
+# A report is {"daemon": entry, "resources": [entry], "parked": [entry]}; the entry of a resource
+# has "holders" and "waiters", lists of entries again.  An entry is a dictionary of attributes.
+INTEGERS = ("pid", "since", "position", "quantity", "idle")
+
+
+def fetch_report(settings: "Settings", diary: "Diary", make=Connection):
+    """Steps to the report of the daemon; starts none.  Raises DaemonUnavailable."""
+    connection, data = yield from asking_for_report(settings, diary, make)
+    try:
+        return arrange_report(data)
+    except ProtocolError as error:
+        raise DaemonUnavailable(f"{connection.where} gives no report: {error}")
+
+
+def asking_for_report(settings, diary, make=Connection):
+    """Steps to (connection, the report as it came) of the first address that gives one."""
+    race = yield from starting_race(settings, diary, make)
+    wrong = None
+    while True:
+        connection = yield from race.winning()
+        if not connection:
+            break
+        patience = PATIENCE
+        if race.left:
+            patience = EACH
+        try:
+            return connection, (yield from _asking_one(connection, settings, patience))
+        except Useless as error:
+            wrong = wrong or error
+    if wrong:
+        raise wrong
+    race.check()
+    raise DaemonUnavailable(f"no daemon at {place(settings)}")
+
+
+def report_message() -> "bytes":
+    """The lock 8 that asks for a report."""
+    session = element("session", ("peerid", machine_id()), ("client", f"flom.py/{VERSION}"))
+    resource = element("resource", ("name", encode_name(STATUS_RESOURCE)), ("mode", 0),
+                       ("wait", 0), ("create", 0), ("lifespan", 0))
+    return encode(LOCK, 8, session, resource)
+
+
+def _asking_one(connection, settings, patience):
+    """Steps to the report as it came, of a daemon that is whom it says it is; Useless."""
+    data = yield from connection.fetching(report_message(), patience)
+    useless = f"{connection.where} gives no report"
+    if data is None:
+        raise Useless(f"{useless}: {patience} s have passed")
+    if not data:
+        raise Useless(f"{useless}: it closed the connection")
+    try:
+        sessions = [found for _, tag, found, _ in tags(data) if tag == "session"]
+    except ProtocolError as error:
+        raise Useless(f"{useless}: {error}")
+    if settings["TlsCertificate"] and settings["TlsCheckPeerId"]:
+        peerid = None
+        if sessions:
+            peerid = sessions[0].get("peerid")
+        connection.check_name(peerid)
+    return data
+
+
+def arrange_report(data: "bytes") -> "dict":
+    """The report that is in a message; raises ProtocolError, DaemonUnavailable."""
+    report: dict = {"daemon": None, "resources": [], "parked": []}
+    refused = None
+    entries = {"resource": report["resources"], "parked": report["parked"]}
+    for closing, tag, attributes, _ in tags(data):
+        if closing:
+            continue
+        _make_readable(attributes)
+        if tag == "resource":
+            attributes.update(holders=[], waiters=[])
+            entries.update(holder=attributes["holders"], waiter=attributes["waiters"])
+        if tag == "answer":
+            refused = attributes.get("reason")
+        if tag == "daemon":
+            report["daemon"] = attributes
+        elif tag in entries:
+            entries[tag].append(attributes)
+    if report["daemon"] is None and refused:
+        raise DaemonUnavailable(f"the daemon refuses: {visible(refused)}")
+    if report["daemon"] is None:
+        raise DaemonUnavailable("this daemon cannot report: it is not flomd.py")
+    return report
+
+
+def _make_readable(attributes):
+    """Numbers, modes and names of an entry of the report, in place of texts; ProtocolError."""
+    for name in INTEGERS:
+        if re.fullmatch("-?[0-9]{1,18}", attributes.get(name, "")):
+            attributes[name] = int(attributes[name])
+    if attributes.get("mode", "") in list("012345"):
+        attributes["mode"] = MODES[int(attributes["mode"])]
+    for name in {"name", "node"} & attributes.keys():
+        attributes[name] = decode_name(attributes[name])
+
+
+def entries_of(report: "dict"):
+    """Yields (entry, name of what it holds or awaits, whether it holds) of all in the report."""
+    parked = {"holders": [], "waiters": report["parked"]}
+    for resource in report["resources"] + [parked]:
+        for role in ("holders", "waiters"):
+            for entry in resource[role]:
+                name = entry.get("node") or entry.get("name") or resource.get("name", "?")
+                yield entry, name, role == "holders"
+
+
+def finding_outer_lock(settings, diary, parents, make):
+    """Steps to the holder's entry of a lock with one of the ids `parents` that is as good as the
+    lock that is wanted; None when there is none, or nothing that reports.
+    """
+    try:
+        report = yield from fetch_report(settings, diary, make)
+    except DaemonUnavailable:
+        return None
+    for entry, name, holds in entries_of(report):
+        if holds and entry.get("id") in parents and name == settings["Name"]:
+            if covers(entry, settings):
+                return entry
+    return None
+
+
+def covers(holder: "dict", settings: "Settings") -> "bool":
+    """Whether a holder of the same name has no less than what is wanted, in the form it has."""
+    kind = kind_of(settings["Name"])
+    try:
+        check_element(settings["Name"], holder.get("element"))
+    except ProtocolError:
+        return False
+    if not re.fullmatch("[0-9]{1,19}", str(holder.get("token"))):
+        return False
+    if kind == "numeric":
+        quantity = holder.get("quantity")
+        return isinstance(quantity, int) and quantity >= settings["Quantity"]
+    if kind in WITH_MODE:
+        mode = holder.get("mode")
+        return mode in MODES and settings["LockMode"] in COVERED[MODES.index(mode)]
+    return True
+
+
+# --- Lock and Claim ------------------------------------------------------------------------------
+# A Claim is one request for a lock, from its first message to its release: on one connection, and
+# after the end of a daemon on the next.  `Lock` is what a Python program sees of it; flom itself
+# uses a Claim directly.
+#
+# When the daemon vanishes, a waiter asks again and a holder *reclaims*: it asks the next daemon,
+# with the token and the element of its grant, for the same lock, without waiting.  The daemon
+# grants that only if nobody else can have been granted since; a FLoM daemon takes it for an
+# ordinary request, whose grant is as good where it carries no element.  EOF alone means a crash,
+# after which a daemon may be started; rc STOPPED means that somebody wanted it to end: then flom
+# starts none, and looks for one of somebody else.
+#
+# The life of a Claim: asking (`connection` is None), held (`connection` is that of the grant),
+# lost (`loss` says why, until it is held again), released.  One that counts a lock of the command
+# above as its own (--deadlock reuse) is held without a connection.
 HURRY = 2  # s: how long to try every AGAIN
+SELDOM = 0.5  # s between two tries after that
 TAKEN = "it was granted to somebody else"
+DURATION = " for ([0-9]+):([0-9]{2}):([0-9]{2})"  # in a reason, as old as the answer
 
 
 class Progress:
@@ -1830,51 +2230,397 @@ class Progress:
     """
     FIRST, PAUSE = 2, 5  # s
 
-    def __init__(self, wanted):
+    def __init__(self, wanted: "bool"):
         self.wanted = wanted
-        self._date, self._text, self._since, self._told = None, "", 0, None
+        self._text = ""
+        self._since = 0.0  # when the text was noted
+        self._next = 0.0  # no line before; 0: nothing has been noted yet
+        self._told = ""  # the last line, without a duration
 
-    def note(self, text):
+    def note(self, text: "str"):
         """This is what it waits for, from now on."""
-        self._text, self._since = text, clock()
-        if self._date is None:
-            self._date = self._since + self.FIRST
+        self._text = text
+        self._since = clock()
+        if not self._next:
+            self._next = self._since + self.FIRST
 
-    def date(self):
-        """When there will be something to tell."""
-        changed = without_duration(self._text) != self._told
-        return self._date if self.wanted and changed else FOREVER
+    def date(self) -> "float":
+        """When there will be something to tell (monotonic s)."""
+        if not self.wanted or without_duration(self._text) == self._told:
+            return FOREVER
+        return self._next
 
     def tell(self):
         """Tells it, if its time has come."""
         if clock() < self.date():
             return
         put(f"flom: {longer_by(clock() - self._since, self._text)}", sys.stderr)
-        self._told, self._date = without_duration(self._text), clock() + self.PAUSE
+        self._told = without_duration(self._text)
+        self._next = clock() + self.PAUSE
 
 
-def wants_progress(settings):
+def wants_progress(settings: "Settings") -> "bool":
     """Whether --progress is set, or by default a person looks who does not read -V."""
     if settings["Progress"] is not None:
         return settings["Progress"]
     return not settings["Verbose"] and bool(sys.stderr) and sys.stderr.isatty()
 
 
-DURATION = " for ([0-9]+):([0-9]{2}):([0-9]{2})"  # in a reason, as old as the answer
-
-
-def without_duration(text):
+def without_duration(text: "str") -> "str":
     """A reason without how long somebody has held the lock."""
     return re.sub(DURATION, "", text)
 
 
-def longer_by(seconds, text):
+def longer_by(seconds: "float", text: "str") -> "str":
     """A reason, brought up to date after some seconds."""
     def add(found):
         hours, minutes, rest = map(int, found.groups())
         total = int(hours * 3600 + minutes * 60 + rest + seconds)
         return f" for {hhmmss(total)}"
     return re.sub(DURATION, add, text)
+
+
+class Claim:
+    """One request for the lock that the settings name: it asks, waits, reclaims, releases.
+
+    `element`, `token`: those of the grant, None before; `mode`: the name of the mode that is held,
+    None for a kind without modes.  `chain`: the id of this claim and those of the claims it is
+    made under.  `connection`: that of the grant, None when nothing is held.  `loss`: the LockLost,
+    None while the lock is held.  `unread`: more may have come in on the connection.  `resolving`:
+    how hosts are resolved, resolving_here or resolving_apart.
+    """
+
+    def __init__(self, settings: "Settings", diary: "Diary", command: "str", starter: "Starter",
+                 progress: "Progress", make=Connection):
+        """`command`: its name in reports; `make`: makes a Connection."""
+        self.settings, self.diary = settings, diary
+        self.name = settings["Name"]
+        self.element, self.token = None, None
+        self.mode = None
+        if kind_of(self.name) in WITH_MODE:
+            self.mode = MODES[settings["LockMode"]]
+        above = re.findall("[0-9a-f]{16}", os.environ.get("FLOM_SESSION", ""))
+        self.chain = [os.urandom(8).hex()] + above[:CHAIN - 1]
+        self.connection = None
+        self.loss = None
+        self.unread = False
+        self.resolving = resolving_here
+        self._command, self._progress = command, progress
+        self._starter, self._make = starter, make
+        self._owner = 0  # the pid of the process that holds it
+        self._reused = False
+        self._evicted = False
+        self._latest = None  # the connection that was made last
+        self._context = None
+        self._about: dict = {}
+        self._deadline = FOREVER  # monotonic s
+
+    # Acquire and release
+
+    def acquire(self, started: "float | None" = None):
+        """Waits for the lock; raises the LockError that says why it is not held.
+
+        `started`: when the wait began (monotonic s), for the Timeout of the settings.
+        """
+        limit = self.settings["Timeout"]
+        if limit >= 0:
+            self._deadline = (started or clock()) + limit / 1000
+        self._context = tls_context(self.settings)
+        try:
+            if not self._reuse():
+                self._about = self._introduction()
+                self.connection, answer = finish(self._asking())
+                self.element, self.token = answer.element, answer.token
+            self._owner = os.getpid()
+        finally:
+            self._starter.close()
+            if not self._owner:  # a signal handler may raise after the grant, too
+                self._abandon()
+
+    def _reuse(self):
+        """Counts as held what a command above holds, if that is wanted and as good.
+
+        It is neither asked for nor released, and only that command's flom watches it.
+        """
+        parents = self.chain[1:]
+        if self.settings["Deadlock"] != "reuse" or not parents:
+            return False
+        holder = finish(finding_outer_lock(self.settings, self.diary, parents, self._make))
+        if not holder:
+            return False
+        self.chain = parents
+        self.element, self.token = holder.get("element"), int(holder["token"])
+        self.mode = holder.get("mode")
+        self._reused = True
+        return True
+
+    def _introduction(self):
+        """The additions of ours to the request: who asks, and under which locks."""
+        progress = None
+        if self.diary.verbose or self._progress.wanted or self.settings["Timeout"] == 0:
+            progress = 1
+        return {
+            "client": f"flom.py/{VERSION}", "id": self.chain[0], "key": os.urandom(8).hex(),
+            "parent": ",".join(self.chain[1:]) or None, "pid": os.getpid(),
+            "user": plain(login(), 32), "host": plain(os.uname().nodename, 64),
+            "cmd": plain(self._command, 32), "progress": progress}
+
+    def _abandon(self):
+        """Ends the request that an exception has cut short."""
+        self.connection = None
+        if self._latest:
+            self._latest.close()
+
+    def is_ours(self) -> "bool":
+        """Whether this process, no parent of it, has acquired the lock and not released it."""
+        return self._owner == os.getpid()
+
+    def release(self, rollback: "bool"):
+        """Releases the lock; takes at most 5 s.  A lost lock is forgotten, without an error.
+
+        Nothing that is wrong with the connection is an error either: its end frees the lock, and
+        what the lock was held for is done.
+        """
+        connection, self.connection = self.connection, None
+        ours = self.is_ours()
+        self._owner = 0
+        self._reused = False
+        self._starter.close()
+        if not connection:
+            return
+        try:
+            if ours:
+                message = unlock_message(self.name, rollback)
+                with contextlib.suppress(DaemonUnavailable):  # an alert of TLS
+                    finish(connection.parting(message, GOODBYE))
+        finally:
+            connection.close()
+
+    # Ask and wait
+
+    def _asking(self):
+        """Steps to (connection, granting answer); raises the refusal.
+
+        A daemon that ends before its first answer is asked for again, until patience ends.
+        """
+        starter = self._starter
+        starter.begin(self._patience(), recovering=self.loss is not None)
+        bare = False
+        while True:
+            try:
+                served = yield from self._asking_each(bare)
+                if served:
+                    return served
+                yield from starter.trying()
+            except LeftQueue as gone:
+                self.diary.say(f"waiting for {self.name}: {gone.where}: {gone}; asking again")
+                starter.begin(self._patience(), recovering=True)
+                starter.expect_another()
+            except Gone as gone:
+                if clock() >= starter.until:
+                    raise DaemonUnavailable(
+                        f"{gone.where} does not answer: {gone}{self._hint()}")
+                starter.expect_another()
+                bare = not bare and self._is_long()
+                yield pause(AGAIN)
+
+    def _hint(self):
+        if self._context:
+            return ""
+        return "; it may want TLS"
+
+    def _has_several_addresses(self):
+        return "," in (self.settings["UnicastAddress"] or "")
+
+    def _patience(self):
+        """s for finding a daemon that serves."""
+        if self._has_several_addresses():
+            return SEVERAL
+        return PATIENCE
+
+    def _patience_with(self, race):
+        """s in which the winner of a race must answer."""
+        if race.left:
+            return EACH
+        if self._has_several_addresses():
+            return max(1, self._starter.until - clock())
+        return PATIENCE
+
+    def _message(self, bare):
+        """The request, when the lock is lost its reclaim; `bare`: without additions of ours."""
+        about = self._about
+        if bare:
+            about = None
+        lost = {}
+        if self.loss:
+            lost = {"reclaim": self.token, "held": self.element}
+        return lock_message(self.settings, about, clock() < self._deadline, **lost)
+
+    def _is_long(self):
+        """Whether a FLoM daemon would close the connection rather than read the request."""
+        return len(lock_message(self.settings, self._about, wait=True)) > LONGEST
+
+    def _asking_each(self, bare):
+        """Steps to (connection, granting answer) of the first address that serves.
+
+        The result is None when nobody listens.  Only one is asked at a time: two daemons might
+        both grant.  Whatever is wrong with one before it has answered, the next is asked.  Raises
+        the refusal; Gone when a daemon has ended, which may be another's moment to begin.
+        """
+        addresses = yield from locating(self.settings, self.diary, self.resolving)
+        race = Race(self.settings, addresses, self._context, self._make)
+        wrong = None
+        while True:
+            connection = yield from race.winning()
+            if not connection:
+                break
+            self._latest = connection
+            try:
+                with connection:
+                    answer = yield from self._granting(connection, bare, self._patience_with(race))
+                    return connection, answer
+            except LeftQueue:
+                raise
+            except (Gone, Useless) as error:
+                if not isinstance(wrong, Gone):
+                    wrong = error
+        if wrong:
+            raise wrong
+        race.check()
+        return None
+
+    def _granting(self, connection, bare, patience):
+        """Steps from the request to the granting answer; raises the refusal, Useless, Gone."""
+        try:
+            answer = yield from self._asking_first(connection, bare, patience)
+            while connection.session.state == WAITING:
+                answer = yield from self._waiting(connection, answer)
+            if answer.rc == OK:
+                check_element(self.name, answer.element)
+                return answer
+        except ProtocolError as error:
+            raise Useless(f"{connection.where} is no lock daemon: {error}")
+        rc = answer.rc
+        if rc == BUSY and self.settings["Timeout"] > 0:
+            rc = LATE
+        raise refusal(rc, answer.reason, self.settings)
+
+    def _asking_first(self, connection, bare, patience):
+        """Steps from the request to its first answer."""
+        connection.send(self._message(bare))
+        answers = yield from connection.answering(clock() + patience)
+        if not answers:
+            raise Useless(f"{connection.where} does not answer within {patience:.0f} s: "
+                          "stopped, or no lock daemon")
+        if self._context and self.settings["TlsCheckPeerId"]:
+            connection.check_name(answers[0].peerid)
+        return answers[-1]
+
+    def _waiting(self, connection, answer):
+        """Steps from one answer to the next; tells what it waits for."""
+        text = self._waits_for(answer)
+        self.diary.say(text)
+        self._progress.note(text)
+        try:
+            answers = []
+            while not answers and clock() < self._deadline:
+                date = min(self._deadline, self._progress.date())
+                answers = yield from connection.answering(date)
+                if not answers:
+                    self._progress.tell()
+        except Gone as gone:
+            raise LeftQueue(str(gone), gone.where)
+        if not answers:  # how long is as old as the answer
+            raise refusal(LATE, without_duration(answer.reason or ""), self.settings)
+        return answers[-1]
+
+    def _waits_for(self, answer):
+        text = f"waiting for {self.name}"
+        if answer.position is not None:
+            text += f", place {answer.position}"
+        if answer.rc == WAIT_RESOURCE:
+            text += ", nobody has created it"
+        elif answer.reason:
+            text += f", {answer.reason}"
+        return text
+
+    # Lose and reclaim
+
+    def look(self) -> "bool":
+        """Reads once what the holder's daemon has sent; False when the lock is lost.
+
+        Afterwards `unread` says that there may be more.
+        """
+        if self.connection is None:
+            return self._reused
+        where = self.connection.where
+        try:
+            answers = self.connection.receive()
+            self._check_state(answers)
+        except (Gone, ProtocolError, DaemonUnavailable) as error:
+            self.connection.close()
+            self._lose(f"{where}: {error}")
+            return False
+        self.unread = answers is not None
+        return True
+
+    def _check_state(self, answers):
+        """Raises Gone when the daemon has said that the lock is not held any more."""
+        state, where = self.connection.session.state, self.connection.where
+        if state == TAKEN_AWAY:
+            self._evicted = True
+            raise Gone(answers[-1].reason or TAKEN_AWAY, where)
+        if state == ENDING:  # its EOF may come after the command's end
+            self._starter.order = "it was stopped"
+            raise Gone(self._starter.order, where)
+
+    def _lose(self, reason):
+        self.connection = None
+        self.unread = False
+        self._deadline = 0.0  # a reclaim does not wait
+        self.loss = LockLost(f"the lock on {self.name} is lost: {reason}")
+        self.loss.reason = reason
+
+    def reclaiming(self):
+        """Steps that try to reclaim a lost lock, to True when it is held again, False: refused.
+
+        What the system fails to do is an obstacle, and may be none a moment later: a folder is
+        gone, an interface down, no descriptor or process is to be had.  A lock that was taken away
+        by order is not asked for again.
+        """
+        if self._evicted:
+            return False
+        hurry = clock() + HURRY
+        while True:
+            try:
+                return (yield from self._reclaiming_once())
+            except OSError as error:
+                if error.errno is None:  # a signal handler's own, as TimeoutError
+                    raise
+                obstacle = str(error)
+            except (DaemonUnavailable, UsageError) as error:
+                obstacle = str(error)
+            except LockError as error:
+                self._lose(error.reason or TAKEN)
+                return False
+            self.diary.say(f"reclaiming {self.name}: {obstacle}")
+            if clock() < hurry:
+                yield pause(AGAIN)
+            else:
+                yield pause(SELDOM)
+
+    def _reclaiming_once(self):
+        """Steps to True when the lock is held again, False when others had it meanwhile."""
+        connection, answer = yield from self._asking()
+        known = answer.daemon and answer.element == self.element
+        if known or kind_of(self.name) not in WITH_ELEMENT:
+            self.connection = connection
+            self.loss = None
+            self._starter.order = ""
+            return True
+        yield from connection.parting(unlock_message(self.name, True), GOODBYE)
+        self._lose(TAKEN)
+        return False
 
 
 class Lock:
@@ -1892,42 +2638,101 @@ class Lock:
     does not share it, and neither keeps nor releases it.  Raises UsageError for wrong settings.
     """
 
-    def __init__(self, name=None, mode=None, timeout=None, quantity=None, *, start_daemon=False,
-                 config=True, settings=None, command=None, **options):
+    def __init__(self, name: "str | None" = None, mode: "str | None" = None, timeout=None,
+                 quantity: "int | None" = None, *, start_daemon: "bool" = False,
+                 config: "bool" = True, **options):
+        files = list(FILES)
+        if not config:
+            files = []
         short = {"name": name, "mode": mode, "timeout": timeout, "quantity": quantity}
-        self.settings = settings or keyword_settings({**short, **options}, FILES if config else ())
-        self.command = command or os.path.basename(sys.argv[0] or "python")
-        self.diary, self.name = Diary(self.settings), self.settings["Name"]
+        self.settings = keyword_settings({**short, **options}, files)
+        self.name = self.settings["Name"]
         self.start_daemon = start_daemon
-        in_program = command is None  # flom itself has a command, of whatever name
-        self._make = program_connection if in_program else Connection
-        self.resolving = resolving_here
-        self._launch = spawn_daemon if in_program else fork_daemon
-        self._tells = not in_program and wants_progress(self.settings)
-        several = "," in (self.settings["UnicastAddress"] or "")
-        self._patience = SEVERAL if several else PATIENCE
-        self._begin()
+        self.diary = Diary(self.settings)
+        for warning in self.settings.warnings:
+            self.diary.say(warning)
+        self._claim = self._new_claim(self.settings)
 
-    def _begin(self):
-        """Nothing has been asked for yet; `_latest` is the connection that was made last."""
-        self.connection = self._latest = None
-        self._owner = self._context = None
-        self._forget()
+    def _new_claim(self, settings):
+        """A Claim that has asked for nothing yet, for a program that may have threads and fork."""
+        command = os.path.basename(sys.argv[0] or "python")
+        starter = Starter(settings, spawn_daemon, self.start_daemon)
+        return Claim(settings, self.diary, command, starter, Progress(False), program_connection)
 
-    def _forget(self):
-        """Forgets an earlier grant; `chain` is the id of the next and those it is asked under."""
-        self.element = self.token = self.loss = None
-        self.unread = self.reused = self._evicted = False
-        self._progress = Progress(self._tells)
-        self._starter = Starter(self.settings, self.start_daemon, self._launch)
-        self.chain = [os.urandom(8).hex()] + re.findall(
-            "[0-9a-f]{16}", os.environ.get("FLOM_SESSION", ""))[:CHAIN - 1]
+    @property
+    def element(self) -> "str | None":
+        """The element of the grant, None for a kind of resource without elements."""
+        return self._claim.element
 
-    def __enter__(self):
+    @property
+    def token(self) -> "int | None":
+        """The token of the grant, which grows with each grant of the resource."""
+        return self._claim.token
+
+    def __enter__(self) -> "Lock":
         return self.acquire()
 
     def __exit__(self, error_class, error, traceback):
         self.release(rollback=error is not None)
+
+    def acquire(self, blocking: "bool" = True, timeout=None) -> "Lock":
+        """Waits for the lock and returns self; raises the LockError that says why it is not held.
+
+        blocking=False: does not wait, Busy.  timeout: seconds, as that of Lock, for this call
+        alone.  A lock that was lost is asked for anew.
+        """
+        if self._claim.is_ours() and self._claim.look():
+            raise RuntimeError(f"{self.name} is held already")
+        settings = self._request_settings(blocking, timeout)
+        self.release()  # of what is lost, or the parent's: only forgets
+        self._claim = self._new_claim(settings)
+        self._claim.acquire()
+        return self
+
+    def _request_settings(self, blocking, timeout):
+        """The settings of one request, which may have a timeout of its own; UsageError."""
+        if not isinstance(blocking, bool):
+            raise UsageError(f"blocking=: {blocking!r} is not True or False; seconds are timeout=")
+        if timeout is None and blocking:
+            return self.settings
+        limit = 0
+        if timeout is not None:
+            limit = milliseconds(timeout, "timeout=")
+        if not blocking and limit > 0:
+            raise UsageError(f"timeout=: {timeout!r} is not to be had with blocking=False")
+        if not blocking:
+            limit = 0
+        import copy
+        settings = copy.copy(self.settings)
+        settings.values = {**settings.values, "Timeout": limit}
+        return settings
+
+    def release(self, rollback: "bool" = False):
+        """Releases the lock; takes at most 5 s.  A lost lock is forgotten, without an error."""
+        self._claim.release(rollback)
+
+    def rollback(self):
+        """Releases the lock; the value of a transactional sequence will be granted again."""
+        self.release(rollback=True)
+
+    @property
+    def lost(self) -> "bool":
+        """True when the lock was granted, not released, and its daemon has vanished."""
+        return self._claim.is_ours() and not self._claim.look()
+
+    def check(self):
+        """Returns when this process holds the lock; reclaims it if its daemon vanished.
+
+        Raises LockLost when that fails within 2 s, LockError when the lock was not acquired or has
+        been released, and in a process made by fork.
+        """
+        claim = self._claim
+        if not claim.is_ours():
+            raise LockError(f"{self.name} is not held by this process")
+        if claim.look():
+            return
+        if not finish(claim.reclaiming(), clock() + RECOVERY_WINDOW / 1000):
+            raise claim.loss
 
     def __call__(self, function):
         """Decorates `function`: each call waits for a lock of its own, and holds it to its end; a
@@ -1938,11 +2743,12 @@ class Lock:
         """
         if isinstance(function, (staticmethod, classmethod)):
             return type(function)(self(function.__func__))
-        decorate = self._decorate_generator if self._may_decorate(function) else self._decorate
-        return decorate(function)
+        if self._is_generator_function(function):
+            return self._decorate_generator(function)
+        return self._decorate(function)
 
-    def _may_decorate(self, function):
-        """Is it a generator function?  TypeError for what has no body to be locked here."""
+    def _is_generator_function(self, function):
+        """Is it one?  TypeError for what has no body that could run under a lock here."""
         import inspect
         inner = function
         while isinstance(inner, functools.partial):
@@ -1950,10 +2756,10 @@ class Lock:
         if isinstance(inner, type) or not callable(inner):
             raise TypeError(f"{inner!r} is not a function or a method")
         bodies = inner, type(inner).__call__
-        if any(inspect.iscoroutinefunction(body) or inspect.isasyncgenfunction(body)
-               for body in bodies):
-            raise TypeError(f"{inner!r} is async: it would wait for the lock while it holds up the "
-                            "event loop; lock a function that runs in a thread")
+        for body in bodies:
+            if inspect.iscoroutinefunction(body) or inspect.isasyncgenfunction(body):
+                raise TypeError(f"{inner!r} is async: it would wait for the lock while it holds "
+                                "up the event loop; lock a function that runs in a thread")
         return any(inspect.isgeneratorfunction(body) for body in bodies)
 
     def _decorate_generator(self, function):
@@ -1972,8 +2778,8 @@ class Lock:
                 result = function(*args, **kwargs)
                 if isinstance(result, later):
                     getattr(result, "close", str)()  # or Python would say that it never ran
-                    raise TypeError(f"{function!r} returned a {type(result).__name__}, which would "
-                                    f"run without the lock on {self.name}")
+                    raise TypeError(f"{function!r} returned a {type(result).__name__}, which "
+                                    f"would run without the lock on {self.name}")
                 return result
         return locked
 
@@ -1981,307 +2787,26 @@ class Lock:
         """A Lock of the same class and settings that has asked for nothing yet."""
         import copy
         other = copy.copy(self)
-        other._begin()
+        other._claim = other._new_claim(self.settings)
         return other
 
-    def acquire(self, blocking=True, timeout=None, *, started=None):
-        """Waits for the lock and returns self; raises the LockError that says why it is not held.
 
-        blocking=False: does not wait, Busy.  timeout: seconds, as that of Lock, for this call
-        alone.  started: when the wait began (monotonic s).  A lock that was lost is asked for anew.
-        """
-        if self._owner == os.getpid() and self.look():
-            raise RuntimeError(f"{self.name} is held already")
-        asked = self._request_settings(blocking, timeout)
-        self.release()  # of what is lost, or the parent's: only forgets
-        self._forget()
-        self._asked, limit = asked, asked["Timeout"]
-        deadline = (started or clock()) + (limit / 1000 if limit >= 0 else FOREVER)
-        self._context = tls_context(self.settings)
-        self._about = {
-            "client": f"flom.py/{VERSION}", "id": self.chain[0], "key": os.urandom(8).hex(),
-            "parent": ",".join(self.chain[1:]) or None, "pid": os.getpid(),
-            "user": plain(login(), 32), "host": plain(os.uname().nodename, 64),
-            "cmd": plain(self.command, 32),
-            "progress": 1 if self.diary.verbose or self._tells or limit == 0 else None}
-        try:
-            self.connection, answer = finish(self._asking(deadline))
-            self.element, self.token = answer.element, answer.token
-            self._owner = os.getpid()
-        finally:
-            self._starter.close()
-            if self._owner is None:  # a signal handler may raise after the grant, too
-                self._abandon()
-        return self
-
-    def _request_settings(self, blocking, timeout):
-        """The settings of one request, which may have a timeout of its own; UsageError."""
-        if not isinstance(blocking, bool):
-            raise UsageError(f"blocking=: {blocking!r} is not True or False; seconds are timeout=")
-        limit = None if timeout is None else milliseconds(timeout, "timeout=")
-        if not blocking and limit is not None and limit > 0:
-            raise UsageError(f"timeout=: {timeout!r} is not to be had with blocking=False")
-        if not blocking:
-            limit = 0
-        if limit is None:
-            return self.settings
-        import copy
-        asked = copy.copy(self.settings)
-        asked.values = {**asked.values, "Timeout": limit}
-        return asked
-
-    def reuse(self, holder):
-        """Counts as held what the command above holds, whose entry in a report is `holder`.
-
-        It is neither asked for nor released, and only that command's flom watches it.
-        """
-        self._forget()
-        self.chain = self.chain[1:]
-        self.element, self.token = holder.get("element"), int(holder["token"])
-        self.reused, self._owner = True, os.getpid()
-
-    def _abandon(self):
-        """Ends the request that an exception has cut short."""
-        self.connection = None
-        if self._latest:
-            self._latest.close()
-
-    def release(self, rollback=False):
-        """Releases the lock; takes at most 5 s.  A lost lock is forgotten, without an error.
-
-        Nothing that is wrong with the connection is an error either: its end frees the lock, and
-        what the lock was held for is done.
-        """
-        connection, self.connection = self.connection, None
-        owner, self._owner = self._owner, None
-        self.reused = False
-        self._starter.close()
-        if not connection:
-            return
-        try:
-            if owner == os.getpid():
-                with contextlib.suppress(DaemonUnavailable):  # an alert of TLS
-                    finish(connection.parting(unlock_message(self.name, rollback), GOODBYE))
-        finally:
-            connection.close()
-
-    def rollback(self):
-        """Releases the lock; the value of a transactional sequence will be granted again."""
-        self.release(rollback=True)
-
-    @property
-    def lost(self):
-        """True when the lock was granted, not released, and its daemon has vanished."""
-        return self._owner == os.getpid() and not self.look()
-
-    def check(self):
-        """Returns when this process holds the lock; reclaims it if its daemon vanished.
-
-        Raises LockLost when that fails within 2 s, LockError when the lock was not acquired or has
-        been released, and in a process made by fork.
-        """
-        if self._owner != os.getpid():
-            raise LockError(f"{self.name} is not held by this process")
-        if not self.look() and not finish(self.reclaiming(), clock() + RECOVERY_WINDOW / 1000):
-            raise self.loss
-
-    def look(self):
-        """Reads once what the holder's daemon has sent; False when the daemon has vanished.
-
-        Afterwards `unread` says that there may be more.
-        """
-        if self.connection is None:
-            return self.reused
-        try:
-            answers = self.connection.receive()
-            self.unread = answers is not None
-            if self.connection.session.state == TAKEN_AWAY:
-                self._evicted = True
-                raise _Gone(answers[-1].reason or TAKEN_AWAY, self.connection.where)
-            if self.connection.session.state == ENDING:
-                self._starter.order = "it was stopped"
-                # its EOF may come after the command's end
-                raise _Gone(self._starter.order, self.connection.where)
-            return True
-        except (_Gone, ProtocolError, DaemonUnavailable) as error:
-            self.connection.close()
-            self._lose(f"{self.connection.where}: {self._starter.order or error}")
-            return False
-
-    def _lose(self, reason):
-        self.connection, self.unread = None, False
-        self.loss = LockLost(f"the lock on {self.name} is lost: {reason}")
-        self.loss.reason = reason
-
-    def _asking(self, deadline, recovering=False, **lost):
-        """Steps to (connection, granting answer); raises the refusal.
-
-        A daemon that ends before its first answer is asked for again, until patience ends.
-        `recovering`: one that served this lock has crashed; `lost`: what is to be reclaimed.
-        """
-        until, patient, about = clock() + self._patience, False, self._about
-        while True:
-            try:
-                served = yield from self._asking_each(about, deadline, until, lost)
-                if served:
-                    return served
-                self._check_patience(until, patient)
-                until = yield from self._starter.trying(until, recovering)
-            except _PlaceLost as gone:
-                recovering, patient, until = True, True, clock() + self._patience
-                self.diary.say(f"waiting for {self.name}: {gone.where}: {gone}; asking again")
-            except _Gone as gone:
-                if clock() >= until:
-                    hint = "" if self._context else "; it may want TLS"
-                    raise DaemonUnavailable(f"{gone.where} does not answer: {gone}{hint}")
-                patient, bare = True, about and self._is_long()
-                about = None if bare else self._about
-                yield None, 0, AGAIN
-
-    def _is_long(self):
-        """Whether a FLoM daemon would close the connection rather than read the request."""
-        return len(lock_message(self._asked, self._about, wait=True)) > LONGEST
-
-    def _check_patience(self, until, patient):
-        """Raises DaemonUnavailable when it is no use to look for a daemon any longer."""
-        obstacle, why = self._starter.obstacle(), ""
-        if clock() < until and (patient or not obstacle):
-            return
-        if self._starter.complaint:
-            why = f": {self._starter.complaint}"
-        elif obstacle:
-            why = f" (and {obstacle})"
-        raise DaemonUnavailable(f"no daemon at {place(self.settings)}{why}")
-
-    def _asking_each(self, about, deadline, until, lost):
-        """Steps to (connection, granting answer) of the first address that serves.
-
-        The result is None when nobody listens.  Only one is asked at a time: two daemons might both
-        grant.  Whatever is wrong with one before it has answered, the next is asked.  Raises the
-        refusal; _Gone when a daemon has ended, which may be another's moment to begin.
-        """
-        addresses = yield from locating(self.settings, self.diary, self.resolving)
-        race, wrong = Race(self.settings, addresses, self._context, self._make), None
-        while True:
-            connection = yield from race.winning()
-            if not connection:
-                break
-            self._latest = connection
-            message = lock_message(self._asked, about, clock() < deadline, **lost)
-            patience = self._patience_with(race, until)
-            try:
-                with connection:
-                    return connection, (yield from self._granting(
-                        connection, message, patience, deadline))
-            except _PlaceLost:
-                raise
-            except (_Gone, _Useless) as error:
-                wrong = wrong if isinstance(wrong, _Gone) else error
-        if wrong:
-            raise wrong
-        race.check()
-        return None
-
-    def _patience_with(self, race, until):
-        """s in which the winner of a race must answer."""
-        if race.left:
-            return EACH
-        return PATIENCE if self._patience == PATIENCE else max(1, until - clock())
-
-    def _granting(self, connection, message, patience, deadline):
-        """Steps from the request to the granting answer; raises the refusal, _Useless, _Gone."""
-        try:
-            answer = yield from self._asking_first(connection, message, patience)
-            while connection.session.state == WAITING:
-                answer = yield from self._waiting(connection, answer, deadline)
-            if answer.rc == OK:
-                check_element(self.name, answer.element)
-        except ProtocolError as error:
-            raise _Useless(f"{connection.where} is no lock daemon: {error}")
-        if answer.rc == OK:
-            return answer
-        late = answer.rc == BUSY and self._asked["Timeout"] > 0
-        raise refusal(LATE if late else answer.rc, answer.reason, self._asked)
-
-    def _asking_first(self, connection, message, patience):
-        """Steps from the request to its first answer."""
-        connection.send(message)
-        answers = yield from connection.answering(clock() + patience)
-        if not answers:
-            raise _Useless(f"{connection.where} does not answer within {patience:.0f} s: "
-                           "stopped, or no lock daemon")
-        if self._context and self.settings["TlsCheckPeerId"]:
-            connection.check_name(answers[0].peerid)
-        return answers[-1]
-
-    def _waiting(self, connection, answer, deadline):
-        """Steps from one answer to the next; tells what it waits for."""
-        where = "" if answer.position is None else f", place {answer.position}"
-        why = "nobody has created it" if answer.rc == WAIT_RESOURCE else answer.reason
-        text = f"waiting for {self.name}{where}" + (f", {why}" if why else "")
-        self.diary.say(text)
-        self._progress.note(text)
-        try:
-            answers = []
-            while not answers and clock() < deadline:
-                answers = yield from connection.answering(min(deadline, self._progress.date()))
-                if not answers:
-                    self._progress.tell()
-        except _Gone as gone:
-            raise _PlaceLost(str(gone), gone.where)
-        if not answers:  # how long is as old as the answer
-            raise refusal(LATE, without_duration(answer.reason or ""), self._asked)
-        return answers[-1]
-
-    def reclaiming(self):
-        """Steps that try to reclaim a lost lock, to True when it is held again, False: refused.
-
-        Whatever else fails is an obstacle, and may be none a moment later: a folder is gone, an
-        interface down, no descriptor or process is to be had.  It must not end the watch over a
-        command that runs.  A lock that was taken away by order is not asked for again.
-        """
-        if self._evicted:
-            return False
-        hurry = clock() + HURRY
-        while True:
-            try:
-                return (yield from self._reclaiming_once())
-            except Exception as error:
-                if isinstance(error, LockError) and not isinstance(error, DaemonUnavailable):
-                    self._lose(error.reason or TAKEN)
-                    return False
-                self.diary.say(f"reclaiming {self.name}: {error}")
-            yield None, 0, AGAIN if clock() < hurry else AGAIN * 25
-
-    def _reclaiming_once(self):
-        """Steps to True when the lock is held again, False when others had it meanwhile."""
-        connection, answer = yield from self._asking(
-            0, recovering=True, reclaim=self.token, held=self.element)
-        known = answer.daemon and answer.element == self.element
-        if known or kind_of(self.name) not in WITH_ELEMENT:
-            self.connection, self._starter.order = connection, None
-            return True
-        yield from connection.parting(unlock_message(self.name, True), GOODBYE)
-        self._lose(TAKEN)
-        return False
-
-
-# --- Signals --------------------------------------------------------------------------------------
-# A flom that ends before its command leaves it without its lock.  So from the fork on nothing may
-# end flom, and nothing may slip: no signal is lost, none reaches the command twice.
+# --- Signals -------------------------------------------------------------------------------------
+# A flom that ends before its command leaves it without its lock.  So from the fork on no signal
+# may end flom; and each signal has to reach the command, once.
 #
 # There are no handlers.  All signals that would end flom are blocked before the fork: they stay
 # pending until the loop in Command.run takes them, one at a time, with sigtimedwait, which also
 # tells who sent them.  What is passed on before the exec stays pending in the child until it has
-# restored the dispositions and the mask that flom found, in that order, and then does to it what it
-# would do to the command.  SIGCHLD says that the command ended or stopped, SIGIO that the daemon
-# spoke or the pipe of the command is at its end, the time-out that something is due.
+# restored the dispositions and the mask that flom found, in that order, and then does to it what
+# it would do to the command.  SIGCHLD says that the command ended or stopped, SIGIO that the
+# daemon spoke or the pipe of the command is at its end, the time-out that something is due.
 # * What the terminal sends (the kernel sent it: si_code) goes to the whole process group, so the
 #   command has it already.  Only what was sent to flom is passed on.
-# * TSTP stops flom as well: it raises it again and unblocks it for a moment.  A CONT that came
-#   meanwhile must not be answered by stopping for good, hence the look at what is pending.
+# * TSTP stops flom as well: flom sends it to itself and unblocks it for a moment.  A CONT that
+#   came meanwhile was meant to continue flom, so flom does not stop when one is pending.
 # * A command that stops itself stops flom, so that the shell that waits for flom has its terminal
-#   again.  Without a terminal nobody waits so, and nobody would continue flom: it goes on.
+#   again.  Without a terminal no shell waits so, and nobody would continue flom: it goes on.
 # * For process 1 the kernel drops every signal that has no handler, and gives it all orphans.  So
 #   there a child does the work, and process 1 reaps and passes on.
 #
@@ -2292,20 +2817,22 @@ class Lock:
 # terminal sends to the whole group, and which stop flom as they stop the command.
 
 
-def signals_named(names):
+def signals_named(names: "str") -> "set":
     """The signals with these names (a text), as far as this system has them."""
-    return {getattr(signal, f"SIG{name}") for name in names.split()
-            if hasattr(signal, f"SIG{name}")}
+    found = [getattr(signal, f"SIG{name}", None) for name in names.split()]
+    return set(filter(None, found))
 
 
 NOT_PASSED = signals_named(
     "KILL STOP CHLD URG WINCH INFO SEGV BUS FPE ILL TRAP SYS EMT PIPE XFSZ TTIN TTOU")
-TYPED, ENDING_HOLD = signals_named("INT QUIT TSTP HUP"), signals_named("TERM INT HUP QUIT")
+TYPED = signals_named("INT QUIT TSTP HUP")  # the terminal sends them
+ENDING_HOLD = signals_named("TERM INT HUP QUIT")  # after the command's end they end flom
 SI_USER_BSD = 0x10001  # FreeBSD's SI_USER is positive, as if the kernel had sent the signal
 TICK = 0.02  # s between two looks
+LONG = 1e6  # s; sigtimedwait takes no infinity
 
 
-def all_signals():
+def all_signals() -> "set[int]":
     """The numbers of all signals, less those that the C library keeps for itself."""
     found = set(range(1, 32))
     if hasattr(signal, "SIGRTMIN"):
@@ -2314,61 +2841,80 @@ def all_signals():
 
 
 class Signals:
-    """Hands signals out one at a time; `found`: dispositions of before, less Python's own."""
+    """Hands signals out one at a time, once `block` has been called.
 
-    def __init__(self, ignored):
+    `found`: the dispositions that the command is to have.  `mask`: the mask that flom found.
+    """
+
+    def __init__(self, ignored=()):
         """The default action for CHLD, none for `ignored`."""
         self.found = {signal.SIGPIPE: signal.SIG_DFL, signal.SIGXFSZ: signal.SIG_DFL}
-        for number in {signal.SIGIO, *ignored, signal.SIGCHLD}:
+        self.mask: set = set()
+        self._passed: set = set()  # those that the command is to have
+        self._taken: set = set()  # those that flom takes
+        self._typed = TYPED
+        self._note(signal.SIGIO)
+        self._note(signal.SIGCHLD)
+        for number in ignored:
             if number in (signal.SIGKILL, signal.SIGSTOP):
                 put(f"flom: warning: {signal_names()[number]} cannot be ignored", sys.stderr)
                 continue
-            self.found[number] = signal.getsignal(number) or signal.SIG_DFL
-            if number in ignored:
-                signal.signal(number, signal.SIG_IGN)
+            self._note(number)
+            signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    def _note(self, number):
+        """Notes the disposition of before; one that is no Python code counts as the default."""
+        self.found[number] = signal.getsignal(number) or signal.SIG_DFL
 
     def block(self):
         """From now on they are handed out by `wait`; those that are ignored stay so."""
-        self.passed = {number for number in all_signals() - NOT_PASSED
-                       if signal.getsignal(number) != signal.SIG_IGN}
-        self.numbers = self.passed | {signal.SIGCHLD, signal.SIGIO}
-        leader = os.getsid(0) == os.getpid()  # a hang-up is told to the session's leader only
-        self.typed = TYPED - {signal.SIGHUP} if leader else TYPED
-        self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, self.numbers)
+        for number in all_signals() - NOT_PASSED:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._passed.add(number)
+        self._taken = self._passed | {signal.SIGCHLD, signal.SIGIO}
+        if os.getsid(0) == os.getpid():  # a hang-up is told to the session's leader only
+            self._typed = TYPED - {signal.SIGHUP}
+        self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._taken)
         signal.signal(signal.SIGIO, signal.SIG_DFL)
 
     def watch(self, descriptor):
-        """SIGIO is to tell when something comes in on a descriptor."""
+        """SIGIO is to tell when something comes in on a descriptor, or its end."""
         fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
         flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_ASYNC)
 
-    def wait(self, seconds):
+    def wait(self, seconds: "float"):
         """(number, it is for the command too) of the next; (None, False) after `seconds`."""
         if not hasattr(signal, "sigtimedwait"):
             return self._wait_by_looking(seconds)
-        info = (signal.sigwaitinfo(self.numbers) if seconds == FOREVER else
-                signal.sigtimedwait(self.numbers, max(0, seconds)))
+        if seconds == FOREVER:
+            seconds = LONG
+        info = signal.sigtimedwait(self._taken, max(0, seconds))
         if not info:
             return None, False
-        number, by_kernel = info.si_signo, 0 < info.si_code != SI_USER_BSD
-        there_already = by_kernel and number in self.typed | {signal.SIGIO}
-        return number, number in self.passed and not there_already
+        number = info.si_signo
+        if 0 < info.si_code != SI_USER_BSD:  # the kernel has sent it
+            return number, self._is_passed(number, self._typed)
+        return number, number in self._passed
 
     def _wait_by_looking(self, seconds):
-        """For macOS, which also does not tell who sent a signal: in the foreground it was typed."""
+        """For macOS, which does not tell who sent a signal: in the foreground it was typed."""
         until = clock() + seconds
-        while not signal.sigpending() & self.numbers:
+        while not signal.sigpending() & self._taken:
             if clock() >= until:
                 return None, False
             time.sleep(TICK)
-        number = signal.sigwait(signal.sigpending() & self.numbers)
-        there_already = number == signal.SIGIO
+        number = signal.sigwait(signal.sigpending() & self._taken)
+        typed = set()
         with contextlib.suppress(OSError), open("/dev/tty") as terminal:
-            foreground = os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
-            there_already = there_already or number in self.typed and foreground
-        return number, number in self.passed and not there_already
+            if os.tcgetpgrp(terminal.fileno()) == os.getpgrp():
+                typed = self._typed
+        return number, self._is_passed(number, typed)
+
+    def _is_passed(self, number, typed):
+        """Is a signal for the command, which has those of `typed` already?"""
+        return number in self._passed and number not in typed and number != signal.SIGIO
 
     def stop(self):
         """Stops this process by TSTP with its default action; returns when it is continued.
@@ -2376,38 +2922,40 @@ class Signals:
         At once, when that has happened already, or when nobody could continue it: the system lets
         TSTP stop no group whose parents are all in other sessions.
         """
-        if signal.SIGCONT not in signal.sigpending():
-            handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTSTP)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTSTP])
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTSTP])
-            signal.signal(signal.SIGTSTP, handler)
+        if signal.SIGCONT in signal.sigpending():
+            return
+        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTSTP])
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTSTP])
+        signal.signal(signal.SIGTSTP, handler)
 
-    def stop_with(self, pid):
+    def stop_with(self, pid: "int"):
         """Stops this process, since the command `pid` has stopped and the terminal is theirs.
 
         An interactive shell gives the terminal to a process group of its own, and stops without
         returning it.  It is taken back, so that an outer flom also sees whose it is, and given
         again before CONT, which is pending then, reaches the command.
         """
-        with contextlib.suppress(OSError), open("/dev/tty") as terminal:
+        with contextlib.suppress(OSError), open("/dev/tty") as file:
+            terminal = file.fileno()
             own, group = os.getpgrp(), os.getpgid(pid)
-            foreground = os.tcgetpgrp(terminal.fileno())
+            foreground = os.tcgetpgrp(terminal)
             if foreground not in (own, group):
                 return
             give_terminal(terminal, own)
             self.stop()
-            if os.tcgetpgrp(terminal.fileno()) == own:
+            if os.tcgetpgrp(terminal) == own:
                 give_terminal(terminal, foreground)
             if group != own and signal.SIGCONT not in signal.sigpending():
                 os.kill(pid, signal.SIGCONT)  # nobody else would
 
 
-def give_terminal(terminal, group):
+def give_terminal(terminal: "int", group: "int"):
     """Makes a process group that of the foreground, also from the background."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
     try:
-        os.tcsetpgrp(terminal.fileno(), group)
+        os.tcsetpgrp(terminal, group)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -2428,7 +2976,7 @@ def leave_process_1():
     if not child:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return
-    signals = Signals(())
+    signals = Signals()
     signals.block()
     while True:
         reap_until(child)  # first: it may have ended before its SIGCHLD was blocked
@@ -2437,26 +2985,29 @@ def leave_process_1():
             os.kill(child, number)
 
 
-def reap_until(child):
+def reap_until(child: "int"):
     """Reaps all processes that have ended; when `child` has, ends this one with its status."""
-    pid = True
-    while pid:
+    while True:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == child:
             os._exit(exit_status(status))
+        if not pid:
+            return
 
 
-def exit_status(status):
+def exit_status(status: "int") -> "int":
     """The exit status for what waitpid says: 128 + n for a process that signal n killed."""
-    return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+    if os.WIFSIGNALED(status):
+        return 128 + os.WTERMSIG(status)
+    return os.WEXITSTATUS(status)
 
 
-# --- Loss (one lost lock) -------------------------------------------------------------------------
-# The daemon vanishes while a command runs.  Mostly another one serves within a moment and gives the
-# lock back; or somebody else is granted it; or nothing is heard for as long as the command takes.
-# Which of them it will be nobody can know, and meanwhile the command runs as if it had the lock.
+# --- Loss ----------------------------------------------------------------------------------------
+# The daemon vanishes while a command runs.  Mostly another one serves within a moment and gives
+# the lock back; or somebody else is granted it; or nothing is heard for as long as the command
+# takes.  Nobody can know which it will be, and meanwhile the command runs as if it had the lock.
 #
-# So a loss is a list of stages, each with a date at which its action is due (STAGES; Loss.dates).
+# So a loss is a list of stages, each with a date at which its action is due (STAGES, `dates`).
 #
 #   reclaim    at once, and again from step to step, until it says held or refused
 #   tell       after NOTICE: that there is trouble.  What is mended sooner is not worth a mail
@@ -2473,33 +3024,38 @@ NOTICE, KILL_AGAIN = 1, 1  # s: until a loss is told; between two KILLs
 
 
 class Loss:
-    """What is done about a lost lock; `kill(number)` sends all of the command a signal."""
+    """What is done about the lost lock of a Claim.
 
-    def __init__(self, lock, kill):
-        self.lock, self._kill = lock, kill
-        self.terminated = False  # by TERM to the command: status 95, whatever it says
-        self._steps, self._told = lock.reclaiming(), ""
+    `kill(number)` sends all of the command a signal.  `terminated`: TERM was sent to the command,
+    so its status tells nothing.  `dates`: when each stage that is to come is due (monotonic s).
+    """
+
+    def __init__(self, claim: "Claim", kill):
+        self.terminated = False
+        self._claim, self._kill = claim, kill
+        self._is_to_end = claim.settings["OnLockLoss"] == "term"
+        self._steps = claim.reclaiming()
+        self._told = ""
         now = clock()
         self.dates = {"reclaim": now, "tell": now + NOTICE}
-        if lock.settings["OnLockLoss"] == "term":
+        if self._is_to_end:
             self.dates["terminate"] = now + RECOVERY_WINDOW / 1000
 
     @property
-    def is_final(self):
+    def is_final(self) -> "bool":
         """Whether nobody tries to have the lock back any more."""
         return "reclaim" not in self.dates
 
-    def next_date(self):
+    def next_date(self) -> "float":
         """When `go_on` is to be called again (monotonic s)."""
         return min(self.dates.values(), default=FOREVER)
 
     def go_on(self):
-        """Does what is due; True when the lock is held again."""
+        """Does what is due."""
         for stage, action in self.STAGES.items():
             if clock() >= self.dates.get(stage, FOREVER):
                 del self.dates[stage]
                 action(self)
-        return self.lock.connection is not None
 
     def hurry(self):
         """An attempt to have the lock back that is under way is due at once."""
@@ -2513,31 +3069,38 @@ class Loss:
         self._tell_lost()
 
     def _reclaim(self):
+        descriptor, seconds = None, SELDOM
         try:
             descriptor, _, seconds = next(self._steps)
         except StopIteration as end:
             self.dates.clear()
-            return self._held() if end.value else self._refused()
-        self.dates["reclaim"] = clock() + (seconds if descriptor is None else TICK)
+            self._end(held=end.value)
+            return
+        except Exception as error:  # whatever it is, a command runs that must not be left alone
+            self._claim.diary.say(f"reclaiming {self._claim.name}: {error}")
+            self._steps = self._claim.reclaiming()
+        if descriptor is not None:  # no signal tells of it
+            seconds = TICK
+        self.dates["reclaim"] = clock() + seconds
 
-    def _held(self):
-        if self._told:
-            self._tell(f"flom: the lock on {self.lock.name} is held again")
-
-    def _refused(self):
-        self._tell_lost()
-        if self.lock.settings["OnLockLoss"] == "term":
-            self.dates["terminate"] = clock()
+    def _end(self, held):
+        """The reclaim has ended."""
+        if not held:
+            self._tell_lost()
+            if self._is_to_end:
+                self.dates["terminate"] = clock()
+        elif self._told:
+            self._tell(f"flom: the lock on {self._claim.name} is held again")
 
     def _tell_trouble(self):
-        self._tell(f"flom: the lock on {self.lock.name}: {self.lock.loss.reason}; it does not "
+        self._tell(f"flom: the lock on {self._claim.name}: {self._claim.loss.reason}; it does not "
                    "answer; trying to get the lock back")
 
     def _terminate(self):
         self.give_up()
         self.terminated = True
         self._kill(signal.SIGTERM)
-        self.dates["kill"] = clock() + self.lock.settings["KillAfter"] / 1000
+        self.dates["kill"] = clock() + self._claim.settings["KillAfter"] / 1000
 
     def _kill_again(self):
         self._kill(signal.SIGKILL)
@@ -2545,7 +3108,7 @@ class Loss:
 
     def _tell_lost(self):
         """Says, once, that the lock is lost."""
-        self._tell(f"flom: {self.lock.loss}")
+        self._tell(f"flom: {self._claim.loss}")
 
     def _tell(self, text):
         if text != self._told:
@@ -2556,7 +3119,7 @@ class Loss:
               "kill": _kill_again}
 
 
-# --- Command --------------------------------------------------------------------------------------
+# --- Command -------------------------------------------------------------------------------------
 # The lock is to be held as long as the command works.  But what is the command?  The process that
 # flom starts may be a shell whose pipeline goes on when TERM has killed it, and the next holder
 # would start beside it.  On the other hand, a daemon that the command has left in the background
@@ -2565,14 +3128,14 @@ class Loss:
 # So the command inherits the write end of a pipe, of which flom keeps the read end: the pipe is at
 # its end when nobody of the command is left, however many processes it has become.
 # * A command that exits has done its work: unlock at once, whoever still carries the pipe.
-# * One that a signal killed has been interrupted: flom stays, holds and reclaims, until the pipe is
-#   at its end, or until one more TERM, INT, HUP or QUIT says that it is not to wait.
+# * One that a signal killed has been interrupted: flom stays, holds and reclaims, until the pipe
+#   is at its end, or until one more TERM, INT, HUP or QUIT says that it is not to wait.
 # * A loss with `term` ends every process that carries the pipe, which Linux tells in /proc; where
-#   it does not, and of processes of other users, the command alone.  A nested flom carries it, too:
-#   it passes TERM on to its own command, which therefore is left out.
+#   it does not, and of processes of other users, the command alone.  A nested flom carries it,
+#   too: it passes TERM on to its own command, which therefore is left out.
 # The command also inherits the connection: if flom is killed by KILL, the lock stays until all who
 # carry it have ended.  The unlock and the half-close at the end count for every copy of it.
-# A failing exec is told through another pipe, read only when the child has ended: flom never waits.
+# A failing exec is told through another pipe, which flom reads only when the child has ended.
 #
 # Absent on purpose: process groups, sessions and control groups.  They would change what the
 # command sees of its terminal, and need what an ordinary user, or another system, has not.
@@ -2599,36 +3162,40 @@ class CommandPipe:
             return True
         return False
 
-    def carriers(self):
+    def carriers(self) -> "dict[int, int]":
         """{pid: pid of its parent} of those that carry it, as far as this system tells."""
-        found = {}
-        with contextlib.suppress(OSError):  # no /proc
+        try:
             pipe = os.readlink(f"/proc/self/fd/{self.reading}")
-            for name in filter(str.isdigit, os.listdir("/proc")):
-                with contextlib.suppress(OSError):  # it has ended, or is another user's
-                    if carries(name, pipe):
-                        found[int(name)] = parent_of(name)
+            names = os.listdir("/proc")
+        except OSError:  # no /proc
+            return {}
+        found = {}
+        for name in filter(str.isdigit, names):
+            with contextlib.suppress(OSError):  # it has ended, or is another user's
+                if carries(name, pipe):
+                    found[int(name)] = parent_of(name)
         return found
 
 
-def carries(pid, pipe):
+def carries(pid: "str", pipe: "str") -> "bool":
     """Whether a process has the write end of a pipe, by what /proc calls it."""
     folder = f"/proc/{pid}/fd"
     for name in os.listdir(folder):
+        link = f"{folder}/{name}"
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-            link = f"{folder}/{name}"
-            if os.readlink(link) == pipe and os.lstat(link).st_mode & 0o200:
+            if os.readlink(link) == pipe and os.lstat(link).st_mode & stat.S_IWUSR:
                 return True
     return False
 
 
-def parent_of(pid):
+def parent_of(pid: "str") -> "int":
     """The pid of a process's parent, by /proc."""
     with open(f"/proc/{pid}/stat", errors="replace") as file:
-        return int(file.read().rpartition(") ")[2].split()[1])
+        after_name = file.read().rpartition(") ")[2]
+    return int(after_name.split()[1])
 
 
-def is_flom(pid):
+def is_flom(pid: "int") -> "bool":
     """Whether a process is a flom."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/comm", errors="replace") as file:
         return file.read() == "flom\n"
@@ -2638,10 +3205,14 @@ def is_flom(pid):
 def execute(argv, environment):
     """Becomes a program found in PATH, /bin/sh for a script without #! (unlike os.execvpe)."""
     failure = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-    folders = search_path() if argv[0] else []
-    if "/" in argv[0]:
+    name = argv[0]
+    folders = search_path()
+    if not name:
+        folders = []
+    elif "/" in name:
         folders = [""]
-    for path in [os.path.join(folder, argv[0]) for folder in folders]:
+    for folder in folders:
+        path = os.path.join(folder, name)
         try:
             os.execve(path, argv, environment)
         except OSError as error:
@@ -2652,76 +3223,86 @@ def execute(argv, environment):
     raise failure
 
 
-def command_environment(lock):
+def command_environment(claim: "Claim") -> "dict[str, str]":
     """The environment of the command: FLOM_* tell of this lock and of no outer one."""
-    mode = MODES[lock.settings["LockMode"]] if kind_of(lock.name) in WITH_MODE else None
-    ours = {"FLOM_RESOURCE": lock.name, "FLOM_MODE": mode, "FLOM_ELEMENT": lock.element,
-            "FLOM_TOKEN": lock.token}
-    if not lock.settings["SetEnv"]:
-        ours = dict.fromkeys(ours)
-    ours["FLOM_SESSION"] = ",".join(lock.chain)  # always, or a deadlock would not be found
-    both = {**found_environment(), **ours}
-    return {name: str(value) for name, value in both.items() if value is not None}
+    environment = found_environment()
+    ours = {"FLOM_RESOURCE": claim.name, "FLOM_MODE": claim.mode, "FLOM_ELEMENT": claim.element,
+            "FLOM_TOKEN": claim.token}
+    for name, value in ours.items():
+        environment.pop(name, None)
+        if value is not None and claim.settings["SetEnv"]:
+            environment[name] = str(value)
+    environment["FLOM_SESSION"] = ",".join(claim.chain)  # or a deadlock would not be found
+    return environment
 
 
 class Command:
-    """A command under a lock; `status` is its exit status, 128 + n when signal n killed it."""
+    """A command under a lock.
 
-    def __init__(self, argv, lock, signals):
-        self.argv, self.lock, self.signals = list(argv), lock, signals
-        if lock.settings["ElementArgument"] and lock.element is not None:
-            self.argv.append(lock.element)
-        self.pid = self.status = None
-        self.killed_by = None  # the number of the signal
-        self.failure = None  # why it could not be run
-        self._pipe = self._loss = None
-        self._hold_until = 0
+    `status`: its exit status, 128 + n when signal n killed it, None while it runs.  `killed_by`:
+    the number of that signal, 0 for none.  `failure`: why it could not be run, "" when it was.
+    """
+
+    def __init__(self, argv, claim: "Claim", signals: "Signals"):
+        self.argv = list(argv)
+        if claim.settings["ElementArgument"] and claim.element is not None:
+            self.argv.append(claim.element)
+        self.claim, self.signals = claim, signals
+        self.status = None
+        self.killed_by = 0
+        self.failure = ""
+        self._pid = 0
+        self._pipe = None
+        self._loss = None
+        self._report = None  # the pipe that tells of a failing exec
+        self._hold_until = 0.0  # monotonic s
         self._sent_away = False  # by a signal that came after the command's end
         self._complained = False
 
-    def run(self):
+    def run(self) -> "int":
         """Runs it and returns flom's status; the lock is still held then, unless it was lost."""
-        self._hold_until = clock() + self.lock.settings["MinHold"] / 1000
+        self._hold_until = clock() + self.claim.settings["MinHold"] / 1000
         self.signals.block()
         self._start()
-        date = self._watch_lock()
+        self._watch_lock()
         while not self._is_over():
+            number, passed = self.signals.wait(self._next_date() - clock())
             had_ended = self.status is not None
-            number, passed = self.signals.wait(min(date, self._date()) - clock())
             stopped = self._reap()
-            self._obey(number, passed, had_ended)
+            if self.status is not None:
+                self._obey_after_the_end(number, passed, had_ended)
+            elif passed:
+                self._kill(self._pid, number)
             if stopped:
-                self.signals.stop_with(self.pid)
+                self.signals.stop_with(self._pid)
             elif number == signal.SIGTSTP:
                 self.signals.stop()
-            date = self._watch_lock()
+            self._watch_lock()
         return self._flom_status()
 
     def _start(self):
-        environment = command_environment(self.lock)
+        environment = command_environment(self.claim)
+        self.claim.resolving = resolving_apart
         try:
             self._report, writing = os.pipe()
-            if self.lock.settings["InheritConnection"]:
+            if self.claim.settings["InheritConnection"]:
                 self._pipe = CommandPipe()
                 self.signals.watch(self._pipe.reading)
-            if self.lock.connection:
-                self.signals.watch(self.lock.connection.sock)
-            self.lock.resolving = resolving_apart
-            self.pid = os.fork() or self._become(environment, writing)
+            if self.claim.connection:
+                self.signals.watch(self.claim.connection.sock)
+            self._pid = os.fork() or self._become(environment, writing)
             os.close(writing)
             if self._pipe:
                 self._pipe.close_writing()
         except OSError as error:
-            self.status, self.failure = NOT_RUN, f"no process for it: {error.strerror}"
+            self.status = NOT_RUN
+            self.failure = f"no process for it: {error.strerror}"
 
     def _become(self, environment, writing):
         """In the child: the command, with signals, mask and descriptors as flom found them."""
         try:
             if self._pipe:
-                with contextlib.suppress(OSError):  # EINVAL: descriptors end below 64
-                    if self.lock.connection:
-                        fcntl.fcntl(self.lock.connection.sock, fcntl.F_DUPFD, INHERITED)
-                    fcntl.fcntl(self._pipe.writing, fcntl.F_DUPFD, INHERITED)
+                self._hand_on_descriptors()
             for number, disposition in self.signals.found.items():
                 signal.signal(number, disposition)
             signal.pthread_sigmask(signal.SIG_SETMASK, self.signals.mask)
@@ -2731,13 +3312,23 @@ class Command:
         finally:
             os._exit(NOT_RUN)
 
+    def _hand_on_descriptors(self):
+        with contextlib.suppress(OSError):  # EINVAL: descriptors end below 64
+            if self.claim.connection:
+                fcntl.fcntl(self.claim.connection.sock, fcntl.F_DUPFD, INHERITED)
+            fcntl.fcntl(self._pipe.writing, fcntl.F_DUPFD, INHERITED)
+
+    # Between two signals
+
     def _reap(self):
         """Notes the command's end; True when it has stopped."""
         if self.status is not None:
             return False
-        changed, status = os.waitpid(self.pid, os.WNOHANG | os.WUNTRACED)
-        if not changed or os.WIFSTOPPED(status):
-            return bool(changed)
+        changed, status = os.waitpid(self._pid, os.WNOHANG | os.WUNTRACED)
+        if not changed:
+            return False
+        if os.WIFSTOPPED(status):
+            return True
         self.status = exit_status(status)
         if os.WIFSIGNALED(status):
             self.killed_by = os.WTERMSIG(status)
@@ -2747,16 +3338,59 @@ class Command:
             self._loss.hurry()  # the answer to a reclaim may have come
         return False
 
-    def _obey(self, number, passed, had_ended):
-        """Passes a signal on; when the command has ended, some send flom away.
+    def _obey_after_the_end(self, number, passed, had_ended):
+        """When the command has ended, some signals send flom away.
 
         One that came together with the command's end was for both when the terminal sent it, or
         when it is what killed the command (a kill of the whole group).
         """
-        if self.status is None and passed:
-            self._kill(self.pid, number)
-        elif number in ENDING_HOLD and self.status is not None:
-            self._sent_away = had_ended or passed and number != self.killed_by
+        if number in ENDING_HOLD:
+            was_for_flom = passed and number != self.killed_by
+            self._sent_away = had_ended or was_for_flom
+
+    def _watch_lock(self):
+        """Looks whether the lock is held, and goes on with its loss."""
+        claim = self.claim
+        if claim.settings["OnLockLoss"] == "ignore":
+            return
+        if not self._loss and not claim.look():
+            self._loss = Loss(claim, self._end)
+        if not self._loss:
+            return
+        self._loss.go_on()
+        if claim.connection:  # held again
+            self._loss = None
+            self.signals.watch(claim.connection.sock)
+            claim.unread = True  # something may have come before the watch
+
+    def _next_date(self):
+        """When to look again although no signal has come."""
+        dates = [FOREVER]
+        if self.claim.unread:
+            dates.append(clock())
+        if self._loss:
+            dates.append(self._loss.next_date())
+        if self.status is not None and self._is_awaited():
+            dates.append(clock() + LOOK)
+        elif self.status is not None:
+            dates.append(self._hold_until)
+        return min(dates)
+
+    # To its end
+
+    def _end(self, number):
+        """Sends a signal to all of the command, as far as it is to be held for."""
+        if self.status is not None and not self._is_awaited():
+            return
+        carriers = {}
+        if self._pipe:
+            carriers = self._pipe.carriers()
+        if self.status is None:
+            carriers.setdefault(self._pid, os.getpid())
+        for pid, parent in carriers.items():
+            by_parent = number == signal.SIGTERM and parent in carriers and is_flom(parent)
+            if not by_parent:
+                self._kill(pid, number)
 
     def _kill(self, pid, number):
         try:
@@ -2768,50 +3402,24 @@ class Command:
                 put(f"flom: cannot signal {self.argv[0]!r}: {error.strerror}", sys.stderr)
             self._complained = True
 
-    def end(self, number):
-        """Sends a signal to all of the command, as far as it is to be held for."""
-        if self.status is not None and not self._is_awaited():
-            return
-        carriers = self._pipe.carriers() if self._pipe else {}
-        if self.status is None:
-            carriers.setdefault(self.pid, os.getpid())
-        for pid, parent in carriers.items():
-            by_parent = number == signal.SIGTERM and parent in carriers and is_flom(parent)
-            if not by_parent:
-                self._kill(pid, number)
-
     def _is_awaited(self):
         """Whether the command has ended, but flom has to wait for what it left."""
-        interrupted = self.killed_by or self._loss and self._loss.terminated
-        return bool(self._pipe and interrupted) and not self._pipe.is_at_its_end()
+        interrupted = self.killed_by or (self._loss and self._loss.terminated)
+        if not interrupted or not self._pipe:
+            return False
+        return not self._pipe.is_at_its_end()
 
     def _is_over(self):
+        """Whether nothing is left to wait for."""
         if self.status is None:
             return False
         if self.failure or self._sent_away:
             return True
-        lost = self._loss and self._loss.is_final
-        return not self._is_awaited() and (clock() >= self._hold_until or bool(lost))
-
-    def _date(self):
-        """When to look again although no signal has come."""
-        if self.status is None:
-            return FOREVER
-        return clock() + LOOK if self._is_awaited() else self._hold_until
-
-    def _watch_lock(self):
-        """Looks whether the lock is held, goes on with a loss; returns when to look again."""
-        if self.lock.settings["OnLockLoss"] == "ignore":
-            return FOREVER
-        if not self._loss and not self.lock.look():
-            self._loss = Loss(self.lock, self.end)
-        if self._loss and self._loss.go_on():
-            self._loss = None
-            self.signals.watch(self.lock.connection.sock)
-            return clock()  # something may have come before the watch
-        if self._loss:
-            return self._loss.next_date()
-        return clock() if self.lock.unread else FOREVER
+        if self._is_awaited():
+            return False
+        if self._loss and self._loss.is_final:
+            return True
+        return clock() >= self._hold_until
 
     def _flom_status(self):
         """The command's status; 95 for a lost lock, but a loss hides no failure."""
@@ -2821,189 +3429,81 @@ class Command:
         if not self._loss:
             return self.status
         self._loss.give_up()
-        terminated = self._loss.terminated
-        return self.status if self.status and not terminated else LockLost.status
+        if self.status and not self._loss.terminated:
+            return self.status
+        return LockLost.status
 
 
-# --- Status report --------------------------------------------------------------------------------
-# The daemon answers a lock 8 for _STATUS with one large message, whose entries follow the resource
-# that they belong to.  A FLoM daemon refuses the name.  JSON: numbers are numbers, but a token is
-# a string, since many readers would lose its last digits.
+# --- Status report -------------------------------------------------------------------------------
+# A report as a person reads it: one line for each holder, each waiter, each parked request and
+# each resource that nobody uses.
 COLUMNS = ("RESOURCE", "KIND", "STATE", "ID", "HOST", "PID", "USER", "COMMAND", "HOW", "FOR")
 SHOWN_ID = 8  # digits of an id in the table
-INTEGERS = ("pid", "since", "position", "quantity", "idle")
 
 
-def fetch_report(settings):
-    """Steps to the report of the daemon as {"daemon", "resources", "parked"}; starts nothing."""
-    connection, data = yield from asking_for_report(settings)
-    try:
-        return arrange_report(data)
-    except ProtocolError as error:
-        raise DaemonUnavailable(f"{connection.where} gives no report: {error}")
-
-
-def finding_outer_lock(settings, parents):
-    """Steps to the holder's entry of a lock with one of the ids `parents` that is as good as the
-    lock that is wanted; None when there is none, or nothing that reports.
-    """
-    try:
-        report = yield from fetch_report(settings)
-    except DaemonUnavailable:
-        return None
-    for resource in report["resources"]:
-        for holder in resource["holders"]:
-            name = holder.get("node") or resource.get("name")
-            if holder.get("id") in parents and name == settings["Name"] and covers(
-                    holder, settings):
-                return holder
-    return None
-
-
-def covers(holder, settings):
-    """Whether a holder of the same name has no less than what is wanted, in the form it has."""
-    kind = kind_of(settings["Name"])
-    try:
-        check_element(settings["Name"], holder.get("element"))
-    except ProtocolError:
-        return False
-    if not re.fullmatch("[0-9]{1,19}", str(holder.get("token"))):
-        return False
-    if kind == "numeric":
-        quantity = holder.get("quantity")
-        return isinstance(quantity, int) and quantity >= settings["Quantity"]
-    if kind in WITH_MODE:
-        mode = holder.get("mode")
-        return mode in MODES and settings["LockMode"] in COVERED[MODES.index(mode)]
-    return True
-
-
-def asking_for_report(settings):
-    """Steps to (connection, the report as it came) of the first address that gives one."""
-    race, wrong = (yield from starting_race(settings)), None
-    while True:
-        connection = yield from race.winning()
-        if not connection:
-            break
-        try:
-            patience = EACH if race.left else PATIENCE
-            return connection, (yield from asking_one_for_report(connection, settings, patience))
-        except _Useless as error:
-            wrong = wrong or error
-    if wrong:
-        raise wrong
-    race.check()
-    raise DaemonUnavailable(f"no daemon at {place(settings)}")
-
-
-def starting_race(settings):
-    """Steps to a Race of all addresses, for one that holds no lock."""
-    addresses = yield from locating(settings, Diary(settings))
-    return Race(settings, addresses, tls_context(settings), Connection)
-
-
-def asking_one_for_report(connection, settings, patience):
-    """Steps to the report as it came, of a daemon that is whom it says it is; _Useless."""
-    data = yield from connection.fetching(encode(
-        LOCK, 8,
-        element("session", ("peerid", machine_id()), ("client", f"flom.py/{VERSION}")),
-        element("resource", ("name", encode_name(STATUS_RESOURCE)), ("mode", 0), ("wait", 0),
-                ("create", 0), ("lifespan", 0))), patience)
-    if not data:
-        why = "it closed the connection" if data is not None else f"{patience} s have passed"
-        raise _Useless(f"{connection.where} gives no report: {why}")
-    try:
-        sessions = [found for _, tag, found, _ in tags(data) if tag == "session"]
-    except ProtocolError as error:
-        raise _Useless(f"{connection.where} gives no report: {error}")
-    if settings["TlsCertificate"] and settings["TlsCheckPeerId"]:
-        connection.check_name(sessions[0].get("peerid") if sessions else None)
-    return data
-
-
-def make_readable(attributes):
-    """Numbers, modes and names of an entry of the report, in place of texts; ProtocolError."""
-    for name in INTEGERS:
-        if re.fullmatch("-?[0-9]{1,18}", attributes.get(name, "")):
-            attributes[name] = int(attributes[name])
-    if attributes.get("mode", "") in list("012345"):
-        attributes["mode"] = MODES[int(attributes["mode"])]
-    for name in {"name", "node"} & attributes.keys():
-        attributes[name] = decode_name(attributes[name])
-
-
-def arrange_report(data):
-    """The report as dictionaries from its message; raises ProtocolError, DaemonUnavailable."""
-    report, refused = {"daemon": None, "resources": [], "parked": []}, None
-    entries = {"resource": report["resources"], "parked": report["parked"]}
-    for closing, tag, attributes, _ in tags(data):
-        if closing:
-            continue
-        make_readable(attributes)
-        if tag == "resource":
-            attributes.update(holders=[], waiters=[])
-            entries.update(holder=attributes["holders"], waiter=attributes["waiters"])
-        if tag == "answer":
-            refused = attributes.get("reason")
-        if tag == "daemon":
-            report["daemon"] = attributes
-        elif tag in entries:
-            entries[tag].append(attributes)
-    if report["daemon"] is None and refused:
-        raise DaemonUnavailable(f"the daemon refuses: {visible(refused)}")
-    if report["daemon"] is None:
-        raise DaemonUnavailable("this daemon cannot report: it is not flomd.py")
-    return report
-
-
-def report_table(report, width):
+def report_table(report: "dict", width: "int | None") -> "str":
     """The table of who holds, who waits in which order, who is parked, what is idle.
 
     Its columns are aligned, its lines cut to `width` (None: not cut).
     """
-    rows, now = [COLUMNS], int(time.time())
+    rows = [COLUMNS]
+    now = int(time.time())
     parked = [dict(entry, holders=[], waiters=[entry]) for entry in report["parked"]]
     for resource in report["resources"] + parked:
-        states = [("holds", entry) for entry in resource["holders"]] + [
-            (f"waits {entry.get('position', 'for it')}", entry) for entry in resource["waiters"]]
-        for state, entry in states or [("idle", {})]:
-            how = [str(entry[key]) for key in ("mode", "quantity", "element") if key in entry]
-            cells = (
-                entry.get("node") or resource.get("name", ""), resource.get("kind", ""), state,
-                entry.get("id", "")[:SHOWN_ID], entry.get("host") or entry.get("peer", ""),
-                str(entry.get("pid", "")),
-                entry.get("user", ""), entry.get("cmd", ""), " ".join(how),
-                duration(entry, now))
-            rows.append(tuple(map(visible, cells)))
+        for state, entry in states_of(resource):
+            rows.append(table_row(resource, state, entry, now))
+    if len(rows) == 1:
+        return "nobody holds or awaits a lock"
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip()[:width] for row in rows]
-    return "\n".join(lines if rows[1:] else ["nobody holds or awaits a lock"])
+    lines = []
+    for row in rows:
+        line = "  ".join(map(str.ljust, row, widths))
+        lines.append(line.rstrip()[:width])
+    return "\n".join(lines)
 
 
-def duration(entry, now):
+def states_of(resource: "dict"):
+    """[(state, entry)] of all that hold or await a resource, one without an entry for none."""
+    found = [("holds", entry) for entry in resource["holders"]]
+    for entry in resource["waiters"]:
+        found.append((f"waits {entry.get('position', 'for it')}", entry))
+    return found or [("idle", {})]
+
+
+def table_row(resource, state, entry, now):
+    """One row of the table: texts in the order of COLUMNS."""
+    how = [str(entry[key]) for key in ("mode", "quantity", "element") if key in entry]
+    cells = (
+        entry.get("node") or resource.get("name", ""), resource.get("kind", ""), state,
+        entry.get("id", "")[:SHOWN_ID], entry.get("host") or entry.get("peer", ""),
+        str(entry.get("pid", "")), entry.get("user", ""), entry.get("cmd", ""), " ".join(how),
+        duration(entry, now))
+    return tuple(map(visible, cells))
+
+
+def duration(entry: "dict", now: "int") -> "str":
     """HH:MM:SS since the entry's lock was granted or asked for, empty where nobody tells."""
     if "since" not in entry:
         return ""
     return hhmmss(now - entry["since"])
 
 
-def entries_of(report):
-    """Yields (entry, name of what it holds or awaits, whether it holds) of all in the report."""
-    for resource in report["resources"] + [{"holders": [], "waiters": report["parked"]}]:
-        for role in ("holders", "waiters"):
-            for entry in resource[role]:
-                name = entry.get("node") or entry.get("name") or resource.get("name", "?")
-                yield entry, name, role == "holders"
+def find_entry(report: "dict", ident: "str"):
+    """(entry, line) of the one whose id begins so: who it is and what it has; UsageError."""
+    found = []
+    for entry, name, holds in entries_of(report):
+        if entry.get("id", "").startswith(ident):
+            found.append((entry, entry_line(entry, name, holds)))
+    if not found:
+        raise UsageError(f"--evict: {ident!r} is nobody's id; see --status")
+    if len(found) > 1 or not ident:
+        raise UsageError(f"--evict: {ident!r} is the id of {len(found)} locks and waiters; "
+                         "see --status")
+    return found[0]
 
 
-def find_entry(report, ident):
-    """The id of the one entry whose id begins so, and who it is in one line; raises UsageError."""
-    found = [(entry, name, holds) for entry, name, holds in entries_of(report)
-             if entry.get("id", "").startswith(ident)]
-    if len(found) != 1 or not ident:
-        problem = f"the id of {len(found)} locks and waiters" if found else "nobody's id"
-        raise UsageError(f"--evict: {ident!r} is {problem}; see --status")
-    (entry, name, holds), = found
+def entry_line(entry, name, holds):
+    """Who has or awaits what, for how long, in one line."""
     who = entry.get("host") or entry.get("peer", "?")
     if "pid" in entry:
         who += f":{entry['pid']}"
@@ -3011,33 +3511,44 @@ def find_entry(report, ident):
         who += f" {entry['cmd']!r}"
     if entry.get("user"):
         who += f" of {entry['user']}"
-    did = "held" if holds else "waited for"
-    line = f"{who} {did} {name} for {duration(entry, int(time.time()))}"
-    return entry["id"], visible(line)
+    did = "waited for"
+    if holds:
+        did = "held"
+    return visible(f"{who} {did} {name} for {duration(entry, int(time.time()))}")
 
 
-# --- Main -----------------------------------------------------------------------------------------
+# --- Main ----------------------------------------------------------------------------------------
 # One action a run; each is a row of ACTIONS and returns the exit status.
+
+
 def show_status(options, settings):
     """--status, with --json or --watch."""
     terminal = bool(sys.stdout) and sys.stdout.isatty()
     while True:
-        report = finish(fetch_report(settings))
+        report = finish(fetch_report(settings, Diary(settings)))
         if "Name" in settings.values:
-            name = settings["Name"]
-            wanted = {name, "/".join(name.split("/")[:2])}  # of a node, its tree
-            for part in ("resources", "parked"):
-                report[part] = [entry for entry in report[part] if entry.get("name") in wanted]
+            keep_named(report, settings["Name"])
         if options.watch and terminal:
             clear_screen()
             put(time.strftime("%H:%M:%S"), sys.stdout)
-        width = os.get_terminal_size(sys.stdout.fileno()).columns if terminal else None
         if options.json:
             import json
-        show(json.dumps(report) if options.json else report_table(report, width))
+            show(json.dumps(report))
+        else:
+            width = None
+            if terminal:
+                width = os.get_terminal_size(sys.stdout.fileno()).columns
+            show(report_table(report, width))
         if not options.watch:
             return 0
         time.sleep(1)
+
+
+def keep_named(report, name):
+    """Drops what is not of this name; of a node, its tree stays."""
+    wanted = {name, "/".join(name.split("/")[:2])}
+    for part in ("resources", "parked"):
+        report[part] = [entry for entry in report[part] if entry.get("name") in wanted]
 
 
 def clear_screen():
@@ -3049,8 +3560,13 @@ def clear_screen():
 def show_signals(options, settings):
     """--signal-list, four in a line."""
     known = signal_names()
-    show("".join(f"{number}) {known[number]}\t" + "\n" * (number % 4 == 0)
-                 for number in range(1, 32) if number in known))
+    text = ""
+    for number in range(1, 32):
+        if number in known:
+            text += f"{number}) {known[number]}\t"
+            if number % 4 == 0:
+                text += "\n"
+    show(text)
 
 
 def check_configuration(options, settings):
@@ -3070,29 +3586,22 @@ def check_configuration(options, settings):
         attempt(check, settings)
     for line in problems + settings.warnings:
         put(f"flom: {line}", sys.stderr)
-    return WRONG if problems else 0
+    if problems:
+        return WRONG
+    return 0
 
 
 def give_order(settings, order, **about):
-    """Sends a management message with the element `order`; returns (pid of a local daemon, the
-    attributes of its answer, None for an end without one); raises DaemonUnavailable."""
-    race, known = finish(starting_race(settings)), None
-    checked = settings["TlsCertificate"] and settings["TlsCheckPeerId"]
-    if checked or len(race.left) > 1:
-        # an order may end without an answer, so a report shows first which daemon serves, and who
-        # it is
-        known = finish(asking_for_report(settings))[0]
-        race.left = [known.address]
-    connection = finish(race.winning())
-    if not connection:
-        race.check()
-        raise DaemonUnavailable(f"no daemon at {place(settings)}")
-    if checked:
-        connection.check_name(known.name)
-    pid = credentials(connection.sock)[0]
+    """Sends a management message with the element `order` to the daemon.
+
+    Returns (pid of a local daemon, the attributes of its answer, None for an end without one);
+    raises DaemonUnavailable.
+    """
+    connection = connect_for_order(settings)
+    pid, _ = credentials(connection.sock)
     session = element("session", ("peerid", machine_id()), *about.items())
-    data = finish(connection.parting(encode(MANAGEMENT, 8, session, order), PATIENCE,
-                                     answered=True))
+    message = encode(MANAGEMENT, 8, session, order)
+    data = finish(connection.parting(message, PATIENCE, answered=True))
     if data is None:
         raise DaemonUnavailable(f"{connection.where} does not answer within {PATIENCE} s")
     if not data:
@@ -3107,30 +3616,55 @@ def give_order(settings, order, **about):
     return pid, answer
 
 
+def connect_for_order(settings):
+    """A Connection to the daemon that serves, and is whom it says it is; DaemonUnavailable.
+
+    An order may end without an answer.  So where there are several addresses, or the peer id is
+    to be checked, a report is asked for before: it says which daemon serves, and who it is.
+    """
+    diary = Diary(settings)
+    race = finish(starting_race(settings, diary))
+    checked = settings["TlsCertificate"] and settings["TlsCheckPeerId"]
+    known = None
+    if checked or len(race.left) > 1:
+        known, _ = finish(asking_for_report(settings, diary))
+        race.left = [known.address]
+    connection = finish(race.winning())
+    if not connection:
+        race.check()
+        raise DaemonUnavailable(f"no daemon at {place(settings)}")
+    if checked:
+        connection.check_name(known.name)
+    return connection
+
+
 def stop_daemon(options, settings):
     """-x and -X: obeyed is EOF, refused is an answer with a reason."""
     put(f"Starting FLoM daemon {options.action} shutdown...", sys.stdout)
     immediate = options.action == "immediate"
     pid, _ = give_order(settings, element("shutdown", ("immediate", int(immediate))))
-    until = clock() + 1
-    while immediate and pid and clock() < until and is_running(pid):
-        time.sleep(0.01)
+    if immediate and pid:
+        until = clock() + 1
+        while clock() < until and is_running(pid):
+            time.sleep(0.01)
     return 0
 
 
 def evict(options, settings):
     """--evict: only a daemon that can report knows the order; a FLoM daemon would end on it."""
-    ident, line = find_entry(finish(fetch_report(settings)), options.argument)
-    _, answer = give_order(settings, element("evict", ("id", ident)),
-                           user=plain(login(), 32), host=plain(os.uname().nodename, 64))
+    report = finish(fetch_report(settings, Diary(settings)))
+    entry, line = find_entry(report, options.argument)
+    order = element("evict", ("id", entry["id"]))
+    host = plain(os.uname().nodename, 64)
+    _, answer = give_order(settings, order, user=plain(login(), 32), host=host)
     if answer is None:
         raise DaemonUnavailable(f"{place(settings)}: the daemon ended before it answered")
     put(f"flom: {line}", sys.stderr)
     return 0
 
 
-def is_running(pid):
-    """Whether a process of this user runs; one that only waits to be buried does not."""
+def is_running(pid: "int") -> "bool":
+    """Whether a process of this user runs; one that is only to be reaped does not."""
     try:
         os.kill(pid, 0)
         with open(f"/proc/{pid}/stat") as file:
@@ -3159,20 +3693,17 @@ def run_command(options, settings):
     if not options.command:
         put("No command to execute!", sys.stderr)
         return NOT_RUN
-    lock = Lock(settings=settings, start_daemon=True, command=os.path.basename(options.command[0]))
-    tell_ignored(settings, lock.diary)
-    outer = None
-    if settings["Deadlock"] == "reuse" and lock.chain[1:]:
-        outer = finish(finding_outer_lock(settings, lock.chain[1:]))
-    if outer:
-        lock.reuse(outer)
-    else:
-        lock.acquire(started=options.started)
-    if lock.element is not None:
-        lock.diary.say(f"Locked element is '{lock.element}'", sys.stdout)
-    command = Command(options.command, lock, signals)
+    diary = Diary(settings)
+    name = os.path.basename(options.command[0])
+    progress = Progress(wants_progress(settings))
+    claim = Claim(settings, diary, name, Starter(settings, fork_daemon), progress)
+    tell_ignored(settings, diary)
+    claim.acquire(options.started)
+    if claim.element is not None:
+        diary.say(f"Locked element is '{claim.element}'", sys.stdout)
+    command = Command(options.command, claim, signals)
     status = command.run()
-    lock.release(rollback=command.status != 0)
+    claim.release(rollback=command.status != 0)
     if command.killed_by == signal.SIGINT and status == command.status:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's loop is to end, too
         os.kill(os.getpid(), signal.SIGINT)
@@ -3203,9 +3734,10 @@ def prepare(options, settings):
     interface_index(settings)
 
 
-def run():
+def run() -> "int | None":
     """Runs flom with the arguments of this process; returns its exit status, None for 0."""
-    started, settings = clock(), Settings()
+    started = clock()
+    settings = Settings()
     try:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # ^C ends flom as any C program
@@ -3216,12 +3748,19 @@ def run():
             prepare(options, settings)
         return ACTIONS[options.action](options, settings)
     except LockError as error:
-        if not (settings["Quiet"] and isinstance(error, (Busy, Timeout, CannotWait))):
-            put(f"{error.prefix}{error}", sys.stderr)
-        return settings["BusyStatus"] if isinstance(error, (Busy, Timeout)) else error.status
+        return tell_error(error, settings)
     except (UsageError, ImportError) as error:  # a small Python lacks json or ssl
         put(f"flom: {error}", sys.stderr)
         return WRONG
+
+
+def tell_error(error: "LockError", settings: "Settings") -> "int":
+    """Says why there is no lock, unless that is not wanted; returns the exit status."""
+    if not (settings["Quiet"] and isinstance(error, (Busy, Timeout, CannotWait))):
+        put(f"{error.prefix}{error}", sys.stderr)
+    if isinstance(error, (Busy, Timeout)):
+        return settings["BusyStatus"]
+    return error.status
 
 
 if __name__ == "__main__":

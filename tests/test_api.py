@@ -150,7 +150,7 @@ def test_cannot_wait_and_impossible(daemon, lock):
 def test_deadlock(daemon, lock, monkeypatch):
     """As a program that a command under the lock has started."""
     with lock() as outer:
-        monkeypatch.setenv("FLOM_SESSION", ",".join(outer.chain))
+        monkeypatch.setenv("FLOM_SESSION", ",".join(outer._claim.chain))
         with pytest.raises(flom.Deadlock) as caught:
             lock().acquire()
         assert "R1 is held by" in caught.value.reason
@@ -239,11 +239,12 @@ def test_an_exception_ends_the_request(daemon, lock, box, stopping):
 def test_an_exception_after_the_grant_gives_the_lock_back(daemon, lock, monkeypatch):
     def finish(steps, *rest):
         result = real(steps, *rest)
-        if made.connection is None:
+        if not granted:
+            granted.append(result)
             raise Stop(result)
         return result
 
-    real, made = flom.finish, lock()
+    real, made, granted = flom.finish, lock(), []
     monkeypatch.setattr(flom, "finish", finish)
     with pytest.raises(Stop) as caught:
         made.acquire()
@@ -439,12 +440,12 @@ def test_a_start_that_is_given_up_leaves_no_pipe(box, lock, monkeypatch):
     path = box.write("flomd", f"#!/bin/sh\nread _ <{gate.fifo}\n")
     os.chmod(path, 0o755)
     monkeypatch.setenv("FLOMD", path)
-    made = lock(start_daemon=True)
+    starter = flom.Starter(lock().settings, flom.spawn_daemon)
     files = set(os.listdir("/proc/self/fd"))
-    starting = made._starter.trying(flom.clock() + 10, recovering=True)
-    next(starting)
+    starter.begin(10, recovering=True)
+    next(starter.trying())
     assert set(os.listdir("/proc/self/fd")) > files
-    made.release()
+    starter.close()
     assert set(os.listdir("/proc/self/fd")) == files
     gate.open()
     os.waitpid(-1, 0)
@@ -465,7 +466,7 @@ def test_over_tcp(box, lock):
     port = free_port()
     box.daemon(address=("-a", "127.0.0.1", "-p", str(port)))
     with lock(socket_name=None, unicast_address="127.0.0.1", unicast_port=port, timeout=0) as held:
-        assert held.connection.where == f"127.0.0.1:{port}"
+        assert held._claim.connection.where == f"127.0.0.1:{port}"
 
 
 def test_settings_by_their_long_names():
@@ -644,7 +645,7 @@ def forked(box, code):
 
 
 @pytest.mark.parametrize("code", [
-    pytest.param("pass", marks=UNTOLD), "del lock", "lock.release()", "lock._latest.close()"])
+    pytest.param("pass", marks=UNTOLD), "del lock", "lock.release()", "lock._claim.connection.close()"])
 def test_a_fork_does_not_keep_the_lock_of_a_parent_that_ended(daemon, lock, box, code):
     program, child, _, _ = forked(box, code)
     wait_until(lambda: os.path.exists(box.path("child")))
