@@ -4180,6 +4180,12 @@ class Group:
             self.daemon.poller.remove(member)
         self.leave()
 
+    def any_address(self):
+        """The address of all interfaces, in the family of the group."""
+        if self.family == socket.AF_INET6:
+            return "::"
+        return "0.0.0.0"
+
     def leave(self):
         """Closes the sockets."""
         self.socket.close()
@@ -4797,7 +4803,8 @@ class Publisher:
         new = self._new_metrics()
         with open(new, "w") as file:
             daemon = self.daemon
-            figures = metrics(daemon.table, self.counts, len(daemon.connections), daemon.state.epoch)
+            figures = metrics(daemon.table, self.counts, len(daemon.connections),
+                              daemon.state.epoch)
             file.write("".join(figures))
         os.chmod(new, 0o644)
         os.replace(new, self.metrics)
@@ -4821,21 +4828,45 @@ class Publisher:
 
 
 # --- Daemonize ----------------------------------------------------------------------------------
-# The process that is started forks twice, waits until its grandchild serves, and passes on the
-# status: so whoever starts a daemon knows when it ends that the daemon listens.  The grandchild
-# keeps of the starter only stderr, until it serves, for the one line that says why it cannot.
+# How the process that is started becomes a daemon.  It forks twice, waits until its grandchild
+# serves, and ends with the status that the grandchild tells it: so whoever starts a daemon knows
+# when the command ends that the daemon listens.
+#
+#     starter      the process that was started
+#     daemon       its grandchild, or with -f the starter itself
+#
+# The daemon keeps of the starter only stderr, until it serves, for the one line that says why it
+# cannot.  Whatever else the starter had (files, signals, the current directory) is left behind.
 
 
-def detach():
-    """Goes on in a detached process; returns the descriptor for report_ready().  0, 1 and 2 must
-    be open: the pipe takes the lowest numbers that are free."""
+class Starter:
+    """The process that waits for the daemon.  `pipe` is the descriptor on which it waits."""
+
+    def __init__(self, pipe: "int"):
+        self._pipe = pipe
+
+    def tell(self, status: "int") -> "None":
+        """Ends the starter with this exit status, and lets go of its stderr."""
+        os.dup2(0, 2)  # first, since the starter may look as soon as it is told
+        os.write(self._pipe, str(status).encode())
+        os.close(self._pipe)
+
+
+class NoStarter:
+    """With -f nobody waits for the daemon."""
+
+    def tell(self, status: "int") -> "None":
+        """There is nobody to be told."""
+
+
+def detach() -> "Starter":
+    """Goes on in a detached process.  0, 1 and 2 must be open: the pipe takes the lowest numbers
+    that are free."""
     reader, writer = os.pipe()
     child = os.fork()
     if child:
         os.close(writer)
-        status = os.read(reader, 4)
-        os.waitpid(child, 0)
-        os._exit(int(status) if status else 1)
+        _wait_as_starter(reader, child)
     os.setsid()
     if os.fork():
         os._exit(0)
@@ -4845,10 +4876,17 @@ def detach():
     os.dup2(null, 0)
     os.dup2(null, 1)
     close_files(keep=writer)
-    return writer
+    return Starter(writer)
 
 
-def open_standard_files():
+def _wait_as_starter(pipe, child):
+    """Ends this process with the status that comes through the pipe; 1 when none comes."""
+    status = os.read(pipe, 4) or b"1"
+    os.waitpid(child, 0)
+    os._exit(int(status))
+
+
+def open_standard_files() -> "None":
     """What the starter has closed of stdin, stdout and stderr becomes /dev/null."""
     number = os.open(os.devnull, os.O_RDWR)
     while number <= 2:
@@ -4869,15 +4907,7 @@ def close_files(keep=2):
     os.closerange(keep + 1, last + 1)
 
 
-def report_ready(writer, status):
-    """Ends the starter, if there is one, with `status`, and lets go of its stderr."""
-    if writer is not None:
-        os.dup2(0, 2)  # first, since the starter may look as soon as it is told
-        os.write(writer, str(status).encode())
-        os.close(writer)
-
-
-def forget_signals():
+def forget_signals() -> "None":
     """Whatever the starter ignored or blocked, the daemon begins with the defaults; but a write
     that fails is an error, no reason to die."""
     for number in range(1, signal.NSIG):
@@ -4889,20 +4919,22 @@ def forget_signals():
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def notify(text):
+def notify(text: "str") -> "None":
     """Tells systemd (sd_notify(3)), where it waits to be told."""
     path = os.environ.get("NOTIFY_SOCKET")
-    if path:
-        with contextlib.suppress(OSError), socket.socket(
-                socket.AF_UNIX, socket.SOCK_DGRAM) as messenger:
-            messenger.sendto(text.encode(), "\0" + path[1:] if path[0] == "@" else path)
+    if not path:
+        return
+    if path.startswith("@"):
+        path = "\0" + path[1:]  # an abstract name
+    with contextlib.suppress(OSError):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as messenger:
+            messenger.sendto(text.encode(), path)
 
 
 # --- Options ------------------------------------------------------------------------------------
 
 
 ADDRESSES = ("SocketName", "UnicastAddress", "MulticastAddress")
-ANSWER = 0.5  # s until a daemon that answers has accepted a connection
 
 
 def make_parser():
@@ -4982,100 +5014,153 @@ def is_loopback(host):
 
 
 # --- Main ---------------------------------------------------------------------------------------
+# The life of a daemon from its command line to its end.
+#
+# The order in which it begins:
+#
+#     1. It is elected in its group, if it has one.
+#     2. It takes the lock of its state: from now on it is alone at its socket or its address.
+#     3. It writes its epoch, so that its tokens are greater than those of all daemons before it.
+#     4. It listens.  Nothing is accepted yet.
+#     5. It says that it serves: to the group, to its starter, to the init system.
+#
+# Whatever fails before 5 undoes what was done, and the starter ends with 1 or 3.
+
+SHORT_WINDOW = 2  # s in which clients on this host come back
+ANSWER = 0.5  # s until a daemon that answers has accepted a connection
 
 
-def local_socket(settings):
+def local_socket(settings: "Settings") -> "str | None":
     """The path of the UNIX socket to serve, None when the daemon is to serve an address alone."""
-    address = settings["UnicastAddress"] or settings["MulticastAddress"]
-    return settings["SocketName"] or (None if address else default_socket())
+    if settings["SocketName"]:
+        return settings["SocketName"]
+    if _address(settings):
+        return None
+    return default_socket()
 
 
-def state_paths(settings):
+def _address(settings):
+    """The address by which clients on other hosts know the daemon, if there is one."""
+    return settings["UnicastAddress"] or settings["MulticastAddress"]
+
+
+def _port(settings):
+    if settings["UnicastAddress"]:
+        return settings["UnicastPort"]
+    return settings["MulticastPort"]
+
+
+def _served(settings):
+    """How a line for people names what the daemon serves."""
+    local = local_socket(settings)
+    return local or f"{_address(settings)} port {_port(settings)}"
+
+
+# The state.  A local socket has its lock beside it.  The record is in the same file, unless
+# --state-dir names another folder.
+
+def state_paths(settings: "Settings") -> "tuple[str | None, str]":
     """(path of the lock beside the local socket, or None; path of the state)."""
     local = local_socket(settings)
-    address = settings["UnicastAddress"] or settings["MulticastAddress"]
-    port = settings["UnicastPort" if settings["UnicastAddress"] else "MulticastPort"]
-    beside = f"{local}.lock" if local else f"{default_socket()}-{address}-{port}.lock"
+    if local:
+        guard = beside = f"{local}.lock"
+    else:
+        guard = None
+        beside = f"{default_socket()}-{_address(settings)}-{_port(settings)}.lock"
+    if not settings["StateDir"]:
+        return guard, beside
     folder, name = os.path.split(beside)
     folder = os.path.realpath(folder)
-    if not settings["StateDir"] or local and os.path.realpath(settings["StateDir"]) == folder:
-        return local and beside, beside
-    return local and beside, os.path.join(settings["StateDir"], state_name(folder, name))
+    if local and os.path.realpath(settings["StateDir"]) == folder:
+        return guard, beside
+    return guard, os.path.join(settings["StateDir"], state_name(folder, name))
 
 
-def state_name(folder, name):
+def state_name(folder: "str", name: "str") -> "str":
     """The name, in --state-dir, of the state that without it would be `name` in `folder`: there
     are several of one name."""
     import hashlib
-    digest = hashlib.sha256(os.fsencode(os.path.join(folder, name))).hexdigest()[:16]
-    return f"{name[:-len('.lock')]}-{digest}.lock"
-
-
-def served_address(settings):
-    """How a line for people names what the daemon serves."""
-    local = local_socket(settings)
-    if local:
-        return local
-    if settings["UnicastAddress"]:
-        return f"{settings['UnicastAddress']} port {settings['UnicastPort']}"
-    return f"{settings['MulticastAddress']} port {settings['MulticastPort']}"
-
-
-def somebody_answers(settings, group):
-    """Whether a daemon serves already; raises SteppedBack when it serves the group."""
-    local = local_socket(settings)
-    if local:
-        return listens(local)
-    if group:
-        return group.look_for_another()
-    address = settings["UnicastAddress"], settings["UnicastPort"]
-    with contextlib.suppress(OSError, UnicodeError), socket.create_connection(address, ANSWER):
-        return True
-    return False
-
-
-def locked(state, settings, options, group):
-    """The State, its lock taken; where there are no locks one that remembers nothing."""
-    try:
-        waited = take(state, served_address(settings), options.foreground, bool(group),
-                      lambda: somebody_answers(settings, group))
-    except OSError as error:
-        state.log.error(f"cannot lock {state.path}: {error.strerror}; nothing will be remembered, "
-                        "and nothing keeps a second daemon away")
-        return State(state.log)
-    if waited and group:
-        group.elect()  # who began meanwhile had no answer
-    return state
+    path = os.path.join(folder, name)
+    digest = hashlib.sha256(os.fsencode(path)).hexdigest()
+    stem = name[:-len(".lock")]
+    return f"{stem}-{digest[:16]}.lock"
 
 
 def open_states(settings, options, log, group):
     """(the State of the local socket's lock, or None; the State that holds the record), locked.
     Raises CannotServe or SteppedBack when another daemon serves already."""
     beside, path = state_paths(settings)
-    shared, guard = bool(settings["SocketName"]), None
-    if beside:
-        durable = bool(settings["StateDir"]) and path == beside
-        guard = locked(State(log, beside, shared, durable), settings, options, group)
-        if path == beside:
+    shared, durable = bool(settings["SocketName"]), bool(settings["StateDir"])
+    guard = None
+    if beside is not None:
+        own = path == beside
+        guard = State(log, beside, shared=shared, durable=durable and own)
+        guard = _locked(guard, settings, options, group)
+        if own:
             return guard, guard
         guard.begin()  # for the pid
     try:
-        state = State(log, path, shared and not settings["StateDir"], bool(settings["StateDir"]))
+        state = State(log, path, shared=shared and not durable, durable=durable)
     except CannotServe as error:
-        if settings["StateDir"]:
+        if durable:
             raise
         log.error(f"{error}; nothing will be remembered")
         return guard, State(log)
-    return guard, locked(state, settings, options, group)
+    return guard, _locked(state, settings, options, group)
+
+
+def _locked(state, settings, options, group):
+    """The State, its lock taken; where there are no locks one that remembers nothing."""
+    def answers():
+        return _somebody_answers(settings, group)
+    try:
+        waited = take(state, _served(settings), options.foreground, group is not None, answers)
+    except OSError as error:
+        state.log.error(f"cannot lock {state.path}: {error.strerror}; nothing will be remembered, "
+                        "and nothing keeps a second daemon away")
+        return State(state.log)
+    if waited and group is not None:
+        group.elect()  # who began meanwhile had no answer
+    return state
+
+
+def _somebody_answers(settings, group):
+    """Whether a daemon serves already; raises SteppedBack when it serves the group."""
+    local = local_socket(settings)
+    if local:
+        return listens(local)
+    if group is not None:
+        group.look_for_another()
+        return False
+    address = settings["UnicastAddress"], settings["UnicastPort"]
+    with contextlib.suppress(OSError, UnicodeError):
+        with socket.create_connection(address, ANSWER):
+            return True
+    return False
+
+
+def make_table(settings, options, state, rebooted):
+    """An empty lock table, for tokens of this state's epoch."""
+    window = recovery_window(settings, state, rebooted)
+    window_until = None
+    if window:  # it begins when the daemon serves
+        window_until = time.monotonic() + window
+        if not state.kept:
+            window_until += 1  # see State.wait_for_epoch()
+    first_fit = settings["Policy"] == "first-fit"
+    return LockTable(first_fit, state.epoch, window_until, options.max_waiters,
+                     settings["MaxResources"])
 
 
 def recovery_window(settings, state, rebooted):
     """How long, in s, only former holders are granted; 0 for no window."""
     if settings["RecoveryWindow"] is not None:
         return settings["RecoveryWindow"] / 1000
-    if state.unclean and not rebooted:
-        return 2
-    if state.unclean and (settings["UnicastAddress"] or settings["MulticastAddress"]):
+    if not state.unclean:
+        return 0
+    if not rebooted:
+        return SHORT_WINDOW
+    if _address(settings):  # clients on other hosts may not know yet that this one was booted
         return settings["TcpKeepaliveTime"] + settings["TcpKeepaliveIntvl"]
     return 0  # nobody on this host has survived its boot
 
@@ -5087,15 +5172,24 @@ def open_listeners(daemon, group, guard):
         ways.append(Listener(daemon, given))
     if ways:
         return
-    local, host, port = local_socket(settings), settings["UnicastAddress"], settings["UnicastPort"]
-    if group and not host:
-        host = "::" if group.family == socket.AF_INET6 else "0.0.0.0"
-        port = settings.values.get("UnicastPort", 0)
+    local = local_socket(settings)
     if local:
-        mode = settings["SocketMode"] or (0o666 if settings["SocketName"] else 0o600)
-        ways.append(LocalListener(daemon, local, mode, guard))
-    if host:
-        ways.append(Listener(daemon, tcp_socket(settings, host, port)))
+        ways.append(LocalListener(daemon, local, _socket_mode(settings), guard))
+    if settings["UnicastAddress"]:
+        bound = tcp_socket(settings, settings["UnicastAddress"], settings["UnicastPort"])
+        ways.append(Listener(daemon, bound))
+    elif group is not None:
+        bound = tcp_socket(settings, group.any_address(), settings.values.get("UnicastPort", 0))
+        ways.append(Listener(daemon, bound))
+
+
+def _socket_mode(settings):
+    """The permissions of the local socket: without an option everybody's where it has a name."""
+    if settings["SocketMode"]:
+        return settings["SocketMode"]
+    if settings["SocketName"]:
+        return 0o666
+    return 0o600
 
 
 def announced_address(ways):
@@ -5106,78 +5200,78 @@ def announced_address(ways):
     raise CannotServe("a group needs a TCP socket, and LISTEN_FDS has none")
 
 
+def write_pid(path):
+    """Writes the file of --pid-file; raises CannotServe."""
+    with serving(f"cannot write {path}"):
+        with open(path, "w") as file:
+            file.write(f"{os.getpid()}\n")
+
+
 def prepare(settings, options, log):
-    """A daemon that listens; raises CannotServe or SteppedBack."""
+    """A daemon that listens and is found; raises CannotServe or SteppedBack."""
     if not settings["SocketName"] and "," in (settings["UnicastAddress"] or ""):
         raise CannotServe("a daemon has one address")
     pair = (int(time.time() * 1000), os.urandom(8).hex())
-    group = Group(settings, pair) if settings["MulticastAddress"] else None
-    try:
-        return prepare_member(settings, options, log, pair, group)
-    except (CannotServe, SteppedBack):
-        if group:
-            group.leave()
-        raise
-
-
-def prepare_member(settings, options, log, pair, group):
-    """A daemon that listens, of the group if there is one; raises CannotServe or SteppedBack."""
-    if group:
-        group.elect()
-    guard, state = open_states(settings, options, log, group)
-    window = recovery_window(settings, state, rebooted=state.begin())
-    window_until = None
-    if window:  # it begins when the daemon serves
-        window_until = time.monotonic() + window + (0 if state.kept else 1)
-    table = LockTable(settings["Policy"] == "first-fit", state.epoch, window_until,
-                      options.max_waiters, settings["MaxResources"])
-    daemon = Daemon(settings, options, log, pair, state, table)
-    daemon.signals = Signals(daemon)  # before it listens: an end by TERM then removes the socket
-    Session.introduce(machine_id(), pair[1])
-    try:
+    with contextlib.ExitStack() as undo:  # for the case that a later step fails
+        group = None
+        if settings["MulticastAddress"]:
+            group = Group(settings, pair)
+            undo.callback(group.leave)
+            group.elect()
+        guard, state = open_states(settings, options, log, group)
+        rebooted = state.begin()
+        table = make_table(settings, options, state, rebooted)
+        Session.introduce(machine_id(), pair[1])
+        daemon = Daemon(settings, options, log, pair, state, table)
+        daemon.signals = Signals(daemon)  # before it listens: TERM then removes the socket
+        undo.callback(daemon.hide)
         Publisher.check(settings["MountPointVFS"], options.metrics)
         open_listeners(daemon, group, guard)
         address = announced_address(daemon.ways) if group else None
         if options.pid_file:
-            with serving(f"cannot write {options.pid_file}"), open(options.pid_file, "w") as file:
-                file.write(f"{os.getpid()}\n")
-    except CannotServe:
-        daemon.hide()
-        raise
-    if not state.kept:
-        state.wait_for_epoch()
-        table.begin_with(state.epoch)
-    daemon.released()
-    daemon.watch([*{guard: None, state: None}, *daemon.ways])
-    if group:
-        group.serve(daemon, address)
-        daemon.ways.append(group)
-    if settings["MountPointVFS"] or options.metrics:
-        daemon.publisher = Publisher(daemon, settings["MountPointVFS"], options.metrics)
+            write_pid(options.pid_file)
+        if not state.kept:
+            state.wait_for_epoch()
+            table.begin_with(state.epoch)
+        daemon.released()
+        daemon.watch([*{guard: None, state: None}, *daemon.ways])
+        if group is not None:
+            group.serve(daemon, address)
+            daemon.ways.append(group)
+        if settings["MountPointVFS"] or options.metrics:
+            daemon.publisher = Publisher(daemon, settings["MountPointVFS"], options.metrics)
+        undo.pop_all()
     return daemon
 
 
+def make_log(settings, options):
+    """The log that the options ask for; FLoM's trace file is one, too, with every line."""
+    target, level, append = options.log, options.log_level, True
+    if target is None and settings["DaemonTraceFile"]:
+        target, level = settings["DaemonTraceFile"], "debug"
+        append = settings["AppendTraceFile"]
+    elif target is None:
+        target = "stderr" if options.foreground else "syslog"
+    return Log(target, level, append)
+
+
 def serve(settings, options):
-    """Runs the daemon and ends the process with it; returns the status when it cannot serve."""
-    traced = not options.log and settings["DaemonTraceFile"]
-    target = options.log or traced or ("stderr" if options.foreground else "syslog")
-    log = Log(target if target in ("syslog", "stderr") else os.path.abspath(target),
-              "debug" if traced else options.log_level,
-              append=settings["AppendTraceFile"] or not traced)
-    writer = None if options.foreground else detach()
+    """Serves, and ends the process with the daemon; returns the status when it cannot serve."""
+    log = make_log(settings, options)
+    starter = NoStarter() if options.foreground else detach()
     try:
         log.open()
         daemon = prepare(settings, options, log)
     except CannotServe as error:
         complain(error)
-        report_ready(writer, 1)
+        starter.tell(1)
         return 1
     except SteppedBack as error:
         log.info(str(error))
-        report_ready(writer, 3)
+        starter.tell(3)
         return 3
     log.info(f"serving {daemon.listening()}")
-    report_ready(writer, 0)
+    starter.tell(0)
     notify("READY=1")
     try:
         daemon.run()
@@ -5191,11 +5285,6 @@ def serve(settings, options):
     os._exit(0)  # Python would close the connections first, and then take its time
 
 
-def main():
-    """Runs flomd and ends this process: what could not be written is not tried again."""
-    os._exit(run(sys.argv[1:]))
-
-
 def run(arguments):
     """The command flomd.py; returns the exit status."""
     forget_signals()
@@ -5203,10 +5292,7 @@ def run(arguments):
     name_process("flomd")  # as users of FLoM expect
     try:
         settings, options = read_options(arguments)
-        for warning in settings.warnings:
-            put(f"flomd: warning: {warning}", sys.stderr)
-        if settings["Verbose"]:
-            put("\n".join(settings.lines()), sys.stdout)
+        show_settings(settings)
         settings.fix_paths()
         check_rules(settings, "d")
         check_announced(settings)
@@ -5214,6 +5300,19 @@ def run(arguments):
     except UsageError as error:
         put(f"flomd: {error}", sys.stderr)
         return 99
+
+
+def show_settings(settings):
+    """Tells of what is wrong in the files, and with -V of all settings."""
+    for warning in settings.warnings:
+        put(f"flomd: warning: {warning}", sys.stderr)
+    if settings["Verbose"]:
+        put("\n".join(settings.lines()), sys.stdout)
+
+
+def main():
+    """Runs flomd and ends this process: what could not be written is not tried again."""
+    os._exit(run(sys.argv[1:]))
 
 
 if __name__ == "__main__":
