@@ -49,10 +49,12 @@ sys.exit(flomd.main())
 """
 
 # A shell with job control, as far as the tests need one: it runs a command in the foreground, and
-# continues it, when it was stopped, as soon as somebody opens a fifo.
+# continues it, when it was stopped, for each byte that comes through a fifo.  (To open the fifo
+# would not be an order: whoever is slow to close it has given the next order, too.)
 SHELL = """\
 import os, signal, sys
 log, orders, *argv = sys.argv[1:]
+orders = os.open(orders, os.O_RDWR)
 signal.signal(signal.SIGTTOU, signal.SIG_IGN)
 pid = os.fork()
 if not pid:
@@ -71,7 +73,7 @@ while True:
     if not os.WIFSTOPPED(status):
         break
     note("stopped")
-    open(orders).close()
+    os.read(orders, 1)
     os.killpg(pid, signal.SIGCONT)
 note(f"killed {os.WTERMSIG(status)}" if os.WIFSIGNALED(status)
      else f"status {os.WEXITSTATUS(status)}")
@@ -149,9 +151,10 @@ class Terminal:
     """A pseudo-terminal whose session a shell leads, or (leads=False) flom itself."""
 
     def __init__(self, box, argv, name="terminal", shell=True):
-        self.log, self.orders = box.path(f"{name}.log"), Gate(box, name)
+        self.log, self.orders = box.path(f"{name}.log"), box.path(f"{name}.orders")
+        os.mkfifo(self.orders)
         if shell:
-            argv = [sys.executable, "-I", "-S", "-c", SHELL, self.log, self.orders.fifo] + argv
+            argv = [sys.executable, "-I", "-S", "-c", SHELL, self.log, self.orders] + argv
         self.master, slave = pty.openpty()
         self.process = box.start(*argv, stdin=slave, start_new_session=True,
                                  preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
@@ -166,6 +169,11 @@ class Terminal:
             return []
         with open(self.log) as file:
             return file.read().splitlines()
+
+    def go_on(self):
+        """Orders the shell to continue its command, which it has seen stopped."""
+        with open(self.orders, "wb") as orders:
+            orders.write(b"\n")
 
     def hang_up(self):
         os.close(self.master)

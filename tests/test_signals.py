@@ -416,7 +416,7 @@ def test_typed_while_waiting(box, terminal):
     wait_until(lambda: stopped.events()[-1:] == ["stopped"])
     gate.open()
     assert holder.end().status == 0
-    stopped.orders.open()
+    stopped.go_on()
     assert stopped.process.end().status == 0 and stopped.events()[-1] == "status 0"
     assert box.events() == ["a start", "a end", "wrong"]  # it was its turn
 
@@ -433,7 +433,7 @@ def test_typed_stop_then_continue(box, terminal):
     commands = [pid for pid, line in box.running().items() if line.startswith("/bin/sh -c echo")]
     assert [state(pid) for pid in commands] == ["T"]
     for one in (plain, counting):
-        one.orders.open()
+        one.go_on()
     wait_until(lambda: signal.SIGCONT in counter.signals())
     for one, command in ((plain, gate), (counting, counter)):
         command.open()
@@ -470,7 +470,7 @@ def test_a_command_that_suspends_itself(box, terminal, nested, words):
     for times in range(1, len(words) + 1):
         wait_until(lambda: one.events()[1:] == ["stopped"] * times)
         assert len(box.events()) == times - 1
-        one.orders.open()
+        one.go_on()
     assert one.process.end().status == 0 and one.events()[-1] == "status 0"
     assert box.events() == ["has the terminal"] * len(words)
 
