@@ -2935,7 +2935,8 @@ class Signals:
 
         An interactive shell gives the terminal to a process group of its own, and stops without
         returning it.  It is taken back, so that an outer flom also sees whose it is, and given
-        again before CONT, which is pending then, reaches the command.
+        again before CONT, which is pending then, reaches the command.  An outer flom, to which it
+        was taken back, has nothing to give: the inner one may have given it again already.
         """
         with contextlib.suppress(OSError), open("/dev/tty") as file:
             terminal = file.fileno()
@@ -2943,9 +2944,11 @@ class Signals:
             foreground = os.tcgetpgrp(terminal)
             if foreground not in (own, group):
                 return
-            give_terminal(terminal, own)
+            given_away = foreground != own
+            if given_away:
+                give_terminal(terminal, own)
             self.stop()
-            if os.tcgetpgrp(terminal) == own:
+            if given_away and os.tcgetpgrp(terminal) == own:
                 give_terminal(terminal, foreground)
             if group != own and signal.SIGCONT not in signal.sigpending():
                 os.kill(pid, signal.SIGCONT)  # nobody else would
