@@ -61,13 +61,15 @@ sys.exit(flomd.main())
 
 
 COUNTED = """
-import gc, json, os, signal, sys, tracemalloc
+import functools, gc, json, os, re, signal, sys, tracemalloc
 sys.path.insert(0, sys.argv[1])
 import flomd
 
 def tell(number, frame):
-    for value in vars(flomd).values():
-        getattr(value, "cache_clear", bool)()
+    for one in gc.get_objects():
+        if type(one) is CACHE:
+            one.cache_clear()
+    re.purge()
     gc.collect()
     size = tracemalloc.get_traced_memory()[0]
     found = sorted(tracemalloc.take_snapshot().statistics("lineno"), key=lambda one: -one.size)
@@ -75,6 +77,7 @@ def tell(number, frame):
         json.dump([size, [str(one) for one in found[:12]]], file)
     os.rename(PATH + ".new", PATH)
 
+CACHE = type(functools.lru_cache()(int))  # what one keeps is bounded, and no leak
 PATH, sys.argv = sys.argv[2], sys.argv[2:]
 signal.signal(signal.SIGUSR2, tell)
 flomd.LEAST_LIFESPAN = 20
