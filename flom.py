@@ -46,16 +46,26 @@ import types
 
 # --- Shared with flomd.py -------------------------------------------------------------------------
 # ==== Shared with flomd.py: begin ====
+# What both scripts need stands here once, the same to the byte, since each must work without the
+# other.  In this order: the numbers of the protocol; the two families of errors; messages; names of
+# resources; types, which say how the value of a setting is written; the table of settings; where
+# values come from (files, options) and which go together; what is printed; this host and process;
+# sockets and TLS.  No lock, no queue and no connection is known here.
+#
+# Regular expressions and tables that few runs need are made when they are needed: each flom pays
+# for what it compiles.
 VERSION = "1.0"
 LOCK, UNLOCK, PING, DISCOVER, MANAGEMENT = 1, 2, 3, 4, 5  # verbs
 OK, ENQUEUED, WAIT_RESOURCE, BUSY, CANT_WAIT, IMPOSSIBLE = 0, 1, 2, 4, 5, 6  # rc of an answer
 DEADLOCK, STOPPED, LIMIT, EVICTED = 7, 8, 9, 10  # to clients of ours only
 INVALID_NAME = -14
-MODES = "NL CR CW PR PW EX".split()
+MODES = ["NL", "CR", "CW", "PR", "PW", "EX"]  # the index is the number of the mode
 LONG_MODES = ["NullLock", "ConcurrentRead", "ConcurrentWrite", "ProtectedRead", "ProtectedWrite",
               "Exclusive"]
-DEFAULT_RESOURCE, STATUS_RESOURCE = "_RESOURCE", "_STATUS"
-MOST, WIDEST = 2 ** 31 - 1, 2 ** 63 - 1  # greatest number in FLoM's messages, and in ours
+DEFAULT_RESOURCE = "_RESOURCE"  # of a command without -r
+STATUS_RESOURCE = "_STATUS"  # a lock of it is answered with the status report
+MOST = 2 ** 31 - 1  # the greatest number in FLoM's messages
+WIDEST = 2 ** 63 - 1  # the greatest number in ours
 
 
 class UsageError(Exception):
@@ -66,323 +76,642 @@ class ProtocolError(Exception):
     """The peer broke the protocol: its connection is closed."""
 
 
-# A message is an XML element `msg`; its end is the bytes </msg>.  The reader takes what FLoM's
-# takes, less comments, CDATA and DOCTYPE: one expression cuts tags, one finds their attributes.
-# What is seldom needed is compiled when it is needed, since each flom pays for what it compiles.
+@functools.lru_cache(maxsize=None)
+def _compiled(expression):
+    """A regular expression in the verbose form, compiled when it is first needed."""
+    return re.compile(expression, re.ASCII | re.VERBOSE)
+
+
+# Messages.  A message is an XML element `msg`; its end is the bytes </msg>.  The reader takes what
+# FLoM's takes, less comments, CDATA and DOCTYPE: one expression cuts tags, one finds attributes.
+# What they find is a message by three rules, each with its own words for what breaks it:
+#
+# 1  `msg` is around all other tags, and an end tag ends the tag that was opened last: "misplaced".
+# 2  A known element comes once and an unknown one has no attributes; `msg` has a verb and a step:
+#    "unexpected".  Unknown elements are skipped.
+# 3  A number is a number from its least to its greatest: "is not a number from ... to ...".
 MOST_TAGS = 1000  # of a message that is no report; a known one has ten, and reading takes time
-END, HEADER = b"</msg>", '<?xml version="1.0" encoding="UTF-8" ?>'
-_PAIR = r"""([A-Za-z_][-\w.]*)\s*=\s*(?:"([^"<]*)"|'([^'<]*)')"""
-_tag = re.compile(r"\s*<(/?)([A-Za-z_][-\w.]*)((?:\s+%s)*)\s*(/?)>"
-                  % re.sub(r"\((?!\?)", "(?:", _PAIR), re.ASCII).match
-_pairs, _whole = re.compile(_PAIR, re.ASCII).findall, re.compile("-?[0-9]{1,19}").fullmatch
-_ENTITY = r"&(?:#([0-9]{1,7})|#x([0-9A-Fa-f]{1,6})|(amp|lt|gt|quot|apos));|&"
+END = b"</msg>"
+HEADER = '<?xml version="1.0" encoding="UTF-8" ?>'
+_HEADER = r"\s* (?: <\?xml \s [^<>?]* \?> )?"
+_TAG = r"""
+    \s* < (/?) ([A-Za-z_][-\w.]*)                                                # </ or <, name
+    ((?: \s+ [A-Za-z_][-\w.]* \s* = \s* (?: "[^"<]*" | '[^'<]*' ) )*)            # attributes
+    \s* (/?) >
+"""
+_ATTRIBUTE = r"""([A-Za-z_][-\w.]*) \s* = \s* (?: "([^"<]*)" | '([^'<]*)' )"""
+_NUMBER = r"-?[0-9]{1,19}"
+_ENTITY = r"& (?: \#([0-9]{1,7}) ; | \#x([0-9A-Fa-f]{1,6}) ; | (amp|lt|gt|quot|apos) ; )?"
 _ENTITIES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'"}
-_ESCAPES = {ord(char): f"&{name};" for name, char in _ENTITIES.items() if char != "'"}
+_ESCAPES = {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;", ord('"'): "&quot;"}
 _ELEMENTS = {"msg", "session", "resource", "answer", "network", "shutdown", "evict"}
 _NUMBERS = {  # the attributes that are numbers: least, greatest
-    "level": (3, 3), "verb": (1, 5), "step": (0, 99), "mode": (0, 5), "wait": (0, 1),
-    "create": (0, 1), "lifespan": (0, MOST), "quantity": (1, MOST), "rollback": (0, 1),
-    "rc": (-MOST, MOST), "port": (1, 65535), "immediate": (0, 1), "progress": (0, 1),
-    "position": (0, MOST), "token": (0, WIDEST), "reclaim": (0, WIDEST), "started": (0, WIDEST)}
+    "level": (3, 3),
+    "verb": (LOCK, MANAGEMENT),
+    "step": (0, 99),
+    "mode": (0, 5),
+    "wait": (0, 1),
+    "create": (0, 1),
+    "lifespan": (0, MOST),  # ms
+    "quantity": (1, MOST),
+    "rollback": (0, 1),
+    "rc": (-MOST, MOST),
+    "port": (1, 65535),
+    "immediate": (0, 1),
+    "progress": (0, 1),
+    "position": (0, MOST),
+    "token": (0, WIDEST),
+    "reclaim": (0, WIDEST),
+    "started": (0, WIDEST),  # ms since 1970
+}
 
 
-def element(tag, *attributes, end="/>"):
-    """The text of one element; attributes are pairs (name, value), None leaves one out."""
-    return f"<{tag}" + "".join([f' {name}="{str(value).translate(_ESCAPES)}"'
-                                for name, value in attributes if value is not None]) + end
+def element(tag: "str", *attributes: "tuple", end: "str" = "/>") -> "str":
+    """The text of one element; attributes are pairs (name, value), a value of None leaves one out.
+
+    FLoM writes a blank before some ends: `end` takes it.
+    """
+    text = f"<{tag}"
+    for name, value in attributes:
+        if value is not None:
+            text += f' {name}="{str(value).translate(_ESCAPES)}"'
+    return text + end
 
 
-def encode(verb, step, *elements, **attributes):
+def encode(verb: "int", step: "int", *elements: "str", **attributes: "object") -> "bytes":
     """The bytes of a message of these elements; `attributes` (ours) go on `msg` itself."""
-    ours = element("", *attributes.items(), end="")[1:]
-    text = f'{HEADER}<msg level="3" verb="{verb}" step="{step}"{ours}>{"".join(elements)}</msg>'
-    return text.encode("ascii")
+    start = element("msg", ("level", 3), ("verb", verb), ("step", step), *attributes.items(),
+                    end=">")
+    inside = "".join(elements)
+    return f"{HEADER}{start}{inside}</msg>".encode("ascii")
 
 
-def decode(data):
-    """The elements of a message, {tag: {attribute: value}}, numbers as int, or ProtocolError."""
-    elements, inside = {}, []
-    for number, (closing, tag, attributes, empty) in enumerate(tags(data)):
-        if number == MOST_TAGS:
+def decode(data: "bytes") -> "dict":
+    """The elements of a message, {tag: {attribute: text}}, numbers as int; ProtocolError."""
+    elements: "dict" = {}
+    opened: "list" = []  # the tags whose end has not come
+    for count, (closing, tag, attributes, empty) in enumerate(tags(data)):
+        if count == MOST_TAGS:
             raise ProtocolError(f"more than {MOST_TAGS} tags")
         if closing:
-            if attributes or empty or not inside or inside.pop() != tag:
+            if not opened or opened.pop() != tag:
                 raise ProtocolError(f"misplaced </{tag}>")
             continue
-        if tag in elements or (tag == "msg") == bool(inside) or attributes and tag not in _ELEMENTS:
+        if bool(opened) == (tag == "msg"):
             raise ProtocolError(f"misplaced <{tag}>")
-        if tag in _ELEMENTS:
-            elements[tag] = attributes
         if not empty:
-            inside.append(tag)
-        for name in _NUMBERS.keys() & attributes.keys():
-            value, (least, greatest) = attributes[name], _NUMBERS[name]
-            if not _whole(value) or not least <= int(value) <= greatest:
-                raise ProtocolError(f"{name}={value[:40]!r}, not from {least} to {greatest}")
-            attributes[name] = int(value)
-    if inside or not {"verb", "step"} <= elements.get("msg", {}).keys():
-        raise ProtocolError("not a whole message")
+            opened.append(tag)
+        if tag in elements or attributes and tag not in _ELEMENTS:
+            raise ProtocolError(f"unexpected <{tag}>")
+        if tag in _ELEMENTS:
+            _read_numbers(attributes)
+            elements[tag] = attributes
+    _check_end(elements, opened)
     return elements
 
 
-def tags(data):
-    """Yields (closing, name, {attribute: text}, empty) for each tag; raises ProtocolError."""
+def _read_numbers(attributes):
+    """Makes int of the texts that are numbers; raises ProtocolError."""
+    is_number = _compiled(_NUMBER).fullmatch
+    for name, text in attributes.items():
+        if name in _NUMBERS:
+            least, greatest = _NUMBERS[name]
+            if not is_number(text) or not least <= int(text) <= greatest:
+                raise ProtocolError(f"{name}: {text[:40]!r} is not a number from {least} to "
+                                    f"{greatest}")
+            attributes[name] = int(text)
+
+
+def _check_end(elements, opened):
+    """Raises ProtocolError where a message ends too early, or without what it must have."""
+    if opened or "msg" not in elements:
+        raise ProtocolError("misplaced end of the message")
+    head = elements["msg"]
+    if "verb" not in head or "step" not in head:
+        raise ProtocolError("unexpected <msg> without verb or step")
+
+
+def tags(data: "bytes"):
+    """Yields (closing, name, {attribute: text}, empty) for each tag; raises ProtocolError.
+
+    `closing` is "/" of </name>, `empty` is "/" of <name/>, otherwise they are "".
+    """
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
         raise ProtocolError("not UTF-8")
-    position = len(HEADER) if text.startswith(HEADER) else re.match(
-        r"\s*(<\?xml\s[^<>?]*\?>)?", text, re.ASCII).end()
+    position = len(HEADER)
+    if not text.startswith(HEADER):
+        position = _compiled(_HEADER).match(text).end()
+    tag_at = _compiled(_TAG).match
     while position < len(text):
-        found = _tag(text, position)
+        found = tag_at(text, position)
         if not found:
             raise ProtocolError(f"unreadable: {text[position:position + 20]!r}")
         closing, name, inner, empty = found.groups()
-        pairs = _pairs(inner) if inner else ()
-        unescape = functools.partial(re.sub, _ENTITY, _character) if "&" in inner else str
-        attributes = {key: unescape(one or other) for key, one, other in pairs}
-        if len(attributes) < len(pairs):
-            raise ProtocolError(f"<{name}> repeats an attribute")
-        yield closing, name, attributes, empty
+        if closing and (inner or empty):
+            raise ProtocolError(f"misplaced </{name}>")
+        yield closing, name, _attributes(name, inner), empty
         position = found.end()
 
 
+def _attributes(tag, text):
+    """{name: text} of the attributes in a tag; raises ProtocolError."""
+    if not text:
+        return {}
+    pairs = _compiled(_ATTRIBUTE).findall(text)
+    found = {name: one or other for name, one, other in pairs}  # in quotes " or '
+    if len(found) < len(pairs):
+        raise ProtocolError(f"unexpected <{tag}> with an attribute twice")
+    if "&" in text:
+        for name in found:
+            found[name] = _compiled(_ENTITY).sub(_character, found[name])
+    return found
+
+
 def _character(found):
+    """The character that an entity stands for; a bare & is none."""
     decimal, hexadecimal, name = found.groups()
-    code = int(decimal or hexadecimal or "0", 10 if decimal else 16)
-    if not name and (not 0 < code < 0x110000 or 0xD800 <= code < 0xE000):
+    if name:
+        return _ENTITIES[name]
+    code = 0
+    if decimal:
+        code = int(decimal)
+    elif hexadecimal:
+        code = int(hexadecimal, 16)
+    surrogate = 0xD800 <= code < 0xE000
+    if surrogate or not 0 < code < 0x110000:
         raise ProtocolError(f"unknown entity {found.group()}")
-    return _ENTITIES[name] if name else chr(code)
+    return chr(code)
 
 
-def encode_name(name):
+def encode_name(name: "str") -> "str":
     """A resource name in base64; bytes that are not UTF-8 travel as they came (surrogateescape)."""
-    return binascii.b2a_base64(name.encode("utf-8", "surrogateescape"), newline=False).decode()
+    data = name.encode("utf-8", "surrogateescape")
+    return binascii.b2a_base64(data, newline=False).decode()
 
 
-def decode_name(text):
+def decode_name(text: "str") -> "str":
     """The name whose base64 is `text`; raises ProtocolError."""
     if len(text) % 4 or not re.fullmatch("[A-Za-z0-9+/]*={0,2}", text):
-        raise ProtocolError(f"{text[:40]!r} is no base64")
+        raise ProtocolError(f"{text[:40]!r} is not base64")
     return binascii.a2b_base64(text).decode("utf-8", "surrogateescape")
 
 
-# The kinds of resource, told apart by name (the whole name, where FLoM looks at each line).
-_WORD = "[A-Za-z][A-Za-z0-9]*"
-_KINDS = (("simple", f"_RESOURCE|{_WORD}"), ("numeric", rf"{_WORD}\[[0-9]+\]"),
-          ("set", rf"{_WORD}(\.{_WORD})+"), ("hierarchical", r"(/[^/\\\n]+)+"),
-          ("sequence", rf"_[sS]_{_WORD}\[[0-9]+\]"),
-          ("timestamp", r"_t_[%#A-Za-z][%#.:A-Za-z0-9]*\[[0-9]+\]"))
+# Names.  The name of a resource tells its kind: the whole name, where FLoM looks at each line.
+_FORMS = (
+    ("simple", r"_RESOURCE|[A-Za-z][A-Za-z0-9]*"),
+    ("numeric", r"[A-Za-z][A-Za-z0-9]*\[[0-9]+\]"),
+    ("set", r"[A-Za-z][A-Za-z0-9]*(\.[A-Za-z][A-Za-z0-9]*)+"),
+    ("hierarchical", r"(/[^/\\\n]+)+"),
+    ("sequence", r"_[sS]_[A-Za-z][A-Za-z0-9]*\[[0-9]+\]"),
+    ("timestamp", r"_t_[%#A-Za-z][%#.:A-Za-z0-9]*\[[0-9]+\]"))
+_LEAST_SIZE = {"numeric": 0, "sequence": 1, "timestamp": 1}  # a[0] is a name, and of no use
+_MOST_CHARACTERS = 400  # of a name with a size
 
 
-def kind_of(name):
+def kind_of(name: "str"):
     """The kind of the resource `name`, None when it is no resource name."""
-    kind = next((kind for kind, pattern in _KINDS if re.fullmatch(pattern, name)), None)
-    if kind in ("numeric", "sequence", "timestamp"):  # [0] is the name of a numeric one, of no use
-        return kind if len(name) < 400 and (kind != "numeric") <= size_of(name) <= MOST else None
-    return kind
+    for kind, form in _FORMS:
+        if re.fullmatch(form, name):
+            right = kind not in _LEAST_SIZE or _size_is_right(kind, name)
+            return kind if right else None
+    return None
 
 
-def size_of(name):
+def _size_is_right(kind, name):
+    return len(name) < _MOST_CHARACTERS and _LEAST_SIZE[kind] <= size_of(name) <= MOST
+
+
+def size_of(name: "str") -> "int":
     """The number in the brackets of a numeric, sequence or timestamp name."""
     return int(name[name.rindex("[") + 1:-1])
 
 
+# Types.  A type reads a text, as it stands on a command line, in a file or in a keyword, writes
+# a value back, and names itself.  A new one is a class with `read`, and with `write` where str()
+# does not give a text that `read` understands.
 class Type:
-    """How the value of a setting is written.
+    """How the value of a setting is written: `hint` in --help, `expected` in messages."""
+    blanks_count = False  # whether blanks at the end of a value in a file belong to it
 
-    `form` is what its text looks like, `meaning` gives the value or None, `expected` says in an
-    error what is right, `hint` names the value in --help, `write` gives a text of the value.
-    """
-
-    def __init__(self, hint, expected, form, meaning=str, write=str):
-        self.hint, self.expected, self.form = hint, expected, form
-        self.meaning, self.write = meaning, write
+    def __init__(self, hint: "str", expected: "str"):
+        self.hint = hint
+        self.expected = expected
 
     def read(self, text):
-        """The value that a text means; raises ValueError: what it is not."""
-        found = re.fullmatch(self.form, text, re.ASCII | re.DOTALL)
-        value = self.meaning(text) if found else None
-        if value is None:
+        """The value that a text means; raises ValueError: what the text is not."""
+        raise NotImplementedError
+
+    def write(self, value):
+        """A text that means this value."""
+        return str(value)
+
+
+class Text(Type):
+    """Any text but the empty one."""
+    blanks_count = True
+
+    def read(self, text):
+        if not text:
+            raise ValueError(self.expected)
+        return text
+
+
+class Path(Text):
+    """The name of a file or a directory.  It is kept as it was given, which -V shows."""
+
+    def read(self, text):
+        path = super().read(text)
+        self.write(path)
+        return path
+
+    def write(self, value):
+        try:
+            return os.path.abspath(value)
+        except OSError:
+            raise ValueError("an absolute path, and the current directory is gone")
+
+
+class SocketPath(Path):
+    """The path of a UNIX socket, made absolute; the kernel takes 107 bytes."""
+
+    def read(self, text):
+        path = self.write(super().read(text))
+        if len(os.fsencode(path)) > 107:
+            raise ValueError(self.expected)
+        return path
+
+
+class ResourceName(Text):
+    """A name that tells a kind; the default one is not to be asked for."""
+
+    def read(self, text):
+        if text == DEFAULT_RESOURCE or not kind_of(text):
+            raise ValueError(self.expected)
+        return text
+
+
+class Number(Type):
+    """A whole number, also in hexadecimal, as FLoM takes it."""
+
+    def __init__(self, least, greatest):
+        super().__init__("N", f"a number from {least} to {greatest}")
+        self.least = least
+        self.greatest = greatest
+
+    def read(self, text):
+        value = self.meaning(whole_number(text, self.expected))
+        if not self.least <= value <= self.greatest:
             raise ValueError(self.expected)
         return value
 
+    def meaning(self, number):
+        """The value that is meant by a number."""
+        return number
 
-_ANY = ".+"
-_NUMBER = "[+-]?[0-9]{1,99}|0[xX][0-9a-fA-F]{1,99}"
-# No fraction is finer than 1 ms: a short time must not become 0, which often means "never".
-_TIME = _NUMBER + r"|[+-]?[0-9]{1,10}(ms|(\.[0-9]{1,3})?[smh])"
+
+class Units(Number):
+    """A quantity: FLoM takes 0 for not given."""
+
+    def meaning(self, number):
+        return number or 1
+
+
+class Attempts(Number):
+    """A number of attempts: FLoM leaves out the sign, and makes at least one."""
+
+    def meaning(self, number):
+        return abs(number) or 1
+
+
+class KernelNumber(Type):
+    """A number for the kernel: FLoM takes any, so what is out of range becomes the nearest."""
+
+    def __init__(self, hint, greatest):
+        super().__init__(hint, "a number")
+        self.greatest = greatest
+
+    def read(self, text):
+        number = whole_number(text, self.expected)
+        return min(max(1, number), self.greatest)
+
+
+def whole_number(text: "str", expected: "str") -> "int":
+    """The number that is written in a text; raises ValueError(expected)."""
+    if not re.fullmatch("[+-]?[0-9]{1,99}|0[xX][0-9a-fA-F]{1,99}", text):
+        raise ValueError(expected)
+    if "x" in text.lower():
+        return int(text, 16)
+    return int(text)
+
+
 UNITS = {"ms": 1, "s": 1000, "m": 60000, "h": 3600000}  # ms
+# No fraction is finer than 1 ms: a short time must not become 0, which often means "never".
+_TIME = r"""
+    ( [+-]? [0-9]{1,10} ) (ms)
+  | ( [+-]? [0-9]{1,10} (?: \.[0-9]{1,3} )? ) ([smh])
+"""
 
 
-def _whole_number(text):
-    return int(text, 16 if "x" in text.lower() else 10)
+class Time(Type):
+    """A time: ms, as in FLoM, or a number with a unit.  `special`: what -1 and 0 mean, if told."""
 
+    def __init__(self, least, special=""):
+        super().__init__("MS", f"a time (5000, 5s, 1m{special})")
+        self.least = least
 
-def _number(least, greatest, meaning=int):
-    def convert(text):
-        value = meaning(_whole_number(text))
-        return value if least <= value <= greatest else None
-    return Type("N", f"a number from {least} to {greatest}", _NUMBER, convert)
-
-
-def _cut_number(hint, greatest):
-    """A type for what goes to the kernel: FLoM takes any number, the kernel does not."""
-    return Type(hint, "a number", _NUMBER,
-                lambda text: min(max(1, _whole_number(text)), greatest))
-
-
-def _time(least, meaning=int, special=""):
-    """A type: ms as in FLoM, or a number with a unit."""
-    def convert(text):
-        number = text.rstrip("smh")
-        unit = UNITS.get(text[len(number):])
-        value = meaning(round(float(number) * unit) if unit else _whole_number(text))
-        if not least <= value <= MOST:
-            raise ValueError(f"from {least} to {MOST} ms")
+    def read(self, text):
+        value = self.meaning(self._milliseconds(text))
+        if not self.least <= value <= MOST:
+            raise ValueError(f"from {self.least} to {MOST} ms")
         return value
-    return Type("MS", f"a time (5000, 5s, 1m{special})", _TIME, convert)
+
+    def meaning(self, milliseconds):
+        """The value that is meant by a number of ms."""
+        return milliseconds
+
+    def _milliseconds(self, text):
+        found = _compiled(_TIME).fullmatch(text)
+        if not found:
+            return whole_number(text, self.expected)
+        number, unit = filter(None, found.groups())
+        return round(float(number) * UNITS[unit])
 
 
-def _words(hint):
-    """A type of some words, as fail|wait."""
-    *others, last = hint.split("|")
-    return Type(hint, f"{', '.join(others)} or {last}", hint)
+class Span(Time):
+    """A length of time: FLoM leaves out the sign."""
+
+    def meaning(self, milliseconds):
+        return abs(milliseconds)
 
 
-def _path(text):
-    """A path as it is; a relative one needs a current directory."""
-    try:
-        os.path.abspath(text)
-    except OSError:
-        raise ValueError("an absolute path, and the current directory is gone")
-    return text
+class Words(Type):
+    """One of some words."""
+
+    def __init__(self, *words):
+        others = ", ".join(words[:-1])
+        super().__init__("|".join(words), f"{others} or {words[-1]}")
+        self.words = words
+
+    def read(self, text):
+        if text not in self.words:
+            raise ValueError(self.expected)
+        return text
 
 
-def _socket_path(text):
-    absolute = os.path.abspath(_path(text))
-    return absolute if len(os.fsencode(absolute)) <= 107 else None  # as many as the kernel takes
+class Flag(Type):
+    """Yes or no."""
+    _YES = ("yes", "y", "true", "1", "on")
+    _NO = ("no", "n", "false", "0", "off")
+
+    def read(self, text):
+        word = text.lower()
+        if word not in self._YES + self._NO:
+            raise ValueError(self.expected)
+        return word in self._YES
+
+    def write(self, value):
+        return "yes" if value else "no"
+
+
+class Mode(Type):
+    """A lock mode by its short or its long name; the value is its number."""
+
+    def read(self, text):
+        for names in (MODES, LONG_MODES):
+            for number, name in enumerate(names):
+                if text.upper() == name.upper():
+                    return number
+        raise ValueError(self.expected)
+
+    def write(self, value):
+        return MODES[value]
+
+
+class Signal(Text):
+    """A signal by its name, with or without SIG, or its number; the value is its number."""
+
+    def read(self, text):
+        for number, name in signal_names().items():
+            if text.upper() in (name, name[len("SIG"):], str(number)):
+                return number
+        raise ValueError(self.expected)
+
+    def write(self, value):
+        return signal_names()[value]
+
+
+class Octal(Type):
+    """The mode of a file."""
+
+    def read(self, text):
+        if not re.fullmatch("0?[0-7]{3}", text):
+            raise ValueError(self.expected)
+        return int(text, 8)
+
+    def write(self, value):
+        return f"{value:04o}"
 
 
 @functools.lru_cache(maxsize=None)
-def signal_names():
+def signal_names() -> "dict":
     """{number: name} of the signals of this system."""
     names = {16: "SIGSTKFLT"}  # Linux; Python knows it from 3.11 on
     names.update((int(number), number.name) for number in signal.Signals)
     return names
 
 
-def _signal_number(text):
-    for number, name in signal_names().items():
-        if text.upper() in (name, name[len("SIG"):], str(number)):
-            return number
-    return None
+# Settings.  One row for each, in the order of -V.  A row is all that a new setting needs: option,
+# key in a file, keyword in Python, -V, and the hand-over to a daemon come of it.
+CLIENT = "client"  # an option of flom.py
+DAEMON = "daemon"  # an option of flomd.py
+BOTH = "client daemon"  # flom.py hands it on to a daemon that it starts
 
 
-def _resource_name(text):
-    return text if kind_of(text) and text != DEFAULT_RESOURCE else None
+class Setting:
+    """One setting.
+
+    group, key   where it stands in a file: [group], key=value; the key is its name in the code
+    long, short  its options, --long and -short; not each has a short one
+    type         how its value is written: a Type
+    default      its value when nobody has set it; None where that depends on something else
+    users        CLIENT, DAEMON or BOTH
+    help         the line of --help
+    switch       whether its option has no value, and means yes
+    many         whether each option adds a value; its value is a tuple
+    """
+
+    def __init__(self, group, key, long, type, default, users, help, short="", switch=False,
+                 many=False):
+        self.group = group
+        self.key = key
+        self.long = long
+        self.short = short
+        self.type = type
+        self.default = default
+        self.users = users
+        self.help = help
+        self.switch = switch
+        self.many = many
+
+    def names(self):
+        """Its options as they are typed."""
+        if self.short:
+            return [f"-{self.short}", f"--{self.long}"]
+        return [f"--{self.long}"]
+
+    def options(self, value):
+        """The options that give it this value: one, or none for a switch that is off."""
+        if not self.switch:
+            return [f"--{self.long}={self.type.write(value)}"]
+        return [f"--{self.long}"] if value else []
+
+    def shown(self, value):
+        """The value as -V shows it: numbers bare, text in quotes."""
+        if self.many:
+            value = ";".join([self.type.write(one) for one in sorted(value)])
+        if isinstance(value, int):
+            return f"{value:d}"
+        return f"'{value or ''}'"
 
 
-_YES, _NO = "yes|y|true|1|on", "no|n|false|0|off"
-_MODE_NAMES = [name.upper() for name in MODES + LONG_MODES]
-TYPES = {
-    "file": Type("FILE", "a file name", _ANY, _path, os.path.abspath),
-    "folder": Type("DIR", "a directory name", _ANY, _path, os.path.abspath),
-    "socket": Type("PATH", "a path of at most 107 bytes", _ANY, _socket_path),
-    "host": Type("ADDRESS", "an address", _ANY),
-    "interface": Type("NAME", "the name of a network interface", _ANY),
-    "flag": Type("yes|no", "yes or no (y n true false 1 0 on off)", f"(?i){_YES}|{_NO}",
-                 lambda text: text.lower() in _YES.split("|"),
-                 lambda value: "yes" if value else "no"),
-    "name": Type("NAME", "a resource name (NAME NAME[N] A.B.C /A/B _s_NAME[N] _S_NAME[N] "
-                 f"_t_FORMAT[N]; N from 1 to {MOST})", _ANY, _resource_name),
-    "mode": Type("MODE", "a lock mode (" + " ".join(MODES + LONG_MODES) + ")",
-                 "(?i)" + "|".join(_MODE_NAMES),
-                 lambda text: _MODE_NAMES.index(text.upper()) % len(MODES), MODES.__getitem__),
-    "signal": Type("SIGNAL", "a signal that --signal-list lists", _ANY, _signal_number),
-    "octal": Type("MODE", "an octal mode such as 0600", "0?[0-7]{3}",
-                  lambda text: int(text, 8), "{:04o}".format),
-    "policy": _words("fair|first-fit"), "loss": _words("warn|term|ignore"),
-    "deadlock": _words("fail|wait|reuse"),
-    "wait": _time(-MOST, special="; -1 waits for ever, 0 does not wait"),
-    "life": _time(-MOST, special="; -1 is for ever, 0 starts no daemon"),
-    "ms": _time(0), "span": _time(0, abs),
-    "count": _number(1, MOST, lambda value: abs(value) or 1), "number": _number(1, MOST),
-    "units": _number(1, MOST, lambda value: value or 1),
-    "port": _number(1, 65535), "hops": _number(0, 255), "status": _number(0, 255),
-    "s": _cut_number("S", 32767), "probes": _cut_number("N", 127)}
-
-# One row for each setting, in the order of -V.  Users: c, options of flom.py; d, options of
-# flomd.py, handed on to a daemon that flom.py starts.
-_COLUMNS = "group key short long type default users help".split()
-SETTINGS = [types.SimpleNamespace(**dict(zip(_COLUMNS, (
-    *path.split("/"), *(" " + options).split(" ")[-2:], *rest)))) for path, options, *rest in (
-    ("Trace/DaemonTraceFile", "t daemon-trace-file", "file", None, "cd", "log of the daemon"),
-    ("Trace/CommandTraceFile", "T command-trace-file", "file", None, "c", "log of this command"),
-    ("Trace/AppendTraceFile", "append-trace-file", "flag", False, "cd", "append to the logs"),
-    ("Trace/Verbose", "V verbose", "flag", False, "cd", "print settings and events"),
-    ("Resource/Name", "r resource-name", "name", DEFAULT_RESOURCE, "c", "what to lock"),
-    ("Resource/Timeout", "o resource-timeout", "wait", -1, "c", "ms to wait; 0: no, -1: for ever"),
-    ("Resource/Quantity", "q resource-quantity", "units", 1, "c", "units of a numeric resource"),
-    ("Resource/LockMode", "l lock-mode", "mode", 5, "c", "NL CR CW PR PW EX"),
-    ("Resource/Create", "e resource-create", "flag", True, "c", "create the resource"),
-    ("Resource/IdleLifespan", "i resource-idle-lifespan", "span", 0, "c", "ms to outlive users"),
-    ("Daemon/SocketName", "s socket-name", "socket", None, "cd", "UNIX socket of the daemon"),
-    ("Daemon/Lifespan", "d daemon-lifespan", "life", 5000, "cd", "ms unused; -1: ever; 0: none"),
-    ("Daemon/UnicastAddress", "a unicast-address", "host", None, "cd", "of the daemon; or several"),
-    ("Daemon/UnicastPort", "p unicast-port", "port", 28015, "cd", "TCP port of the daemon"),
-    ("Daemon/MulticastAddress", "A multicast-address", "host", None, "cd", "group of the daemon"),
-    ("Daemon/MulticastPort", "P multicast-port", "port", 28015, "cd", "UDP port of the group"),
-    ("Daemon/MountPointVFS", "m mount-point-vfs", "folder", None, "cd", "where its state is shown"),
-    ("Monitor/IgnoredSignals", "ignore-signal", "signal", (), "c", "signal to ignore; repeatable"),
-    ("Network/NetworkInterface", "n network-interface", "interface", None, "cd", "for multicast"),
-    ("Network/DiscoveryAttempts", "D discovery-attempts", "count", 2, "cd", "number of questions"),
-    ("Network/DiscoveryTimeout", "I discovery-timeout", "span", 500, "cd", "ms for an answer"),
-    ("Network/DiscoveryTTL", "discovery-ttl", "hops", 1, "cd", "hops that questions go"),
-    ("Network/TcpKeepaliveTime", "tcp-keepalive-time", "s", 60, "cd", "s to the first probe"),
-    ("Network/TcpKeepaliveIntvl", "tcp-keepalive-intvl", "s", 10, "cd", "s between probes"),
-    ("Network/TcpKeepaliveProbes", "tcp-keepalive-probes", "probes", 6, "cd", "probes in vain"),
-    ("TLS/TlsCertificate", "tls-certificate", "file", None, "cd", "PEM file of the certificate"),
-    ("TLS/TlsPrivateKey", "tls-private-key", "file", None, "cd", "PEM file of its key"),
-    ("TLS/TlsCaCertificate", "tls-ca-certificate", "file", None, "cd", "PEM file of the CA"),
-    ("TLS/TlsCheckPeerId", "tls-check-peer-id", "flag", False, "cd", "peer's CN is its id"),
-    ("Daemon/SocketMode", "socket-mode", "octal", None, "d", "mode of the UNIX socket"),
-    ("Daemon/Policy", "policy", "policy", "fair", "cd", "fair or first-fit"),
-    ("Daemon/RecoveryWindow", "recovery-window", "ms", None, "cd", "ms for former holders"),
-    ("Daemon/StateDir", "state-dir", "folder", None, "cd", "where it keeps its state"),
-    ("Daemon/AllowRemoteShutdown", "allow-remote-shutdown", "flag", False, "cd", "obey any host"),
-    ("Daemon/MaxResources", "max-resources", "number", 1000000, "d", "limit of resources"),
-    ("Monitor/OnLockLoss", "on-lock-loss", "loss", "warn", "c", "warn, term or ignore"),
-    ("Monitor/KillAfter", "kill-after", "ms", 5000, "c", "ms from TERM to KILL"),
-    ("Monitor/Deadlock", "deadlock", "deadlock", "fail", "c", "fail, wait or reuse"),
-    ("Monitor/Quiet", "quiet", "flag", False, "c", "no line for busy, timeout and 96"),
-    ("Monitor/Progress", "progress", "flag", None, "c", "tell on stderr what it waits for"),
-    ("Monitor/SetEnv", "set-env", "flag", True, "c", "export FLOM_RESOURCE and others"),
-    ("Monitor/ElementArgument", "element-argument", "flag", True, "c", "append it to COMMAND"),
-    ("Monitor/InheritConnection", "inherit-connection", "flag", True, "c", "for the command"),
-    ("Monitor/MinHold", "min-hold", "ms", 0, "c", "ms to keep the lock at least"),
-    ("Monitor/BusyStatus", "busy-status", "status", 98, "c", "status for busy and timeout"),)]
-SWITCHES = ("Verbose", "AllowRemoteShutdown", "Quiet")  # options without a value
-
-
+FILE = Path("FILE", "a file name")
+FOLDER = Path("DIR", "a directory name")
+ADDRESS = Text("ADDRESS", "an address")
+FLAG = Flag("yes|no", "yes or no (y n true false 1 0 on off)")
+PORT = Number(1, 65535)
+SETTINGS = [
+    Setting("Trace", "DaemonTraceFile", short="t", long="daemon-trace-file", type=FILE,
+            default=None, users=BOTH, help="log of the daemon"),
+    Setting("Trace", "CommandTraceFile", short="T", long="command-trace-file", type=FILE,
+            default=None, users=CLIENT, help="log of this command"),
+    Setting("Trace", "AppendTraceFile", long="append-trace-file", type=FLAG,
+            default=False, users=BOTH, help="append to the logs"),
+    Setting("Trace", "Verbose", short="V", long="verbose", type=FLAG, switch=True,
+            default=False, users=BOTH, help="print settings and events"),
+    Setting("Resource", "Name", short="r", long="resource-name",
+            type=ResourceName("NAME", "a resource name (NAME NAME[N] A.B.C /A/B _s_NAME[N] "
+                              f"_S_NAME[N] _t_FORMAT[N]; N from 1 to {MOST})"),
+            default=DEFAULT_RESOURCE, users=CLIENT, help="what to lock"),
+    Setting("Resource", "Timeout", short="o", long="resource-timeout",
+            type=Time(-MOST, "; -1 waits for ever, 0 does not wait"),
+            default=-1, users=CLIENT, help="ms to wait; 0: no, -1: for ever"),
+    Setting("Resource", "Quantity", short="q", long="resource-quantity", type=Units(1, MOST),
+            default=1, users=CLIENT, help="units of a numeric resource"),
+    Setting("Resource", "LockMode", short="l", long="lock-mode",
+            type=Mode("MODE", f"a lock mode ({' '.join(MODES + LONG_MODES)})"),
+            default=MODES.index("EX"), users=CLIENT, help="NL CR CW PR PW EX"),
+    Setting("Resource", "Create", short="e", long="resource-create", type=FLAG,
+            default=True, users=CLIENT, help="create the resource"),
+    Setting("Resource", "IdleLifespan", short="i", long="resource-idle-lifespan", type=Span(0),
+            default=0, users=CLIENT, help="ms to outlive users"),
+    Setting("Daemon", "SocketName", short="s", long="socket-name",
+            type=SocketPath("PATH", "a path of at most 107 bytes"),
+            default=None, users=BOTH, help="UNIX socket of the daemon"),
+    Setting("Daemon", "Lifespan", short="d", long="daemon-lifespan",
+            type=Time(-MOST, "; -1 is for ever, 0 starts no daemon"),
+            default=5000, users=BOTH, help="ms unused; -1: ever; 0: none"),
+    Setting("Daemon", "UnicastAddress", short="a", long="unicast-address", type=ADDRESS,
+            default=None, users=BOTH, help="of the daemon; or several"),
+    Setting("Daemon", "UnicastPort", short="p", long="unicast-port", type=PORT,
+            default=28015, users=BOTH, help="TCP port of the daemon"),
+    Setting("Daemon", "MulticastAddress", short="A", long="multicast-address", type=ADDRESS,
+            default=None, users=BOTH, help="group of the daemon"),
+    Setting("Daemon", "MulticastPort", short="P", long="multicast-port", type=PORT,
+            default=28015, users=BOTH, help="UDP port of the group"),
+    Setting("Daemon", "MountPointVFS", short="m", long="mount-point-vfs", type=FOLDER,
+            default=None, users=BOTH, help="where its state is shown"),
+    Setting("Monitor", "IgnoredSignals", long="ignore-signal", many=True,
+            type=Signal("SIGNAL", "a signal that --signal-list lists"),
+            default=(), users=CLIENT, help="signal to ignore; repeatable"),
+    Setting("Network", "NetworkInterface", short="n", long="network-interface",
+            type=Text("NAME", "the name of a network interface"),
+            default=None, users=BOTH, help="for multicast"),
+    Setting("Network", "DiscoveryAttempts", short="D", long="discovery-attempts",
+            type=Attempts(1, MOST),
+            default=2, users=BOTH, help="number of questions"),
+    Setting("Network", "DiscoveryTimeout", short="I", long="discovery-timeout", type=Span(0),
+            default=500, users=BOTH, help="ms for an answer"),
+    Setting("Network", "DiscoveryTTL", long="discovery-ttl", type=Number(0, 255),
+            default=1, users=BOTH, help="hops that questions go"),
+    Setting("Network", "TcpKeepaliveTime", long="tcp-keepalive-time",
+            type=KernelNumber("S", 32767),
+            default=60, users=BOTH, help="s to the first probe"),
+    Setting("Network", "TcpKeepaliveIntvl", long="tcp-keepalive-intvl",
+            type=KernelNumber("S", 32767),
+            default=10, users=BOTH, help="s between probes"),
+    Setting("Network", "TcpKeepaliveProbes", long="tcp-keepalive-probes",
+            type=KernelNumber("N", 127),
+            default=6, users=BOTH, help="probes in vain"),
+    Setting("TLS", "TlsCertificate", long="tls-certificate", type=FILE,
+            default=None, users=BOTH, help="PEM file of the certificate"),
+    Setting("TLS", "TlsPrivateKey", long="tls-private-key", type=FILE,
+            default=None, users=BOTH, help="PEM file of its key"),
+    Setting("TLS", "TlsCaCertificate", long="tls-ca-certificate", type=FILE,
+            default=None, users=BOTH, help="PEM file of the CA"),
+    Setting("TLS", "TlsCheckPeerId", long="tls-check-peer-id", type=FLAG,
+            default=False, users=BOTH, help="peer's CN is its id"),
+    Setting("Daemon", "SocketMode", long="socket-mode",
+            type=Octal("MODE", "an octal mode such as 0600"),
+            default=None, users=DAEMON, help="mode of the UNIX socket"),
+    Setting("Daemon", "Policy", long="policy", type=Words("fair", "first-fit"),
+            default="fair", users=BOTH, help="fair or first-fit"),
+    Setting("Daemon", "RecoveryWindow", long="recovery-window", type=Time(0),
+            default=None, users=BOTH, help="ms for former holders"),
+    Setting("Daemon", "StateDir", long="state-dir", type=FOLDER,
+            default=None, users=BOTH, help="where it keeps its state"),
+    Setting("Daemon", "AllowRemoteShutdown", long="allow-remote-shutdown", type=FLAG, switch=True,
+            default=False, users=BOTH, help="obey any host"),
+    Setting("Daemon", "MaxResources", long="max-resources", type=Number(1, MOST),
+            default=1000000, users=DAEMON, help="limit of resources"),
+    Setting("Monitor", "OnLockLoss", long="on-lock-loss", type=Words("warn", "term", "ignore"),
+            default="warn", users=CLIENT, help="warn, term or ignore"),
+    Setting("Monitor", "KillAfter", long="kill-after", type=Time(0),
+            default=5000, users=CLIENT, help="ms from TERM to KILL"),
+    Setting("Monitor", "Deadlock", long="deadlock", type=Words("fail", "wait", "reuse"),
+            default="fail", users=CLIENT, help="fail, wait or reuse"),
+    Setting("Monitor", "Quiet", long="quiet", type=FLAG, switch=True,
+            default=False, users=CLIENT, help="no line for busy, timeout and 96"),
+    Setting("Monitor", "Progress", long="progress", type=FLAG,
+            default=None, users=CLIENT, help="tell on stderr what it waits for"),
+    Setting("Monitor", "SetEnv", long="set-env", type=FLAG,
+            default=True, users=CLIENT, help="export FLOM_RESOURCE and others"),
+    Setting("Monitor", "ElementArgument", long="element-argument", type=FLAG,
+            default=True, users=CLIENT, help="append it to COMMAND"),
+    Setting("Monitor", "InheritConnection", long="inherit-connection", type=FLAG,
+            default=True, users=CLIENT, help="for the command"),
+    Setting("Monitor", "MinHold", long="min-hold", type=Time(0),
+            default=0, users=CLIENT, help="ms to keep the lock at least"),
+    Setting("Monitor", "BusyStatus", long="busy-status", type=Number(0, 255),
+            default=98, users=CLIENT, help="status for busy and timeout"),
+]
 SETTINGS_BY_PATH = {(setting.group, setting.key): setting for setting in SETTINGS}
+TLS_FILES = ("TlsCertificate", "TlsPrivateKey", "TlsCaCertificate")
+
+
+# Files of settings are read as GKeyFile reads them, which FLoM uses: blanks before a key and around
+# the `=` do not count, those at the end of a text do; `[de]` behind a key makes it another key.
 FILES = ("/etc/flom.conf", "/usr/local/etc/flom.conf", "~/.flom")
 LONGEST_FILE = 1000000  # bytes; more are no settings
-
-# Files are read as GKeyFile reads them, which FLoM uses: blanks before a key and around the `=` do
-# not count, those at the end of a text do; `[de]` behind a key makes it another key.
 _BLANKS = " \t\f\r"
-_KEY_AND_VALUE = rf"([^][={_BLANKS}][^][=]*(?:\[[^][=]*\])?)[{_BLANKS}]*=[{_BLANKS}]*(.*)"
+_GROUP = r"\[ ([^][]+) \] [ \t]*"
+_KEY_AND_VALUE = r"""
+    ([^][= \t\f\r] [^][=]* (?: \[ [^][=]* \] )?)  # the key, perhaps with blanks at its end
+    [ \t\f\r]* = [ \t\f\r]* (.*)
+"""
 _ESCAPED = {"s": " ", "n": "\n", "t": "\t", "r": "\r", "\\": "\\", ";": ";", "": ""}
 
 
-def settings_text(path, required):
+def settings_text(path: "str", required: "bool") -> "str":
     """The text of a file of settings; raises OSError.
 
     One that is not asked for must be a regular file: a FIFO or a device would make flom wait.
     """
     def opener(name, flags):
-        return os.open(name, flags if required else flags | os.O_NONBLOCK | os.O_NOCTTY)
+        if not required:
+            flags |= os.O_NONBLOCK | os.O_NOCTTY
+        return os.open(name, flags)
     with open(path, "rb", opener=opener) as file:
         if not required and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file")
@@ -392,16 +721,37 @@ def settings_text(path, required):
     return data.decode("utf-8", "surrogateescape")
 
 
-def _values_of(setting, text, folder):
+def entries_of_file(text: "str"):
+    """Yields (line number, group, key, text) of a file; the key is "" where the line is wrong."""
+    group = ""
+    for number, line in enumerate(text.split("\n"), 1):
+        line = re.sub("\r$", "", line).lstrip(_BLANKS)
+        if not line or line.startswith("#"):
+            continue
+        head = _compiled(_GROUP).fullmatch(line)
+        if head:
+            group = head.group(1)
+            continue
+        found = _compiled(_KEY_AND_VALUE).fullmatch(line)
+        if found:
+            key, value = found.groups()
+            yield number, group, key.rstrip(_BLANKS), value
+        else:
+            yield number, group, "", line
+
+
+def texts_of_value(setting: "Setting", text: "str", folder: "str") -> "list":
     """The texts that a value in a file stands for; a TLS file is looked for in `folder` first."""
-    if setting.default == ():
+    if setting.many:
         parts = re.findall(r"(?:[^\\;]|\\.?)+", text)
         return [re.sub(r"\\([sntr\\;]|$)", _unescape, part) for part in parts]
-    if TYPES[setting.type].form != _ANY:
+    if not setting.type.blanks_count:
         text = text.rstrip(_BLANKS)
     text = re.sub(r"\\([sntr\\]|$)", _unescape, text)
     beside = os.path.join(folder, text)
-    return [beside if setting.group == "TLS" and os.path.exists(beside) else text]
+    if setting.group == "TLS" and os.path.exists(beside):
+        return [beside]
+    return [text]
 
 
 def _unescape(found):
@@ -409,16 +759,27 @@ def _unescape(found):
 
 
 class Settings:
-    """The settings by key, each with its origin; one that nobody has set has its default."""
+    """The settings by key, each with its origin; one that nobody has set has its default.
 
-    def __init__(self, **defaults):
-        self.values, self.origins, self.warnings = {}, {}, []
-        self.defaults = dict({setting.key: setting.default for setting in SETTINGS}, **defaults)
+    Where a value comes from, a file, an option or a keyword, `set` alone reads it; so it is judged
+    alike, and what is wrong is told in the same words.  Later values replace earlier ones.
+    """
+
+    def __init__(self, **defaults: "object"):
+        self.values: "dict" = {}  # by key: what has been set
+        self.origins: "dict" = {}  # by key: option, keyword, or file and line
+        self.warnings: "list" = []  # lines
+        self.defaults = {setting.key: setting.default for setting in SETTINGS}
+        self.defaults.update(defaults)
 
     def __getitem__(self, key):
         return self.values.get(key, self.defaults[key])
 
-    def set(self, setting, texts, origin):
+    def wrong(self, message: "str"):
+        """What is done about an error: UsageError."""
+        raise UsageError(message)
+
+    def set(self, setting: "Setting", texts: "list", origin: "str"):
         """Sets from texts (the last counts, all for a list); raises UsageError: origin and text.
 
         A signal that is unknown is a warning: FLoM says nothing of it.
@@ -426,21 +787,26 @@ class Settings:
         values = []
         for text in texts:
             try:
-                values.append(TYPES[setting.type].read(text))
+                values.append(setting.type.read(text))
             except ValueError as error:
                 message = f"{origin}: {text!r} is not {error}"
-                if setting.type != "signal":
-                    raise UsageError(message)
-                self.warnings.append(f"{message}; ignored")
-        self.values[setting.key] = tuple(values) if setting.default == () else values[-1]
+                if isinstance(setting.type, Signal):
+                    self.warnings.append(f"{message}; ignored")
+                else:
+                    self.wrong(message)
+        if setting.many:
+            self.values[setting.key] = tuple(values)
+        elif values:
+            self.values[setting.key] = values[-1]
         self.origins[setting.key] = origin
 
-    def take_options(self, options):
+    def take_options(self, options: "object"):
         """Sets what a command line says, read by a parser with `add_settings`; UsageError."""
         for setting in SETTINGS:
             given = getattr(options, setting.key, None) or []
-            if given and setting.default == ():
-                self.set(setting, [text for _, text in given], given[-1][0])
+            if given and setting.many:
+                last, _ = given[-1]
+                self.set(setting, [text for _, text in given], last)
                 continue
             for option, text in given:
                 self.set(setting, [text], option)
@@ -450,97 +816,147 @@ class Settings:
         for path in FILES:
             self.read_file(os.path.expanduser(path))
 
-    def fix_paths(self):
-        """Makes relative names of files absolute, for a process that will change its directory."""
-        for setting in SETTINGS:
-            if setting.type in ("file", "folder") and self.values.get(setting.key):
-                path = self.values[setting.key]
-                self.values[setting.key] = TYPES[setting.type].write(path)
-
-    def read_file(self, path, required=False):
+    def read_file(self, path: "str", required: "bool" = False):
         """Takes over a file of settings, in the syntax of GKeyFile; raises UsageError.
 
         One that is not required and cannot be read is a warning: HOME may be another user's.
         """
-        group, folder = None, os.path.dirname(path)
         try:
-            lines = settings_text(path, required).split("\n")
+            content = settings_text(path, required)
         except OSError as error:
             if required:
-                raise UsageError(f"{path}: {error.strerror}")
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                self.wrong(f"{path}: {error.strerror}")
+            elif error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 self.warnings.append(f"{path}: {error.strerror}; it is not read")
             return
-        for number, line in enumerate(lines, 1):
-            group = self._take_line(line, group, f"{path}:{number}", folder)
+        for number, group, key, text in entries_of_file(content):
+            place = f"{path}:{number}"
+            if key:
+                self._take_entry(place, group, key, text, os.path.dirname(path))
+            else:
+                self.wrong(f"{place}: {text!r} is not [Group] or Key=value")
 
-    def _take_line(self, line, group, place, folder):
-        """Takes over one line; returns the group that it belongs to."""
-        line = re.sub("\r$", "", line).lstrip(_BLANKS)
-        if not line or line.startswith("#"):
-            return group
-        head = re.fullmatch(r"\[([^][]+)\][ \t]*", line)
-        if head:
-            return head.group(1)
-        found = re.fullmatch(_KEY_AND_VALUE, line, re.DOTALL)
-        if not found:
-            raise UsageError(f"{place}: {line!r} is not [Group] or Key=value")
-        key, text = found.group(1).rstrip(_BLANKS), found.group(2)
-        origin = f"{place}: [{group or ''}]/{key}"
+    def _take_entry(self, place, group, key, text, folder):
+        origin = f"{place}: [{group}]/{key}"
         setting = SETTINGS_BY_PATH.get((group, key))
         if not setting:
             self.warnings.append(f"{origin}: unknown key, ignored")
         elif text:  # an empty value is none
-            self.set(setting, _values_of(setting, text, folder), origin)
-        return group
+            self.set(setting, texts_of_value(setting, text, folder), origin)
+
+    def fix_paths(self):
+        """Makes relative names of files absolute, for a process that will change its directory."""
+        for setting in SETTINGS:
+            if isinstance(setting.type, Path) and setting.key in self.values:
+                self.values[setting.key] = setting.type.write(self.values[setting.key])
 
     def lines(self):
         """The settings as -V prints them."""
         for setting in SETTINGS:
-            value = self[setting.key]
-            if setting.default == ():
-                value = ";".join(signal_names()[number] for number in sorted(value))
-            shown = f"{value:d}" if isinstance(value, int) else f"'{value or ''}'"
-            yield f"[{setting.group}]/{setting.key}={shown}"
+            yield f"[{setting.group}]/{setting.key}={setting.shown(self[setting.key])}"
 
 
-TLS_FILES = ("TlsCertificate", "TlsPrivateKey", "TlsCaCertificate")
+class Examined(Settings):
+    """Settings for --check-config: goes on after an error, and keeps all of them."""
+
+    def __init__(self, **defaults: "object"):
+        super().__init__(**defaults)
+        self.problems: "list" = []  # lines
+
+    def wrong(self, message: "str"):
+        self.problems.append(message)
+
+    def examine(self, *checks):
+        """Calls each check with these settings and keeps what it raises, a UsageError."""
+        for check in checks:
+            try:
+                check(self)
+            except UsageError as error:
+                self.problems.append(str(error))
+
+    def report(self, program: "str") -> "int":
+        """Writes a line on stderr for each problem and warning; returns the exit status."""
+        for line in self.problems + self.warnings:
+            put(f"{program}: {line}", sys.stderr)
+        return 99 if self.problems else 0
 
 
-NOT_WITH_SOCKET = {  # a daemon can serve a socket and an address at once
-    "c": ("UnicastAddress", "MulticastAddress"), "d": ("MulticastAddress",)}
+# Rules between settings.
+NOT_WITH_SOCKET = {  # a client looks in one place; a daemon can serve a socket and an address
+    CLIENT: ("UnicastAddress", "MulticastAddress"), DAEMON: ("MulticastAddress",)}
 
 
-def check_rules(settings, user):
-    """Raises UsageError for settings of a user, "c" or "d", that exclude or need each other."""
-    origins, tls = settings.origins, [key for key in TLS_FILES if settings[key]]
+def check_rules(settings: "Settings", user: "str"):
+    """Raises UsageError for settings of a user, CLIENT or DAEMON, that exclude or need each other.
+    """
+    origins = settings.origins
     for partner in NOT_WITH_SOCKET[user]:
         if settings["SocketName"] and settings[partner]:
-            raise UsageError(f"{origins['SocketName']}: not together with {origins[partner]}: "
-                             "a daemon is local or in the network")
-    if tls and len(tls) < len(TLS_FILES):
-        raise UsageError(f"{origins[tls[0]]}: TLS wants all of --tls-certificate, "
-                         "--tls-private-key and --tls-ca-certificate")
+            settings.wrong(f"{origins['SocketName']}: not together with {origins[partner]}: "
+                           "a daemon is local or in the network")
+    given = [key for key in TLS_FILES if settings[key]]
+    if given and len(given) < len(TLS_FILES):
+        settings.wrong(f"{origins[given[0]]}: TLS wants all of --tls-certificate, "
+                       "--tls-private-key and --tls-ca-certificate")
 
 
-def put(text, stream):
+def interface_index(settings: "Settings") -> "int":
+    """The index of the network interface wanted, 0 for none; raises UsageError."""
+    name = settings["NetworkInterface"]
+    if not name:
+        return 0
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        raise UsageError(f"{settings.origins['NetworkInterface']}: {name!r} is not "
+                         "a network interface of this host")
+
+
+# What is printed.
+def plain(text: "str", length: "int" = 500) -> "str":
+    """`text` as an attribute of ours may hold it: printable ASCII, cut to a length."""
+    return re.sub("[^ -~]", "?", text[:length])
+
+
+def visible(text: "str") -> "str":
+    """`text` in one line that a terminal shows and does not obey, whoever has written it."""
+    if text.isprintable():
+        return text
+    return "".join([_visible_character(char) for char in text])
+
+
+def _visible_character(char):
+    if char.isprintable():
+        return char
+    return char.encode("unicode_escape").decode()
+
+
+def hhmmss(seconds: "float") -> "str":
+    """A time of so many seconds as HH:MM:SS; one that has not begun yet is 00:00:00."""
+    minutes, second = divmod(max(0, int(seconds)), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour:02d}:{minute:02d}:{second:02d}"
+
+
+def put(text: "str", stream):
     """Writes lines, whatever the stream's encoding; only what is printable comes through.
 
     No job ends because a stream is closed, broken or full: what is wrong with it is returned.
     """
+    if not stream:
+        return None
     if not text.isprintable():
         text = re.sub("[^\n\t]+", lambda part: visible(part.group()), text)
     try:
-        if stream:
-            encoding = stream.encoding or "utf-8"
-            print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream,
-                  flush=True)
+        encoding = stream.encoding or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        print(text, file=stream, flush=True)
     except OSError as error:
         return error
     return None
 
 
-def show(text):
+def show(text: "str"):
     """Writes a line that was asked for to stdout; raises UsageError when it cannot be written.
 
     Where the reader has gone the process ends by SIGPIPE, as any C program.
@@ -551,12 +967,21 @@ def show(text):
         raise UsageError(f"cannot write to stdout: {error.strerror}")
 
 
+# Options.  argparse takes a command line apart; Settings reads the values.
+class _NegativeTime:
+    """What argparse takes for a value though it begins as an option does; compiled when needed."""
+
+    @staticmethod
+    def match(text):
+        return re.match("-[0-9.]+(ms|[smh])?$", text)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, with negative times, and with errors as UsageError."""
 
     def __init__(self, **options):
         super().__init__(add_help=False, formatter_class=_format_help, **options)
-        self._negative_number_matcher = re.compile("-[0-9.]+(ms|[smh])?$")
+        self._negative_number_matcher = _NegativeTime()
         self.color = False  # from Python 3.14 on help has escape sequences on a terminal
 
     def error(self, message):
@@ -564,8 +989,9 @@ class Parser(argparse.ArgumentParser):
 
     def _get_option_tuples(self, option_string):
         # allow_abbrev=False would break bundles such as -xV on Python 3.6 and 3.7.
-        long = option_string.startswith("--")
-        return [] if long else super()._get_option_tuples(option_string)
+        if option_string.startswith("--"):
+            return []
+        return super()._get_option_tuples(option_string)
 
 
 def _format_help(prog):
@@ -585,44 +1011,27 @@ class _Given(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None):
         given = getattr(namespace, self.dest) or []
-        text = self.const if self.nargs == 0 else values
+        text = "yes" if self.nargs == 0 else values
         setattr(namespace, self.dest, given + [(option_string, text)])
 
 
-def add_settings(parser, user):
-    """Gives a parser the options of the settings that concern a user, "c" or "d"."""
+def add_settings(parser: "Parser", user: "str"):
+    """Gives a parser the options of the settings that a user, CLIENT or DAEMON, has."""
     groups = {}
     for setting in SETTINGS:
         if user not in setting.users:
             continue
         if setting.group not in groups:
             groups[setting.group] = parser.add_argument_group(setting.group)
-        shape = {"metavar": TYPES[setting.type].hint}
-        if setting.key in SWITCHES:
-            shape = {"nargs": 0, "const": "yes"}
+        shape = {"metavar": setting.type.hint}
+        if setting.switch:
+            shape = {"nargs": 0}
         groups[setting.group].add_argument(
-            *option_names(setting), dest=setting.key, action=_Given, help=setting.help, **shape)
+            *setting.names(), dest=setting.key, action=_Given, help=setting.help, **shape)
 
 
-def option_names(setting):
-    """-s and --long of a setting, as far as it has them."""
-    return [f"-{setting.short}"] * bool(setting.short) + [f"--{setting.long}"]
-
-
-def plain(text, length=500):
-    """`text` as an attribute of ours may hold it: printable ASCII, cut to a length."""
-    return re.sub("[^ -~]", "?", text[:length])
-
-
-def visible(text):
-    """`text` in one line that a terminal shows and does not obey, whoever has written it."""
-    if text.isprintable():
-        return text
-    return "".join([char if char.isprintable() else char.encode("unicode_escape").decode()
-                    for char in text])
-
-
-def machine_id():
+# This host, this process.
+def machine_id() -> "str":
     """The id of this host, 32 hex digits; where it has none, one derived from its name."""
     for path in ("/var/lib/dbus/machine-id", "/etc/machine-id"):
         with contextlib.suppress(OSError, ValueError), open(path) as file:
@@ -631,7 +1040,7 @@ def machine_id():
     return hashlib.sha256(os.fsencode(os.uname().nodename)).hexdigest()[:32]
 
 
-def user_name(uid):
+def user_name(uid: "int") -> "str":
     """The login name of a user, the number where there is none; a directory may be slow."""
     import pwd
     try:
@@ -643,61 +1052,43 @@ def user_name(uid):
 _kept_name = functools.lru_cache(maxsize=None)(user_name)
 
 
-def login():
+def login() -> "str":
     """The login name of the user of this process, asked for once."""
     return _kept_name(os.getuid())
 
 
-def default_socket():
+def default_socket() -> "str":
     """The path of the UNIX socket of this user's daemon, FLoM's."""
     return f"/tmp/flom-{login()}"
 
 
-def name_process(name):
+def name_process(name: "str"):
     """Names this process for ps and pgrep, where the system can (/proc)."""
     with contextlib.suppress(OSError), open("/proc/self/comm", "w") as file:
         file.write(name)
 
 
-def hhmmss(seconds):
-    """A time of so many seconds as HH:MM:SS; one that has not begun yet is 00:00:00."""
-    minutes, second = divmod(max(0, int(seconds)), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour:02d}:{minute:02d}:{second:02d}"
-
-
-def credentials(connection):
-    """(pid, uid) of the peer of a UNIX socket; (None, None) where the system does not tell."""
-    if connection.family != socket.AF_UNIX or not hasattr(socket, "SO_PEERCRED"):
-        return None, None
-    ucred = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    pid, uid, _ = memoryview(ucred).cast("I")
-    return pid, uid
-
-
-def common_name(certificate):
-    """The common name in a certificate as ssl reads it (a dictionary); None without exactly one."""
-    parts = [pair for part in certificate.get("subject", ()) for pair in part]
-    names = [value for key, value in parts if key == "commonName"]
-    return names[0] if len(names) == 1 else None
-
-
-def show_address(address):
+# Sockets and TLS.
+def show_address(address: "tuple") -> "str":
     """HOST:PORT or [HOST]:PORT of the address of a TCP or UDP socket."""
-    host = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
-    return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
+    numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
+    host, port = socket.getnameinfo(address, numeric)
+    if ":" in host:
+        return f"[{host}]:{port}"
+    return f"{host}:{port}"
 
 
-def tune(connection, idle, interval, probes):
+def tune(connection: "socket.socket", idle: "int", interval: "int", probes: "int"):
     """Sets TCP_NODELAY and keepalive (s, s, probes), as far as the platform has them."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_NODELAY", 1), ("TCP_KEEPIDLE", idle), ("TCP_KEEPINTVL", interval),
-                        ("TCP_KEEPCNT", probes)):
+    options = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": idle, "TCP_KEEPINTVL": interval,
+               "TCP_KEEPCNT": probes}
+    for name, value in options.items():
         with contextlib.suppress(AttributeError, OSError):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def aim(sender, hops, interface):
+def aim(sender: "socket.socket", hops: "int", interface: "int"):
     """Says how many hops the datagrams of a socket to a group go, and through which interface.
 
     `interface` is its index; with 0 the system chooses.
@@ -714,12 +1105,29 @@ def aim(sender, hops, interface):
         sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, ip_mreqn)
 
 
-def tls_context(settings, server=False):
+def credentials(connection: "socket.socket"):
+    """(pid, uid) of the peer of a UNIX socket; (None, None) where the system does not tell."""
+    if connection.family != socket.AF_UNIX or not hasattr(socket, "SO_PEERCRED"):
+        return None, None
+    ucred = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    pid, uid, _ = memoryview(ucred).cast("I")
+    return pid, uid
+
+
+def common_name(certificate: "dict"):
+    """The common name in a certificate as ssl reads it; None without exactly one."""
+    names = []
+    for part in certificate.get("subject", ()):
+        names += [value for key, value in part if key == "commonName"]
+    return names[0] if len(names) == 1 else None
+
+
+def tls_context(settings: "Settings", server: "bool" = False):
     """The context of one side of mutual TLS, 1.2 or newer; None without files; UsageError.
 
     Who may talk is said by the CA and by the peer id: FLoM's certificates bear no host names.
     """
-    certificate, key, authority = [settings[name] for name in TLS_FILES]
+    certificate = settings["TlsCertificate"]
     if not certificate:
         return None
     import ssl
@@ -730,18 +1138,19 @@ def tls_context(settings, server=False):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
     else:  # Python 3.6
         context.options |= ssl.OP_NO_SSLv3 | ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
-    names = f"{certificate!r} with {key!r}"
+    key = settings["TlsPrivateKey"]
+    reading = f"{certificate!r} with {key!r}"
     try:
         context.load_cert_chain(certificate, key, password=b"")  # b"": do not ask for one
-        names = repr(authority)
-        context.load_verify_locations(authority)
+        reading = repr(settings["TlsCaCertificate"])
+        context.load_verify_locations(settings["TlsCaCertificate"])
     except (OSError, ValueError) as error:
         why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise UsageError(f"{settings.origins['TlsCertificate']}: {names}: {why}")
+        raise UsageError(f"{settings.origins['TlsCertificate']}: {reading}: {why}")
     return context
 
 
-def secured(connection, context, **options):
+def secured(connection: "socket.socket", context, **options: "object"):
     """The TLS socket in place of a connected socket, its handshake still to be done.
 
     Raises OSError, and then nothing stays open.  wrap_socket of Python 3.8 to 3.12 itself leaves
@@ -861,35 +1270,52 @@ def refusal(rc, reason: "str | None", settings: "Settings") -> "LockError":
 
 
 # --- Options and settings -------------------------------------------------------------------------
-# The parser is made from SETTINGS.  argparse reads, Settings.set checks, so that a value is judged
-# alike on the command line, in a file and as a keyword.  Each setting knows where it comes from.
-ACTION_OPTIONS = (  # names; action; name of its argument, if it has one; help
-    ("-x --quiesce-exit", "quiesce", None, "stop the daemon when nobody uses it any more"),
-    ("-X --immediate-exit", "immediate", None, "stop the daemon now"),
-    ("--status", "status", None, "show who holds and who waits"),
-    ("--evict", "evict", "ID", "take a lock away; ID as --status --json shows it"),
-    ("--check-config", "check", None, "read the configuration, report every problem"),
-    ("--signal-list", "signals", None, "list the signals"),
-    ("--unique-id", "id", None, "print the id of this host"))
+# What flom is told: its command line, the keywords of a Lock, the files of settings.  argparse
+# takes the command line apart, Settings.set reads every value, wherever it comes from.  Beside the
+# settings there are *actions*, what to do in place of running a command, and the traces of a run.
+
+
+class Action:
+    """An action: its options, its name among ACTIONS, the name of its argument, its help."""
+
+    def __init__(self, options, name, help, argument=None):
+        self.options = options.split()
+        self.name = name
+        self.help = help
+        self.argument = argument
+
+
+ACTION_OPTIONS = (
+    Action("-x --quiesce-exit", "quiesce", "stop the daemon when nobody uses it any more"),
+    Action("-X --immediate-exit", "immediate", "stop the daemon now"),
+    Action("--status", "status", "show who holds and who waits"),
+    Action("--evict", "evict", "take a lock away; ID as --status --json shows it", argument="ID"),
+    Action("--check-config", "check", "read the configuration, report every problem"),
+    Action("--signal-list", "signals", "list the signals"),
+    Action("--unique-id", "id", "print the id of this host"))
 
 
 class _Chosen(argparse.Action):
     """An option that says what to do in place of running a command."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        namespace.action, namespace.chosen, namespace.argument = self.const, option_string, values
+        namespace.action = self.const
+        namespace.chosen = option_string
+        namespace.argument = values
 
 
-def read_arguments(arguments):
+def read_arguments(arguments: "list") -> "argparse.Namespace":
     """What the command line says; raises UsageError.
 
     A namespace with `command`, `action`, its `argument`, and the texts of settings.
     """
     options = _parser().parse_args(arguments)
-    options.command = options.command[options.command[:1] == ["--"]:]
+    if options.command and options.command[0] == "--":
+        del options.command[0]
     for name in ("json", "watch"):
         if getattr(options, name) and options.action == "run":
-            options.action, options.chosen = "status", f"--{name}"
+            options.action = "status"
+            options.chosen = f"--{name}"
     if options.command and options.action != "run":
         raise UsageError(f"{options.chosen}: {options.command[0]!r} is not run beside it")
     return options
@@ -897,23 +1323,24 @@ def read_arguments(arguments):
 
 def _parser():
     parser = Parser(prog="flom", usage="flom [OPTION]... [--] COMMAND [ARG]...")
-    add = parser.add_argument_group("Actions and reports").add_argument
-    add("-c", "--config-file", metavar="FILE", help="read after the other files")
-    add("-h", "--help", action=Print, nargs=0, help="show this and end")
-    add("-v", "--version", action=Print, nargs=0, const=f"flom.py {VERSION}",
-        help="show the version and end")
-    add("--json", action="store_true", help="status as JSON")
-    add("--watch", action="store_true", help="status, every second")
-    for names, action, argument, text in ACTION_OPTIONS:
-        add(*names.split(), dest="action", default="run", const=action, action=_Chosen, help=text,
-            metavar=argument, nargs=None if argument else 0)
+    group = parser.add_argument_group("Actions and reports")
+    group.add_argument("-c", "--config-file", metavar="FILE", help="read after the other files")
+    group.add_argument("-h", "--help", action=Print, nargs=0, help="show this and end")
+    group.add_argument("-v", "--version", action=Print, nargs=0, const=f"flom.py {VERSION}",
+                       help="show the version and end")
+    group.add_argument("--json", action="store_true", help="status as JSON")
+    group.add_argument("--watch", action="store_true", help="status, every second")
+    for action in ACTION_OPTIONS:
+        group.add_argument(*action.options, action=_Chosen, const=action.name, dest="action",
+                           default="run", help=action.help, metavar=action.argument,
+                           nargs=None if action.argument else 0)
     parser.set_defaults(chosen=None, argument=None)
-    add_settings(parser, "c")
+    add_settings(parser, CLIENT)
     parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
 
-def option_settings(options, settings):
+def option_settings(options: "argparse.Namespace", settings: "Settings") -> "None":
     """Fills `settings` from the files and the command line; raises UsageError."""
     settings.read_files()
     if options.config_file is not None:
@@ -921,57 +1348,68 @@ def option_settings(options, settings):
     settings.take_options(options)
 
 
+# The keywords of a Lock are the long options with `_` for `-`; four have a short name as well.
 SHORT_KEYWORDS = {"name": "resource_name", "mode": "lock_mode", "timeout": "resource_timeout",
                   "quantity": "resource_quantity"}
 
 
-def keyword_settings(keywords, files):
-    """Settings from files and from keywords: the long options with `_` for `-`, or the short ones.
+def keyword_settings(keywords: "dict", files: "tuple") -> "Settings":
+    """Settings from files and from keywords; None is as good as not given.
 
-    None is as good as not given.  Raises UsageError for a wrong value, TypeError for a keyword that
-    there is not and for two that mean the same setting.
+    Raises UsageError for a wrong value, TypeError for a keyword that there is not and for two that
+    mean the same setting.
     """
     rows = {setting.long.replace("-", "_"): setting for setting in SETTINGS}
-    rows.update({short: rows[long] for short, long in SHORT_KEYWORDS.items()})
-    unknown = ", ".join(sorted(keywords.keys() - rows.keys()))
-    if unknown:
-        raise TypeError(f"Lock() has no setting {unknown}")
-    given = {word: value for word, value in keywords.items() if value is not None}
     for short, long in SHORT_KEYWORDS.items():
-        if {short, long} <= given.keys():
-            raise TypeError(f"Lock() has both {short} and {long}, which are the same setting")
+        rows[short] = rows[long]
+    given = _given_keywords(keywords, rows)
     settings = Settings()
     for path in files:
         settings.read_file(os.path.expanduser(path))
     for word, value in given.items():
         settings.set(rows[word], keyword_texts(rows[word], word, value), f"{word}=")
-    check_rules(settings, "c")
+    check_rules(settings, CLIENT)
     return settings
 
 
-def keyword_texts(setting, word, value):
+def _given_keywords(keywords, rows):
+    """The keywords that are not None; raises TypeError."""
+    unknown = sorted(keywords.keys() - rows.keys())
+    if unknown:
+        raise TypeError(f"Lock() has no setting {', '.join(unknown)}")
+    given = {word: value for word, value in keywords.items() if value is not None}
+    for short, long in SHORT_KEYWORDS.items():
+        if short in given and long in given:
+            raise TypeError(f"Lock() has both {short} and {long}, which are the same setting")
+    return given
+
+
+def keyword_texts(setting: "Setting", word: "str", value) -> "list":
     """The texts that a configuration file would have for the value of a keyword; UsageError."""
     if word == "timeout":
         return [str(milliseconds(value, "timeout="))]
     if not isinstance(value, (list, tuple, set, frozenset)):
         return [keyword_text(setting, value)]
-    if setting.default != ():
+    if not setting.many:
         raise UsageError(f"{word}=: {value!r} is not one value")
     return [keyword_text(setting, item) for item in value]
 
 
-def keyword_text(setting, value):
+def keyword_text(setting: "Setting", value) -> "str":
     """The text of one value: of an int, also of an enum such as signal.SIGTERM, its number."""
     if isinstance(value, bytes):
         return os.fsdecode(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:04o}" if setting.type == "octal" else f"{value:d}"
-    return str(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        return str(value)
+    if isinstance(setting.type, Octal):
+        return setting.type.write(value)
+    return f"{value:d}"
 
 
-def milliseconds(seconds, origin):
-    """The ms of a number of seconds, of its text or of a timedelta; -1, which means for ever, of
-    inf and of what is negative.  What is more than 0 is at least 1.  Raises UsageError.
+def milliseconds(seconds, origin: "str") -> "int":
+    """The ms of a number of seconds, of its text or of a timedelta; UsageError.
+
+    -1, which means for ever, of inf and of what is negative.  What is more than 0 is at least 1.
     """
     if hasattr(seconds, "total_seconds"):
         seconds = seconds.total_seconds()
@@ -983,38 +1421,44 @@ def milliseconds(seconds, origin):
         return -1
     if isinstance(seconds, bool) or not number <= MOST / 1000:  # nan is not
         raise UsageError(f"{origin}: {seconds!r} is not a number of seconds up to {MOST // 1000}")
-    return max(1, round(number * 1000)) if number else 0
+    if number == 0:
+        return 0
+    return max(1, round(number * 1000))
 
 
 @functools.lru_cache(maxsize=None)
-def begin_trace(path, append):
+def begin_trace(path: "str", append: "bool") -> "None":
     """Makes or empties a trace file, once in a process, however many locks it has.  OSError."""
     open_trace(path, append).close()
 
 
-def open_trace(path, append=True):
+def open_trace(path: "str", append: "bool" = True):
     """The file to write to; a FIFO that nobody reads is an OSError, and is not waited for."""
     def opener(name, _):  # Python 3.6 cannot open a FIFO with the mode "a"
-        begin = os.O_APPEND if append else os.O_TRUNC
-        return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | begin, 0o666)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK
+        flags |= os.O_APPEND if append else os.O_TRUNC
+        return os.open(name, flags, 0o666)
     return open(path, "w", errors="replace", opener=opener)
 
 
 class Diary:
     """Tells what happens: with -V on the terminal, with -T in a file; otherwise nothing."""
 
-    def __init__(self, settings):
-        self.verbose, self.path = settings["Verbose"], settings["CommandTraceFile"]
+    def __init__(self, settings: "Settings") -> "None":
+        self.verbose = settings["Verbose"]
+        self.path = settings["CommandTraceFile"]
+        if self.path:
+            self._begin(settings.origins["CommandTraceFile"], settings["AppendTraceFile"])
+
+    def _begin(self, origin, append):
         try:
-            if self.path:
-                self.path = os.path.abspath(self.path)  # a program may change its directory
-                begin_trace(self.path, settings["AppendTraceFile"])
+            self.path = os.path.abspath(self.path)  # a program may change its directory
+            begin_trace(self.path, append)
         except OSError as error:
-            origin = settings.origins["CommandTraceFile"]
             raise UsageError(f"{origin}: {self.path!r} is not a file that can be written: "
                              f"{error.strerror}")
 
-    def say(self, text, stream=None):
+    def say(self, text: "str", stream=None) -> "None":
         """Notes a line; with -V it goes to `stream`, stderr when none is given."""
         text = visible(text)
         if self.verbose:
@@ -1101,18 +1545,6 @@ def reading_all(descriptor: "int"):
 #
 # A name server may be silent for half a minute.  Before the command runs that is waited for
 # (resolving_here); while it runs a child asks (resolving_apart), so that signals are not delayed.
-
-
-def interface_index(settings: "Settings") -> "int":
-    """The index of the network interface wanted, 0 for none; raises UsageError."""
-    name = settings["NetworkInterface"]
-    if not name:
-        return 0
-    try:
-        return socket.if_nametoindex(name)
-    except OSError:
-        raise UsageError(f"{settings.origins['NetworkInterface']}: {name!r} is not "
-                         "a network interface of this host")
 
 
 def resolve(host, port, kind, scope, flags=0):
@@ -1385,11 +1817,8 @@ def daemon_options(settings: "Settings"):
     values = {**settings.values, "Lifespan": settings["Lifespan"]}
     yield "--no-files"
     for setting in SETTINGS:
-        if "d" in setting.users and setting.key in values and setting.key not in SWITCHES:
-            value = values[setting.key]
-            yield f"--{setting.long}={TYPES[setting.type].write(value)}"
-    if settings["AllowRemoteShutdown"]:
-        yield "--allow-remote-shutdown"
+        if DAEMON in setting.users and setting.key in values and setting.key != "Verbose":
+            yield from setting.options(values[setting.key])
 
 
 def fork_daemon(argv, writing: "int") -> "int":
@@ -3574,24 +4003,11 @@ def show_signals(options, settings):
 
 def check_configuration(options, settings):
     """--check-config: every problem of the files and options is a line, 99 if there is one."""
-    problems, set_value, read_file = [], settings.set, settings.read_file
-
-    def attempt(function, *arguments, **keywords):
-        try:
-            function(*arguments, **keywords)
-        except UsageError as error:
-            problems.append(str(error))
-    settings.set = functools.partial(attempt, set_value)  # goes on where it would stop
-    settings.read_file = functools.partial(attempt, read_file)
-    attempt(option_settings, options, settings)
-    attempt(check_rules, settings, "c")
-    for check in (interface_index, tls_context):
-        attempt(check, settings)
-    for line in problems + settings.warnings:
-        put(f"flom: {line}", sys.stderr)
-    if problems:
-        return WRONG
-    return 0
+    examined = Examined()
+    option_settings(options, examined)
+    check_rules(examined, CLIENT)
+    examined.examine(interface_index, tls_context)
+    return examined.report("flom")
 
 
 def give_order(settings, order, **about):
@@ -3733,7 +4149,7 @@ def prepare(options, settings):
         put(f"flom: warning: {warning}", sys.stderr)
     if settings["Verbose"]:
         put("\n".join(settings.lines()), sys.stdout)
-    check_rules(settings, "c")
+    check_rules(settings, CLIENT)
     interface_index(settings)
 
 

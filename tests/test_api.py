@@ -389,14 +389,16 @@ def test_settings_come_from_files_unless_told_otherwise(box, lock, monkeypatch):
 
 
 def test_every_long_option_is_a_keyword():
-    values = {"text": "x", "flag": True, "name": "a", "mode": "PR", "socket": "/a", "octal": "0600",
-              "signal": "TERM", "policy": "fair", "loss": "warn", "deadlock": "fail"}
+    values = {flom.Flag: True, flom.SocketPath: "/a", flom.Octal: "0600", flom.Signal: "TERM"}
     special = {"resource_name", "lock_mode", "resource_timeout", "resource_quantity"}
     for setting in flom.SETTINGS:
         word = setting.long.replace("-", "_")
         if word in special or setting.key in flom.TLS_FILES or setting.key == "CommandTraceFile":
             continue
-        made = flom.Lock(config=False, **{word: values.get(setting.type, 7)})
+        value = values.get(type(setting.type), 7)
+        if isinstance(setting.type, flom.Words):
+            value = setting.default
+        made = flom.Lock(config=False, **{word: value})
         assert setting.key in made.settings.values and setting.key not in made.settings.warnings
 
 

@@ -13,18 +13,18 @@ from test_settings import VERBOSE
 from world import FLOM_PY, FLOMD_PY, PYTHON, ROOT, read
 
 BAD = {  # for each type of setting, texts that are wrong
-    "file": [""], "folder": [""], "host": [""], "interface": [""], "flag": ["", "maybe", "2"],
-    "name": ["", "a b", "_x", "_RESOURCE", "/", "a[2147483648]"],
-    "mode": ["", "XX", "5"], "socket": ["", "/" + "x" * 107], "signal": [],
-    "octal": ["", "9", "rw"], "policy": ["", "best"], "loss": ["", "kill"], "deadlock": ["", "no"],
-    "wait": ["", "x", "5x", "1.5", "5 s", "597h", "2147483648", "-2147483648"],
-    "life": ["", "x", "5x"], "ms": ["", "x", "-1", "2147483648"],
-    "span": ["", "x", "0x", "2147483648"], "port": ["", "0", "65536", "-1", "http"],
-    "count": ["", "x", "2147483648"], "hops": ["", "-1", "256"], "units": ["", "-1", "2147483648"],
-    "number": ["", "0", "-1"], "s": ["", "x"], "probes": ["", "x"],
-    "status": ["", "-1", "256"]}
-CLIENTS = [setting for setting in flom.SETTINGS if "c" in setting.users]
-VALUED = [setting for setting in CLIENTS if setting.key not in flom.SWITCHES]
+    flom.Text: [""], flom.Path: [""], flom.Flag: ["", "maybe", "2"],
+    flom.ResourceName: ["", "a b", "_x", "_RESOURCE", "/", "a[2147483648]"],
+    flom.Mode: ["", "XX", "5"], flom.SocketPath: ["", "/" + "x" * 107], flom.Signal: [],
+    flom.Words: ["", "best"], flom.Number: ["", "x", "-1", "65536x", "2147483648"],
+    flom.Units: ["", "-1", "2147483648"], flom.Attempts: ["", "x", "2147483648"],
+    flom.KernelNumber: ["", "x"], flom.Span: ["", "x", "0x", "2147483648"],
+    flom.Time: ["", "x", "5x", "1.5", "5 s", "597h", "2147483648", "-2147483648"]}
+BOUNDS = {"UnicastPort": ["0", "65536", "http"], "MulticastPort": ["0", "65536"],
+          "DiscoveryTTL": ["256"], "BusyStatus": ["256"], "KillAfter": ["-1"], "MinHold": ["-1"]}
+CLIENTS = [setting for setting in flom.SETTINGS if flom.CLIENT in setting.users]
+WRONG_TEXTS = [(setting, text) for setting in CLIENTS if not setting.switch
+               for text in BAD[type(setting.type)] + BOUNDS.get(setting.key, [])]
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def is_usage_error(result, *words):
 
 @pytest.mark.parametrize("setting, text", [
     pytest.param(setting, text, id=f"{setting.long}={text[:20]}")
-    for setting in VALUED for text in BAD[setting.type]])
+    for setting, text in WRONG_TEXTS])
 def test_a_bad_value_names_option_value_and_what_is_allowed(run, setting, text):
     command = ["--", "touch", "ran"]
     assert is_usage_error(run(f"--{setting.long}={text}", *command),
@@ -91,7 +91,7 @@ def test_a_bad_value_names_option_value_and_what_is_allowed(run, setting, text):
 
 @pytest.mark.parametrize("setting, text", [
     pytest.param(setting, text, id=f"{setting.key}={text[:20]}")
-    for setting in VALUED for text in BAD[setting.type] if text])
+    for setting, text in WRONG_TEXTS if text])
 def test_a_bad_value_in_a_file_names_file_line_and_key(run, setting, text):
     with open("conf", "w") as file:
         file.write(f"# first\n[{setting.group}]\n{setting.key}={text}\n")

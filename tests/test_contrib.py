@@ -145,14 +145,14 @@ def test_the_configuration_page_describes_the_settings():
 
 
 @pytest.mark.parametrize("name, marks", [
-    ("flom.1", {s.key: f"--{s.long}" for s in flom.SETTINGS if "c" in s.users}),
+    ("flom.1", {s.key: f"--{s.long}" for s in flom.SETTINGS if flom.CLIENT in s.users}),
     ("flom.conf.5", {s.key: s.key for s in flom.SETTINGS})])
 def test_the_pages_tell_the_numbers_that_are_defaults(name, marks):
     texts = {}
     for head, text in items(page(name)):
         texts.update(dict.fromkeys(flags(head) | {head[len("Li "):]}, text))
     for setting in flom.SETTINGS:
-        number = type(setting.default) is int and setting.type != "mode"
+        number = type(setting.default) is int and setting.key != "LockMode"
         if number and setting.key in marks:
             assert re.search(rf"(?<![\w-]){setting.default}\b", texts[marks[setting.key]]), setting
 

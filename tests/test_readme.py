@@ -351,7 +351,7 @@ def rows(head):
 def test_the_table_of_options():
     known = {f"--{setting.long}" for setting in flom.SETTINGS} | {
         f"-{setting.short}" for setting in flom.SETTINGS if setting.short}
-    known |= {word for names, _, _, _ in flom.ACTION_OPTIONS for word in names.split()}
+    known |= {name for action in flom.ACTION_OPTIONS for name in action.options}
     known |= set("-c --config-file --version --help --json --watch".split())
     defaults = {f"--{setting.long}": setting.default for setting in flom.SETTINGS}
     for names, default, _ in rows("option"):

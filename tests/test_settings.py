@@ -201,14 +201,37 @@ def test_each_file_overrides_the_one_before(tmp_path):
     assert (settings["Name"], settings["Timeout"]) == ("b", 1)
 
 
+def an_example(setting):
+    """A text for a setting, whose value is not the default."""
+    if setting.type is flom.FLAG:
+        return "no" if setting.default else "yes"
+    if isinstance(setting.type, flom.Words):
+        return setting.type.words[1]
+    examples = {flom.Path: "x", flom.Text: "x", flom.ResourceName: "R1", flom.Mode: "PR",
+                flom.SocketPath: "/tmp/x", flom.Signal: "SIGTERM", flom.Octal: "0600"}
+    return examples.get(type(setting.type), "9")
+
+
+@pytest.mark.parametrize("setting", flom.SETTINGS, ids=lambda setting: setting.key)
+def test_a_type_reads_what_it_writes(setting):
+    value = setting.type.read(an_example(setting))
+    written = setting.type.write(value)
+    assert setting.type.write(setting.type.read(written)) == written
+    if not isinstance(setting.type, flom.Path):  # what is relative becomes absolute
+        assert setting.type.read(written) == value
+
+
+def test_signals_have_the_names_of_the_system():
+    """Python has no name for 16 before 3.11."""
+    assert value_of("IgnoredSignals", "SIGSTKFLT", "stkflt", "16") == (16, 16, 16)
+    settings = flom.Settings()
+    settings.set(BY_KEY["IgnoredSignals"], ["16"], "here")
+    assert "[Monitor]/IgnoredSignals='SIGSTKFLT'" in list(settings.lines())
+
+
 def test_every_key_can_stand_in_a_file(tmp_path):
-    examples = {"file": "x", "folder": "x", "host": "x", "interface": "x", "name": "R1",
-                "mode": "PR", "socket": "/tmp/x",
-                "signal": "TERM", "octal": "0600", "policy": "first-fit", "loss": "term",
-                "deadlock": "wait"}
     for setting in flom.SETTINGS:
-        settings, flag = flom.Settings(), "no" if setting.default else "yes"
-        value = flag if setting.type == "flag" else examples.get(setting.type, "9")
+        settings, value = flom.Settings(), an_example(setting)
         read(settings, tmp_path, f"[{setting.group}]\n{setting.key}={value}\n")
         assert setting.key in settings.values, setting
         assert settings[setting.key] != setting.default and settings.warnings == []

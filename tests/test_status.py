@@ -598,3 +598,22 @@ def test_check_config(box):
     done = box.run("--check-config", "-c", box.path("none"), address=())
     assert done.status == 99 and f"{box.path('none')}: No such file" in done.err
     assert box.daemons() == []
+
+
+def test_check_config_of_the_daemon(box):
+    """The daemon's own rules: it may serve a socket and an address, but no group beside a socket."""
+    def check(*options):
+        return box.flomd("--check-config", *options).end()
+
+    assert check("-s", "/x", "-a", "127.0.0.1") == (0, "", "")
+    conf = box.write("conf", "[Daemon]\nPolicy=best\nnonsense\n[TLS]\nTlsPrivateKey=/none\n")
+    done = check("-c", conf, "-s", "/x", "-A", "239.255.0.1", "-n", "nosuch0")
+    assert (done.status, done.out) == (99, "")
+    assert done.err.splitlines() == [
+        f"flomd: {conf}:2: [Daemon]/Policy: 'best' is not fair or first-fit",
+        f"flomd: {conf}:3: 'nonsense' is not [Group] or Key=value",
+        "flomd: -s: not together with -A: a daemon is local or in the network",
+        f"flomd: {conf}:5: [TLS]/TlsPrivateKey: TLS wants all of --tls-certificate, "
+        "--tls-private-key and --tls-ca-certificate",
+        "flomd: -n: 'nosuch0' is not a network interface of this host"]
+    assert box.daemons() == []

@@ -88,6 +88,7 @@ for name in flom flom.py flomd flomd.py
     complete $of -l recovery-window -x -d 'ms for former holders only'
     complete $of -l state-dir -xa "$folders" -d 'where the daemon keeps its state'
     complete $of -l allow-remote-shutdown -f -d 'let other hosts stop the daemon'
+    complete $of -l check-config -f -d 'report every problem of the configuration'
 end
 
 # the client
@@ -99,7 +100,6 @@ for name in flom flom.py
     complete $of -l json -f -d 'status as JSON'
     complete $of -l watch -f -d 'status, every second'
     complete $of -l evict -x -d 'take a lock away'
-    complete $of -l check-config -f -d 'report every problem of the configuration'
     complete $of -l signal-list -f -d 'list the signals'
     complete $of -l unique-id -f -d 'show the id of this host'
     complete $of -s T -l command-trace-file -rF -d 'log of this command'
