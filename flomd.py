@@ -5344,7 +5344,6 @@ def notify(text: "str") -> "None":
 # command line; what concerns nobody but a daemon is an option alone.
 ADDRESSES = ("SocketName", "UnicastAddress", "MulticastAddress")
 LIMIT_OF_OBJECTS = Number(1, 999999999)
-ANSWER = 0.5  # s until a daemon that answers has accepted a connection
 
 class LogTarget(Path):
     """Where to log: a word, or a file."""
