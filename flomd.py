@@ -42,7 +42,7 @@ import time
 TYPE_CHECKING = False  # mypy knows it as true: names that annotations alone use
 if TYPE_CHECKING:
     from io import FileIO
-    from typing import Callable, Deque, Dict, List, Tuple, Union
+    from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple, Union
     Descriptor = Union[int, socket.socket, FileIO]
     Act = Callable[[], object]
     Handler = Callable[[int], object]
@@ -1190,7 +1190,7 @@ WOULD_BLOCK = (BlockingIOError, InterruptedError)
 LEVELS = {"error": 3, "warning": 4, "info": 6, "debug": 7}  # as syslog numbers them
 SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")
 FACILITY = 3 << 3  # syslog's number of daemons
-LONGEST_DATAGRAM = 2000  # bytes
+LONGEST_SYSLOG = 2000  # bytes
 LONGEST_LINE = 4096  # bytes that stderr takes at once: a pipe's atomic write
 LIMITED, INTERVAL = 10, 10  # lines that peers may cause in so many s
 
@@ -1245,7 +1245,7 @@ class _Syslog:
     def put(self, level, text):
         """Sends one line; raises OSError when it is lost."""
         line = f"<{FACILITY + LEVELS[level]}>flomd[{os.getpid()}]: {text}"
-        data = line.encode("utf-8", "replace")[:LONGEST_DATAGRAM]
+        data = line.encode("utf-8", "replace")[:LONGEST_SYSLOG]
         if self.socket is None or not self._sent(data):
             self.open()
             self.socket.send(data)
@@ -4085,7 +4085,7 @@ class Users:
             return
         uid, _ = self.wanted.popitem(last=False)
         try:
-            self.asking = Child(self.daemon.poller, functools.partial(self._look_up, uid),
+            self.asking = Child(self.daemon.loop, functools.partial(self._look_up, uid),
                                 functools.partial(self._hear, uid))
         except OSError:  # no file or process can be had now
             self._learn(uid, str(uid))
@@ -4113,12 +4113,12 @@ class Child:
     hear(text) is called with what act() has returned, or "" where it came to no end.  Raises
     OSError."""
 
-    def __init__(self, poller, act, hear):
-        self.poller, self.hear = poller, hear
+    def __init__(self, loop, act, hear):
+        self.loop, self.hear = loop, hear
         reader, writer = os.pipe()
         self.pipe = open(reader, "rb", 0)
         try:
-            self.pid = fork_quietly()
+            self.pid = os.fork()
             if not self.pid:
                 self._work(act, writer)
         except OSError:
@@ -4127,7 +4127,7 @@ class Child:
         finally:
             os.close(writer)
         try:
-            poller.add(self.pipe, self._end_has_come)
+            loop.watch(self.pipe, self._end_has_come)
         except OSError:
             self.end()
             raise
@@ -4153,19 +4153,11 @@ class Child:
 
     def end(self):
         """Ends the process, if it runs yet, and waits for it."""
-        self.poller.remove(self.pipe)
+        self.loop.forget(self.pipe)
         self.pipe.close()
         with contextlib.suppress(OSError):
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
-
-
-def fork_quietly():
-    """os.fork(); Python 3.12 warns where there are threads, but the child does little here."""
-    import warnings
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return os.fork()
 
 
 # TLS.  The handshake is steps of the loop as everything else is; `ssl` is loaded only where it is
@@ -4214,104 +4206,125 @@ class TlsConnection(Connection):
 
 
 # --- Listeners ----------------------------------------------------------------------------------
-# The sockets on which clients arrive.  A UNIX socket is guarded by an flock on SOCKET.lock, taken
-# before anything else and kept until the process ends: of ten daemons started at once nine find it
-# taken, and whatever the path holds then is a leftover, or the socket of a daemon that does not
-# know the lock (FLoM's).  A TCP address is guarded by its bind.
+# The sockets on which clients arrive.
+#
+# The problem: of ten daemons started at once one must serve, and a daemon that was killed leaves
+# its UNIX socket behind.  So a UNIX socket is guarded by an flock on SOCKET.lock (see State), taken
+# before anything else and kept until the process ends: nine find it taken, and whatever the path
+# holds then is a leftover, or the socket of a daemon that does not know the lock (FLoM's).  A TCP
+# address is guarded by its bind, a socket that an init system hands over by that.
+#
+# A listener is a way to the daemon.  All ways have a label, look() and close().
 
 BACKLOG = socket.SOMAXCONN
+BATCH = 64  # clients, or datagrams, that are taken at once
 LOOK = 2  # s between two looks at the paths of the daemon
 FIRST_GIVEN = 3  # the first descriptor of LISTEN_FDS
 FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 
 
 class Listener:
-    """A listening socket; `label` is how the status report names it."""
+    """A listening socket.  `label` is how the status report names it, `address` its address;
+    welcome(socket, peer) is called for each client that arrives.  Raises CannotServe."""
 
-    def __init__(self, daemon, bound):
-        self.daemon, self.local = daemon, bound.family == socket.AF_UNIX
-        address = bound.getsockname()
-        self.label = f"unix:{address}" if self.local else f"tcp:{show_address(address)}"
+    def __init__(self, loop: "Loop", log: "Log", bound: "socket.socket", welcome):
+        self._loop, self._log = loop, log
+        self._welcome = welcome
+        self.local = bound.family == socket.AF_UNIX
+        self.address = bound.getsockname()
+        if self.local:
+            self.label = f"unix:{self.address}"
+        else:
+            self.label = f"tcp:{show_address(self.address)}"
         self._listen(bound)
 
     def _listen(self, bound):
         with serving(f"cannot listen on {self.label}", bound):
             bound.setblocking(False)
             bound.listen(BACKLOG)
-            self.daemon.poller.add(bound, self.handle)
-        self.socket = bound
+            self._loop.watch(bound, self.handle)
+        self._socket = bound
+
+    def handle(self, events: "int") -> "None":
+        """Accepts those that have come, a batch at a time."""
+        for _ in range(BATCH):
+            try:
+                connection, address = self._socket.accept()
+            except WOULD_BLOCK + (ConnectionError,):
+                return
+            except OSError as error:
+                self._log.limited(f"cannot accept clients: {error.strerror}; trying again")
+                self._pause()
+                return
+            connection.setblocking(False)
+            with contextlib.suppress(OSError):  # it has gone already
+                peer = LOCAL if self.local else show_address(address)
+                self._welcome(connection, peer)
+
+    def _pause(self):
+        """Does not accept for a while: who cannot be accepted would wake the loop all the time."""
+        self._loop.forget(self._socket)
+        self._loop.after(PAUSE, self._resume)
 
     def _resume(self):
         """Accepts again; tries again later where even that fails."""
         try:
-            self.daemon.poller.add(self.socket, self.handle)
+            self._loop.watch(self._socket, self.handle)
         except OSError:
-            self.daemon.dates[self._resume] = self.daemon.now.mono + PAUSE
+            self._loop.after(PAUSE, self._resume)
 
-    def handle(self, events):
-        """Accepts those that have come, a batch at a time."""
-        for _ in range(64):
-            try:
-                connection, address = self.socket.accept()
-            except WOULD_BLOCK + (ConnectionError,):
-                return
-            except OSError as error:
-                self.daemon.log.limited(f"cannot accept clients: {error.strerror}; trying again")
-                self.daemon.poller.remove(self.socket)  # or it would wake the loop all the time
-                self.daemon.dates[self._resume] = self.daemon.now.mono + PAUSE
-                return
-            connection.setblocking(False)
-            with contextlib.suppress(OSError):  # TLS: it has gone already
-                self.daemon.welcome(connection, LOCAL if self.local else show_address(address))
-
-    def look(self):
+    def look(self) -> "None":
         """Nobody can take an address, or a socket that was given, away."""
 
-    def close(self):
+    def close(self) -> "None":
         """Stops listening."""
-        if self.daemon.dates.pop(self._resume, None) is None:
-            self.daemon.poller.remove(self.socket)
-        self.socket.close()
+        self._loop.cancel(self._resume)
+        self._loop.forget(self._socket)
+        self._socket.close()
 
 
 class LocalListener(Listener):
     """A UNIX socket of the daemon's own.  A cleaner of /tmp may remove it, and another daemon may
-    then be at its path: look() is called every LOOK s.  `guard` is the State with its lock."""
+    then be at its path: look() is called every LOOK s.  `mode` is its permissions, `guard` the
+    State with its lock; drain(reason) is called when another daemon serves at the path."""
 
-    def __init__(self, daemon, path, mode, guard):
-        self.path, self.mode, self.guard = path, mode, guard
-        super().__init__(daemon, unix_socket(path, mode))
-        self.identity = identity(path)
+    def __init__(self, loop: "Loop", log: "Log", path: "str", mode: "int", guard: "State", welcome,
+                 drain):
+        self._path, self._mode = path, mode
+        self._guard = guard
+        self._drain = drain
+        super().__init__(loop, log, unix_socket(path, mode), welcome)
+        self._identity = identity(path)
 
-    def look(self):
+    def look(self) -> "None":
         """Binds the path anew when it is lost, or drains when another daemon listens there."""
-        if identity(self.path) == self.identity:
+        if identity(self._path) == self._identity:
             return
-        if listens(self.path):
-            self.daemon.drain(f"another daemon serves {self.path}")
-        elif self.guard.look():
+        if listens(self._path):
+            self._drain(f"another daemon serves {self._path}")
+        elif self._guard.look():
             self._bind_anew()
 
     def _bind_anew(self):
         try:
-            bound = unix_socket(self.path, self.mode)
+            bound = unix_socket(self._path, self._mode)
         except CannotServe as error:
-            self.daemon.log.limited(f"{error}, which was removed", "error")
+            self._log.limited(f"{error}, which was removed", "error")
             return
-        self.daemon.log.error(f"{self.path} was removed; it was made anew")
+        self._log.error(f"{self._path} was removed; it was made anew")
         super().close()
         self._listen(bound)
-        self.identity = identity(self.path)
+        self._identity = identity(self._path)
 
-    def close(self):
+    def close(self) -> "None":
         """Stops listening; removes the path if it still leads to this socket."""
         super().close()
-        if identity(self.path) == self.identity:
+        if identity(self._path) == self._identity:
             with contextlib.suppress(OSError):
-                os.unlink(self.path)
+                os.unlink(self._path)
 
 
-def listens(path):
+def listens(path: "str") -> "bool":
     """Whether somebody listens on the UNIX socket at the path."""
     return _connect(path) in (0, errno.EAGAIN)
 
@@ -4323,8 +4336,9 @@ def _connect(path):
         return probe.connect_ex(path)
 
 
-def unix_socket(path, mode):
-    """A bound UNIX socket at `path` with these permissions; its lock must be held already."""
+def unix_socket(path: "str", mode: "int") -> "socket.socket":
+    """A bound UNIX socket at `path` with these permissions; its lock must be held already.  Raises
+    CannotServe."""
     with serving(f"cannot use {path}"):
         _remove_stale(path)
     bound = socket.socket(socket.AF_UNIX)
@@ -4337,29 +4351,41 @@ def _remove_stale(path):
     """Removes a socket on which nobody listens; anything else there is left to bind to refuse."""
     if listens(path):
         raise CannotServe(f"another daemon serves {path}")
-    if _connect(path) == errno.ECONNREFUSED and stat.S_ISSOCK(os.lstat(path).st_mode):
-        uid = os.lstat(path).st_uid
-        try:
-            os.unlink(path)
-        except OSError as error:  # only now: a directory may take its time to tell the name
-            raise CannotServe(f"cannot remove the stale socket {path} of {user_name(uid)}: "
-                              f"{error.strerror}")
+    if _connect(path) != errno.ECONNREFUSED:
+        return
+    found = os.lstat(path)
+    if not stat.S_ISSOCK(found.st_mode):
+        return
+    try:
+        os.unlink(path)
+    except OSError as error:  # only now: a directory may take its time to tell the name
+        raise CannotServe(f"cannot remove the stale socket {path} of {user_name(found.st_uid)}: "
+                          f"{error.strerror}")
 
 
-def tcp_socket(settings, host, port):
-    """A bound TCP socket at host and port (0: any port); raises CannotServe."""
+def tcp_socket(host: "str", port: "int", interface: "str | None") -> "socket.socket":
+    """A bound TCP socket at host and port (0: any port); a link-local address is that of the
+    interface.  Raises CannotServe."""
     failure = f"cannot listen on {host} port {port}"
     with serving(failure):
-        family, kind, _, _, address = socket.getaddrinfo(
-            host, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)[0]
-        if family == socket.AF_INET6 and not address[3] and settings["NetworkInterface"]:
-            address = address[:3] + (socket.if_nametoindex(settings["NetworkInterface"]),)
+        found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
+        family, kind, _, _, address = found[0]
+        if family == socket.AF_INET6 and interface:
+            address = _on_interface(address, interface)
         bound = socket.socket(family, kind)
     with serving(failure, bound):
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
         bound.listen(BACKLOG)
     return bound
+
+
+def _on_interface(address, interface):
+    """An IPv6 address with the number of the interface, unless it has one."""
+    host, port, flow, scope = address
+    if not scope:
+        scope = socket.if_nametoindex(interface)
+    return host, port, flow, scope
 
 
 def inherited_sockets():
@@ -4378,7 +4404,7 @@ def _given_socket(number):
     failure = f"LISTEN_FDS: cannot listen on descriptor {number}"
     with serving(failure):
         given = socket.socket(fileno=number)
-    with serving(failure, given):  # 3.6 does not look itself
+    with serving(failure, given):  # Python 3.6 takes every socket for one of AF_INET
         family = given.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)
         kind = given.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
     if family not in FAMILIES or kind != socket.SOCK_STREAM:
@@ -4390,20 +4416,25 @@ def _given_socket(number):
 # --- Discovery and election ---------------------------------------------------------------------
 # The multicast group.  A daemon answers the questions of clients, and sees to it that it is alone.
 #
-# The election.  Before a daemon serves a group it is a candidate: it asks four times over 400 ms,
-# naming itself by the pair (start time, id).  A serving daemon answers, and the candidate steps
-# back.  Another candidate hears the question: the one with the lower pair stays, and repeats its
-# own question at once so that the other hears it.  That one asks on for a second, and steps back
-# when it is answered; the lower one may have ended instead, or be a forged datagram, so otherwise
-# it goes on without regard to it.  The pair is an order and no seniority: it only makes all
-# candidates agree.
+# Words.  A question asks the group for a daemon, an answer says where one listens.  A candidate is
+# a daemon that does not serve yet, a rival another candidate.  The pair of a daemon is (start time
+# in ms, id): an order and no seniority, it only makes all candidates agree.
 #
-# Datagrams get lost and networks are parted, so the winner goes on asking, first often, then every
-# 5 s.  When it finds that another daemon serves, it connects to the address announced and asks for
-# that daemon's id, so that a forged datagram has no effect; then the one with the greater pair
-# drains: no more answers, no new requests, its waiters are sent away (and find the other daemon),
-# its holders finish, it ends.  A daemon whose answers carry no id is FLoM's, which cannot drain:
-# ours does.
+# The election.  The problem: several daemons of one group may start at once, and one must serve.
+# So a daemon is a candidate first: it asks four times over 400 ms, naming itself by its pair.  A
+# daemon that serves answers, and the candidate steps back.  A rival hears the question: the one
+# with the lower pair stays, and repeats its own question at once so that the other hears it.  That
+# one asks on for a second, and steps back when it is answered.  The lower one may have ended
+# instead, or be a forged datagram, so without an answer it goes on without regard to it.
+#
+# A parted network.  Datagrams get lost and networks are parted, so two daemons may be elected.  So
+# the winner goes on asking, first often, then every 5 s.  When another daemon answers, a child
+# connects to the address announced and asks for that daemon's id: a forged datagram has no effect.
+# Then the daemon with the greater pair drains: it answers no more, takes no new requests, sends
+# its waiters away (who find the other daemon), and ends when its holders have finished.  A daemon
+# whose answers carry no id is FLoM's, which cannot drain: ours does.
+#
+# Not here on purpose: to agree on one daemon while the network is parted.
 
 CANDIDACY, QUESTIONS = 0.4, 4  # s, and questions in that time
 BETWEEN = CANDIDACY / QUESTIONS  # s from one question to the next
@@ -4411,225 +4442,331 @@ DEFEAT = 1  # s in which a candidate that has won must be found to serve
 DEFEATS = 3  # rivals that a candidate waits for; after that it is a flood
 SOON = (0.5, 0.5, 1)  # s between the winner's first questions
 OFTEN = 5  # s between questions from then on, a fifth more or less
+QUESTION, ANSWER = 8, 16  # steps of the protocol
+LONGEST_QUESTION = 2048  # bytes of a datagram
+LONGEST_START = 8192  # bytes of a report until it has said whose it is
 WILDCARDS = ("0.0.0.0", "::")  # addresses that are none of a host
-DRAIN = 255  # what is written to the loop where it reads the numbers of signals, too
 MULTICAST = {  # level; names there: of all groups (Linux; Python has none), join; its form
     socket.AF_INET: (socket.IPPROTO_IP, 49, socket.IP_ADD_MEMBERSHIP, "@4xi"),
     socket.AF_INET6: (socket.IPPROTO_IPV6, 29, socket.IPV6_JOIN_GROUP, "@I")}
 
+# A message of another daemon or client.  `pair` is None when it is not one of ours; `network` has
+# the attributes address and port of an answer; `sender` is an address as the socket tells it.
+Heard = collections.namedtuple("Heard", "pair network sender")
+
 
 class Group:
-    """This daemon's place in a multicast group.  `pair` is (started, id)."""
+    """The sockets of a multicast group.  `pair` is that of this daemon.  Raises CannotServe.
 
-    def __init__(self, settings, pair):
+    One socket hears the group's questions.  The other asks and hears the answers: never from the
+    group's port, since a FLoM daemon there ends on an answer.
+    """
+
+    def __init__(self, settings: "Settings", pair: "tuple[int, str]"):
         self.settings, self.pair = settings, pair
-        host, self.port = settings["MulticastAddress"], settings["MulticastPort"]
-        interface, failure = settings["NetworkInterface"], f"cannot join {host} port {self.port}"
+        self.port = settings["MulticastPort"]
+        failure = f"cannot join {settings['MulticastAddress']} port {self.port}"
         with serving(failure):
-            self.index = socket.if_nametoindex(interface) if interface else 0
-            self.family, _, _, _, self.address = socket.getaddrinfo(
-                host, self.port, 0, socket.SOCK_DGRAM)[0]
-        if self.family == socket.AF_INET6:
-            self.index = self.index or self.address[3]
-            self.address = self.address[:3] + (self.index,)
-        # one hears the group's questions; the other asks and hears the answers: never from the
-        # group's port, since a FLoM daemon there ends on an answer
-        self.socket, self.asker = (socket.socket(self.family, socket.SOCK_DGRAM) for _ in range(2))
-        self.socket.setblocking(False)
-        self.asker.setblocking(False)
-        with serving(failure, self.socket, self.asker):
-            self._join(*MULTICAST[self.family])
+            self._resolve()
+        self.listening = socket.socket(self.family, socket.SOCK_DGRAM)
+        self.asking = socket.socket(self.family, socket.SOCK_DGRAM)
+        self.listening.setblocking(False)
+        self.asking.setblocking(False)
+        with serving(failure, self.listening, self.asking):
+            aim(self.asking, settings["DiscoveryTTL"], self._interface)
+            self._bind()
+            self._join()
         self.label = f"udp:{self.address[0]}:{self.port}"
-        self.probe = None  # the thread that looks for another daemon
 
-    def _join(self, level, of_all, join, join_form):
-        """Joins on the interface asked for, else on all; raises OSError when none takes part."""
-        aim(self.asker, self.settings["DiscoveryTTL"], self.index)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with contextlib.suppress(OSError):  # or it hears every group on this port
-            self.socket.setsockopt(level, of_all, 0)
+    def _resolve(self):
+        """Finds the group's family and address, and the number of the interface (0: any)."""
+        interface = self.settings["NetworkInterface"]
+        self._interface = socket.if_nametoindex(interface) if interface else 0
+        found = socket.getaddrinfo(self.settings["MulticastAddress"], self.port, 0,
+                                   socket.SOCK_DGRAM)
+        self.family, _, _, _, self.address = found[0]
         if self.family == socket.AF_INET6:
-            self.socket.setsockopt(level, socket.IPV6_V6ONLY, 1)
-        self.socket.bind(("", self.port))
-        group = socket.inet_pton(self.family, self.address[0].split("%")[0])
-        indexes = [self.index] if self.index else [0] + [
-            index for index, _ in socket.if_nameindex()]
-        failures = []
-        for index in indexes:
-            try:
-                self.socket.setsockopt(level, join, group + struct.pack(join_form, index))
-            except OSError as error:
-                failures.append(error)
-        if len(failures) == len(indexes):
-            raise failures[-1]
+            host, port, flow, scope = self.address
+            self._interface = self._interface or scope
+            self.address = host, port, flow, self._interface
 
-    def ask(self):
+    def _bind(self):
+        level, of_all, _, _ = MULTICAST[self.family]
+        self.listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):  # or it hears every group on this port
+            self.listening.setsockopt(level, of_all, 0)
+        if self.family == socket.AF_INET6:
+            self.listening.setsockopt(level, socket.IPV6_V6ONLY, 1)
+        self.listening.bind(("", self.port))
+
+    def _join(self):
+        """Joins on the interface asked for, else on all; raises OSError when none takes part."""
+        level, _, join, form = MULTICAST[self.family]
+        group = socket.inet_pton(self.family, self.address[0].split("%")[0])
+        joined, failure = False, OSError()
+        for interface in self._interfaces():
+            try:
+                self.listening.setsockopt(level, join, group + struct.pack(form, interface))
+                joined = True
+            except OSError as error:
+                failure = error
+        if not joined:
+            raise failure
+
+    def _interfaces(self):
+        if self._interface:
+            return [self._interface]
+        return [0] + [number for number, _ in socket.if_nameindex()]
+
+    def any_address(self) -> "str":
+        """The address of all interfaces, in the family of the group."""
+        if self.family == socket.AF_INET6:
+            return "::"
+        return "0.0.0.0"
+
+    def ask(self) -> "None":
         """Sends one question to the group; a network that is down is asked again later."""
+        started, ident = self.pair
         with contextlib.suppress(OSError):
-            self.asker.sendto(encode(DISCOVER, 8, daemon=self.pair[1], started=self.pair[0]),
-                              self.address)
+            self.asking.sendto(encode(DISCOVER, QUESTION, daemon=ident, started=started),
+                               self.address)
+
+    def answer(self, question: "Heard", network: "str") -> "None":
+        """Answers one question; `network` is the element that says where this daemon listens."""
+        data = encode(DISCOVER, ANSWER, network)
+        if question.pair is not None:
+            started, ident = self.pair
+            data = encode(DISCOVER, ANSWER, network, daemon=ident, started=started)
+        with contextlib.suppress(OSError):
+            self.listening.sendto(data, question.sender)
+
+    def questions(self):
+        """Yields what others have asked, as Heard; a batch, since a flood has no end."""
+        return self._heard(self.listening, QUESTION)
+
+    def answers(self):
+        """Yields the answers of others to this daemon's questions, as Heard; a batch, too."""
+        return self._heard(self.asking, ANSWER)
 
     def _heard(self, source, step):
-        """Yields (pair, network, sender) of the messages of this step from others that have come;
-        the pair is None when the sender is not one of ours.  A batch, since a flood has no end."""
-        for _ in range(64):
+        for _ in range(BATCH):
             try:
-                data, sender = source.recvfrom(2048)
+                data, sender = source.recvfrom(LONGEST_QUESTION)
                 elements = decode(data)
             except WOULD_BLOCK:
                 return
             except (OSError, ProtocolError):
                 continue  # OSError: ICMP's, for something sent before
             head = elements["msg"]
-            pair = (head["started"], head["daemon"]) if {"started", "daemon"} <= set(head) else None
-            other = head.get("daemon") != self.pair[1]  # its own id is never another daemon's
-            if (head["verb"], head["step"]) == (DISCOVER, step) and other:
-                yield pair, elements.get("network", {}), sender
+            if (head["verb"], head["step"]) != (DISCOVER, step):
+                continue
+            if head.get("daemon") == self.pair[1]:
+                continue  # its own id is never another daemon's
+            yield Heard(_pair_of(head), elements.get("network", {}), sender)
 
-    def elect(self):
-        """Returns when this daemon is to serve the group, raises SteppedBack when another does."""
-        passed_over = set()  # rivals that have won and did not serve
-        while len(passed_over) < DEFEATS:
-            winner = self._stand(passed_over)
-            if winner is None:
-                return
-            passed_over.add(self._wait_for(winner))
-        for _ in range(QUESTIONS):
-            self.look_for_another()
+    def leave(self) -> "None":
+        """Closes the sockets."""
+        self.listening.close()
+        self.asking.close()
 
-    def _stand(self, passed_over):
-        """Asks as a candidate; returns the first rival with a lower pair, None when none has."""
-        for _ in range(QUESTIONS):
-            for rival in self._rivals():
-                if rival < self.pair and rival not in passed_over:
-                    return rival
-                self.ask()  # it may not have heard of this one yet
-        return None
 
-    def _wait_for(self, winner):
-        """Gives a candidate that has won the time to serve; returns the lowest one heard of."""
-        for _ in range(round(DEFEAT / BETWEEN)):
-            winner = min([winner, *self._rivals()])
-        return winner
+def _pair_of(head):
+    """The pair of the daemon that has sent a message, None when it names none."""
+    if "started" in head and "daemon" in head:
+        return head["started"], head["daemon"]
+    return None
 
-    def look_for_another(self):
-        """Asks once, and raises SteppedBack when a daemon that serves the group answers."""
-        for _ in self._rivals():
-            pass
 
-    def _rivals(self):
-        """Asks once and yields, for BETWEEN s, the pairs of candidates that ask, too.  Raises
-        SteppedBack when a daemon that serves answers."""
-        self.ask()
-        until = time.monotonic() + BETWEEN
-        while time.monotonic() < until:
-            select.select([self.socket, self.asker], [], [], max(0, until - time.monotonic()))
-            if list(self._heard(self.asker, 16)):
-                raise SteppedBack("another daemon serves the group")
-            rivals = {pair for pair, _, _ in self._heard(self.socket, 8) if pair}
-            yield from rivals
+# The election.  It blocks: nobody is served yet.
 
-    def serve(self, daemon, address):
-        """Begins to answer: `address` is that of the socket on which the daemon listens."""
-        host, port = address[0].split("%")[0], address[1]
-        if host in WILDCARDS:
-            host = ""  # those who ask take the address from which the answer comes
-        self.daemon = daemon
-        self.network = element("network", ("address", host), ("port", port))
-        self.pauses = iter(SOON)
-        daemon.dates[self._ask_again] = daemon.now.mono + next(self.pauses)
-        daemon.poller.add(self.socket, self.hear)
-        daemon.poller.add(self.asker, self.hear_answers)
+def elect(group: "Group") -> "None":
+    """Returns when this daemon is to serve the group, raises SteppedBack when another does."""
+    passed_over: "set" = set()  # rivals that have won and did not serve
+    while len(passed_over) < DEFEATS:
+        winner = _stand(group, passed_over)
+        if winner is None:
+            return
+        passed_over.add(_wait_for(group, winner))
+    for _ in range(QUESTIONS):
+        look_for_another(group)
+
+
+def _stand(group, passed_over):
+    """Asks as a candidate; returns the first rival with a lower pair, None when none has."""
+    for _ in range(QUESTIONS):
+        for rival in _rivals(group):
+            if rival < group.pair and rival not in passed_over:
+                return rival
+            group.ask()  # it may not have heard of this one yet
+    return None
+
+
+def _wait_for(group, winner):
+    """Gives a candidate that has won the time to serve; returns the lowest one heard of."""
+    for _ in range(round(DEFEAT / BETWEEN)):
+        winner = min([winner, *_rivals(group)])
+    return winner
+
+
+def look_for_another(group: "Group") -> "None":
+    """Asks once, and raises SteppedBack when a daemon that serves the group answers."""
+    for _ in _rivals(group):
+        pass
+
+
+def _rivals(group):
+    """Asks once and yields, for BETWEEN s, the pairs of candidates that ask, too.  Raises
+    SteppedBack when a daemon that serves answers."""
+    group.ask()
+    until = time.monotonic() + BETWEEN
+    left = BETWEEN
+    while left > 0:
+        select.select([group.listening, group.asking], [], [], left)
+        if list(group.answers()):
+            raise SteppedBack("another daemon serves the group")
+        rivals = {question.pair for question in group.questions()}
+        yield from rivals - {None}
+        left = until - time.monotonic()
+
+
+class Member:
+    """This daemon while it serves the group: a way to it, see Listeners.  `address` is that of the
+    socket on which it listens; drain() is called when another daemon is to serve."""
+
+    def __init__(self, loop: "Loop", log: "Log", group: "Group", address: "tuple", drain):
+        self._loop, self._log = loop, log
+        self._group = group
+        self._drain = drain
+        self._network = element("network", ("address", _announced_host(address)),
+                                ("port", address[1]))
+        self._probe: "Child | None" = None  # which looks for another daemon
+        self._pauses = iter(SOON)
+        self.label = group.label
+        loop.after(next(self._pauses), self._ask_again)
+        loop.watch(group.listening, self._hear_questions)
+        loop.watch(group.asking, self._hear_answers)
 
     def _ask_again(self):
         import random
-        self.ask()
-        self.daemon.dates[self._ask_again] = self.daemon.now.mono + next(
-            self.pauses, OFTEN * random.uniform(0.8, 1.2))
+        self._group.ask()
+        pause = next(self._pauses, OFTEN * random.uniform(0.8, 1.2))
+        self._loop.after(pause, self._ask_again)
 
-    def hear(self, events):
+    def _hear_questions(self, events):
         """Answers the questions that have come."""
-        for other, _, sender in self._heard(self.socket, 8):
-            if sender[1] == self.port:
-                continue
-            ours = {"daemon": self.pair[1], "started": self.pair[0]} if other else {}
-            with contextlib.suppress(OSError):
-                self.socket.sendto(encode(DISCOVER, 16, self.network, **ours), sender)
+        for question in self._group.questions():
+            if question.sender[1] != self._group.port:
+                self._group.answer(question, self._network)
 
-    def hear_answers(self, events):
+    def _hear_answers(self, events):
         """Looks for other daemons in the answers to this one's own questions."""
-        for other, network, sender in self._heard(self.asker, 16):
-            if "port" not in network:
+        for answer in self._group.answers():
+            if "port" not in answer.network:
                 continue
-            host = network.get("address") or sender[0]
-            self.daemon.log.limited(f"another daemon answers for the group: {host!r} port "
-                                    f"{network['port']}", "error")
-            if sender[3:] and sender[3] and ":" in host:  # link-local: on this interface
-                host = f"{host.split('%')[0]}%{sender[3]}"
-            probing = self.probe and self.probe.is_alive()
-            if (other is None or other < self.pair) and not probing and self.daemon.ending is None:
-                import threading
-                self.probe = threading.Thread(target=self._verify, daemon=True,
-                                              args=(other, (host, network["port"])))
-                self.probe.start()
+            host, port = _address_in(answer)
+            self._log.limited(f"another daemon answers for the group: {host!r} port {port}",
+                              "error")
+            if answer.pair is None or answer.pair < self._group.pair:
+                self._verify(answer)
 
-    def _verify(self, pair, address):
-        """Wakes the loop to drain if the other daemon is there.  A thread, as connecting blocks."""
-        with contextlib.suppress(OSError, LookupError, ValueError, UsageError):
-            context = tls_context(self.settings)
-            found = daemon_at(address, context, self.daemon.checks_ids)
-            if found == (pair and pair[1]):
-                self.daemon.waker.send(bytes([DRAIN]))
+    def _verify(self, answer):
+        """Has a child look whether the other daemon is there, unless one is at work."""
+        if self._probe is not None:
+            return
+        act = functools.partial(_is_there, self._group.settings, answer)
+        with contextlib.suppress(OSError):  # the other daemon will answer again
+            self._probe = Child(self._loop, act, self._verified)
 
-    def close(self):
+    def _verified(self, found):
+        self._probe = None
+        if found:
+            self._drain()
+
+    def look(self) -> "None":
+        """Nobody can take a group away."""
+
+    def close(self) -> "None":
         """Leaves the group: no more answers, no more questions."""
-        self.daemon.dates.pop(self._ask_again, None)
-        for member in (self.socket, self.asker):
-            self.daemon.poller.remove(member)
-        self.leave()
-
-    def any_address(self):
-        """The address of all interfaces, in the family of the group."""
-        if self.family == socket.AF_INET6:
-            return "::"
-        return "0.0.0.0"
-
-    def leave(self):
-        """Closes the sockets."""
-        self.socket.close()
-        self.asker.close()
+        self._loop.cancel(self._ask_again)
+        self._loop.forget(self._group.listening)
+        self._loop.forget(self._group.asking)
+        self._group.leave()
+        if self._probe is not None:
+            self._probe.end()
 
 
+def _announced_host(address):
+    """The host that answers name; "" where those who ask take the one that the answer is from."""
+    host = address[0].split("%")[0]
+    if host in WILDCARDS:
+        return ""
+    return host
 
-def daemon_at(address, context, checks_ids=False):
+
+def _address_in(answer):
+    """(host, port) at which a daemon says that it listens."""
+    host = answer.network.get("address") or answer.sender[0]
+    return host, answer.network["port"]
+
+
+def _is_there(settings, answer):
+    """In a child: "yes" when the daemon that has answered is where it says."""
+    host, port = _address_in(answer)
+    if len(answer.sender) == 4 and ":" in host:
+        scope = answer.sender[3]
+        if scope:  # link-local: on this interface
+            host = f"{host.split('%')[0]}%{scope}"
+    context = tls_context(settings)
+    checks_ids = context is not None and settings["TlsCheckPeerId"]
+    expected = None  # FLoM's has no id
+    if answer.pair is not None:
+        expected = answer.pair[1]
+    found = daemon_at((host, port), context, checks_ids)
+    return "yes" if found == expected else ""
+
+
+def daemon_at(address: "tuple[str, int]", context, checks_ids: "bool" = False) -> "str | None":
     """The id of the daemon at a TCP address, None when it is FLoM's; it asks as a client would,
     and blocks.  Raises OSError or LookupError when there is no lock daemon, or, with `checks_ids`,
     one whose certificate is not that of the id it presents."""
-    question = encode(
-        LOCK, 8, element("session", ("peerid", machine_id()), ("client", f"flomd.py/{VERSION}")),
-        element("resource", ("name", encode_name(STATUS_RESOURCE))))
-    until, answer = time.monotonic() + PATIENCE, b""
+    host, port = address
     # anybody may have announced it: no name is looked up for a stranger
-    socket.getaddrinfo(*address, 0, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
-    connected = socket.create_connection(address, PATIENCE)
-    with secured(connected, context) if context else connected as asking:
-        if context:
+    socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
+    asking: "Any" = socket.create_connection(address, PATIENCE)
+    if context is not None:
+        asking = secured(asking, context)
+    with asking:
+        if context is not None:
             asking.do_handshake()
-        asking.sendall(question)
-        for data in iter(lambda: asking.recv(4096), b""):
-            answer += data
-            found = re.search(rb"<session[^>]*>", answer)
-            if found:
-                presented = dict(re.findall(' ([a-z]+)="([^"]*)"', found.group().decode()))
-                if checks_ids and not is_named(asking, presented.get("peerid")):
-                    raise LookupError("its certificate is not that of its id")
-                return presented.get("daemon")
-            if len(answer) > 8192 or time.monotonic() > until:
-                break
+        asking.sendall(_status_question())
+        presented = _read_session(asking)
+        if checks_ids and not _is_named(asking, presented.get("peerid")):
+            raise LookupError("its certificate is not that of its id")
+    return presented.get("daemon")
+
+
+def _status_question():
+    session = element("session", ("peerid", machine_id()), ("client", f"flomd.py/{VERSION}"))
+    resource = element("resource", ("name", encode_name(STATUS_RESOURCE)))
+    return encode(LOCK, 8, session, resource)
+
+
+def _read_session(connection):
+    """The attributes of the element session in the answer; raises LookupError without one."""
+    answer = b""
+    until = time.monotonic() + PATIENCE
+    while len(answer) <= LONGEST_START and time.monotonic() <= until:
+        data = connection.recv(4096)
+        if not data:
+            break
+        answer += data
+        found = re.search("<session[^>]*>", answer.decode("ascii", "replace"))
+        if found:
+            return dict(re.findall(' ([a-z]+)="([^"]*)"', found.group()))
     raise LookupError("no lock daemon")
 
 
-def is_named(connection, peer_id):
+def _is_named(connection, peer_id):
     """Whether the certificate of a TLS peer has one common name, the id that it presents."""
     name = common_name(connection.getpeercert())
     return bool(name) and name == peer_id
@@ -5048,25 +5185,23 @@ def most_files():
 
 
 # --- Signals and lifespan -----------------------------------------------------------------------
-# Handlers do nothing; Python writes the number of each signal to a socket that the loop reads, and
-# the thread that looks for another daemon writes DRAIN there when it has found one.
+# Handlers do nothing; Python writes the number of each signal to a socket that the loop reads.
 
 
 class Signals:
     """TERM and INT end the daemon, USR1 lets it end when idle, HUP opens its log again."""
 
     def __init__(self, daemon):
-        self.reader, daemon.waker = socket.socketpair()
+        self.reader, self.waker = socket.socketpair()
         self.reader.setblocking(False)
-        daemon.waker.setblocking(False)
+        self.waker.setblocking(False)
         self.daemon = daemon
         self.actions = {signal.SIGTERM: lambda: daemon.stop("it got SIGTERM"),
                         signal.SIGINT: lambda: daemon.stop("it got SIGINT"),
                         signal.SIGUSR1: daemon.quiesce, signal.SIGHUP: daemon.log.reopen}
         for number in self.actions:
             signal.signal(number, lambda number, frame: None)
-        self.actions[DRAIN] = daemon.drain
-        signal.set_wakeup_fd(daemon.waker.fileno())
+        signal.set_wakeup_fd(self.waker.fileno())
         daemon.poller.add(self.reader, self.handle)
 
     def handle(self, events):
@@ -5144,7 +5279,7 @@ class Publisher:
         self.trees += 1
         try:
             act = functools.partial(self._try, write)
-            self.child = Child(self.daemon.poller, act, self._ended)
+            self.child = Child(self.daemon.loop, act, self._ended)
         except OSError as error:
             self._ended(error.strerror)
 
@@ -5442,7 +5577,7 @@ def is_loopback(host) -> "bool":
 # Whatever fails before 5 undoes what was done, and the starter ends with 1 or 3.
 
 SHORT_WINDOW = 2  # s in which clients on this host come back
-ANSWER = 0.5  # s until a daemon that answers has accepted a connection
+ACCEPTED = 0.5  # s until a daemon that answers has accepted a connection
 
 
 def local_socket(settings: "Settings") -> "str | None":
@@ -5535,7 +5670,7 @@ def _locked(state, settings, options, group):
                         "and nothing keeps a second daemon away")
         return State(state.log)
     if waited and group is not None:
-        group.elect()  # who began meanwhile had no answer
+        elect(group)  # who began meanwhile had no answer
     return state
 
 
@@ -5545,11 +5680,11 @@ def _somebody_answers(settings, group):
     if local:
         return listens(local)
     if group is not None:
-        group.look_for_another()
+        look_for_another(group)
         return False
     address = settings["UnicastAddress"], settings["UnicastPort"]
     with contextlib.suppress(OSError, UnicodeError):
-        with socket.create_connection(address, ANSWER):
+        with socket.create_connection(address, ACCEPTED):
             return True
     return False
 
@@ -5582,20 +5717,24 @@ def recovery_window(settings, state, rebooted):
 
 def open_listeners(daemon, group, guard):
     """The daemon listens: on what it was given, else on its socket and its addresses."""
-    settings, ways = daemon.settings, daemon.ways
     for given in inherited_sockets():
-        ways.append(Listener(daemon, given))
-    if ways:
+        _listen(daemon, given)
+    if daemon.ways:
         return
+    settings = daemon.settings
+    host, port = settings["UnicastAddress"], settings["UnicastPort"]
+    if group is not None and not host:
+        host, port = group.any_address(), settings.values.get("UnicastPort", 0)
     local = local_socket(settings)
     if local:
-        ways.append(LocalListener(daemon, local, _socket_mode(settings), guard))
-    if settings["UnicastAddress"]:
-        bound = tcp_socket(settings, settings["UnicastAddress"], settings["UnicastPort"])
-        ways.append(Listener(daemon, bound))
-    elif group is not None:
-        bound = tcp_socket(settings, group.any_address(), settings.values.get("UnicastPort", 0))
-        ways.append(Listener(daemon, bound))
+        daemon.ways.append(LocalListener(daemon.loop, daemon.log, local, _socket_mode(settings),
+                                         guard, daemon.welcome, daemon.drain))
+    if host:
+        _listen(daemon, tcp_socket(host, port, settings["NetworkInterface"]))
+
+
+def _listen(daemon, bound):
+    daemon.ways.append(Listener(daemon.loop, daemon.log, bound, daemon.welcome))
 
 
 def _socket_mode(settings):
@@ -5611,7 +5750,7 @@ def announced_address(ways):
     """The address of the socket on which clients of a group arrive; raises CannotServe."""
     for way in ways:
         if not way.local:
-            return way.socket.getsockname()
+            return way.address
     raise CannotServe("a group needs a TCP socket, and LISTEN_FDS has none")
 
 
@@ -5632,7 +5771,7 @@ def prepare(settings, options, log):
         if settings["MulticastAddress"]:
             group = Group(settings, pair)
             undo.callback(group.leave)
-            group.elect()
+            elect(group)
         guard, state = open_states(settings, options, log, group)
         rebooted = state.begin()
         table = make_table(settings, options, state, rebooted)
@@ -5651,8 +5790,7 @@ def prepare(settings, options, log):
         daemon.released()
         daemon.watch([*{guard: None, state: None}, *daemon.ways])
         if group is not None:
-            group.serve(daemon, address)
-            daemon.ways.append(group)
+            daemon.ways.append(Member(daemon.loop, log, group, address, daemon.drain))
         if settings["MountPointVFS"] or options.metrics:
             daemon.publisher = Publisher(daemon, settings["MountPointVFS"], options.metrics)
         undo.pop_all()
