@@ -40,6 +40,9 @@ exec(sys.argv.pop(1))
 sys.exit(flom.main())
 """
 
+# For `driven`: a loss that is mended is not told, also where that takes more than a second.
+PATIENT = "flom.NOTICE = 60\n"
+
 DAEMON_DRIVER = f"""\
 import sys
 sys.path.insert(0, {ROOT!r})

@@ -144,8 +144,8 @@ import pwd
 def hang(uid):
     with open(LOG, "a") as log:
         log.write(f"{uid}\\n")
-    time.sleep(1000)
-import time, os, flomd
+    signal.pause()
+import os, signal, flomd
 real, mine = pwd.getpwuid, (0, os.getuid())
 pwd.getpwuid = lambda uid: real(uid) if uid in mine else hang(uid)
 flomd.LOOK_UP = 1

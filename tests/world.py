@@ -10,6 +10,7 @@ import marshal
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -71,7 +72,7 @@ def wait_until(predicate, seconds=10):
         if value:
             return value
         assert asked < deadline, f"not within {seconds} s: {predicate}"
-        time.sleep(pause)
+        select.select([], [], [], pause)
         # what is asked within no time is asked often
         pause, begun = min(2 * pause, max(0.005, 10 * (asked - begun)), 0.05), time.monotonic()
 
