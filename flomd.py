@@ -42,7 +42,7 @@ import time
 TYPE_CHECKING = False  # mypy knows it as true: names that annotations alone use
 if TYPE_CHECKING:
     from io import FileIO
-    from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple, Union
+    from typing import Any, Callable, Deque, Dict, Iterator, List, Tuple, Union
     Descriptor = Union[int, socket.socket, FileIO]
     Act = Callable[[], object]
     Handler = Callable[[int], object]
@@ -3226,7 +3226,7 @@ def held_by(obstacles: "InTheWay", now: "Moment") -> "str":
 _ASKED = {"simple": "mode", "hierarchical": "mode", "numeric": "quantity"}
 
 
-def report(table: "LockTable", introduction: "str", now: "Moment"):
+def report(table: "LockTable", introduction: "str", now: "Moment") -> "Iterator[str]":
     """Yields the pieces of the report: `introduction`, then the resources with those who hold and
     await them, then the parked requests.  Idle times are those of `now`."""
     encoded = functools.lru_cache(16)(encode_name)
@@ -3319,7 +3319,8 @@ class Counts:
             self.waited += waited
 
 
-def metrics(table: "LockTable", counts: "Counts", sessions: "int", epoch: "int"):
+def metrics(table: "LockTable", counts: "Counts", sessions: "int",
+            epoch: "int") -> "Iterator[str]":
     """Yields the lines of the figures in Prometheus' text format, version 0.0.4."""
     for name, form, meaning, values in _families(table, counts, sessions, epoch):
         yield f"# HELP flomd_{name} {meaning}\n# TYPE flomd_{name} {form}\n"
@@ -3369,7 +3370,7 @@ def _histogram(counts):
 
 # Files, in FLoM's layout.
 
-def tree(table: "LockTable"):
+def tree(table: "LockTable") -> "Iterator[Tuple[str, object]]":
     """Yields (path, content) of the files that show the table."""
     for number, resource in enumerate(table.resources.values(), 1):
         folder = f"lockers/{number}"
@@ -5212,162 +5213,194 @@ class Signals:
 
 
 # --- Publishing ---------------------------------------------------------------------------------
-# What others may watch: the tree of -m, in FLoM's layout, and the text of --metrics for Prometheus.
-# Both are written by a child, which sees the table as it was at that moment: the loop waits for no
-# disk.  The tree is built anew beside the old one; `status` is a link that is moved over.  A disk
-# may be slow and the table large, so there is one child at a time: what is to be written meanwhile
-# is written by the next one, when it has ended, and none is left when the daemon ends.
+# What others may watch: the tree of -m and the figures of --metrics, see Reports.  Here they become
+# files, the outputs of the Publisher.
+#
+# The problem: a disk may be slow and the table large, while the loop waits for no disk.  So a child
+# writes, which sees the table as it was at that moment.  There is one child at a time: what is to
+# be written meanwhile is written by the next one, when it has ended, and none is left when the
+# daemon ends.  Whoever reads sees a whole version: a file is renamed over the last one, a tree is
+# built beside the last one and `status`, a link, is moved over.
 
 TREE_PAUSE, METRICS_PAUSE = 1, 15  # s between two versions
 
 
-class Publisher:
-    """Publishes the state of the daemon while somebody watches it."""
+class Tree:
+    """The output of -m: the link `status`, in a folder, to a tree of files."""
+    follows_changes = True  # it is written when something has changed
 
-    def __init__(self, daemon, mount, metrics):
-        self.daemon, self.mount, self.metrics = daemon, mount, metrics
-        self.counts = Counts()
-        self.child, self.trees = None, 0  # the Child that writes; trees made so far
-        self.late = collections.OrderedDict()  # what is to be written when it has ended
-        if mount:
-            self._publish_tree()
-        if metrics:
-            self._publish_metrics()
+    def __init__(self, folder: "str", table: "LockTable"):
+        self.path, self.table = folder, table
+        self.pause = TREE_PAUSE
+        self._status = os.path.join(folder, "status")
 
-    @staticmethod
-    def check(mount, metrics):
-        """Raises CannotServe where nothing can be published."""
-        if metrics:
-            trial = f"{metrics}.{os.getpid()}"
-            with serving(f"cannot write {metrics}"):
-                if os.path.isdir(metrics):
-                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-                with open(trial, "w") as file:
-                    file.write("\n")
-                os.unlink(trial)
-        if mount:
-            folder, status = os.path.join(mount, f".trial-{os.getpid()}"), f"{mount}/status"
-            with serving(f"cannot publish the state below {mount}"):
-                os.mkdir(folder)
-                os.rmdir(folder)
-                if os.path.lexists(status) and not os.path.islink(status):
-                    raise FileExistsError(errno.EEXIST, f"{status} is not a daemon's")
+    def try_out(self) -> "None":
+        """Raises CannotServe where no tree can be published."""
+        trial = self._below(f".trial-{os.getpid()}")
+        with serving(f"cannot publish the state below {self.path}"):
+            os.mkdir(trial)
+            os.rmdir(trial)
+            if os.path.lexists(self._status) and not os.path.islink(self._status):
+                raise FileExistsError(errno.EEXIST, f"{self._status} is not a daemon's")
 
-    def note(self, decision):
-        """Counts a decision."""
-        request = self.daemon.table.requests.get(decision.session)
-        self.counts.note(decision.verdict, request, self.daemon.now)
-        self.changed()
-
-    def changed(self):
-        """The tree is to be written again, but not more often than it may."""
-        if self.mount:
-            self.daemon.dates.setdefault(self._publish_tree, self.daemon.now.mono + TREE_PAUSE)
-
-    def _publish_tree(self):
-        self._publish(self._write_tree)
-
-    def _publish_metrics(self):
-        self.daemon.dates[self._publish_metrics] = self.daemon.now.mono + METRICS_PAUSE
-        self._publish(self._write_metrics)
-
-    def _publish(self, write):
-        """Has it written by a child, now or as soon as the one that is at work has ended."""
-        if self.child:
-            self.late[write] = None
-            return
-        self.trees += 1
-        try:
-            act = functools.partial(self._try, write)
-            self.child = Child(self.daemon.loop, act, self._ended)
-        except OSError as error:
-            self._ended(error.strerror)
-
-    def _try(self, write):
-        """In the child: writes; returns what went wrong."""
-        try:
-            write()
-        except OSError as error:
-            return f"cannot write {error.filename or self.mount or self.metrics}: {error.strerror}"
-        return ""
-
-    def _ended(self, failure):
-        self.child = None
-        if failure:
-            self.daemon.log.limited(failure, "error")
-        if self.late:
-            self._publish(self.late.popitem(last=False)[0])
-
-    def _write_tree(self):
+    def write(self, number: "int") -> "None":
+        """Writes the tree of this number; in a child.  Raises OSError."""
         daemon = os.getppid()
-        new = f".status-{daemon}-{self.trees}"
-        top, link = os.path.join(self.mount, new), os.path.join(self.mount, f"{new}-link")
-        self._remove_but(os.path.basename(self._shown()))  # what a daemon left that was killed
+        name = f".status-{daemon}-{number}"
+        link = self._below(f"{name}-link")
+        self._remove_but(self._shown())  # what a daemon left that was killed
         try:
-            os.mkdir(top)
-            self._write_files(top)
+            os.mkdir(self._below(name))
+            self._write_files(self._below(name))
             if os.getppid() == daemon:  # it was not killed meanwhile
-                os.symlink(new, link)
-                os.replace(link, os.path.join(self.mount, "status"))
+                os.symlink(name, link)
+                os.replace(link, self._status)
         finally:
-            self._remove_but(os.path.basename(self._shown()))
+            self._remove_but(self._shown())
+
+    def _below(self, name):
+        return os.path.join(self.path, name)
 
     def _shown(self):
-        """The tree to which the link leads; "" when there is none."""
+        """The name of the tree to which the link leads; "" when there is none."""
         try:
-            return os.readlink(os.path.join(self.mount, "status"))
+            return os.path.basename(os.readlink(self._status))
         except OSError:
             return ""
 
     def _write_files(self, top):
         made = set()
-        for path, text in tree(self.daemon.table):
-            path = os.path.join(top, path)
+        for name, content in tree(self.table):
+            path = os.path.join(top, name)
             folder = os.path.dirname(path)
             if folder not in made:
                 os.makedirs(folder, exist_ok=True)
                 made.add(folder)
             with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
-                file.write(f"{visible(str(text))}\n")
+                file.write(visible(str(content)) + "\n")
 
     def _remove_but(self, kept):
-        for name in os.listdir(self.mount):
-            path = os.path.join(self.mount, name)
-            if name == kept or not name.startswith(".status-"):
-                continue
-            if os.path.islink(path):
+        """Removes all trees and links to them, but the one of this name."""
+        for name in os.listdir(self.path):
+            if name.startswith(".status-") and name != kept:
+                self._remove(self._below(name))
+
+    @staticmethod
+    def _remove(path):
+        if os.path.islink(path):
+            os.unlink(path)
+            return
+        for folder, _, files in os.walk(path, topdown=False):
+            for file in files:
+                os.unlink(os.path.join(folder, file))
+            os.rmdir(folder)
+
+    def remove(self) -> "None":
+        """Removes what was published, as far as it can be removed."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._status)
+        with contextlib.suppress(OSError):
+            self._remove_but("")
+
+
+class MetricsFile:
+    """The output of --metrics: a file.  figures() yields its lines."""
+    follows_changes = False  # it is written again and again
+
+    def __init__(self, path: "str", figures: "Callable[[], Iterator[str]]"):
+        self.path, self.figures = path, figures
+        self.pause = METRICS_PAUSE
+        self._new = f"{path}.new"
+
+    def try_out(self) -> "None":
+        """Raises CannotServe where the file cannot be written."""
+        trial = f"{self.path}.{os.getpid()}"
+        with serving(f"cannot write {self.path}"):
+            if os.path.isdir(self.path):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            with open(trial, "w") as file:
+                file.write("\n")
+            os.unlink(trial)
+
+    def write(self, _: "int") -> "None":
+        """Writes the file; in a child.  Raises OSError."""
+        with open(self._new, "w") as file:
+            file.write("".join(self.figures()))
+        os.chmod(self._new, 0o644)
+        os.replace(self._new, self.path)
+
+    def remove(self) -> "None":
+        """Removes what was published, as far as it can be removed."""
+        for path in (self.path, self._new):
+            with contextlib.suppress(OSError):
                 os.unlink(path)
-            for folder, _, files in os.walk(path, topdown=False):
-                for file in files:
-                    os.unlink(os.path.join(folder, file))
-                os.rmdir(folder)
 
-    def _write_metrics(self):
-        new = self._new_metrics()
-        with open(new, "w") as file:
-            daemon = self.daemon
-            figures = metrics(daemon.table, self.counts, len(daemon.connections),
-                              daemon.state.epoch)
-            file.write("".join(figures))
-        os.chmod(new, 0o644)
-        os.replace(new, self.metrics)
 
-    def _new_metrics(self):
-        return f"{self.metrics}.new"
+class Publisher:
+    """Has the outputs written while the daemon serves; counts what is decided."""
 
-    def close(self):
-        """Removes what it has published, and what a child is about to publish."""
-        if self.child:
-            self.child.end()
-        if self.metrics:
-            for path in (self.metrics, self._new_metrics()):
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-        if self.mount:
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(self.mount, "status"))
-            with contextlib.suppress(OSError):
-                self._remove_but(None)
+    def __init__(self, loop: "Loop", log: "Log", table: "LockTable", counts: "Counts",
+                 outputs: "List[Any]"):
+        self.counts = counts
+        self._loop, self._log = loop, log
+        self._table = table
+        self._child: "Child | None" = None  # which writes
+        self._written = 0  # versions of all outputs so far
+        self._late: "List[Any]" = []  # outputs to be written when it has ended
+        self._acts = {output: functools.partial(self._publish, output) for output in outputs}
+        for publish in self._acts.values():
+            publish()
+
+    def note(self, decision: "Decision") -> "None":
+        """Counts a decision."""
+        request = self._table.requests.get(decision.session)
+        self.counts.note(decision.verdict, request, self._loop.now)
+        self.changed()
+
+    def changed(self) -> "None":
+        """What follows changes is to be written again, but not more often than it may."""
+        for output, publish in self._acts.items():
+            if output.follows_changes:
+                self._loop.within(output.pause, publish)
+
+    def _publish(self, output):
+        """Has it written by a child, now or as soon as the one that is at work has ended."""
+        if not output.follows_changes:
+            self._loop.after(output.pause, self._acts[output])
+        if self._child is not None:
+            if output not in self._late:
+                self._late.append(output)
+            return
+        self._written += 1
+        act = functools.partial(_try_to_write, output, self._written)
+        try:
+            self._child = Child(self._loop, act, self._ended)
+        except OSError as error:
+            self._ended(f"cannot write {output.path}: {error.strerror}")
+
+    def _ended(self, failure):
+        self._child = None
+        if failure:
+            self._log.limited(failure, "error")
+        if self._late:
+            output = self._late.pop(0)
+            self._publish(output)
+
+    def close(self) -> "None":
+        """Removes what was published, and what a child is about to publish."""
+        if self._child is not None:
+            self._child.end()
+        for output in self._acts:
+            output.remove()
+
+
+def _try_to_write(output, number):
+    """In a child: writes; returns what went wrong."""
+    try:
+        output.write(number)
+    except OSError as error:
+        return f"cannot write {error.filename or output.path}: {error.strerror}"
+    return ""
 
 
 # --- Daemonize ----------------------------------------------------------------------------------
@@ -5754,6 +5787,20 @@ def announced_address(ways):
     raise CannotServe("a group needs a TCP socket, and LISTEN_FDS has none")
 
 
+def make_outputs(settings, options, daemon, counts):
+    """What is to be published, a list."""
+    table = daemon.table
+
+    def figures():
+        return metrics(table, counts, len(daemon.connections), daemon.state.epoch)
+    outputs = []
+    if settings["MountPointVFS"]:
+        outputs.append(Tree(settings["MountPointVFS"], table))
+    if options.metrics:
+        outputs.append(MetricsFile(options.metrics, figures))
+    return outputs
+
+
 def write_pid(path):
     """Writes the file of --pid-file; raises CannotServe."""
     with serving(f"cannot write {path}"):
@@ -5779,7 +5826,10 @@ def prepare(settings, options, log):
         daemon = Daemon(settings, options, log, pair, state, table)
         daemon.signals = Signals(daemon)  # before it listens: TERM then removes the socket
         undo.callback(daemon.hide)
-        Publisher.check(settings["MountPointVFS"], options.metrics)
+        counts = Counts()
+        outputs = make_outputs(settings, options, daemon, counts)
+        for output in outputs:
+            output.try_out()
         open_listeners(daemon, group, guard)
         address = announced_address(daemon.ways) if group else None
         if options.pid_file:
@@ -5791,8 +5841,8 @@ def prepare(settings, options, log):
         daemon.watch([*{guard: None, state: None}, *daemon.ways])
         if group is not None:
             daemon.ways.append(Member(daemon.loop, log, group, address, daemon.drain))
-        if settings["MountPointVFS"] or options.metrics:
-            daemon.publisher = Publisher(daemon, settings["MountPointVFS"], options.metrics)
+        if outputs:
+            daemon.publisher = Publisher(daemon.loop, log, table, counts, outputs)
         undo.pop_all()
     return daemon
 
