@@ -23,7 +23,8 @@ import time
 import warnings
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PYTHON = [sys.executable, "-S", "-W", "error"]
+AS_IS = os.environ.get("FLOM_AS_IS") == "1"
+PYTHON = [sys.executable] if AS_IS else [sys.executable, "-S", "-W", "error"]
 DATA = os.path.join(ROOT, "tests", "data")
 
 
@@ -32,8 +33,10 @@ def compiled(*scripts):
     the work of their start, and returns their paths (conftest.py removes it).
 
     Python tells a compiled file by its first bytes, so `flom.py` is run as ever, and finds
-    `flomd.py` beside it.
+    `flomd.py` beside it.  With FLOM_AS_IS=1 the scripts are run as they are.
     """
+    if AS_IS:
+        return list(scripts)
     folder = tempfile.mkdtemp(prefix="f", dir="/tmp")
     os.chmod(folder, 0o755)  # for the other users of test_safety.py
     header = importlib.util.MAGIC_NUMBER.ljust(12 if sys.version_info < (3, 7) else 16, b"\0")
@@ -188,6 +191,9 @@ class Box:
     def environment(self, more=()):
         """The environment of the box: nothing of FLOM_* or PYTHON*, HOME in the box."""
         keep = {key: os.environ[key] for key in ("PATH", "TERM", "TZ") if key in os.environ}
+        if AS_IS:  # for coverage and debuggers
+            keep.update((key, value) for key, value in os.environ.items()
+                        if key.startswith(("COVERAGE", "PYTHON")))
         return dict(keep, HOME=self.folder, LANG="C.UTF-8", LC_ALL="C.UTF-8", **dict(more))
 
     # What runs in it
