@@ -647,7 +647,8 @@ def forked(box, code):
 
 
 @pytest.mark.parametrize("code", [
-    pytest.param("pass", marks=UNTOLD), "del lock", "lock.release()", "lock._claim.connection.close()"])
+    pytest.param("pass", marks=UNTOLD), "del lock", "lock.release()",
+    "lock._claim.connection.close()"])
 def test_a_fork_does_not_keep_the_lock_of_a_parent_that_ended(daemon, lock, box, code):
     program, child, _, _ = forked(box, code)
     wait_until(lambda: os.path.exists(box.path("child")))

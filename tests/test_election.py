@@ -1,6 +1,5 @@
 """One daemon per group: many hosts at once, losses, a parted network, strangers on the group."""
 import fcntl
-import os
 import re
 import subprocess
 import threading

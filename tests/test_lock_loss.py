@@ -223,8 +223,8 @@ def test_a_daemon_that_cannot_be_started_for_a_while(box):
     code = (f"plain = flom.fork_daemon\ndef fail(*some):"
             f"\n    if os.path.exists({file!r}): raise ValueError('failing')"
             f"\n    return plain(*some)\nflom.fork_daemon = fail")
-    holders = [driven(box, PATIENT + code, "-d", "-1", "-r", gate.name, "-T", trace, "--", *gate.command)
-               for gate in gates]
+    holders = [driven(box, PATIENT + code, "-d", "-1", "-r", gate.name, "-T", trace, "--",
+                      *gate.command) for gate in gates]
     for gate in gates:
         gate.wait()
     box.write("failing", "")

@@ -134,7 +134,7 @@ def test_a_daemon_under_siege(hosts):
 
 
 def test_nothing_is_left_of_hostile_connections(hosts):
-    """By tracemalloc, less what is cached; the first of them make the tables as large as they get."""
+    """By tracemalloc, less what is cached; the first make the tables as large as they get."""
     one, two = hosts(2)
     daemon, path = wrapped_daemon(one, COUNTED)
     at_rest = len(os.listdir(f"/proc/{daemon.pid}/fd"))
