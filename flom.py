@@ -1477,6 +1477,7 @@ class Diary:
 clock = time.monotonic
 READ, WRITE = 1, 4  # POLLIN, POLLOUT
 FOREVER = float("inf")  # s
+DAY = 86400  # s: no system call waits longer; who is resumed early waits again
 
 
 def pause(seconds: "float"):
@@ -1508,20 +1509,18 @@ def finish(steps, until: "float" = FOREVER):
 
 def _sleep(descriptor, events, seconds):
     """Waits for events of a descriptor (None: of none), so many seconds at most."""
-    waiting = []
-    if descriptor is not None:
-        waiting.append(descriptor)
-    limit = ()  # poll and select wait without an end when they are told none
-    if seconds != FOREVER:
-        limit = (max(0, seconds),)
-    if not hasattr(select, "poll"):  # eventlet takes it away and makes select() cooperative
-        reading, writing = (waiting if events & event else [] for event in (READ, WRITE))
-        select.select(reading, writing, [], *limit)
+    seconds = max(0, min(seconds, DAY))
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        if descriptor is not None:
+            poll.register(descriptor, events)
+        poll.poll(seconds * 1000)
         return
-    poll = select.poll()
-    for number in waiting:
-        poll.register(number, events)
-    poll.poll(*[1000 * number for number in limit])
+    # eventlet takes poll away and makes select() cooperative
+    waiting = {READ: [], WRITE: [], events: [descriptor]}
+    if descriptor is None:
+        waiting[events] = []
+    select.select(waiting[READ], waiting[WRITE], [], seconds)
 
 
 def reading_all(descriptor: "int"):
@@ -1619,6 +1618,11 @@ def place(settings: "Settings") -> "str":
         if address:
             return f"{words}{address}, port {settings[f'{kind}Port']}"
     return settings["SocketName"] or default_socket()
+
+
+def no_daemon(settings: "Settings", why: "str" = "") -> "DaemonUnavailable":
+    """The error when nobody listens where a daemon was looked for."""
+    return DaemonUnavailable(f"no daemon at {place(settings)}{why}")
 
 
 def locating(settings, diary, resolving=resolving_here):
@@ -1738,11 +1742,10 @@ def search_path() -> "list[str]":
 def daemon_program() -> "list[str]":
     """[program] or [python, script] of flomd; DaemonUnavailable: where it was looked for."""
     folder = os.path.dirname(os.path.realpath(__file__))
+    looked, paths = f"{folder} and PATH", _possible_programs(folder)
     named = os.environ.get("FLOMD")
     if named:
         looked, paths = f"$FLOMD ({named})", [named]
-    else:
-        looked, paths = f"{folder} and PATH", list(_possible_programs(folder))
     for path in paths:
         if os.path.isfile(path):
             return [interpreter(), path] if path.endswith(".py") else [path]
@@ -1856,14 +1859,14 @@ def _become_daemon(argv, writing):
 class Start:
     """A process that becomes a daemon, or says why not; `launch` is fork_daemon or spawn_daemon.
 
-    `ended`: whether it has ended, which a daemon does when it listens; then `status` is its exit
-    status.  `said`: what it has to say.  `wait`: the step to be waited for before the next look.
+    It ends when the daemon listens: `status` is its exit status then, None before.  `said`: what it
+    has to say.  `wait`: the step to be waited for before the next look.
     """
 
     def __init__(self, argv, launch):
-        self.ended = False
-        self.status, self.said = 0, ""
-        self._pid = None
+        self.status = None
+        self.said = ""
+        self._pid = 0
         self._data = b""
         self._reading, writing = os.pipe()
         os.set_blocking(self._reading, False)
@@ -1871,11 +1874,11 @@ class Start:
         try:
             self._pid = launch(argv, writing)
         except OSError as error:
-            self._end(CANNOT_SERVE)
+            self.status = CANNOT_SERVE
             self.said = f"cannot start flomd: {error.strerror}"
         finally:
             os.close(writing)
-            if self._pid is None:
+            if not self._pid:
                 self.close()
 
     def look(self):
@@ -1889,13 +1892,9 @@ class Start:
         try:
             ended, status = os.waitpid(self._pid, os.WNOHANG)
         except ChildProcessError:  # a program that ignores SIGCHLD has no statuses
-            self._end(0)
-            return
+            ended, status = self._pid, 0
         if ended:
-            self._end(os.WEXITSTATUS(status))
-
-    def _end(self, status):
-        self.ended, self.status = True, status
+            self.status = os.WEXITSTATUS(status)
 
     def close(self):
         """Does not wait for the end of the process."""
@@ -1955,14 +1954,19 @@ class Starter:
         if not self._start:
             self._start = Start(self._command_line(), self._launch)
         start = self._start
-        while not start.ended and clock() < self.until:
+        while start.status is None and clock() < self.until:
             yield start.wait
             start.look()
             if self._recovering:
                 break
         self._complaint = start.said or self._complaint
-        if start.ended:
-            self._note_end(start.status)
+        if start.status is None:
+            return
+        self.close()
+        if start.status == CANNOT_SERVE:
+            # Mostly another client's daemon came first: it will listen in a moment.
+            self._next_start = clock() + RESTART
+            self.until = min(self.until, clock() + LATECOMER)
 
     def _check(self):
         """Raises DaemonUnavailable when it is of no use to look for a daemon any longer."""
@@ -1974,7 +1978,7 @@ class Starter:
             why = f": {self._complaint}"
         elif obstacle:
             why = f" (and {obstacle})"
-        raise DaemonUnavailable(f"no daemon at {place(self._settings)}{why}")
+        raise no_daemon(self._settings, why)
 
     def _obstacle(self):
         """Why no daemon may be started here, "" when one may."""
@@ -1992,13 +1996,6 @@ class Starter:
         if self._recovering and "RecoveryWindow" not in self._settings.values:
             return self._argv + [f"--recovery-window={RECOVERY_WINDOW}"]
         return self._argv
-
-    def _note_end(self, status):
-        self.close()
-        if status == CANNOT_SERVE:
-            # Mostly another client's daemon came first: it will listen in a moment.
-            self._next_start = clock() + RESTART
-            self.until = min(self.until, clock() + LATECOMER)
 
     def close(self):
         """Does not wait for the end of a start that has begun."""
@@ -2153,7 +2150,8 @@ class Session:
 # Connecting and the first answer have PATIENCE: a daemon that says nothing is an error.
 #
 # A daemon may have several addresses.  In a Race they are tried side by side until a connection
-# stands; who owns the Race asks there, and has the Race go on if that address is of no use.
+# stands.  There the daemon is asked, and nowhere else meanwhile: two might both grant.  If that
+# address is of no use the Race goes on with those that are left.
 PATIENCE, GOODBYE = 10, 5  # s: for a first answer, for the daemon's EOF after ours
 SEVERAL, EACH = 15, 6  # s: PATIENCE with several addresses, with one of them but the last
 STAGGER = 0.25  # s from one connection attempt to the next
@@ -2472,10 +2470,31 @@ class Race:
             self._failure = f"cannot connect to {where}: {explain(error)}"
             return None
 
-    def check(self):
-        """Raises DaemonUnavailable, unless there is an address at which nobody listens."""
+    def asking(self, ask):
+        """Steps to what `ask(connection)`, which are steps, ends with at the first winner that is
+        of use; None when nobody listens at an address, where a daemon may be started.
+
+        Whatever is wrong with one before it has answered, the next is asked.  Raises what `ask`
+        raises; Gone when a daemon has ended, which may be another's moment to begin.
+        """
+        wrong = None
+        while True:
+            connection = yield from self.winning()
+            if not connection:
+                break
+            try:
+                with connection:
+                    return (yield from ask(connection))
+            except LeftQueue:
+                raise
+            except (Gone, Useless) as error:
+                if not isinstance(wrong, Gone):
+                    wrong = error
+        if wrong:
+            raise wrong
         if self._failure and not self._nobody:
             raise DaemonUnavailable(self._failure)
+        return None
 
 
 def starting_race(settings: "Settings", diary: "Diary", make=Connection):
@@ -2506,22 +2525,16 @@ def fetch_report(settings: "Settings", diary: "Diary", make=Connection):
 def asking_for_report(settings, diary, make=Connection):
     """Steps to (connection, the report as it came) of the first address that gives one."""
     race = yield from starting_race(settings, diary, make)
-    wrong = None
-    while True:
-        connection = yield from race.winning()
-        if not connection:
-            break
+
+    def ask(connection):
         patience = PATIENCE
         if race.left:
             patience = EACH
-        try:
-            return connection, (yield from _asking_one(connection, settings, patience))
-        except Useless as error:
-            wrong = wrong or error
-    if wrong:
-        raise wrong
-    race.check()
-    raise DaemonUnavailable(f"no daemon at {place(settings)}")
+        return connection, (yield from _asking_one(connection, settings, patience))
+    found = yield from race.asking(ask)
+    if not found:
+        raise no_daemon(settings)
+    return found
 
 
 def report_message() -> "bytes":
@@ -2739,6 +2752,9 @@ class Claim:
         self._owner = 0  # the pid of the process that holds it
         self._reused = False
         self._evicted = False
+        self._patience = PATIENCE  # s for finding a daemon that serves
+        if "," in (settings["UnicastAddress"] or ""):
+            self._patience = SEVERAL
         self._latest = None  # the connection that was made last
         self._context = None
         self._about: dict = {}
@@ -2833,7 +2849,7 @@ class Claim:
         A daemon that ends before its first answer is asked for again, until patience ends.
         """
         starter = self._starter
-        starter.begin(self._patience(), recovering=self.loss is not None)
+        starter.begin(self._patience, recovering=self.loss is not None)
         bare = False
         while True:
             try:
@@ -2843,37 +2859,28 @@ class Claim:
                 yield from starter.trying()
             except LeftQueue as gone:
                 self.diary.say(f"waiting for {self.name}: {gone.where}: {gone}; asking again")
-                starter.begin(self._patience(), recovering=True)
+                starter.begin(self._patience, recovering=True)
                 starter.expect_another()
             except Gone as gone:
                 if clock() >= starter.until:
-                    raise DaemonUnavailable(
-                        f"{gone.where} does not answer: {gone}{self._hint()}")
+                    raise self._silence(gone)
                 starter.expect_another()
                 bare = not bare and self._is_long()
                 yield pause(AGAIN)
 
-    def _hint(self):
-        if self._context:
-            return ""
-        return "; it may want TLS"
-
-    def _has_several_addresses(self):
-        return "," in (self.settings["UnicastAddress"] or "")
-
-    def _patience(self):
-        """s for finding a daemon that serves."""
-        if self._has_several_addresses():
-            return SEVERAL
-        return PATIENCE
+    def _silence(self, gone):
+        text = f"{gone.where} does not answer: {gone}"
+        if not self._context:
+            text += "; it may want TLS"
+        return DaemonUnavailable(text)
 
     def _patience_with(self, race):
         """s in which the winner of a race must answer."""
         if race.left:
             return EACH
-        if self._has_several_addresses():
-            return max(1, self._starter.until - clock())
-        return PATIENCE
+        if self._patience == PATIENCE:
+            return PATIENCE
+        return max(1, self._starter.until - clock())
 
     def _message(self, bare):
         """The request, when the lock is lost its reclaim; `bare`: without additions of ours."""
@@ -2890,33 +2897,18 @@ class Claim:
         return len(lock_message(self.settings, self._about, wait=True)) > LONGEST
 
     def _asking_each(self, bare):
-        """Steps to (connection, granting answer) of the first address that serves.
+        """Steps to (connection, granting answer) of the first address that serves, as Race.asking.
 
-        The result is None when nobody listens.  Only one is asked at a time: two daemons might
-        both grant.  Whatever is wrong with one before it has answered, the next is asked.  Raises
-        the refusal; Gone when a daemon has ended, which may be another's moment to begin.
+        Raises the refusal.
         """
         addresses = yield from locating(self.settings, self.diary, self.resolving)
         race = Race(self.settings, addresses, self._context, self._make)
-        wrong = None
-        while True:
-            connection = yield from race.winning()
-            if not connection:
-                break
+
+        def ask(connection):
             self._latest = connection
-            try:
-                with connection:
-                    answer = yield from self._granting(connection, bare, self._patience_with(race))
-                    return connection, answer
-            except LeftQueue:
-                raise
-            except (Gone, Useless) as error:
-                if not isinstance(wrong, Gone):
-                    wrong = error
-        if wrong:
-            raise wrong
-        race.check()
-        return None
+            patience = self._patience_with(race)
+            return connection, (yield from self._granting(connection, bare, patience))
+        return (yield from race.asking(ask))
 
     def _granting(self, connection, bare, patience):
         """Steps from the request to the granting answer; raises the refusal, Useless, Gone."""
@@ -3258,7 +3250,6 @@ TYPED = signals_named("INT QUIT TSTP HUP")  # the terminal sends them
 ENDING_HOLD = signals_named("TERM INT HUP QUIT")  # after the command's end they end flom
 SI_USER_BSD = 0x10001  # FreeBSD's SI_USER is positive, as if the kernel had sent the signal
 TICK = 0.02  # s between two looks
-LONG = 1e6  # s; sigtimedwait takes no infinity
 
 
 def all_signals() -> "set[int]":
@@ -3317,9 +3308,7 @@ class Signals:
         """(number, it is for the command too) of the next; (None, False) after `seconds`."""
         if not hasattr(signal, "sigtimedwait"):
             return self._wait_by_looking(seconds)
-        if seconds == FOREVER:
-            seconds = LONG
-        info = signal.sigtimedwait(self._taken, max(0, seconds))
+        info = signal.sigtimedwait(self._taken, max(0, min(seconds, DAY)))
         if not info:
             return None, False
         number = info.si_signo
@@ -4016,27 +4005,24 @@ def give_order(settings, order, **about):
     Returns (pid of a local daemon, the attributes of its answer, None for an end without one);
     raises DaemonUnavailable.
     """
-    connection = connect_for_order(settings)
-    pid, _ = credentials(connection.sock)
+    race, checked_name = race_for_order(settings)
     session = element("session", ("peerid", machine_id()), *about.items())
     message = encode(MANAGEMENT, 8, session, order)
-    data = finish(connection.parting(message, PATIENCE, answered=True))
-    if data is None:
-        raise DaemonUnavailable(f"{connection.where} does not answer within {PATIENCE} s")
-    if not data:
-        return pid, None
-    try:
-        answer = decode(data).get("answer", {})
-    except ProtocolError as error:
-        raise DaemonUnavailable(f"{connection.where} is no lock daemon: {error}")
-    if answer.get("rc") != OK:
-        reason = visible(answer.get("reason") or "it gives no reason")
-        raise DaemonUnavailable(f"{connection.where} refuses: {reason}")
-    return pid, answer
+
+    def ask(connection):
+        if checked_name:
+            connection.check_name(checked_name)
+        pid, _ = credentials(connection.sock)
+        data = yield from connection.parting(message, PATIENCE, answered=True)
+        return pid, answer_to_order(data, connection.where)
+    found = finish(race.asking(ask))
+    if not found:
+        raise no_daemon(settings)
+    return found
 
 
-def connect_for_order(settings):
-    """A Connection to the daemon that serves, and is whom it says it is; DaemonUnavailable.
+def race_for_order(settings):
+    """(Race, peer id to be checked or "") for the daemon that serves; raises DaemonUnavailable.
 
     An order may end without an answer.  So where there are several addresses, or the peer id is
     to be checked, a report is asked for before: it says which daemon serves, and who it is.
@@ -4044,17 +4030,29 @@ def connect_for_order(settings):
     diary = Diary(settings)
     race = finish(starting_race(settings, diary))
     checked = settings["TlsCertificate"] and settings["TlsCheckPeerId"]
-    known = None
-    if checked or len(race.left) > 1:
-        known, _ = finish(asking_for_report(settings, diary))
-        race.left = [known.address]
-    connection = finish(race.winning())
-    if not connection:
-        race.check()
-        raise DaemonUnavailable(f"no daemon at {place(settings)}")
-    if checked:
-        connection.check_name(known.name)
-    return connection
+    if not checked and len(race.left) < 2:
+        return race, ""
+    known, _ = finish(asking_for_report(settings, diary))
+    race.left = [known.address]
+    if not checked:
+        return race, ""
+    return race, known.name
+
+
+def answer_to_order(data, where):
+    """The attributes of the answer in what `parting` has read, None for an end without one."""
+    if data is None:
+        raise DaemonUnavailable(f"{where} does not answer within {PATIENCE} s")
+    if not data:
+        return None
+    try:
+        answer = decode(data).get("answer", {})
+    except ProtocolError as error:
+        raise DaemonUnavailable(f"{where} is no lock daemon: {error}")
+    if answer.get("rc") != OK:
+        reason = visible(answer.get("reason") or "it gives no reason")
+        raise DaemonUnavailable(f"{where} refuses: {reason}")
+    return answer
 
 
 def stop_daemon(options, settings):

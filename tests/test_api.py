@@ -158,6 +158,23 @@ def test_deadlock(daemon, lock, monkeypatch):
             lock(timeout=0.05).acquire()
 
 
+def test_the_lock_of_a_command_above_is_used_again(daemon, lock, monkeypatch):
+    with lock() as outer:
+        monkeypatch.setenv("FLOM_SESSION", ",".join(outer._claim.chain))
+        with lock(deadlock="reuse", mode="PR", timeout=5) as inner:
+            assert inner.token == outer.token and not inner.lost
+            assert inner.check() is None
+        assert not inner.lost and not is_free(lock)
+    assert is_free(lock)
+
+
+def test_what_is_ignored_in_a_file_is_in_the_trace(box, lock):
+    trace = box.path("trace")
+    box.write(".flom", f"[Trace]\nCommandTraceFile={trace}\n[Resource]\nNmae=x\n")
+    lock(config=True)
+    assert "Nmae" in read(trace) and "unknown key, ignored" in read(trace)
+
+
 def test_no_daemon(box, lock):
     with pytest.raises(flom.DaemonUnavailable, match=r"^no daemon at .*start_daemon=True"):
         lock().acquire()
@@ -318,6 +335,33 @@ def test_check_gives_up_when_there_is_no_daemon(box, lock, monkeypatch):
         while True:  # the kernel may tell a moment later
             held.check()
     held.release()
+
+
+@pytest.mark.parametrize("error", [Stop, TimeoutError])
+def test_what_a_signal_handler_raises_is_no_obstacle(box, lock, monkeypatch, error):
+    """While a step of the reclaim runs; what the system fails to do is tried again."""
+    def handler(number, frame):
+        raise error
+
+    def locating(*some):
+        failures.append(1)
+        if len(failures) < 3:
+            raise OSError(24, "Too many open files")
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+        return (yield from real(*some))
+
+    before, real, failures = signal.signal(signal.SIGUSR1, handler), flom.locating, []
+    daemon = box.daemon()
+    try:
+        with lock() as held:
+            box.kill(daemon.pid)
+            wait_until(lambda: held.lost)
+            monkeypatch.setattr(flom, "locating", locating)
+            with pytest.raises(error):
+                held.check()
+            assert held.lost and len(failures) == 3
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_check_without_a_lock(daemon, lock):

@@ -179,12 +179,15 @@ def reusing(box, *options):
 
 
 @pytest.mark.parametrize("outer, inner, told", [
-    (["R"], ["R", "-l", "PR"], "R PR "), (["/a/b", "-l", "PW"], ["/a/b", "-l", "CW"], "/a/b CW "),
+    (["R"], ["R", "-l", "PR"], "R EX "), (["/a/b", "-l", "PW"], ["/a/b", "-l", "CW"], "/a/b PW "),
     (["p[3]", "-q", "2"], ["p[3]", "-q", "2"], "p[3] none "),
     (["red.green"], ["red.green"], "red.green none red"),
     (["_S_v[1]"], ["_S_v[1]"], "_S_v[1] none 1")])
 def test_a_lock_as_good_as_the_wanted_one_is_used_again(box, outer, inner, told):
-    """Two deep and twice; nothing is asked for, and released by the outer command's end alone."""
+    """Two deep and twice; nothing is asked for, and released by the outer command's end alone.
+
+    The mode that is told is the one that is held.
+    """
     begin = ["sh", "-c", 'echo "$FLOM_TOKEN $FLOM_SESSION"; "$@"; "$@"', "sh"]
     twice = reusing(box, *inner) + reusing(box, *inner)
     status, out, err = box.run(*PLAIN, "-r", *outer, "--", *begin, *twice, "sh", "-c", TELL)
