@@ -23,6 +23,22 @@ Exit status: that of COMMAND, 128 + n when signal n killed it; of flom, with a l
     98  busy, or the time is over (--busy-status changes it)
     99  anything else: a wrong option or file, no daemon, a request that can never be granted
 """
+# Glossary
+#   resource         what is locked: a name, whose form tells its kind (numeric, set, ...)
+#   daemon           flomd.py: it knows who holds and who waits
+#   request          the message that asks the daemon for a lock
+#   grant            the daemon's answer that the lock is held from now on
+#   token            a number that grows from one grant of a resource to the next
+#   element          what a grant on a set, a sequence or a timestamp names, as `red` of red.green
+#   holder, waiter   a client whose request was granted; one whose request is in the queue
+#   claim            one request here, with all that comes of it until the lock is released
+#   chain            the id of a claim, and those of the claims that its process runs under
+#   loss             the time from the end of the daemon until the lock is held again, or given up
+#   reclaim          a holder's request to the next daemon for the lock that it has lost
+#   recovery window  the time in which a new daemon grants to those alone who reclaim
+#   obstacle         what keeps a reclaim, or the start of a daemon, from succeeding at present
+#   steps            a generator that does what may take time, and yields what it waits for
+#   carrier          a process that has inherited the command's pipe: flom may wait for its end
 import sys
 
 if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
@@ -1611,8 +1627,8 @@ def _tell_addresses(writing, host, port, kind, scope):
         os._exit(0)
 
 
-def place(settings: "Settings") -> "str":
-    """Where a daemon is looked for, in words; a path when it is local."""
+def where_looked_for(settings: "Settings") -> "str":
+    """The address, group or path where a daemon is looked for, in words."""
     for kind, words in (("Unicast", ""), ("Multicast", "multicast group ")):
         address = settings[f"{kind}Address"]
         if address:
@@ -1622,7 +1638,7 @@ def place(settings: "Settings") -> "str":
 
 def no_daemon(settings: "Settings", why: "str" = "") -> "DaemonUnavailable":
     """The error when nobody listens where a daemon was looked for."""
-    return DaemonUnavailable(f"no daemon at {place(settings)}{why}")
+    return DaemonUnavailable(f"no daemon at {where_looked_for(settings)}{why}")
 
 
 def locating(settings, diary, resolving=resolving_here):
@@ -1631,7 +1647,7 @@ def locating(settings, diary, resolving=resolving_here):
         return (yield from _locating_hosts(settings, diary, resolving))
     if settings["MulticastAddress"]:
         return (yield from _locating_group(settings, diary, resolving))
-    return [(socket.AF_UNIX, place(settings))]
+    return [(socket.AF_UNIX, where_looked_for(settings))]
 
 
 def _locating_hosts(settings, diary, resolving):
@@ -1859,8 +1875,8 @@ def _become_daemon(argv, writing):
 class Start:
     """A process that becomes a daemon, or says why not; `launch` is fork_daemon or spawn_daemon.
 
-    It ends when the daemon listens: `status` is its exit status then, None before.  `said`: what it
-    has to say.  `wait`: the step to be waited for before the next look.
+    It ends when the daemon listens: `status` is its exit status then, None before.  `said`: what
+    it has to say.  `wait`: the step to be waited for before the next look.
     """
 
     def __init__(self, argv, launch):
@@ -4075,7 +4091,8 @@ def evict(options, settings):
     host = plain(os.uname().nodename, 64)
     _, answer = give_order(settings, order, user=plain(login(), 32), host=host)
     if answer is None:
-        raise DaemonUnavailable(f"{place(settings)}: the daemon ended before it answered")
+        where = where_looked_for(settings)
+        raise DaemonUnavailable(f"{where}: the daemon ended before it answered")
     put(f"flom: {line}", sys.stderr)
     return 0
 
