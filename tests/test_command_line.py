@@ -153,10 +153,11 @@ def test_socket_and_address_exclude_each_other_wherever_they_come_from(run, firs
     assert is_usage_error(run(*argv), "SocketName" if first != "argv" else "-s")
 
 
-def test_no_command(run):
-    for argv in ([], ["-r", "a"], ["--"], ["-V"], ["-o", "5", "--"]):
-        status, out, err = run(*argv)
-        assert (status, err) == (97, "No command to execute!\n") and ("-V" in argv) == bool(out)
+@pytest.mark.parametrize("argv", [[], ["-r", "a"], ["--"], ["-V"], ["-o", "5", "--"]])
+def test_no_command(run, argv):
+    status, out, err = run(*argv)
+    assert (status, err) == (97, "No command to execute!\n")
+    assert ("-V" in argv) == bool(out)
 
 
 # What is printed
@@ -374,9 +375,10 @@ def test_what_has_no_meaning_is_told_on_a_terminal_and_with_verbose(box, options
     os.close(screen)
 
 
-def test_what_has_a_meaning_is_not_told(box):
-    for options in (["-r", "/a", "-l", "PR"], ["-r", "a[2]", "-q", "2"], ["-q", "0"], ["-l", "EX"]):
-        assert box.run("-V", *options, "--", "true").err == ""
+@pytest.mark.parametrize("options", [
+    ["-r", "/a", "-l", "PR"], ["-r", "a[2]", "-q", "2"], ["-q", "0"], ["-l", "EX"]], ids=" ".join)
+def test_what_has_a_meaning_is_not_told(box, options):
+    assert box.run("-V", *options, "--", "true").err == ""
 
 
 # What users of FLoM type: options, the command, what is printed, what is said (a pattern), status.
@@ -421,13 +423,16 @@ def test_what_users_of_flom_type(box):
     assert holder.end().status == 0
 
 
-def test_verbose_prints_the_settings_before_what_is_wrong_with_them(run):
-    for argv, text in ((["--tls-certificate=/x"], "--tls-certificate: TLS wants all of "),
-                       (["-s", "/x", "-a", "db1"], "-s: not together with -a: "),
-                       (["-n", "nosuch0"], "-n: 'nosuch0' is not a network interface")):
-        status, out, err = run("-V", *argv, "--", "true")
-        assert status == 99 and len(out.splitlines()) == len(flom.SETTINGS), argv
-        assert err.startswith(f"flom: {text}") and err.count("\n") == 1
+@pytest.mark.parametrize("argv, text", [
+    (["--tls-certificate=/x"], "--tls-certificate: TLS wants all of "),
+    (["-s", "/x", "-a", "db1"], "-s: not together with -a: "),
+    (["-n", "nosuch0"], "-n: 'nosuch0' is not a network interface")])
+def test_verbose_prints_the_settings_before_what_is_wrong_with_them(run, argv, text):
+    status, out, err = run("-V", *argv, "--", "true")
+    assert status == 99
+    assert len(out.splitlines()) == len(flom.SETTINGS)
+    assert err.startswith(f"flom: {text}")
+    assert err.count("\n") == 1
 
 
 # Places that are not as they should be

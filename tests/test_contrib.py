@@ -121,9 +121,9 @@ def test_a_page_describes_the_options_that_there_are(options, name, program):
     assert sorted(described) == sorted(options[program])
 
 
-def test_pages_name_no_option_that_is_not_there(options):
-    for path in PAGES:
-        assert flags(page(os.path.basename(path))) <= options["flom"] | options["flomd"]
+@pytest.mark.parametrize("name", [os.path.basename(path) for path in PAGES])
+def test_pages_name_no_option_that_is_not_there(options, name):
+    assert flags(page(name)) <= options["flom"] | options["flomd"]
 
 
 def test_the_pages_describe_the_exit_statuses():
@@ -512,15 +512,15 @@ def test_sysvinit(box, service, user, tool):
     assert call("reload").status == 7 and call("status").status == 3
 
 
-def test_sysvinit_says_what_is_wrong(box, service):
-    for word, change, status, text in [
-            ("start", {"FLOMD": "/nonexistent/flomd"}, 5, "/nonexistent/flomd"),
-            ("start", {"FLOMD_OPTIONS": "--nonsense"}, 1, "--nonsense"),
-            ("nonsense", {}, 3, "usage:")]:
-        defaults = service.defaults("defaults", **change)
-        done = box.start(contrib("sysvinit", "flomd"), word,
-                         env={"FLOMD_DEFAULTS": defaults}).end()
-        assert done.status == status and text in done.err and done.out == ""
+@pytest.mark.parametrize("word, change, status, text", [
+    ("start", {"FLOMD": "/nonexistent/flomd"}, 5, "/nonexistent/flomd"),
+    ("start", {"FLOMD_OPTIONS": "--nonsense"}, 1, "--nonsense"),
+    ("nonsense", {}, 3, "usage:")])
+def test_sysvinit_says_what_is_wrong(box, service, word, change, status, text):
+    defaults = service.defaults("defaults", **change)
+    done = box.start(contrib("sysvinit", "flomd"), word, env={"FLOMD_DEFAULTS": defaults}).end()
+    assert (done.status, done.out) == (status, "")
+    assert text in done.err
 
 
 def test_sysvinit_stops_nothing_but_its_daemon(box, service):

@@ -515,15 +515,14 @@ def test_a_holder_that_has_shown_a_key_comes_back_with_it_alone(world, kept, sho
     assert text == ("A2 granted, A closed" if comes_back else "A2 busy")
 
 
-def test_with_the_key_a_holder_comes_back_from_anywhere():
-    for key, answer in (("k", "A2 granted, A closed"), (None, "A2 busy")):
-        origins = World()
-        requests = [make_request(session, "R", ident="A", key=key) for session in ("A", "A2")]
-        requests[0].origin, requests[1].origin = 1, 2
-        origins.send(requests[0])
-        requests[1].reclaim = origins.told[0].token
-        requests[1].wait = 0
-        assert origins.send(requests[1]) == answer
+@pytest.mark.parametrize("key, answer", [("k", "A2 granted, A closed"), (None, "A2 busy")])
+def test_with_the_key_a_holder_comes_back_from_anywhere(world, key, answer):
+    first, again = [make_request(session, "R", ident="A", key=key) for session in ("A", "A2")]
+    first.origin, again.origin = 1, 2
+    world.send(first)
+    again.reclaim = world.told[0].token
+    again.wait = 0
+    assert world.send(again) == answer
 
 
 def test_a_token_from_the_future_is_refused_and_changes_nothing(world):

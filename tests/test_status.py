@@ -339,15 +339,15 @@ def test_another_holder_is_told_though_the_place_is_the_same(box):
     end([two_gate], [two, waiter])
 
 
-def test_the_holder_that_is_told_is_one_that_is_in_the_way(box):
+@pytest.mark.parametrize("name, other, mode", [("/a/b", "/a/x", "EX"), ("R1", "R1", "NL")])
+def test_the_holder_that_is_told_is_one_that_is_in_the_way(box, name, other, mode):
     """Not one of another branch, nor one in a mode that does not matter."""
-    for name, other, modes in (("/a/b", "/a/x", ("EX", "EX")), ("R1", "R1", ("NL", "EX"))):
-        idle, idle_gate = box.hold(f"idle{name[-1]}", "-r", other, "-l", modes[0])
-        holder, gate = box.hold(f"held{name[-1]}", "-r", name, "-l", modes[1])
-        waiter = box.waiter("-r", name, "--", "true")
-        assert re.fullmatch(rf"waiting for {name}, place 1, held by {HOST}:{holder.pid} 'sh' for "
-                            r"[0-9:]+\n", waiter.err)
-        end([idle_gate, gate], [idle, holder, waiter])
+    idle, idle_gate = box.hold("idle", "-r", other, "-l", mode)
+    holder, gate = box.hold("held", "-r", name)
+    waiter = box.waiter("-r", name, "--", "true")
+    assert re.fullmatch(rf"waiting for {name}, place 1, held by {HOST}:{holder.pid} 'sh' for "
+                        r"[0-9:]+\n", waiter.err)
+    end([idle_gate, gate], [idle, holder, waiter])
 
 
 def test_what_nobody_has_created(box):

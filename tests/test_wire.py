@@ -431,10 +431,10 @@ def test_the_status_of_the_command_passes_through(box, floms):
     assert box.run("--", "sh", "-c", "kill -9 $$").status == 137
 
 
-def test_the_unlock_says_whether_the_command_succeeded(box, floms):
-    for code, rollback in ((0, "0"), (1, "1")):
-        assert box.run("-r", "R1", "--", "sh", "-c", f"exit {code}").status == code
-        assert parse(floms.messages[-1])["resource"]["rollback"] == rollback
+@pytest.mark.parametrize("code", [0, 1])
+def test_the_unlock_says_whether_the_command_succeeded(box, floms, code):
+    assert box.run("-r", "R1", "--", "sh", "-c", f"exit {code}").status == code
+    assert parse(floms.messages[-1])["resource"]["rollback"] == str(code)
 
 
 def test_waiting_for_floms_daemon(box, floms):
@@ -529,13 +529,14 @@ def serving(box, *chunks, after=None):
     return scripted
 
 
-def test_answers_byte_by_byte_and_joined(box):
-    both = answers(1) + answers(1, 24) + answers(0, 24)
-    for chunks in ([both], [both[n:n + 1] for n in range(len(both))]):
-        with serving(box, *chunks) as daemon:
-            assert box.run("-r", "R1", "--", "echo", "hello") == (0, "hello\n", "")
-            wait_until(lambda: len(daemon.got) >= 2)
-            assert daemon.got[1] == UNLOCK_R1
+@pytest.mark.parametrize("size", [1, 10 ** 6], ids=["byte by byte", "joined"])
+def test_answers_byte_by_byte_and_joined(box, size):
+    told = answers(1) + answers(1, 24) + answers(0, 24)
+    chunks = [told[start:start + size] for start in range(0, len(told), size)]
+    with serving(box, *chunks) as daemon:
+        assert box.run("-r", "R1", "--", "echo", "hello") == (0, "hello\n", "")
+        wait_until(lambda: len(daemon.got) >= 2)
+        assert daemon.got[1] == UNLOCK_R1
 
 
 @pytest.mark.parametrize("rc", [2, 4, 5, 6, 7, 8, 9, -14, -1, 77])
