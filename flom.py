@@ -59,6 +59,10 @@ import stat
 import time
 import types
 
+TYPE_CHECKING = False  # mypy knows it as true: names that annotations alone use
+if TYPE_CHECKING:
+    from typing import Any
+
 
 # --- Shared with flomd.py -------------------------------------------------------------------------
 # ==== Shared with flomd.py: begin ====
@@ -1571,13 +1575,13 @@ def resolve(host, port, kind, scope, flags=0):
         found = socket.getaddrinfo(host, port, type=kind, flags=flags)
     except (socket.gaierror, UnicodeError) as error:
         raise DaemonUnavailable(f"cannot resolve {host!r}: {getattr(error, 'strerror', error)}")
-    addresses = []
+    addresses: "list[Any]" = []
+    address: "Any"
     for family, _, _, _, address in found:
         if family == socket.AF_INET:
             addresses.append((family, address))
         elif family == socket.AF_INET6:
-            name, number, flow, own_scope = address
-            addresses.append((family, (name, number, flow, own_scope or scope)))
+            addresses.append((family, address[:3] + (address[3] or scope,)))
     return addresses
 
 
@@ -1619,7 +1623,7 @@ def _tell_addresses(writing, host, port, kind, scope):
     try:
         try:
             addresses = resolve(host, port, kind, scope)
-            found = [(int(family), address) for family, address in addresses]
+            found: "Any" = [(int(family), address) for family, address in addresses]
         except DaemonUnavailable as error:
             found = str(error)
         os.write(writing, marshal.dumps(found))
@@ -1880,10 +1884,11 @@ class Start:
     """
 
     def __init__(self, argv, launch):
-        self.status = None
+        self.status: "int | None" = None
         self.said = ""
         self._pid = 0
         self._data = b""
+        self._reading: "Any" = None
         self._reading, writing = os.pipe()
         os.set_blocking(self._reading, False)
         self.wait = self._reading, READ, AGAIN
@@ -1933,7 +1938,7 @@ class Starter:
         self.order = ""
         self._recovering = False
         self._another_may_come = False
-        self._start = None
+        self._start: "Start | None" = None
         self._next_start = 0.0
         self._complaint = ""  # what the last process had to say
         self._argv = []
@@ -2069,7 +2074,7 @@ def _wanted(settings, wait, create):
     """The attributes of a request as FLoM knows them, in its order."""
     name = settings["Name"]
     kind = kind_of(name)
-    attributes = [("name", encode_name(name))]
+    attributes: "list[Any]" = [("name", encode_name(name))]
     if kind in WITH_MODE:
         attributes.append(("mode", settings["LockMode"]))
     attributes.append(("wait", int(wait)))
@@ -2151,7 +2156,7 @@ class Session:
         if (verb, step) == (PING, 8):  # no daemon asks so; harmless
             return []
         answer = message.get("answer")
-        outcomes = NEXT.get((self.state, step), {})
+        outcomes: "Any" = NEXT.get((self.state, step), {})
         if verb != LOCK or answer is None or answer.setdefault("rc", OK) not in outcomes:
             raise ProtocolError(f"verb {verb} step {step} {str(answer)[:99]} while {self.state}")
         self.state = outcomes[answer["rc"]]
@@ -2200,11 +2205,11 @@ class Connection:
     def __init__(self, family, where: "str"):
         self.family, self.where = family, where
         self.session = Session()
-        self.sock = socket.socket(family, socket.SOCK_STREAM)
+        self.sock: "Any" = socket.socket(family, socket.SOCK_STREAM)
         self.sock.setblocking(False)
         self.name = None  # the one CN of the daemon's certificate
         self.address = None  # as `locating` has found it
-        self._not_now = (BlockingIOError,)  # nothing can be read or written at present
+        self._not_now: "Any" = (BlockingIOError,)  # nothing can be read or written at present
         self._maker = os.getpid()
 
     def __enter__(self):
@@ -2306,7 +2311,7 @@ class Connection:
 
     def answering(self, until: "float"):
         """Steps to the next answers, [] when there are none before `until`."""
-        answers: list = []
+        answers: "Any" = []
         while not answers and clock() < until:
             yield input_of(self.sock, until)
             answers = self.receive()
@@ -2387,7 +2392,7 @@ def program_connections():
     the Lock, or drops it.
     """
     import weakref
-    connections = weakref.WeakSet()
+    connections: "Any" = weakref.WeakSet()
 
     def close_copies():
         for connection in list(connections):
@@ -2417,14 +2422,14 @@ class Race:
         self.left = list(addresses)
         self._context, self._make = context, make
         self._own_socket = not settings["SocketName"]
-        self._running: dict = {}  # address: the steps that connect to it
+        self._running: "dict[Any, Any]" = {}  # address: the steps that connect to it
         self._failure = ""
         self._nobody = False  # at one address nobody listens: a daemon may be started there
 
     def winning(self):
         """Steps to the next Connection that stands, None when no address is left."""
         until = clock() + PATIENCE
-        next_date = 0
+        next_date = 0.0
         try:
             while self.left or self._running:
                 if self.left and (not self._running or clock() >= next_date):
@@ -2583,7 +2588,7 @@ def _asking_one(connection, settings, patience):
 
 def arrange_report(data: "bytes") -> "dict":
     """The report that is in a message; raises ProtocolError, DaemonUnavailable."""
-    report: dict = {"daemon": None, "resources": [], "parked": []}
+    report: "dict" = {"daemon": None, "resources": [], "parked": []}
     refused = None
     entries = {"resource": report["resources"], "parked": report["parked"]}
     for closing, tag, attributes, _ in tags(data):
@@ -2675,6 +2680,11 @@ def covers(holder: "dict", settings: "Settings") -> "bool":
 # The life of a Claim: asking (`connection` is None), held (`connection` is that of the grant),
 # lost (`loss` says why, until it is held again), released.  One that counts a lock of the command
 # above as its own (--deadlock reuse) is held without a connection.
+#
+# The way of a request: Claim.acquire, _asking (again while a daemon may come), _asking_each (all
+# addresses), Race.asking and winning (the next that connects), _granting, _asking_first, and for
+# each further answer _waiting.  Of a reclaim: reclaiming (again while there is an obstacle),
+# _reclaiming_once, and from _asking on the same.
 HURRY = 2  # s: how long to try every AGAIN
 SELDOM = 0.5  # s between two tries after that
 TAKEN = "it was granted to somebody else"
@@ -2753,16 +2763,17 @@ class Claim:
         """`command`: its name in reports; `make`: makes a Connection."""
         self.settings, self.diary = settings, diary
         self.name = settings["Name"]
-        self.element, self.token = None, None
-        self.mode = None
+        self.element: "str | None" = None
+        self.token: "int | None" = None
+        self.mode: "str | None" = None
         if kind_of(self.name) in WITH_MODE:
             self.mode = MODES[settings["LockMode"]]
         above = re.findall("[0-9a-f]{16}", os.environ.get("FLOM_SESSION", ""))
         self.chain = [os.urandom(8).hex()] + above[:CHAIN - 1]
-        self.connection = None
-        self.loss = None
+        self.connection: "Any" = None
+        self.loss: "Any" = None
         self.unread = False
-        self.resolving = resolving_here
+        self.resolving: "Any" = resolving_here
         self._command, self._progress = command, progress
         self._starter, self._make = starter, make
         self._owner = 0  # the pid of the process that holds it
@@ -2771,9 +2782,9 @@ class Claim:
         self._patience = PATIENCE  # s for finding a daemon that serves
         if "," in (settings["UnicastAddress"] or ""):
             self._patience = SEVERAL
-        self._latest = None  # the connection that was made last
+        self._latest: "Any" = None  # the connection that was made last
         self._context = None
-        self._about: dict = {}
+        self._about: "Any" = {}
         self._deadline = FOREVER  # monotonic s
 
     # Acquire and release
@@ -2900,10 +2911,10 @@ class Claim:
 
     def _message(self, bare):
         """The request, when the lock is lost its reclaim; `bare`: without additions of ours."""
-        about = self._about
+        about: "Any" = self._about
         if bare:
             about = None
-        lost = {}
+        lost: "Any" = {}
         if self.loss:
             lost = {"reclaim": self.token, "held": self.element}
         return lock_message(self.settings, about, clock() < self._deadline, **lost)
@@ -2959,7 +2970,7 @@ class Claim:
         self.diary.say(text)
         self._progress.note(text)
         try:
-            answers = []
+            answers: "list[Any]" = []
             while not answers and clock() < self._deadline:
                 date = min(self._deadline, self._progress.date())
                 answers = yield from connection.answering(date)
@@ -3078,9 +3089,9 @@ class Lock:
     def __init__(self, name: "str | None" = None, mode: "str | None" = None, timeout=None,
                  quantity: "int | None" = None, *, start_daemon: "bool" = False,
                  config: "bool" = True, **options):
-        files = list(FILES)
-        if not config:
-            files = []
+        files: "tuple[str, ...]" = ()
+        if config:
+            files = FILES
         short = {"name": name, "mode": mode, "timeout": timeout, "quantity": quantity}
         self.settings = keyword_settings({**short, **options}, files)
         self.name = self.settings["Name"]
@@ -3284,10 +3295,10 @@ class Signals:
 
     def __init__(self, ignored=()):
         """The default action for CHLD, none for `ignored`."""
-        self.found = {signal.SIGPIPE: signal.SIG_DFL, signal.SIGXFSZ: signal.SIG_DFL}
-        self.mask: set = set()
-        self._passed: set = set()  # those that the command is to have
-        self._taken: set = set()  # those that flom takes
+        self.found: "Any" = {signal.SIGPIPE: signal.SIG_DFL, signal.SIGXFSZ: signal.SIG_DFL}
+        self.mask: "Any" = set()
+        self._passed: "set[int]" = set()  # those that the command is to have
+        self._taken: "set[int]" = set()  # those that flom takes
         self._typed = TYPED
         self._note(signal.SIGIO)
         self._note(signal.SIGCHLD)
@@ -3641,7 +3652,7 @@ def is_flom(pid: "int") -> "bool":
 
 def execute(argv, environment):
     """Becomes a program found in PATH, /bin/sh for a script without #! (unlike os.execvpe)."""
-    failure = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    failure: "OSError" = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     name = argv[0]
     folders = search_path()
     if not name:
@@ -3685,13 +3696,13 @@ class Command:
         if claim.settings["ElementArgument"] and claim.element is not None:
             self.argv.append(claim.element)
         self.claim, self.signals = claim, signals
-        self.status = None
+        self.status: "Any" = None
         self.killed_by = 0
         self.failure = ""
         self._pid = 0
-        self._pipe = None
-        self._loss = None
-        self._report = None  # the pipe that tells of a failing exec
+        self._pipe: "Any" = None
+        self._loss: "Loss | None" = None
+        self._report: "Any" = None  # the pipe that tells of a failing exec
         self._hold_until = 0.0  # monotonic s
         self._sent_away = False  # by a signal that came after the command's end
         self._complained = False
@@ -3819,7 +3830,7 @@ class Command:
         """Sends a signal to all of the command, as far as it is to be held for."""
         if self.status is not None and not self._is_awaited():
             return
-        carriers = {}
+        carriers: "dict[int, int]" = {}
         if self._pipe:
             carriers = self._pipe.carriers()
         if self.status is None:
