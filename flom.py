@@ -64,16 +64,16 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-# --- Shared with flomd.py -------------------------------------------------------------------------
+# --- Shared with flomd.py ------------------------------------------------------------------------
 # ==== Shared with flomd.py: begin ====
 # What both scripts need stands here once, the same to the byte, since each must work without the
-# other.  In this order: the numbers of the protocol; the two families of errors; messages; names of
+# other.  In this order: numbers of the protocol; the two families of errors; messages; names of
 # resources; types, which say how the value of a setting is written; the table of settings; where
 # values come from (files, options) and which go together; what is printed; this host and process;
 # sockets and TLS.  No lock, no queue and no connection is known here.
 #
-# Regular expressions and tables that few runs need are made when they are needed: each flom pays
-# for what it compiles.
+# Regular expressions are compiled when they are first needed, since flom is compiled and started
+# for each command.
 VERSION = "1.0"
 LOCK, UNLOCK, PING, DISCOVER, MANAGEMENT = 1, 2, 3, 4, 5  # verbs
 OK, ENQUEUED, WAIT_RESOURCE, BUSY, CANT_WAIT, IMPOSSIBLE = 0, 1, 2, 4, 5, 6  # rc of an answer
@@ -266,7 +266,7 @@ def _character(found):
 
 
 def encode_name(name: "str") -> "str":
-    """A resource name in base64; bytes that are not UTF-8 travel as they came (surrogateescape)."""
+    """A resource name in base64; bytes that are not UTF-8 stay as they are (surrogateescape)."""
     data = name.encode("utf-8", "surrogateescape")
     return binascii.b2a_base64(data, newline=False).decode()
 
@@ -710,8 +710,9 @@ SETTINGS_BY_PATH = {(setting.group, setting.key): setting for setting in SETTING
 TLS_FILES = ("TlsCertificate", "TlsPrivateKey", "TlsCaCertificate")
 
 
-# Files of settings are read as GKeyFile reads them, which FLoM uses: blanks before a key and around
-# the `=` do not count, those at the end of a text do; `[de]` behind a key makes it another key.
+# Files of settings are read as GKeyFile reads them, which FLoM uses: blanks before a key and
+# around the `=` do not count, those at the end of a text do; `[de]` behind a key makes it another
+# key.
 FILES = ("/etc/flom.conf", "/usr/local/etc/flom.conf", "~/.flom")
 LONGEST_FILE = 1000000  # bytes; more are no settings
 _BLANKS = " \t\f\r"
@@ -1289,7 +1290,7 @@ def refusal(rc, reason: "str | None", settings: "Settings") -> "LockError":
     return error
 
 
-# --- Options and settings -------------------------------------------------------------------------
+# --- Options and settings ------------------------------------------------------------------------
 # What flom is told: its command line, the keywords of a Lock, the files of settings.  argparse
 # takes the command line apart, Settings.set reads every value, wherever it comes from.  Beside the
 # settings there are *actions*, what to do in place of running a command, and the traces of a run.
