@@ -44,7 +44,6 @@ import sys
 if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
     del sys.path[0]  # a signal.py beside this script is not the one that is meant
 
-import argparse
 import binascii
 import contextlib
 import errno
@@ -328,6 +327,13 @@ class Type:
         return str(value)
 
 
+class Anything(Type):
+    """Any text."""
+
+    def read(self, text):
+        return text
+
+
 class Text(Type):
     """Any text but the empty one."""
     blanks_count = True
@@ -596,6 +602,7 @@ class Setting:
         return f"'{value or ''}'"
 
 
+ANYTHING = Anything("TEXT", "a text")
 FILE = Path("FILE", "a file name")
 FOLDER = Path("DIR", "a directory name")
 ADDRESS = Text("ADDRESS", "an address")
@@ -821,15 +828,15 @@ class Settings:
             self.values[setting.key] = values[-1]
         self.origins[setting.key] = origin
 
-    def take_options(self, options: "object"):
-        """Sets what a command line says, read by a parser with `add_settings`; UsageError."""
+    def take_options(self, given: "dict"):
+        """Sets what a command line says, {key: [(option, text)]}; raises UsageError."""
         for setting in SETTINGS:
-            given = getattr(options, setting.key, None) or []
-            if given and setting.many:
-                last, _ = given[-1]
-                self.set(setting, [text for _, text in given], last)
+            typed = given.get(setting.key, [])
+            if typed and setting.many:
+                last, _ = typed[-1]
+                self.set(setting, [text for _, text in typed], last)
                 continue
-            for option, text in given:
+            for option, text in typed:
                 self.set(setting, [text], option)
 
     def read_files(self):
@@ -988,67 +995,144 @@ def show(text: "str"):
         raise UsageError(f"cannot write to stdout: {error.strerror}")
 
 
-# Options.  argparse takes a command line apart; Settings reads the values.
-class _NegativeTime:
-    """What argparse takes for a value though it begins as an option does; compiled when needed."""
+# Options.  A command line is read as getopt_long(3) reads it, less abbreviations: --name=value,
+# --name value, -o5, -o 5, bundles such as -xV.  A value may begin with a hyphen (-o -1).  `--`, or
+# the first word that is no option, ends the options.
+#
+# Not argparse: each flom would pay some milliseconds for it, and to keep it from abbreviating, from
+# refusing a value such as -1s and from reading on in the command takes what is private to it.
+class Option:
+    """An option: its names, the name of its value ("" for none), its help, and what it does.
 
-    @staticmethod
-    def match(text):
-        return re.match("-[0-9.]+(ms|[smh])?$", text)
+    `act` is called with the option as it was typed, and with the text of its value.
+    """
 
-
-class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, with negative times, and with errors as UsageError."""
-
-    def __init__(self, **options):
-        super().__init__(add_help=False, formatter_class=_format_help, **options)
-        self._negative_number_matcher = _NegativeTime()
-        self.color = False  # from Python 3.14 on help has escape sequences on a terminal
-
-    def error(self, message):
-        raise UsageError(visible(message))
-
-    def _get_option_tuples(self, option_string):
-        # allow_abbrev=False would break bundles such as -xV on Python 3.6 and 3.7.
-        if option_string.startswith("--"):
-            return []
-        return super()._get_option_tuples(option_string)
+    def __init__(self, names, hint, help, act):
+        self.names = names
+        self.hint = hint
+        self.help = help
+        self.act = act
 
 
-def _format_help(prog):
-    return argparse.HelpFormatter(prog, 2, 32, 99)  # without a width it asks shutil
+class Parser:
+    """The options of a program, in groups, by which a command line is read."""
+
+    def __init__(self, usage: "str"):
+        self.usage = usage
+        self.groups: "dict" = {}  # title: [Option]
+        self.options: "dict" = {}  # name: Option
+
+    def add(self, group: "str", names: "list", help: "str", act, hint: "str" = ""):
+        """Adds an option to a group."""
+        option = Option(names, hint, help, act)
+        self.groups.setdefault(group, []).append(option)
+        for name in names:
+            self.options[name] = option
+
+    def parse(self, arguments: "list") -> "list":
+        """Calls what each option does; returns the words behind the options; UsageError."""
+        words = list(arguments)
+        while words and words[0].startswith("-") and words[0] != "-":
+            word = words.pop(0)
+            if word == "--":
+                break
+            if word.startswith("--"):
+                self._take_long(word, words)
+            else:
+                self._take_bundle(word, words)
+        return words
+
+    def _take_long(self, word, words):
+        name, equals, text = word.partition("=")
+        option = self._find(name)
+        if equals and not option.hint:
+            raise UsageError(f"{name}: {text!r} is not expected, it has no value")
+        if option.hint and not equals:
+            text = self._next(name, words)
+        option.act(name, text)
+
+    def _take_bundle(self, word, words):
+        letters = word[1:]
+        while letters:
+            name = f"-{letters[0]}"
+            letters = letters[1:]
+            option = self._find(name)
+            text = ""
+            if option.hint and letters:
+                text = letters[1:] if letters[0] == "=" else letters
+                letters = ""
+            elif option.hint:
+                text = self._next(name, words)
+            option.act(name, text)
+
+    def _find(self, name):
+        if name not in self.options:
+            raise UsageError(f"{name!r} is not an option")
+        return self.options[name]
+
+    def _next(self, name, words):
+        """The value of an option, which is the next word."""
+        if not words:
+            raise UsageError(f"{name}: its value is missing")
+        return words.pop(0)
+
+    def help(self) -> "str":
+        """What --help prints."""
+        lines = [f"usage: {self.usage}"]
+        for title, options in self.groups.items():
+            lines += ["", f"{title}:"]
+            for option in options:
+                lines += self._help_on(option)
+        return "\n".join(lines)
+
+    def _help_on(self, option):
+        head = ", ".join([f"{name} {option.hint}".rstrip() for name in option.names])
+        if len(head) <= 28:
+            return [f"  {head:28}  {option.help}"]
+        return [f"  {head}", " " * 32 + option.help]
 
 
-class Print(argparse.Action):
-    """An option that shows a text, or the help, and ends the program."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        show(self.const or parser.format_help().rstrip("\n"))
-        parser.exit()
-
-
-class _Given(argparse.Action):
-    """An option of a setting: collects (option as it was typed, text)."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        given = getattr(namespace, self.dest) or []
-        text = "yes" if self.nargs == 0 else values
-        setattr(namespace, self.dest, given + [(option_string, text)])
+def keeping(options, name: "str", type: "Type"):
+    """What an option does that keeps its value, read by a type, as an attribute of `options`."""
+    def act(option, text):
+        try:
+            setattr(options, name, type.read(text))
+        except ValueError as error:
+            raise UsageError(f"{option}: {text!r} is not {error}")
+    return act
 
 
-def add_settings(parser: "Parser", user: "str"):
-    """Gives a parser the options of the settings that a user, CLIENT or DAEMON, has."""
-    groups = {}
+def switching(options, name: "str"):
+    """What an option without a value does: sets an attribute of `options` to True."""
+    def act(option, text):
+        setattr(options, name, True)
+    return act
+
+
+def printing(make_text):
+    """What an option does that prints a text and ends the program."""
+    def act(option, text):
+        show(make_text())
+        raise SystemExit(0)
+    return act
+
+
+def add_settings(parser: "Parser", user: "str", given: "dict"):
+    """Gives a parser the options of the settings that a user, CLIENT or DAEMON, has.
+
+    What is given goes to {key: [(option as it was typed, text)]}.
+    """
     for setting in SETTINGS:
-        if user not in setting.users:
-            continue
-        if setting.group not in groups:
-            groups[setting.group] = parser.add_argument_group(setting.group)
-        shape = {"metavar": setting.type.hint}
-        if setting.switch:
-            shape = {"nargs": 0}
-        groups[setting.group].add_argument(
-            *setting.names(), dest=setting.key, action=_Given, help=setting.help, **shape)
+        if user in setting.users:
+            act = functools.partial(_collect, given, setting)
+            hint = "" if setting.switch else setting.type.hint
+            parser.add(setting.group, setting.names(), setting.help, act, hint)
+
+
+def _collect(given, setting, option, text):
+    if setting.switch:
+        text = "yes"
+    given.setdefault(setting.key, []).append((option, text))
 
 
 # This host, this process.
@@ -1291,15 +1375,15 @@ def refusal(rc, reason: "str | None", settings: "Settings") -> "LockError":
 
 
 # --- Options and settings ------------------------------------------------------------------------
-# What flom is told: its command line, the keywords of a Lock, the files of settings.  argparse
-# takes the command line apart, Settings.set reads every value, wherever it comes from.  Beside the
-# settings there are *actions*, what to do in place of running a command, and the traces of a run.
+# What flom is told: its command line, the keywords of a Lock, the files of settings.  Settings.set
+# reads every value, wherever it comes from.  Beside the settings there are *actions*, what to do
+# in place of running a command, and the traces of a run.
 
 
 class Action:
     """An action: its options, its name among ACTIONS, the name of its argument, its help."""
 
-    def __init__(self, options, name, help, argument=None):
+    def __init__(self, options, name, help, argument=""):
         self.options = options.split()
         self.name = name
         self.help = help
@@ -1316,23 +1400,15 @@ ACTION_OPTIONS = (
     Action("--unique-id", "id", "print the id of this host"))
 
 
-class _Chosen(argparse.Action):
-    """An option that says what to do in place of running a command."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        namespace.action = self.const
-        namespace.chosen = option_string
-        namespace.argument = values
-
-
-def read_arguments(arguments: "list") -> "argparse.Namespace":
+def read_arguments(arguments: "list") -> "types.SimpleNamespace":
     """What the command line says; raises UsageError.
 
-    A namespace with `command`, `action`, its `argument`, and the texts of settings.
+    A namespace with `command`; `action`, the option that has `chosen` it, its `argument`; `json`
+    and `watch`; `config_file`; `given`, the texts of settings as `add_settings` collects them.
     """
-    options = _parser().parse_args(arguments)
-    if options.command and options.command[0] == "--":
-        del options.command[0]
+    options = types.SimpleNamespace(
+        action="run", chosen="", argument="", json=False, watch=False, config_file=None, given={})
+    options.command = _parser(options).parse(arguments)
     for name in ("json", "watch"):
         if getattr(options, name) and options.action == "run":
             options.action = "status"
@@ -1342,31 +1418,37 @@ def read_arguments(arguments: "list") -> "argparse.Namespace":
     return options
 
 
-def _parser():
-    parser = Parser(prog="flom", usage="flom [OPTION]... [--] COMMAND [ARG]...")
-    group = parser.add_argument_group("Actions and reports")
-    group.add_argument("-c", "--config-file", metavar="FILE", help="read after the other files")
-    group.add_argument("-h", "--help", action=Print, nargs=0, help="show this and end")
-    group.add_argument("-v", "--version", action=Print, nargs=0, const=f"flom.py {VERSION}",
-                       help="show the version and end")
-    group.add_argument("--json", action="store_true", help="status as JSON")
-    group.add_argument("--watch", action="store_true", help="status, every second")
+def _parser(options):
+    """The parser that fills these options."""
+    parser = Parser("flom [OPTION]... [--] COMMAND [ARG]...")
+    group = "Actions and reports"
+    parser.add(group, ["-c", "--config-file"], "read after the other files",
+               keeping(options, "config_file", ANYTHING), "FILE")
+    parser.add(group, ["-h", "--help"], "show this and end", printing(parser.help))
+    parser.add(group, ["-v", "--version"], "show the version and end",
+               printing(lambda: f"flom.py {VERSION}"))
+    parser.add(group, ["--json"], "status as JSON", switching(options, "json"))
+    parser.add(group, ["--watch"], "status, every second", switching(options, "watch"))
     for action in ACTION_OPTIONS:
-        group.add_argument(*action.options, action=_Chosen, const=action.name, dest="action",
-                           default="run", help=action.help, metavar=action.argument,
-                           nargs=None if action.argument else 0)
-    parser.set_defaults(chosen=None, argument=None)
-    add_settings(parser, CLIENT)
-    parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+        parser.add(group, action.options, action.help, functools.partial(_choose, options, action),
+                   action.argument)
+    add_settings(parser, CLIENT, options.given)
     return parser
 
 
-def option_settings(options: "argparse.Namespace", settings: "Settings") -> "None":
+def _choose(options, action, option, text):
+    """What the option of an action does."""
+    options.action = action.name
+    options.chosen = option
+    options.argument = text
+
+
+def option_settings(options: "types.SimpleNamespace", settings: "Settings"):
     """Fills `settings` from the files and the command line; raises UsageError."""
     settings.read_files()
     if options.config_file is not None:
         settings.read_file(options.config_file, required=True)
-    settings.take_options(options)
+    settings.take_options(options.given)
 
 
 # The keywords of a Lock are the long options with `_` for `-`; four have a short name as well.

@@ -18,7 +18,6 @@ import sys
 if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
     del sys.path[0]  # a signal.py beside this script is not the one that is meant
 
-import argparse
 import binascii
 import bisect
 import collections
@@ -38,6 +37,7 @@ import socket
 import stat
 import struct
 import time
+import types
 
 TYPE_CHECKING = False  # mypy knows it as true: names that annotations alone use
 if TYPE_CHECKING:
@@ -312,6 +312,13 @@ class Type:
         return str(value)
 
 
+class Anything(Type):
+    """Any text."""
+
+    def read(self, text):
+        return text
+
+
 class Text(Type):
     """Any text but the empty one."""
     blanks_count = True
@@ -580,6 +587,7 @@ class Setting:
         return f"'{value or ''}'"
 
 
+ANYTHING = Anything("TEXT", "a text")
 FILE = Path("FILE", "a file name")
 FOLDER = Path("DIR", "a directory name")
 ADDRESS = Text("ADDRESS", "an address")
@@ -805,15 +813,15 @@ class Settings:
             self.values[setting.key] = values[-1]
         self.origins[setting.key] = origin
 
-    def take_options(self, options: "object"):
-        """Sets what a command line says, read by a parser with `add_settings`; UsageError."""
+    def take_options(self, given: "dict"):
+        """Sets what a command line says, {key: [(option, text)]}; raises UsageError."""
         for setting in SETTINGS:
-            given = getattr(options, setting.key, None) or []
-            if given and setting.many:
-                last, _ = given[-1]
-                self.set(setting, [text for _, text in given], last)
+            typed = given.get(setting.key, [])
+            if typed and setting.many:
+                last, _ = typed[-1]
+                self.set(setting, [text for _, text in typed], last)
                 continue
-            for option, text in given:
+            for option, text in typed:
                 self.set(setting, [text], option)
 
     def read_files(self):
@@ -972,67 +980,144 @@ def show(text: "str"):
         raise UsageError(f"cannot write to stdout: {error.strerror}")
 
 
-# Options.  argparse takes a command line apart; Settings reads the values.
-class _NegativeTime:
-    """What argparse takes for a value though it begins as an option does; compiled when needed."""
+# Options.  A command line is read as getopt_long(3) reads it, less abbreviations: --name=value,
+# --name value, -o5, -o 5, bundles such as -xV.  A value may begin with a hyphen (-o -1).  `--`, or
+# the first word that is no option, ends the options.
+#
+# Not argparse: each flom would pay some milliseconds for it, and to keep it from abbreviating, from
+# refusing a value such as -1s and from reading on in the command takes what is private to it.
+class Option:
+    """An option: its names, the name of its value ("" for none), its help, and what it does.
 
-    @staticmethod
-    def match(text):
-        return re.match("-[0-9.]+(ms|[smh])?$", text)
+    `act` is called with the option as it was typed, and with the text of its value.
+    """
 
-
-class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, with negative times, and with errors as UsageError."""
-
-    def __init__(self, **options):
-        super().__init__(add_help=False, formatter_class=_format_help, **options)
-        self._negative_number_matcher = _NegativeTime()
-        self.color = False  # from Python 3.14 on help has escape sequences on a terminal
-
-    def error(self, message):
-        raise UsageError(visible(message))
-
-    def _get_option_tuples(self, option_string):
-        # allow_abbrev=False would break bundles such as -xV on Python 3.6 and 3.7.
-        if option_string.startswith("--"):
-            return []
-        return super()._get_option_tuples(option_string)
+    def __init__(self, names, hint, help, act):
+        self.names = names
+        self.hint = hint
+        self.help = help
+        self.act = act
 
 
-def _format_help(prog):
-    return argparse.HelpFormatter(prog, 2, 32, 99)  # without a width it asks shutil
+class Parser:
+    """The options of a program, in groups, by which a command line is read."""
+
+    def __init__(self, usage: "str"):
+        self.usage = usage
+        self.groups: "dict" = {}  # title: [Option]
+        self.options: "dict" = {}  # name: Option
+
+    def add(self, group: "str", names: "list", help: "str", act, hint: "str" = ""):
+        """Adds an option to a group."""
+        option = Option(names, hint, help, act)
+        self.groups.setdefault(group, []).append(option)
+        for name in names:
+            self.options[name] = option
+
+    def parse(self, arguments: "list") -> "list":
+        """Calls what each option does; returns the words behind the options; UsageError."""
+        words = list(arguments)
+        while words and words[0].startswith("-") and words[0] != "-":
+            word = words.pop(0)
+            if word == "--":
+                break
+            if word.startswith("--"):
+                self._take_long(word, words)
+            else:
+                self._take_bundle(word, words)
+        return words
+
+    def _take_long(self, word, words):
+        name, equals, text = word.partition("=")
+        option = self._find(name)
+        if equals and not option.hint:
+            raise UsageError(f"{name}: {text!r} is not expected, it has no value")
+        if option.hint and not equals:
+            text = self._next(name, words)
+        option.act(name, text)
+
+    def _take_bundle(self, word, words):
+        letters = word[1:]
+        while letters:
+            name = f"-{letters[0]}"
+            letters = letters[1:]
+            option = self._find(name)
+            text = ""
+            if option.hint and letters:
+                text = letters[1:] if letters[0] == "=" else letters
+                letters = ""
+            elif option.hint:
+                text = self._next(name, words)
+            option.act(name, text)
+
+    def _find(self, name):
+        if name not in self.options:
+            raise UsageError(f"{name!r} is not an option")
+        return self.options[name]
+
+    def _next(self, name, words):
+        """The value of an option, which is the next word."""
+        if not words:
+            raise UsageError(f"{name}: its value is missing")
+        return words.pop(0)
+
+    def help(self) -> "str":
+        """What --help prints."""
+        lines = [f"usage: {self.usage}"]
+        for title, options in self.groups.items():
+            lines += ["", f"{title}:"]
+            for option in options:
+                lines += self._help_on(option)
+        return "\n".join(lines)
+
+    def _help_on(self, option):
+        head = ", ".join([f"{name} {option.hint}".rstrip() for name in option.names])
+        if len(head) <= 28:
+            return [f"  {head:28}  {option.help}"]
+        return [f"  {head}", " " * 32 + option.help]
 
 
-class Print(argparse.Action):
-    """An option that shows a text, or the help, and ends the program."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        show(self.const or parser.format_help().rstrip("\n"))
-        parser.exit()
-
-
-class _Given(argparse.Action):
-    """An option of a setting: collects (option as it was typed, text)."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        given = getattr(namespace, self.dest) or []
-        text = "yes" if self.nargs == 0 else values
-        setattr(namespace, self.dest, given + [(option_string, text)])
+def keeping(options, name: "str", type: "Type"):
+    """What an option does that keeps its value, read by a type, as an attribute of `options`."""
+    def act(option, text):
+        try:
+            setattr(options, name, type.read(text))
+        except ValueError as error:
+            raise UsageError(f"{option}: {text!r} is not {error}")
+    return act
 
 
-def add_settings(parser: "Parser", user: "str"):
-    """Gives a parser the options of the settings that a user, CLIENT or DAEMON, has."""
-    groups = {}
+def switching(options, name: "str"):
+    """What an option without a value does: sets an attribute of `options` to True."""
+    def act(option, text):
+        setattr(options, name, True)
+    return act
+
+
+def printing(make_text):
+    """What an option does that prints a text and ends the program."""
+    def act(option, text):
+        show(make_text())
+        raise SystemExit(0)
+    return act
+
+
+def add_settings(parser: "Parser", user: "str", given: "dict"):
+    """Gives a parser the options of the settings that a user, CLIENT or DAEMON, has.
+
+    What is given goes to {key: [(option as it was typed, text)]}.
+    """
     for setting in SETTINGS:
-        if user not in setting.users:
-            continue
-        if setting.group not in groups:
-            groups[setting.group] = parser.add_argument_group(setting.group)
-        shape = {"metavar": setting.type.hint}
-        if setting.switch:
-            shape = {"nargs": 0}
-        groups[setting.group].add_argument(
-            *setting.names(), dest=setting.key, action=_Given, help=setting.help, **shape)
+        if user in setting.users:
+            act = functools.partial(_collect, given, setting)
+            hint = "" if setting.switch else setting.type.hint
+            parser.add(setting.group, setting.names(), setting.help, act, hint)
+
+
+def _collect(given, setting, option, text):
+    if setting.switch:
+        text = "yes"
+    given.setdefault(setting.key, []).append((option, text))
 
 
 # This host, this process.
@@ -5514,54 +5599,69 @@ def notify(text: "str") -> "None":
 ADDRESSES = ("SocketName", "UnicastAddress", "MulticastAddress")
 LIMIT_OF_OBJECTS = Number(1, 999999999)
 
-class LogTarget(Path):
+class FixedPath(Path):
+    """The name of a file, made absolute: the daemon leaves the current directory."""
+
+    def read(self, text):
+        return self.write(super().read(text))
+
+
+class LogTarget(FixedPath):
     """Where to log: a word, or a file."""
-    WORDS = ("syslog", "stderr")
 
-    def write(self, value):
-        if value in self.WORDS:
-            return value
-        return super().write(value)
+    def read(self, text):
+        if text in ("syslog", "stderr"):
+            return text
+        return super().read(text)
 
 
-def make_parser() -> "Parser":
-    """The parser of the settings that concern a daemon, and of what only the daemon has."""
-    parser = Parser(prog="flomd.py", usage="flomd.py [OPTION]...",
-                    description="The daemon that holds flom's locks.")
-    parser.add_argument("-h", "--help", action=Print, nargs=0, help="show this and end")
-    parser.add_argument("-v", "--version", action=Print, nargs=0, const=f"flomd.py {VERSION}",
-                        help="show the version and end")
-    parser.add_argument("-f", "--foreground", action="store_true",
-                        help="do not detach, log to stderr")
-    parser.add_argument("-c", "--config-file", metavar="FILE",
-                        help="read after the system's and the user's file")
-    parser.add_argument("--no-files", action="store_true", help="read no configuration file")
-    parser.add_argument("--check-config", action="store_true",
-                        help="read the configuration, report every problem")
-    _add_option(parser, "--pid-file", FILE, "where to write the pid")
-    _add_option(parser, "--metrics", FILE, "where to write figures for Prometheus")
-    _add_option(parser, "--log", LogTarget("FILE|syslog|stderr", "a file name"),
-                "where to log (syslog, with -f stderr)")
-    parser.add_argument("--log-level", choices=list(LEVELS), default="info",
-                        help="error, warning, info or debug")
-    _add_option(parser, "--max-clients", LIMIT_OF_OBJECTS, "limit of connections")
-    _add_option(parser, "--max-waiters", LIMIT_OF_OBJECTS, "limit of waiting requests")
-    add_settings(parser, DAEMON)
+def read_options(arguments: "list") -> "types.SimpleNamespace":
+    """What the command line says; raises UsageError.
+
+    A namespace with the options that are no settings, and `given`, the texts of settings.
+    """
+    options = types.SimpleNamespace(
+        foreground=False, config_file=None, no_files=False, check_config=False, pid_file=None,
+        metrics=None, log=None, log_level="info", max_clients=None, max_waiters=None, given={})
+    words = make_parser(options).parse(arguments)
+    if words:
+        raise UsageError(f"{words[0]!r} is not an option")
+    return options
+
+
+def make_parser(options: "types.SimpleNamespace") -> "Parser":
+    """The parser that fills these options."""
+    parser = Parser("flomd.py [OPTION]...")
+    group = "The daemon that holds flom's locks"
+    file = FixedPath("FILE", "a file name")
+    log = LogTarget("FILE|syslog|stderr", "a file name")
+    level = Words(*LEVELS)
+
+    def keep(name, type, help):
+        attribute = name.replace("-", "_")
+        parser.add(group, [f"--{name}"], help, keeping(options, attribute, type), type.hint)
+
+    parser.add(group, ["-h", "--help"], "show this and end", printing(parser.help))
+    parser.add(group, ["-v", "--version"], "show the version and end",
+               printing(lambda: f"flomd.py {VERSION}"))
+    parser.add(group, ["-f", "--foreground"], "do not detach, log to stderr",
+               switching(options, "foreground"))
+    parser.add(group, ["-c", "--config-file"], "read after the system's and the user's file",
+               keeping(options, "config_file", ANYTHING), "FILE")
+    parser.add(group, ["--no-files"], "read no configuration file", switching(options, "no_files"))
+    parser.add(group, ["--check-config"], "read the configuration, report every problem",
+               switching(options, "check_config"))
+    keep("pid-file", file, "where to write the pid")
+    keep("metrics", file, "where to write figures for Prometheus")
+    keep("log", log, "where to log (syslog, with -f stderr)")
+    keep("log-level", level, "what to log, info by default")
+    keep("max-clients", LIMIT_OF_OBJECTS, "limit of connections")
+    keep("max-waiters", LIMIT_OF_OBJECTS, "limit of waiting requests")
+    add_settings(parser, DAEMON, options.given)
     return parser
 
 
-def _add_option(parser, name, type, help):
-    """Adds an option whose value has a type; names of files become absolute."""
-    def read(text):
-        try:
-            value = type.read(text)
-            return type.write(value) if isinstance(type, Path) else value
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {error}")
-    parser.add_argument(name, metavar=type.hint, type=read, help=help)
-
-
-def fill_settings(settings: "Settings", options: "argparse.Namespace") -> "None":
+def fill_settings(settings: "Settings", options: "types.SimpleNamespace"):
     """Fills settings from the files and the command line; raises UsageError.
 
     The files that clients read, too, may name another daemon: an address in them counts only where
@@ -5572,7 +5672,7 @@ def fill_settings(settings: "Settings", options: "argparse.Namespace") -> "None"
     of_clients = {key: settings.values.pop(key) for key in ADDRESSES if key in settings.values}
     if options.config_file is not None:
         settings.read_file(options.config_file, required=True)
-    settings.take_options(options)
+    settings.take_options(options.given)
     if not any(key in settings.values for key in ADDRESSES):
         settings.values.update(of_clients)
 
@@ -5904,7 +6004,7 @@ def run(arguments):
     open_standard_files()
     name_process("flomd")  # as users of FLoM expect
     try:
-        options = make_parser().parse_args(arguments)
+        options = read_options(arguments)
         if options.check_config:
             return check_configuration(options)
         settings = Settings(Lifespan=-1)

@@ -111,7 +111,11 @@ WRONG = [
     (["--resource-tim", "5", "--", "true"], "--resource-tim"),
     (["--verb", "--", "true"], "--verb"),
     (["--verbose=1", "--", "true"], "--verbose"),
-    (["-o"], "-o"), (["--resource-name"], "--resource-name"), (["-c"], "-c"),
+    (["-o"], "-o: its value is missing"), (["--resource-name"], "--resource-name: its value is "),
+    (["-c"], "-c: its value is missing"), (["-xo"], "-o: its value is missing"),
+    (["-o", "--", "true"], "-o: '--' is not a time"), (["-r", "-V", "ls"], "-r: '-V' is not "),
+    (["--quiet=", "ls"], "--quiet: '' is not expected"), (["-V5", "ls"], "'-5' is not an option"),
+    (["-V-", "ls"], "'--' is not an option"), (["-=", "ls"], "'-=' is not an option"),
     (["-c", "none", "--", "true"], "none: No such file or directory"),
     (["-c", "", "--", "true"], ""),
     (["-s", "/tmp/x", "-a", "127.0.0.1", "--", "true"], "-s: not together with -a"),
@@ -203,6 +207,10 @@ def test_verbose_prints_the_configuration_first(run):
 
 ACCEPTED = [
     (["-o", "5"], "[Resource]/Timeout", "5"), (["-o5"], "[Resource]/Timeout", "5"),
+    (["-o=5"], "[Resource]/Timeout", "5"), (["-Vo", "5"], "[Resource]/Timeout", "5"),
+    (["-Vo-5"], "[Resource]/Timeout", "-5"), (["-r", "/-x"], "[Resource]/Name", "'/-x'"),
+    (["-a=b=c"], "[Daemon]/UnicastAddress", "'b=c'"),
+    (["--unicast-address=b=c"], "[Daemon]/UnicastAddress", "'b=c'"),
     (["--resource-timeout=5"], "[Resource]/Timeout", "5"),
     (["--resource-timeout", "5"], "[Resource]/Timeout", "5"),
     (["-o", "-1"], "[Resource]/Timeout", "-1"), (["-o-7"], "[Resource]/Timeout", "-7"),
