@@ -48,6 +48,7 @@ def start(host, *address, more=QUICK):
 
 @pytest.mark.parametrize("address", ADDRESSES.values(), ids=list(ADDRESSES))
 def test_7_a_fixed_daemon(hosts, address):
+    """Use case 7: commands on two hosts wait for each other by a daemon whose address all know."""
     one, two = hosts(2)
     pid = start(one, *address)
     order(one, two, *address, "-d", "0")
@@ -56,6 +57,7 @@ def test_7_a_fixed_daemon(hosts, address):
 
 
 def test_7_without_a_daemon(hosts):
+    """Use case 7: who must not start the daemon says that there is none."""
     one, two = hosts(2)
     status, out, err = two.run("-a", one.ipv4, "-d", "0", "--", "echo", "x")
     assert (status, out) == (99, "") and err.startswith("flom: no daemon at 10.77.0.1")
@@ -64,6 +66,7 @@ def test_7_without_a_daemon(hosts):
 
 @pytest.mark.parametrize("kind", GROUPS)
 def test_8_a_fixed_daemon_found_by_multicast(hosts, kind):
+    """Use case 8: as 7, but all know the group of the daemon alone."""
     one, two, three = hosts(3)
     unicast = ADDRESSES[kind]
     pid = start(one, *unicast, *GROUPS[kind])
@@ -75,6 +78,7 @@ def test_8_a_fixed_daemon_found_by_multicast(hosts, kind):
 
 @pytest.mark.parametrize("kind", GROUPS)
 def test_8_without_a_daemon(hosts, kind):
+    """Use case 8: nobody answers in the group; it is said, and nothing is started."""
     one, two = hosts(2)
     status, out, err = two.run(*GROUPS[kind], "-d", "0", "--", "echo", "x")
     assert (status, out) == (99, "") and err.count("\n") == 1
@@ -84,6 +88,7 @@ def test_8_without_a_daemon(hosts, kind):
 
 @pytest.mark.parametrize("kind", GROUPS)
 def test_9_a_dynamic_network(hosts, kind):
+    """Use case 9: all know a group; whoever comes first starts the one daemon of all hosts."""
     one, two = hosts(2)
     group, (tcp, anything, udp) = GROUPS[kind], ANY[kind]
     pid = start(one, *group, more=())  # as it is written
@@ -100,6 +105,7 @@ def test_9_a_dynamic_network(hosts, kind):
 
 @pytest.mark.parametrize("lifespan", ["-1", "60000"])
 def test_9_a_daemon_is_started_where_nobody_answers(hosts, lifespan):
+    """Use case 9: where nobody answers, a daemon of the group runs then."""
     one, two = hosts(2)
     group = GROUPS["IPv4"]
     assert two.run(*group, "-d", lifespan, *QUICK, "--", "echo", "x") == (0, "x\n", "")
@@ -109,6 +115,7 @@ def test_9_a_daemon_is_started_where_nobody_answers(hosts, lifespan):
 
 @pytest.mark.parametrize("kind", GROUPS)
 def test_9b_the_host_of_the_daemon_is_lost(hosts, kind):
+    """Use case 9b: the next client that may start a daemon makes its host that of the daemon."""
     one, two, three = hosts(3)
     group = GROUPS[kind]
     one.kill(start(one, *group))
@@ -121,6 +128,7 @@ def test_9b_the_host_of_the_daemon_is_lost(hosts, kind):
 
 
 def test_9b_the_host_of_the_daemon_is_cut_off(hosts):
+    """Use case 9b: as seen from the others, a host without a network is lost, too."""
     one, two, three = hosts(3)
     group = GROUPS["IPv4"]
     start(one, *group)

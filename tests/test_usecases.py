@@ -1,6 +1,8 @@
 """The published use cases of FLoM on one host: real clients, a real daemon, order proven by a log.
 
-Those of several hosts are in test_multi_host.py.
+A test that begins with a number shows the use case that has it in FLoM's documentation; its first
+line says which promise that is.  Those of the other kinds of resources are in
+test_usecases_kinds.py, those of several hosts in test_multi_host.py.
 """
 import os
 import shutil
@@ -10,13 +12,13 @@ import pytest
 from world import FLOM_PY, FLOMD_PY, is_busy, wait_until
 
 
-
 def end(*processes):
     for process in processes:
         assert process.end()[::2] == (0, ""), process.args
 
 
 def test_1_one_command_after_another(box):
+    """Use case 1: whoever comes second waits until the first one's command has ended."""
     sleep, gate = box.hold("sleep")
     ls = box.waiter("--", *box.note("ls"))
     assert box.events() == ["sleep start"]
@@ -27,6 +29,7 @@ def test_1_one_command_after_another(box):
 
 
 def test_2_independent_resources(box):
+    """Use case 2: who waits for one resource does not wait for the holder of another."""
     sleep1, gate1 = box.hold("R1", "-r", "R1")
     ls = box.waiter("-r", "R1", "--", *box.note("ls"))
     sleep2, gate2 = box.hold("R2", "-r", "R2")
@@ -42,6 +45,7 @@ def test_2_independent_resources(box):
 
 
 def test_3_do_not_wait(box):
+    """Use case 3: a time-out of 0 asks once; busy is said, and has a status of its own."""
     sleep, gate = box.hold("sleep")
     assert is_busy(box.run("--resource-timeout=0", "--", "echo", "x"))
     assert is_busy(box.run("-o", "0", "--busy-status", "7", "--", "echo", "x"), 7)
@@ -51,6 +55,7 @@ def test_3_do_not_wait(box):
 
 
 def test_4_wait_for_a_limited_time(box):
+    """Use case 4: after so many milliseconds the client gives up, and says so."""
     sleep, gate = box.hold("sleep")
     expired = "The lock was not obtained because timeout (400 milliseconds) expired\n"
     assert box.run("--resource-timeout=400", "--", "echo", "x") == (98, "", expired)
@@ -62,6 +67,7 @@ def test_4_wait_for_a_limited_time(box):
 
 
 def test_5_shared_modes(box):
+    """Use case 5: readers (PR) run together, a writer waits until they have ended."""
     reader, gate = box.hold("reader", "--lock-mode=PR")
     assert box.run("--lock-mode=PR", "--", "echo", "x") == (0, "x\n", "")
     writer = box.waiter("--", *box.note("writer"))
@@ -72,6 +78,7 @@ def test_5_shared_modes(box):
 
 
 def test_5_a_writer_is_not_overtaken_and_readers_go_together(box):
+    """Use case 5, in the queue: a reader that comes later stays behind the writer."""
     reader, gate = box.hold("reader", "-l", "PR")
     writer_gate, late_gates = box.gate("writer"), [box.gate(name) for name in ("one", "two")]
     writer = box.waiter("-l", "EX", "--", *writer_gate.command)
@@ -129,7 +136,8 @@ def users(boxes):
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_6_several_users(users, shared):
-    """With one socket they wait for each other; the default socket is each user's own."""
+    """Use case 6: with one socket the users of a host wait for each other; the default socket is
+    each user's own."""
     a, b = users
     address = ("--socket-name=" + a.socket,) if shared else ()
     gate = a.gate("a")
@@ -151,7 +159,7 @@ def test_6_several_users(users, shared):
 
 
 def test_6_a_stranger_on_ones_own_socket_is_refused(users):
-    """Another user's daemon there could grant anything to anybody."""
+    """Use case 6, abused: another user's daemon there could grant anything to anybody."""
     a, b = users
     assert b.start_as("flomd.py", "-s", a.default).end() == (0, "", "")
     done = a.start_as("flom.py", "-o", "0", "--", "echo", "x").end()
@@ -159,6 +167,7 @@ def test_6_a_stranger_on_ones_own_socket_is_refused(users):
 
 
 def test_14_files_as_simple_names(box):
+    """Use case 14, with names that stand for files: only who works on the same file waits."""
     sleep, gate = box.hold("sleep", "-r", "foobar")
     other, other_gate = box.hold("other", "-r", "foobaz")
     ls = box.waiter("-r", "foobar", "--", *box.note("ls"))
@@ -171,6 +180,7 @@ def test_14_files_as_simple_names(box):
 
 
 def test_16_wait_for_something_not_yet_started(box):
+    """Use case 16: with create=no a command waits until somebody else has begun."""
     box.daemon()
     late = box.waiter("--resource-create=no", "--", *box.note("late"))
     early, gate = box.hold("early")
@@ -181,7 +191,8 @@ def test_16_wait_for_something_not_yet_started(box):
 
 
 def test_16_in_reverse(box):
-    """While the resource lives (2 s after its last use) create=no runs, then it waits."""
+    """Use case 16, the other way round: while the resource lives (2 s after its last use)
+    create=no runs, then it waits."""
     assert box.run("--", *box.note("creator")).status == 0
     assert box.run("--resource-create=no", "--", *box.note("next")).status == 0
     late = box.flom("--resource-create=no", "-o", "4000", "--", *box.note("late"))
@@ -191,7 +202,8 @@ def test_16_in_reverse(box):
 
 @pytest.mark.in_time
 def test_17_a_resource_that_outlives_its_users(box):
-    """After 2 s only those with a longer idle lifespan are left; a use prolongs it."""
+    """Use case 17: after 2 s only resources with a longer idle lifespan are left; a use prolongs
+    it."""
     for name in ("R1", "R3"):
         assert box.run("--resource-idle-lifespan=5000", "-r", name, "--", "true").status == 0
     assert box.run("-r", "R2", "--", "true").status == 0

@@ -30,6 +30,7 @@ def open_all(gates, processes):
 # Use cases 10 and 11: numeric
 
 def test_10_at_most_n_at_once(box):
+    """Use case 10: a numeric resource of two units lets two commands of one unit run at once."""
     held = [box.hold(name, "-r", "ping[2]", "-q", "1") for name in ("one", "two")]
     gate = box.gate("three")
     third = box.waiter("-r", "ping[2]", "-q", "1", "--", *gate.command)
@@ -45,6 +46,7 @@ def test_10_at_most_n_at_once(box):
 
 
 def test_10_pools_of_other_sizes_are_others(box):
+    """Use case 10: the size belongs to the name."""
     holder, gate = box.hold("all", "-r", "foo[3]", "-q", "3")
     assert is_busy(box.run("-r", "foo[3]", "-o", "0", "--", "echo", "x"))
     assert box.run("-r", "foo[2]", "-q", "2", "-o", "0", "--", "echo", "x") == (0, "x\n", "")
@@ -53,12 +55,13 @@ def test_10_pools_of_other_sizes_are_others(box):
 
 @pytest.mark.parametrize("wait", ["-1", "0"])
 def test_10_more_than_there_is(box, wait):
-    """A quantity that the pool will never have is refused at once, also to who would wait."""
+    """Use case 10: a quantity that will never be there is refused, also to who would wait."""
     assert box.run("-r", "foo[2]", "-q", "3", "-o", wait, "--", "echo", "x") == (99, "", NEVER)
 
 
 def test_11_one_writer_and_n_readers_nested(box):
-    """The writer and two readers at once, the fourth waits."""
+    """Use case 11: a flom inside a flom.  One writer and two readers run at once, by their modes
+    and by a pool of two units; the fourth waits."""
     writer, writer_gate = box.hold("writer", "-l", "PW")
     pool = nested(box, "-V", "-r", "foo[2]")
     gates = [box.gate(f"reader{n}") for n in range(3)]
@@ -80,11 +83,13 @@ def test_11_one_writer_and_n_readers_nested(box):
 # Use cases 12 and 13: set
 
 def test_12_sets(box):
+    """Use case 12: the words of a set are handed out in turn."""
     assert elements(box, "red.green.blue", 3) == ["red", "green", "blue"]
 
 
 def test_13_the_element_is_the_last_argument(box):
-    """Four at once; the one that comes too late is told so."""
+    """Use case 13: of four at once three run, each with the word that it was given as its last
+    argument; the one that comes too late is told so."""
     script = '#!/bin/sh\necho "$NAME" start "$@" $# >>log; read _ <"gate.$NAME" || exit 0\n'
     os.chmod(box.write("script", script), 0o700)
     gates = [box.gate(f"g{n}") for n in range(4)]
@@ -102,6 +107,7 @@ def test_13_the_element_is_the_last_argument(box):
 # Use cases 14 and 15: hierarchical
 
 def test_14_files_as_names(box):
+    """Use case 14: the path of a file is a name, and another file is another resource."""
     sleep, gate = box.hold("sleep", "-r", "/foo/bar")
     ls = box.waiter("-r", "/foo/bar", "--", *box.note("ls"))
     assert box.run("-r", "/foo/baz", "-o", "0", "--", "echo", "x") == (0, "x\n", "")
@@ -129,6 +135,7 @@ TREES = {
 
 @pytest.mark.parametrize("who, waits, reverse", TREES.values(), ids=list(TREES))
 def test_15_readers_writers_backup(box, who, waits, reverse):
+    """Use case 15: a lock on a folder is one on all below it: a backup waits for writers."""
     come(box, "", who, waits)
     come(box, "r", who[::-1], reverse)
 
@@ -153,11 +160,12 @@ def come(box, prefix, who, waits):
 # Use case 18: sequences
 
 def test_18_a_sequence(box):
+    """Use case 18: each run is given the next number."""
     assert elements(box, "_s_a[1]", 4, "-i", "10000") == ["1", "2", "3", "4"]
 
 
 def test_18_a_transactional_sequence(box):
-    """The value of a run that failed comes back."""
+    """Use case 18: the number of a run that failed is given again."""
     command = ["--", "/bin/sh", "-c", 'echo "$1"; exit "$0"']
     runs = [box.run("-i", "10000", "-r", "_S_a[1]", *command, status) for status in "12000"]
     assert [run.status for run in runs] == [1, 2, 0, 0, 0]
@@ -165,6 +173,7 @@ def test_18_a_transactional_sequence(box):
 
 
 def test_18_three_at_once(box):
+    """Use case 18: three numbers may be in use at once; the fourth run waits."""
     held = [box.hold(name, "-r", "_s_foo[3]") for name in ("one", "two", "three")]
     fourth = box.waiter("-r", "_s_foo[3]", "--", "echo")
     assert box.events() == ["one start 1", "two start 2", "three start 3"]
@@ -175,6 +184,7 @@ def test_18_three_at_once(box):
 # Use case 19: timestamps
 
 def test_19_each_waits_for_its_next_second(box):
+    """Use case 19: no two runs are given the same time of day."""
     box.daemon()
     runs = [box.flom("-r", "_t_bar.%H:%M:%S[4]", "--", "echo") for _ in range(3)]
     end(*runs)
@@ -184,12 +194,14 @@ def test_19_each_waits_for_its_next_second(box):
 
 
 def test_19_a_format_that_cannot_tell_two_grants_apart(box):
+    """Use case 19: the day alone is refused, a second run would have to wait until tomorrow."""
     status, out, err = box.run("-r", "_t_e.%d[1]", "--", "echo", "x")
     assert (status, out, err.count("\n")) == (99, "", 1) and err.startswith("flom: ")
 
 
 @pytest.mark.parametrize("name", ["_t_%D.%T#f[2]", "_t_%D.%T#ffffff[2]"])
 def test_19_loops(box, name):
+    """Use case 19: two loops at once never meet the same text, also in parts of a second."""
     box.daemon()
     loop = 'for n in 1 2 3; do "$@" || exit; done'
     command = nested(box, "-r", name) + ["echo"]
