@@ -42,7 +42,7 @@ import types
 TYPE_CHECKING = False  # mypy knows it as true: names that annotations alone use
 if TYPE_CHECKING:
     from io import FileIO
-    from typing import Any, Callable, Deque, Dict, Iterator, List, Tuple, Union
+    from typing import Any, Callable, Deque, Dict, Iterator, List, OrderedDict, Tuple, Union
     Descriptor = Union[int, socket.socket, FileIO]
     Act = Callable[[], object]
     Handler = Callable[[int], object]
@@ -3050,169 +3050,248 @@ class LockTable:
 
 # --- Session ------------------------------------------------------------------------------------
 # One client's connection as far as the protocol goes: bytes in and calls out, decisions in and
-# bytes out, without a socket.  What is not in the table of messages is out of place.
+# bytes out, without a socket.
+#
+#     state      the client                       a lock 8 leads to
+#     FREE       has asked for nothing            ASKING
+#     ASKING     has no answer yet                ASKING
+#     WAITING    is queued, or parked             ASKING
+#     HOLDING    holds a lock                     HOLDER_ASKS
+#     HOLDER_ASKS   has asked again               HOLDER_ASKS
+#
+# A message that the table of its state does not have is out of place and ends the connection.  The
+# first answer to a lock 8 has step 16, the others have step 24: that, too, the state tells.
+#
+# The state in which a message is read is the one that the answer to the message before it has
+# left.  So calls() is lazy: whoever takes a call from it gives answer() the decisions that the
+# call has brought before taking the next one.
 #
 # A FLoM client takes every answer of step 24 but rc 1 for a grant, and knows no rc above 6: it is
 # told less, and where the truth cannot be told its connection is closed.
 
+FREE, ASKING, WAITING, HOLDING, HOLDER_ASKS = "free", "asking", "waiting", "holding", "holder asks"
+UNANSWERED = {ASKING, HOLDER_ASKS}
 TLS_RECORD = b"\x16"  # the first byte of a handshake, never that of a message
 LONGEST = 65536  # bytes of a message; FLoM's own limits, 511 and 1023, are the client's care
 TOO_LONG = f"a message of more than {LONGEST} bytes"
+MOST_PARENTS = 8  # ids of locks around a nested one that count
+KNOWN, SHORT = 256, 512  # messages that are kept as read, and bytes that one of them may have
 FINAL = {  # the daemon half-closes after these
     CANT_WAIT, INVALID_NAME, DEADLOCK, LIMIT, STOPPED, EVICTED}
 
 
-# The lock 8 and unlock 8 of a client that says what FLoM's says, in FLoM's order: read at once, for
-# a fifth of the time that decode() takes.
-_usual = re.compile((
-    re.escape(HEADER) + '<msg level="3" verb="([12])" step="8">'
-    '(?:<session peerid="([0-9A-Za-z]*)"/>)?<resource name="([0-9A-Za-z+/=]*)"'
-    '(?: mode="([0-5])")?(?: wait="([01])")?(?: quantity="([1-9][0-9]{0,8})")?(?: create="([01])")?'
-    '(?: lifespan="([0-9]{1,9})")?(?: rollback="([01])")? ?/></msg>').encode()).fullmatch
-USUAL = ("mode", "wait", "quantity", "create", "lifespan", "rollback")
-
-
-def read_message(data):
-    """decode(), with the name of the resource decoded too."""
-    found = _usual(data)
-    if not found:
-        elements = decode(data)
-        if "name" in elements.get("resource", ()):
-            elements["resource"]["name"] = decode_name(elements["resource"]["name"])
-        return elements
-    verb, peer, name, *numbers = found.groups()
-    wanted = {key: int(text) for key, text in zip(USUAL, numbers) if text}
-    wanted["name"] = decode_name(name.decode())
-    elements = {"msg": {"level": 3, "verb": int(verb), "step": 8}, "resource": wanted}
-    if peer is not None:
-        elements["session"] = {"peerid": peer.decode()}
+def read_message(data: "bytes") -> "dict":
+    """decode(), with the name of the resource decoded too.  Raises ProtocolError."""
+    elements = decode(data)
+    wanted = elements.get("resource", {})
+    if "name" in wanted:
+        wanted["name"] = decode_name(wanted["name"])
     return elements
 
 
 # Clients that ask for the same resource and say no more of themselves than FLoM's send the same
 # bytes again and again.  The result is not to be changed.
-read_known_message = functools.lru_cache(256)(read_message)
+read_known_message = functools.lru_cache(KNOWN)(read_message)
+
+
+def notice(session: "Session", verdict: "int", reason: "str",
+           position: "int | None" = None) -> "Decision":
+    """A Decision of the server itself, which the table did not make."""
+    return Decision(session, verdict, None, None, position, reason)
 
 
 class Session:
-    """The state of one connection in terms of the protocol.  calls() yields what the client wants:
-    ("lock", Request), ("unlock", committed), ("status", client), ("shutdown", immediate),
-    ("evict", id, what the client says of itself) or ("send", bytes)."""
-    __slots__ = ("connection", "unread", "ours", "answered", "asked", "holds", "about", "peer_id",
-                 "uid", "request")
+    """The state of one connection in terms of the protocol.
 
-    def __init__(self, connection):
-        self.connection, self.unread = connection, b""
-        self.ours = self.answered = False  # a client of ours; the last lock 8 has had its answer
-        self.asked = self.holds = self.request = None  # two names, and the last request
-        self.about, self.peer_id = {}, None  # what a client of ours says of itself; its host's id
-        self.uid = None  # the client's user, as the system tells it on a local socket
+    `connection` is whoever carries its bytes, `peer` the address of the client as people see it,
+    and name_of(uid) tells the name of a user of this system.
+    """
+    __slots__ = ("connection", "peer", "state", "request", "holds", "ours", "about", "peer_id",
+                 "uid", "_name_of", "_unread")
+
+    def __init__(self, connection, peer: "str", name_of: "Callable[[int], str]"):
+        self.connection = connection
+        self.peer = peer
+        self.state = FREE
+        self.request: "Request | None" = None  # the last one
+        self.holds: "str | None" = None  # the name of the lock, as an unlock 8 has to say it
+        self.ours = False  # a client of ours
+        self.about: "dict" = {}  # what a client of ours says of itself
+        self.peer_id: "str | None" = None  # the id of its host
+        self.uid: "int | None" = None  # the client's user, where the system tells it
+        self._name_of = name_of
+        self._unread = b""
 
     def __str__(self):
         """Who it is, as people see it."""
         if not self.ours:
-            return self.connection.peer
-        return "{}:{} '{}'".format(*(self.about.get(key, "?") for key in ("host", "pid", "cmd")))
+            return self.peer
+        host, pid, command = [self.about.get(key, "?") for key in ("host", "pid", "cmd")]
+        return f"{host}:{pid} '{command}'"
 
-    def user(self):
+    def user(self) -> "str | None":
         """The name of its user; one that the system tells counts more than what a client says."""
         if self.uid is None:
             return self.about.get("user")
-        return self.connection.daemon.users.name(self.uid)
+        return self._name_of(self.uid)
 
-    def calls(self, data):
-        """The calls in the bytes received so far, as an iterable; raises ProtocolError, perhaps
-        while it is iterated over."""
-        if not self.unread and 0 < len(data) - len(END) == data.find(END) < 506:
-            return [self._call(read_known_message(data))]  # the common case: just one, and short
-        return self._calls(data)
+    # What comes in.
 
-    def _call(self, elements):
-        head = elements["msg"]
-        make_call = self._MESSAGES.get((head["verb"], head["step"]))
-        if make_call is None:
-            raise ProtocolError(f"message {head['verb']}/{head['step']} out of place")
-        return make_call(self, elements)
+    def calls(self, data: "bytes") -> "Iterator[tuple]":
+        """Yields what the client wants, as a pair:
 
-    def _calls(self, data):
-        data = self.unread + data
-        if data[:1] == TLS_RECORD:
+            ("lock", Request), ("unlock", committed), ("status", the client's name and version),
+            ("shutdown", immediate), ("evict", (id, what the client says of itself)),
+            ("send", bytes that answer it)
+
+        Raises ProtocolError, perhaps after some calls.
+        """
+        data = self._unread + data
+        if data.startswith(TLS_RECORD):
             raise ProtocolError("TLS, where the daemon is configured without")
-        *messages, self.unread = data.split(END)
+        *messages, self._unread = data.split(END)
         for message in messages:
-            if len(message) + len(END) > LONGEST:
-                raise ProtocolError(TOO_LONG)
-            read = read_known_message if len(message) < 512 else read_message
-            yield self._call(read(message + END))
-        if len(self.unread) > LONGEST:
+            elements = self._read(message + END)
+            head = elements["msg"]
+            make_call = self._MESSAGES[self.state].get((head["verb"], head["step"]))
+            if make_call is None:
+                name = f"{head['verb']}/{head['step']}"
+                raise ProtocolError(f"message {name} out of place, of one that is {self.state}")
+            yield make_call(self, elements)
+        if len(self._unread) > LONGEST:
             raise ProtocolError(TOO_LONG)
 
+    @staticmethod
+    def _read(message):
+        if len(message) <= SHORT:
+            return read_known_message(message)
+        if len(message) > LONGEST:
+            raise ProtocolError(TOO_LONG)
+        return read_message(message)
+
     def _lock(self, elements):
-        wanted, about = elements.get("resource", {}), elements.get("session", {})
+        wanted = elements.get("resource", {})
+        about = elements.get("session", {})
         name = wanted.get("name")
         if name is None:
             raise ProtocolError("a lock without a name")
-        self.peer_id, self.ours = about.get("peerid"), self.ours or "client" in about
+        self.peer_id = about.get("peerid")
+        if "client" in about:
+            self.ours = True
         if name == STATUS_RESOURCE:
             return "status", about.get("client", "")
-        self.answered, self.asked = False, name
-        self.request = request = Request(
-            self, name, wanted.get("mode", 0), wanted.get("quantity", 1), wanted.get("wait", 0),
-            wanted.get("create", 0), wanted.get("lifespan", 0))
+        get = wanted.get
+        request = Request(self, name, get("mode", 0), get("quantity", 1), get("wait", 0),
+                          get("create", 0), get("lifespan", 0))
         if "client" in about:
-            self.about = dict(about)
-            request.ident = plain(about.get("id", ""))  # as reports show it
-            request.key = self.about.pop("key", None)
-            request.parents = tuple(filter(None, about.get("parent", "").split(",")[:8]))
-            request.patient = wanted.get("deadlock") == "wait"
-            request.reclaim = wanted.get("reclaim")
-            request.claimed = None if request.reclaim is None else wanted.get("held")
+            self._read_additions(request, wanted, about)
+        self.request = request
+        self.state = self._ASKED[self.state]
         return "lock", request
 
+    def _read_additions(self, request, wanted, about):
+        """What clients of ours say, and FLoM's do not."""
+        self.about = dict(about)
+        request.key = self.about.pop("key", None)
+        request.ident = plain(about.get("id", ""))  # as reports show it
+        parents = about.get("parent", "").split(",")
+        request.parents = tuple(ident for ident in parents[:MOST_PARENTS] if ident)
+        request.patient = wanted.get("deadlock") == "wait"
+        request.reclaim = wanted.get("reclaim")
+        if request.reclaim is not None:
+            request.claimed = wanted.get("held")
+
     def _unlock(self, elements):
-        name = elements.get("resource", {}).get("name")
-        if self.holds is None or name != self.holds:
+        wanted = elements.get("resource", {})
+        if wanted.get("name") != self.holds:
             raise ProtocolError("an unlock of what is not held")
-        self.asked = self.holds = None
-        return "unlock", not elements["resource"].get("rollback", 0)
+        self.state = FREE
+        self.holds = None
+        rollback = wanted.get("rollback", 0)
+        return "unlock", rollback == 0
 
     def _management(self, elements):
         about = elements.get("session", {})
         self.peer_id = about.get("peerid")
-        if elements.get("evict", {}).get("id"):
-            return "evict", elements["evict"]["id"], about
-        if "immediate" not in elements.get("shutdown", {}):
+        ident = elements.get("evict", {}).get("id")
+        if ident:
+            return "evict", (ident, about)
+        immediate = elements.get("shutdown", {}).get("immediate")
+        if immediate is None:
             raise ProtocolError("a management message without an order")
-        return "shutdown", bool(elements["shutdown"]["immediate"])
+        return "shutdown", immediate == 1
 
-    _MESSAGES = {(LOCK, 8): _lock, (UNLOCK, 8): _unlock, (MANAGEMENT, 8): _management,
-                 (PING, 8): lambda self, elements: ("send", encode(PING, 16)),
-                 (PING, 16): lambda self, elements: ("send", b"")}
+    def _ping(self, elements):
+        return "send", encode(PING, 16)
 
-    def answer(self, decision):
-        """The bytes that tell the client of a decision, or None where it must not be told and its
-        connection be closed."""
-        _, verdict, granted, token, position, reason = decision
-        later = self.answered
-        if not self.ours and (verdict > IMPOSSIBLE or later and verdict not in (OK, ENQUEUED)):
-            return None
-        if verdict == OK:
-            self.holds = self.asked
-        self.answered = True
+    def _pong(self, elements):
+        return "send", b""
+
+    _ANYBODYS = {(LOCK, 8): _lock, (MANAGEMENT, 8): _management, (PING, 8): _ping,
+                 (PING, 16): _pong}
+    _HOLDERS = {(UNLOCK, 8): _unlock, **_ANYBODYS}
+    _MESSAGES = {FREE: _ANYBODYS, ASKING: _ANYBODYS, WAITING: _ANYBODYS, HOLDING: _HOLDERS,
+                 HOLDER_ASKS: _HOLDERS}
+    _ASKED = {FREE: ASKING, ASKING: ASKING, WAITING: ASKING, HOLDING: HOLDER_ASKS,
+              HOLDER_ASKS: HOLDER_ASKS}
+
+    # What goes out.
+
+    def can_be_told(self, verdict: "int | None") -> "bool":
+        """Whether the client may be told of the verdict; else its connection is to be closed."""
+        if verdict is None:
+            return False
         if self.ours:
-            answer = element("answer", ("rc", verdict), ("element", granted), ("token", token),
-                             ("position", position), ("reason", reason and plain(reason)))
-        elif granted is not None:
-            answer = element("answer", ("rc", verdict), ("element", granted))
+            return True
+        if self.state in UNANSWERED:
+            return verdict <= IMPOSSIBLE
+        return verdict in (OK, ENQUEUED)
+
+    def answer(self, decision: "Decision") -> "bytes":
+        """The bytes that tell the client of a decision, which it may be told."""
+        verdict = decision.verdict
+        first = self.state in UNANSWERED and verdict != STOPPED  # that answers no question
+        self.state = self._AFTER[self.state].get(verdict, FREE)
+        if verdict == OK and self.request is not None:
+            self.holds = self.request.name
+        elif verdict == EVICTED:
+            self.holds = None
+        if self.ours:
+            head = self.first_to_ours if first else self.later
+            answer = self._full_answer(decision)
         else:
-            answer = f'<answer rc="{verdict}"/>'
-        head = self._LATER if later else self.first_to_ours if self.ours else self.first
+            head = self.first if first else self.later
+            answer = self._ANSWERS.get(verdict)
+            if decision.element is not None:
+                answer = element("answer", ("rc", verdict), ("element", decision.element))
         return f"{head}{answer}</msg>".encode("ascii")
 
-    _LATER = encode(LOCK, 24)[:-len(END)].decode()
+    @staticmethod
+    def _full_answer(decision):
+        reason = decision.reason
+        if reason is not None:
+            reason = plain(reason)
+        return element("answer", ("rc", decision.verdict), ("element", decision.element),
+                       ("token", decision.token), ("position", decision.position),
+                       ("reason", reason))
+
+    # The state after a verdict; FREE where none is named.
+    _AFTER = {
+        FREE: {},
+        ASKING: {OK: HOLDING, ENQUEUED: WAITING, WAIT_RESOURCE: WAITING},
+        WAITING: {OK: HOLDING, ENQUEUED: WAITING, WAIT_RESOURCE: WAITING},
+        HOLDING: {STOPPED: HOLDING},
+        HOLDER_ASKS: {OK: HOLDING, BUSY: HOLDING, LIMIT: HOLDING},
+    }
+    _ANSWERS = {verdict: f'<answer rc="{verdict}"/>'
+                for verdict in (OK, ENQUEUED, WAIT_RESOURCE, BUSY, CANT_WAIT, IMPOSSIBLE,
+                                INVALID_NAME)}
+
+    first = first_to_ours = ""  # the head of a first answer, see introduce()
+    later = encode(LOCK, 24)[:-len(END)].decode()
 
     @classmethod
-    def introduce(cls, peer_id, daemon_id):
+    def introduce(cls, peer_id: "str", daemon_id: "str") -> "None":
         """Prepares the head of the first answers: the ids of this host and of this daemon."""
         head = encode(LOCK, 16)[:-len(END)].decode()
         cls.first = head + element("session", ("peerid", peer_id))
@@ -3980,88 +4059,232 @@ def number_of(descriptor: "Descriptor") -> "int":
 
 
 # --- Connections --------------------------------------------------------------------------------
-# A session's socket: reads what has come, writes what the client can take, keeps the rest.  It
-# never blocks.  Closing is idempotent and tells the lock table.
+# The sockets of the clients.  A Connection reads what has come, writes what its client can take
+# and keeps the rest.  It never blocks.  It knows its session, and of the server only what it was
+# given: a table of what can be done for a client, and whom to tell of its end.
+#
+# Words.  Closing: the last word was said; when it is written the daemon half-closes, and what
+# comes no longer counts.  Closed: the socket is gone.  Surplus: beyond the limit of clients; a
+# surplus client is served as far as to be told so.
+#
+# A client that is silent is closed after PATIENCE s: one that has not said its first message, does
+# not close its side after the last word, or takes no part of its report.  A stall of the daemon
+# does not count: nobody was silent while it did not listen.
 
 MOST_UNREAD = 256 * 1024  # bytes that may wait for a slow reader
-PATIENCE = 10  # s for the first message, for a part of a report, and to close after the last word
+MOST_READ = 4096  # bytes, at once
+READS = 2  # of one connection in a turn
+PATIENCE = 10  # s
 PIECES, LARGEST = 300, 256 * 1024  # of a report in one turn of the loop, pieces and bytes
 LOCAL = "local"  # the peer on a UNIX socket
-MOST_USERS = 1000  # whose names are kept
-LOOK_UP, RENAMED = 10, 600  # s for one name; s after which it is asked for again
+RESERVE = 32  # files that are not for clients: listeners, log, state, a few to refuse clients
+
+
+class Connections:
+    """All that are open, and what they share.
+
+    `most` is the limit of clients, or None: as many as the process may have files.
+    Raises CannotServe where TLS is configured and cannot be had.
+    """
+
+    def __init__(self, loop: "Loop", log: "Log", settings: "Settings", most: "int | None"):
+        if most is None:
+            most = most_files() - RESERVE
+        self.loop = loop
+        self.log = log
+        self.most = most
+        self.keepalive = [settings[f"TcpKeepalive{name}"] for name in ("Time", "Intvl", "Probes")]
+        self.tls = serving_context(settings)
+        self.users = Users(loop)
+        self.open: "set" = set()
+        self.reports = Reporting(loop)
+        self.calls: "Dict[str, Callable]" = {}
+        self.gone: "Callable[[Connection], object]"
+
+    def __len__(self):
+        return len(self.open)
+
+    def serve(self, calls: "Dict[str, Callable]",
+              gone: "Callable[[Connection], object]") -> "None":
+        """Before the first client comes.  calls[name](connection, detail) does what a session
+        wants, see Session.calls(); gone(connection) is called when a connection has ended."""
+        self.calls = calls
+        self.gone = gone
+
+    def welcome(self, accepted: "socket.socket", peer: "str") -> "None":
+        """A client has connected.  Raises OSError where it has gone already."""
+        if peer != LOCAL:
+            tune(accepted, *self.keepalive)
+        if self.tls:
+            connection: "Connection" = TlsConnection(self, accepted, peer)
+        else:
+            connection = Connection(self, accepted, peer)
+        connection.surplus = len(self.open) >= self.most
+        try:
+            self.loop.watch(connection.socket, connection.handle, connection.close)
+        except OSError as error:
+            self.log.limited(f"{peer}: cannot be watched: {error.strerror}; connection closed")
+            connection.socket.close()
+            return
+        self.open.add(connection)
+        connection.expect()
+
+    def refuses(self, connection: "Connection") -> "bool":
+        """Whether the connection is still beyond the limit."""
+        if connection.surplus and len(self.open) <= self.most:
+            connection.surplus = False
+        return connection.surplus
+
+    def closed(self, connection: "Connection") -> "None":
+        """A connection has ended."""
+        self.open.discard(connection)
+        self.gone(connection)
+
+
+class Reporting:
+    """The reports that are being sent.  They take turns, and each turn of the loop sends a portion
+    of one: so however many are asked for, the other clients are served between two portions."""
+
+    def __init__(self, loop: "Loop"):
+        self._loop = loop
+        self._waiting: "Deque[Connection]" = collections.deque()
+
+    def wait_for_turn(self, connection: "Connection") -> "None":
+        """The connection has sent what it had; it will be called for the next portion."""
+        self._waiting.append(connection)
+        self._loop.within(0, self._next)
+
+    def _next(self):
+        connection = self._waiting.popleft()
+        if self._waiting:
+            self._loop.after(0, self._next)
+        with self._loop.guard(connection.close):
+            connection.send_portion()
 
 
 class Connection:
     """One client."""
-    __slots__ = ("daemon", "socket", "peer", "session", "output", "report", "over", "surplus",
-                 "writing", "name")
-    would_block = WOULD_BLOCK
+    __slots__ = ("connections", "socket", "is_open", "peer", "session", "certified", "surplus",
+                 "closing", "output", "_pieces", "_is_reporting", "_is_writing")
+    would_block: "tuple" = WOULD_BLOCK
 
-    def __init__(self, daemon, connection, peer):
-        self.daemon, self.socket, self.peer = daemon, connection, peer
-        self.session = Session(self)
-        self.output = b""  # what the client has not taken yet: bytes, or a memoryview
-        self.report = None  # iterator over the rest of a status report, which follows the output
-        self.over = False  # no more is said, and nothing that comes counts any more
-        self.surplus = False  # beyond the limit of clients: to be refused
-        self.writing = False  # the poller waits until it can write
-        self.name = None  # the one common name of the peer's certificate
+    def __init__(self, connections: "Connections", accepted: "socket.socket", peer: "str"):
+        self.connections = connections
+        self.socket = accepted
+        self.is_open = True
+        self.peer = peer
+        self.session = Session(self, peer, connections.users.name)
+        self.certified: "str | None" = None  # the one common name in the peer's certificate
+        self.surplus = False
+        self.closing = False
+        self.output: "bytes | memoryview" = b""  # what the client has not taken yet
+        self._pieces: "Iterator[str]" = iter(())  # of a report, that follow the output
+        self._is_reporting = False
+        self._is_writing = False  # the loop tells when it can be written
 
-    def handle(self, events):
-        """What the poller has seen."""
+    # Reading.
+
+    def handle(self, events: "int") -> "None":
+        """What the loop has seen."""
         if events & EVENT_WRITE:
-            if self.over:
-                self.daemon.expect(self)  # it has taken a part of the report
-            self._flush()
-        if events & EVENT_READ and self.socket is not None and self._read():
-            self._read()
-
-    def _read(self):
-        """Reads and obeys; returns whether more is likely to be there: the end, after an unlock."""
+            self._go_on_writing()
+        if not events & EVENT_READ or not self.is_open:
+            return
+        loop, calls = self.connections.loop, self.connections.calls
         try:
-            data = self.socket.recv(4096)
+            for data in self._received():
+                for call, detail in self.session.calls(data):
+                    loop.cancel(self._be_silent)
+                    calls[call](self, detail)
+                    if self.closing or not self.is_open:
+                        return
+        except ProtocolError as error:
+            self.close(str(error))
+
+    def _received(self):
+        """Yields the bytes that have come.  Most often they are one message, and nothing more is
+        there but after an unlock: the end."""
+        for _ in range(READS):
+            data = self._receive()
+            if not data:
+                return
+            yield data
+            if self.session.state is not FREE:
+                return
+
+    def _receive(self):
+        """Some bytes that count, if there are any; the end of the connection is seen to."""
+        try:
+            data = self.socket.recv(MOST_READ)
         except self.would_block:
-            return False
+            return b""
         except OSError:
             data = b""
         if not data:
             self.close()
-            return False
-        if not self.over:
-            self._obey(data)
-        return not self.over and self.session.asked is None and self.socket is not None
+        if self.closing:
+            return b""
+        return data
 
-    def _obey(self, data):
-        daemon = self.daemon
-        try:
-            for call, *details in self.session.calls(data):
-                daemon.loop.cancel(self.be_silent)
-                daemon.obey(self, call, *details)
-                daemon.tell()
-                if self.socket is None or self.over:
-                    return
-        except ProtocolError as error:
-            self.close(error)
+    def expect(self) -> "None":
+        """The client must say its first message, read on, or close its side, within PATIENCE s."""
+        self.connections.loop.after(PATIENCE, self._be_silent)
 
-    def send(self, data):
+    def _be_silent(self):
+        loop = self.connections.loop
+        until = loop.running_since + PATIENCE
+        if loop.now.mono < until:
+            loop.at(until, self._be_silent)
+        else:
+            self.close("silent")
+
+    # Writing.
+
+    def tell(self, decision: "Decision") -> "None":
+        """Tells the client of a decision about its request, or closes where it must not know."""
+        if not self.is_open:
+            return
+        if not self.session.can_be_told(decision.verdict):
+            self.close()
+        elif not self.closing:
+            self.send(self.session.answer(decision))
+            if decision.verdict in FINAL:
+                self.finish()
+
+    def send(self, data: "bytes") -> "None":
         """Sends now what the client takes now, the rest when it can take more."""
-        self.output = bytes(self.output) + data if self.output else data
-        if not self.writing:
-            self._flush()
+        if self.output:
+            self.output = bytes(self.output) + data
+        else:
+            self.output = data
+        if not self._is_writing:
+            self._write()
         if len(self.output) > MOST_UNREAD:
             self.close("does not read")
 
-    def finish(self, report=None):
-        """Sends what is left, and the pieces of the report, then half-closes."""
-        if self.socket is not None and not self.over:
-            self.over, self.report = True, report
-            self.daemon.expect(self)
-            self._flush()
+    def finish(self) -> "None":
+        """Half-closes when everything is written."""
+        if self.is_open and not self.closing:
+            self.closing = True
+            self.expect()
+            self._write()
 
-    def _flush(self):
-        """Writes what can be written; afterwards the poller knows whether something is left."""
+    def finish_with(self, pieces: "Iterator[str]") -> "None":
+        """The same, after the pieces of a report, which are made when they can be sent."""
+        if not self.closing:
+            self._pieces = pieces
+            self._is_reporting = True
+            self.finish()
+
+    def _go_on_writing(self):
+        if self.closing:
+            self.expect()  # it has taken a part of the report
+        self._write()
+
+    def _write(self):
+        """Writes what can be written; afterwards the loop knows whether something is left."""
         try:
-            while self.output or self.report and self._refill():
+            while self.output:
                 sent = self.socket.send(self.output)
                 if sent == len(self.output):
                     self.output = b""
@@ -4069,152 +4292,166 @@ class Connection:
                     self.output = memoryview(self.output)[sent:]
         except self.would_block:
             pass
-        except (BrokenPipeError, ConnectionResetError):
-            # its end is an event of its own: many at once, found while a crowd is told, would make
-            # a long turn of the loop
-            self.output, self.report = b"", None
         except OSError:
             self.close()
             return
-        left = bool(self.output or self.report)
-        if left != self.writing:
-            self._watch(left)
-        if self.over and not left:
+        is_left = bool(self.output)
+        if is_left != self._is_writing:
+            self._watch_writing(is_left)
+        if self.closing and not is_left:
+            self._go_on_closing()
+
+    def _go_on_closing(self):
+        """What there was is written: the report goes on, or there is nothing more to say."""
+        if self._is_reporting:
+            self.connections.reports.wait_for_turn(self)
+        else:
             with contextlib.suppress(OSError):
                 self.socket.shutdown(socket.SHUT_WR)
 
-    def _refill(self):
-        """The next pieces of the report, in a turn of the loop in which no other report goes on."""
-        if self.daemon.reported is self.daemon.now:
-            return False
-        self.daemon.reported = self.daemon.now
+    def send_portion(self) -> "None":
+        """Sends the next pieces of the report, if there are any."""
+        if not self.is_open:
+            return
+        pieces = self._next_pieces()
+        if not pieces:
+            self._is_reporting = False
+        self.output = "".join(pieces).encode("ascii")
+        self._write()
+
+    def _next_pieces(self):
         pieces, size = [], 0
-        for piece in itertools.islice(self.report, PIECES):
+        for piece in itertools.islice(self._pieces, PIECES):
             pieces.append(piece)
             size += len(piece)
             if size >= LARGEST:
                 break
-        self.output = "".join(pieces).encode("ascii")
-        if not self.output:
-            self.report = None
-        return self.output
+        return pieces
 
-    def _watch(self, writing):
+    def _watch_writing(self, wanted):
         try:
-            self.daemon.loop.watch_writing(self.socket, writing)
-            self.writing = writing
+            self.connections.loop.watch_writing(self.socket, wanted)
+            self._is_writing = wanted
         except OSError as error:
             self.close(f"cannot be watched: {error.strerror}")
 
-    def tell(self, decision):
-        """Tells the client of a decision about its request."""
-        if self.socket is None:
-            return
-        answer = None if decision.verdict is None else self.session.answer(decision)
-        if answer is None:
-            self.close()
-        elif not self.over:
-            self.send(answer)
-            if decision.verdict in FINAL:
-                self.finish()
-
-    def close(self, reason=None):
+    def close(self, reason: "str" = "") -> "None":
         """Ends the connection, for a reason to be logged; what it held goes on to others."""
-        if reason is not None:
-            self.daemon.log.limited(f"{self.peer}: {reason}; connection closed")
-        if self.socket is not None:
-            closing, self.socket = self.socket, None
-            self.daemon.poller.remove(closing)
-            with contextlib.suppress(OSError):
-                closing.close()
-            self.daemon.gone(self)
-
-    def be_silent(self):
-        """Nothing has come for PATIENCE s; what the loop did not listen to does not count."""
-        until = self.daemon.loop.running_since + PATIENCE
-        if self.daemon.now.mono < until:
-            self.daemon.loop.at(until, self.be_silent)
-        else:
-            self.close("silent")
-
-
-class Users:
-    """The names of the users who ask.
-
-    A directory (LDAP) may need seconds to tell one, or never answer, and the loop waits for nobody.
-    So a child asks it, one user at a time; meanwhile a user is shown by number.
-    """
-
-    def __init__(self, daemon):
-        self.daemon = daemon
-        self.names = collections.OrderedDict()  # uid: (name, when it is to be asked for again)
-        self.wanted = collections.OrderedDict()  # uids to ask for
-        self.asking = None  # the Child that looks for a name
-        for uid in {0, os.getuid()}:
-            self._learn(uid, user_name(uid))
-
-    def name(self, uid):
-        """The name, or the number where it is not known yet, or there is none."""
-        name, until = self.names.get(uid, (str(uid), 0))
-        if until <= self.daemon.now.mono and len(self.wanted) < MOST_USERS:
-            self.wanted[uid] = None
-            self._ask()
-        return name
-
-    def _learn(self, uid, name):
-        self.names[uid] = name, self.daemon.now.mono + RENAMED
-        if len(self.names) > MOST_USERS:
-            self.names.popitem(last=False)
-
-    def _ask(self):
-        """Starts a child for the next user, unless one is at work."""
-        if self.asking or not self.wanted:
+        if not self.is_open:
             return
-        uid, _ = self.wanted.popitem(last=False)
+        self.is_open = False
+        if reason:
+            self.connections.log.limited(f"{self.peer}: {reason}; connection closed")
+        loop = self.connections.loop
+        loop.forget(self.socket)
+        loop.cancel(self._be_silent)
+        with contextlib.suppress(OSError):
+            self.socket.close()
+        self.connections.closed(self)
+
+    # Who the client is.
+
+    def host(self) -> "str":
+        """The host of the peer, "" on a local socket."""
+        return self.peer.rpartition(":")[0]
+
+    def is_from_this_host(self) -> "bool":
+        """Whether the peer, on a TCP socket, is on this host."""
+        if not self.is_open:
+            return False
+        # not getpeername(): the system does not know the peer any more when it has reset it
+        there = self.host().strip("[]").replace("::ffff:", "")
+        here = self.socket.getsockname()[0].replace("::ffff:", "")
+        return there in (here, "::1") or there.startswith("127.")
+
+    def credentials(self) -> "tuple":
+        """(pid, uid) of the peer on a local socket; None where the system does not tell."""
+        if not self.is_open:
+            return None, None
+        return credentials(self.socket)
+
+
+# TLS.  The handshake is steps of the loop as everything else is; `ssl` is loaded only where it is
+# configured.
+
+TLS_ALERT = b"\x15\3\3\0\2\2\x46"  # fatal, protocol version
+
+
+def serving_context(settings: "Settings"):
+    """The TLS context of this daemon, None without TLS; raises CannotServe."""
+    try:
+        return tls_context(settings, server=True)
+    except UsageError as error:
+        raise CannotServe(str(error))
+
+
+class TlsConnection(Connection):
+    """One client behind TLS."""
+    __slots__ = ("would_block", "_wants_write", "_is_shaking")
+
+    def __init__(self, connections: "Connections", accepted: "socket.socket", peer: "str"):
+        import ssl
+        wrapped = secured(accepted, connections.tls, server_side=True)
+        super().__init__(connections, wrapped, peer)
+        self.would_block = ssl.SSLWantReadError, ssl.SSLWantWriteError
+        self._wants_write = ssl.SSLWantWriteError
+        self._is_shaking = True
+
+    def handle(self, events: "int") -> "None":
+        """What the loop has seen.  Each way of TLS may need the other one."""
+        if self._is_shaking:
+            self._shake_hands()
+        if not self._is_shaking:
+            super().handle(events | EVENT_READ)
+
+    def _received(self):
+        """Yields what has come, and what TLS has taken from the socket already: the loop would not
+        tell of that."""
+        yield from super()._received()
+        while self.is_open and self.socket.pending():
+            yield self._receive()
+
+    def _shake_hands(self):
         try:
-            self.asking = Child(self.daemon.loop, functools.partial(self._look_up, uid),
-                                functools.partial(self._hear, uid))
-        except OSError:  # no file or process can be had now
-            self._learn(uid, str(uid))
+            self.socket.do_handshake()
+            self._is_shaking = False
+            self.certified = common_name(self.socket.getpeercert())
+        except self.would_block as error:
+            self._watch_writing(isinstance(error, self._wants_write))
+        except OSError as error:
+            if getattr(error, "reason", "") == "WRONG_VERSION_NUMBER":
+                self._answer_plain_text()
+            self.close(f"no TLS: {error}")
 
-    @staticmethod
-    def _look_up(uid):
-        """In the child: the name; a directory that hangs ends it."""
-        signal.alarm(LOOK_UP)
-        return user_name(uid)
+    def _answer_plain_text(self):
+        """A client without TLS is to know what is wrong."""
+        with contextlib.suppress(OSError):
+            socket.socket.recv(self.socket, MOST_READ)
+            socket.socket.send(self.socket, TLS_ALERT)
 
-    def _hear(self, uid, name):
-        self.asking = None
-        self._learn(uid, name or str(uid))
-        self._ask()
 
-    def close(self):
-        """Ends the child that is at work."""
-        if self.asking:
-            self.asking.end()
-            self.asking = None
-
+# Processes that do for the loop what may take long.
 
 class Child:
-    """A process that does for the loop what may take long: it calls act(), and when it has ended
-    hear(text) is called with what act() has returned, or "" where it came to no end.  Raises
-    OSError."""
+    """A process that calls act(); when it has ended hear(text) is called with what act() has
+    returned, or "" where it came to no end.  Raises OSError."""
 
-    def __init__(self, loop, act, hear):
-        self.loop, self.hear = loop, hear
+    def __init__(self, loop: "Loop", act: "Callable[[], str]", hear: "Callable[[str], object]"):
+        self._loop = loop
+        self._hear = hear
         reader, writer = os.pipe()
-        self.pipe = open(reader, "rb", 0)
+        self._pipe = open(reader, "rb", 0)
         try:
-            self.pid = os.fork()
-            if not self.pid:
+            self._pid = os.fork()
+            if self._pid == 0:
                 self._work(act, writer)
         except OSError:
-            self.pipe.close()
+            self._pipe.close()
             raise
         finally:
             os.close(writer)
         try:
-            loop.watch(self.pipe, self._end_has_come)
+            loop.watch(self._pipe, self._end_has_come, self.end)
         except OSError:
             self.end()
             raise
@@ -4229,67 +4466,112 @@ class Child:
                            signal.SIGUSR1):
                 signal.signal(number, signal.SIG_DFL)
             close_files(keep=writer)
-            os.write(writer, act().encode("utf-8", "replace")[:select.PIPE_BUF])
+            text = act().encode("utf-8", "replace")
+            os.write(writer, text[:select.PIPE_BUF])
         finally:
             os._exit(0)
 
     def _end_has_come(self, events):
-        text = self.pipe.read(select.PIPE_BUF).decode("utf-8", "replace")
+        text = self._pipe.read(select.PIPE_BUF)
         self.end()
-        self.hear(text)
+        self._hear(text.decode("utf-8", "replace"))
 
-    def end(self):
+    def end(self) -> "None":
         """Ends the process, if it runs yet, and waits for it."""
-        self.loop.forget(self.pipe)
-        self.pipe.close()
+        self._loop.forget(self._pipe)
+        self._pipe.close()
         with contextlib.suppress(OSError):
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
 
 
-# TLS.  The handshake is steps of the loop as everything else is; `ssl` is loaded only where it is
-# configured, so its errors are named by the functions that find them.
-
-TLS_ALERT = b"\x15\3\3\0\2\2\x46"  # fatal, protocol version
-
-
-def serving_context(settings):
-    """The TLS context of this daemon, None without TLS; raises CannotServe."""
+def close_files(keep: "int" = 2) -> "None":
+    """Closes every descriptor but 0, 1, 2 and `keep`."""
     try:
-        return tls_context(settings, server=True)
-    except UsageError as error:
-        raise CannotServe(str(error))
+        last = max(map(int, os.listdir("/proc/self/fd")))
+    except OSError:
+        last = min(most_files(), 4096)
+    os.closerange(3, keep)
+    os.closerange(keep + 1, last + 1)
 
 
-class TlsConnection(Connection):
-    """One client behind TLS."""
-    __slots__ = ("shaking", "would_block")
+def most_files() -> "int":
+    """The number of files that this process may open, raised as far as it can be."""
+    try:
+        import resource  # not in every minimal Python
+    except ImportError:
+        return 1024
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    if soft == resource.RLIM_INFINITY:
+        return 10 ** 6
+    return soft
 
-    def __init__(self, daemon, connection, peer):
-        import ssl
-        super().__init__(daemon, secured(connection, daemon.tls, server_side=True), peer)
-        self.shaking, self.would_block = True, (ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
-    def handle(self, events):
-        if self.shaking:
-            self._shake()
-        if not self.shaking:
-            super().handle(events | EVENT_READ)
-            while self.socket is not None and self.socket.pending():
-                self._read()
+# The names of the users who ask.
 
-    def _shake(self):
+MOST_USERS = 1000  # whose names are kept
+LOOK_UP, RENAMED = 10, 600  # s for one name; s after which it is asked for again
+
+
+class Users:
+    """The names of users by their uids.
+
+    A directory (LDAP) may need seconds to tell one, or never answer, and the loop waits for
+    nobody.  So a child asks it, one user at a time; meanwhile a user is shown by number.
+    """
+
+    def __init__(self, loop: "Loop"):
+        self._loop = loop
+        self._names: "OrderedDict" = collections.OrderedDict()  # uid: (name, when to ask again)
+        self._wanted: "OrderedDict" = collections.OrderedDict()  # uids to ask for
+        self._children: "List[Child]" = []  # the one that looks for a name
+        for uid in {0, os.getuid()}:
+            self._learn(uid, user_name(uid))
+
+    def name(self, uid: "int") -> "str":
+        """The name, or the number where it is not known yet, or there is none."""
+        name, until = self._names.get(uid, (str(uid), 0))
+        if until <= self._loop.now.mono and len(self._wanted) < MOST_USERS:
+            self._wanted[uid] = None
+            self._ask()
+        return name
+
+    def _learn(self, uid, name):
+        self._names[uid] = name, self._loop.now.mono + RENAMED
+        if len(self._names) > MOST_USERS:
+            self._names.popitem(last=False)
+
+    def _ask(self):
+        """Starts a child for the next user, unless one is at work."""
+        if self._children or not self._wanted:
+            return
+        uid, _ = self._wanted.popitem(last=False)
         try:
-            self.socket.do_handshake()
-            self.shaking, self.name = False, common_name(self.socket.getpeercert())
-        except self.would_block as error:
-            self._watch(isinstance(error, self.would_block[1]))
-        except OSError as error:
-            if getattr(error, "reason", "") == "WRONG_VERSION_NUMBER":
-                with contextlib.suppress(OSError):  # plain text: it is to know what is wrong
-                    socket.socket.recv(self.socket, 4096)
-                    socket.socket.send(self.socket, TLS_ALERT)
-            self.close(f"no TLS: {error}")
+            child = Child(self._loop, functools.partial(self._look_up, uid),
+                          functools.partial(self._hear, uid))
+        except OSError:  # no file or process can be had now
+            self._learn(uid, str(uid))
+        else:
+            self._children.append(child)
+
+    @staticmethod
+    def _look_up(uid):
+        """In the child: the name; a directory that hangs ends it."""
+        signal.alarm(LOOK_UP)
+        return user_name(uid)
+
+    def _hear(self, uid, name):
+        self._children.clear()
+        self._learn(uid, name or str(uid))
+        self._ask()
+
+    def close(self) -> "None":
+        """Ends the child that is at work."""
+        while self._children:
+            self._children.pop().end()
 
 
 # --- Listeners ----------------------------------------------------------------------------------
@@ -4859,190 +5141,158 @@ def _is_named(connection, peer_id):
     return bool(name) and name == peer_id
 
 
-# --- Daemon -------------------------------------------------------------------------------------
-# Brings together the lock table, the connections, the listeners and the group.
-
-RESERVE = 32  # files that are not for clients: listeners, logs, state, a few to refuse clients with
-
-
-class Watching:
-    """The loop under the names that sections still use."""
-
-    def __init__(self, loop):
-        self.add, self.remove = loop.watch, loop.forget
-
-
-class Dates:
-    """The dates of the loop as a mapping, which sections still use."""
-
-    def __init__(self, loop):
-        self.loop = loop
-
-    def __setitem__(self, act, when):
-        self.loop.at(when, act)
-
-    def setdefault(self, act, when):
-        self.loop.within(when - self.loop.now.mono, act)
-
-    def pop(self, act, default):
-        return self.loop.cancel(act)
+# --- Server -------------------------------------------------------------------------------------
+# What the daemon does for its clients.  It knows the lock table and, of each client, an object
+# that can be told something: a Connection.  It knows no descriptor.
+#
+# The way of a request.  From the bytes to the answer it passes nine functions; each calls the next
+# one, but that calls() hands what it has read back to handle():
+#
+#     Connection.handle    takes the bytes from the socket
+#     Session.calls        cuts them into messages
+#     read_message         reads one (by decode(), unless it is kept as read)
+#     Session._lock        makes a Request of it
+#     Server._lock         says who asks, and asks the table
+#     LockTable.request    decides
+#     Server.deliver       has what was decided told to everybody whom it concerns
+#     Connection.tell      looks whether this client may be told
+#     Session.answer       makes the bytes, which are sent
+#
+# Each call on the table is an argument of deliver(), so all decisions go one way, and what they
+# bring is done: what must be on disk before a grant is told, figures, the next date of the table.
+# No decision waits when deliver() ends.  So an answer is made before the next message of its
+# client is read, and finds its session as the request has left it, in whatever number messages
+# come at once.
+#
+# Not here on purpose: when the daemon ends.  That is the section Life, of which an object is
+# handed in.
 
 
-class Daemon:
-    """Brings together the lock table, the connections, the listeners and the group."""
+class Server:
+    """Welcomes nobody and closes nothing by itself: it obeys what clients want (the methods in
+    `calls`), delivers decisions, and sees to what is left of those that are gone.
 
-    def __init__(self, settings, options, log, pair, state, table):
-        self.settings, self.log, self.pair = settings, log, pair
-        self.state, self.table = state, table
-        self.loop = Loop(log)
-        self.poller, self.dates = Watching(self.loop), Dates(self.loop)
-        self.planned = NEVER  # the date at which the table expects a call
-        self.connections = set()
-        self.ways, self.publisher = [], None  # how clients find it: listeners and the group
-        self.watched = []  # what has a path that may be lost
-        self.tls = serving_context(settings)
-        self.checks_ids = bool(self.tls and settings["TlsCheckPeerId"])
-        self.users = Users(self)
-        self.most_clients = options.max_clients or most_files() - RESERVE
-        self.ending = None  # why; "quiesce" and "drain" wait for those that are served
-        self.curious = {}  # session that wants to know its place: the place as it knows it
-        self.reported = None  # the turn of the loop, by its Moment, in which a report went on
-        self.decisions = collections.deque()  # not told yet
-        self.signals = None  # the Signals
+    `life` has was_used(), rest(), stop_by_order(connection), quiesce(), since() and listening(): a
+    Daemon, see there.
+    """
 
-    @property
-    def now(self):
-        """The moment of this turn."""
-        return self.loop.now
+    def __init__(self, settings: "Settings", log: "Log", connections: "Connections",
+                 table: "LockTable", state: "State", life: "Daemon"):
+        self.table = table
+        self.state = state
+        self.draining = False  # the clients are left to another daemon
+        self.publisher: "Publisher | None" = None
+        self.loop = connections.loop
+        self._log = log
+        self._connections = connections
+        self._settings = settings
+        self._life = life
+        # whether a client's id is to be the name in its certificate
+        self.checks_ids = bool(connections.tls and settings["TlsCheckPeerId"])
+        self._decisions: "Deque[Decision]" = collections.deque()  # not told yet
+        self._is_delivering = False
+        self._next_date = NEVER  # of the table
+        self._progress = Progress(self)
+        self.orders = Orders(self, settings, log, connections, life)
+        connections.serve(self._calls(), self.gone)
+        self._plan()
 
-    def run(self):
-        """Serves until it is told to end or nobody needs it."""
-        self.plan()
-        self._rest()
-        self.loop.run()
+    def _calls(self):
+        """What a session may want: the function that does it."""
+        calls = {"lock": self._lock, "unlock": self._unlock, "status": self._status,
+                 "shutdown": self.orders.shutdown, "evict": self.orders.evict, "send": self._send}
+        if self.checks_ids:
+            for name in ("lock", "status"):
+                calls[name] = functools.partial(self._identified, calls[name], self._reject)
+            for name in ("shutdown", "evict"):
+                calls[name] = functools.partial(self._identified, calls[name], self.orders.refuse)
+        return calls
 
-    def plan(self):
-        """What the table expects at a date is done then."""
-        date = self.table.next_date()
-        if date is None:
-            date = NEVER
-        if date != self.planned:
-            self.planned = date
-            self.loop.at(date, self._expire)
-
-    def _expire(self):
-        self.planned = self.now.mono + PAUSE  # where it fails it is tried again
-        self.loop.at(self.planned, self._expire)
-        self.decisions.extend(self.table.expire(self.now))
-        self.tell()
-        self._rest()
-
-    def guard(self, act, *arguments):
-        """Calls act(*arguments); returns whether it came to its end.  A bug is logged, and ends
-        neither the daemon nor what else is to be done in this turn of the loop."""
-        guard = self.loop.guard()
-        with guard:
-            act(*arguments)
-        return not guard.failed
-
-    def _rest(self):
-        """Begins the last part of the daemon's life once nobody uses it."""
-        if not self.connections and self.table.empty() and self.settings["Lifespan"] >= 0:
-            self.dates.setdefault(self._end_of_life,
-                                  self.now.mono + self.settings["Lifespan"] / 1000)
-
-    def _end_of_life(self):
-        self.ending = "nobody needs it"
-        self.loop.stop()
-
-    # Connections come and go.
-
-    def welcome(self, accepted, peer):
-        """A client has connected."""
-        if peer != LOCAL:
-            tune(accepted, self.settings["TcpKeepaliveTime"], self.settings["TcpKeepaliveIntvl"],
-                 self.settings["TcpKeepaliveProbes"])
-        connection = (TlsConnection if self.tls else Connection)(self, accepted, peer)
-        connection.surplus = len(self.connections) >= self.most_clients
-        try:
-            self.loop.watch(connection.socket, connection.handle, connection.close)
-        except OSError as error:
-            self.log.limited(f"{peer}: cannot be watched: {error.strerror}; connection closed")
-            connection.socket.close()
+    def _identified(self, obey, reject, connection, detail):
+        """Obeys, unless the client's certificate is not that of the id that it presents."""
+        name, peer_id = connection.certified, connection.session.peer_id
+        if name and name == peer_id:
+            obey(connection, detail)
             return
-        self.connections.add(connection)
-        self.dates.pop(self._end_of_life, None)
-        self.expect(connection)
+        reason = f"the one name in its certificate is {name!r}, its id {peer_id!r}"
+        self._log.limited(f"{connection.peer}: {reason}; refused")
+        reject(connection, reason)
 
-    def expect(self, connection):
-        """The client must say its first word, or close its side, within PATIENCE seconds."""
-        self.loop.after(PATIENCE, connection.be_silent)
-
-    def gone(self, connection):
-        """A connection has ended; what it held or waited for goes on to others."""
-        if self.publisher:
-            if connection.session.holds is not None:
-                self.publisher.counts.lost += 1
-        self.connections.discard(connection)
-        self.loop.cancel(connection.be_silent)
-        if connection.session in self.table.requests:
-            self.decisions.extend(self.table.gone(connection.session, self.now))
-            self.loop.after(0, self.tell)
-            self.released()
-        if not self.connections:
-            if self.ending is not None:
-                self.loop.stop()
-            self._rest()
-
-    def released(self):
-        """The mark on disk may be cleared when nobody has held a lock for a while."""
-        if self.publisher:
-            self.publisher.changed()
-        if not self.table.holding and self.state.marked:
-            self.dates[self.clear_mark] = QUIET + max(self.now.mono, self.table.window_until or 0)
-
-    def clear_mark(self):
-        """Clears the mark on disk, if nobody holds a lock and no former holder may come back."""
-        if self.state.marked and not self.table.holding and self.table.window_until is None:
-            self.state.mark(False)
+    @staticmethod
+    def _reject(connection, reason):
+        connection.tell(notice(connection.session, LIMIT, reason))
 
     # What clients want.
 
-    def obey(self, connection, call, *details):
-        """Does what a client wants, unless its certificate is not that of the id it presents."""
-        if self.checks_ids and call in self.IDENTIFIED:
-            name, peer_id = connection.name, connection.session.peer_id
-            if not name or name != peer_id:
-                reason = f"the one name in its certificate is {name!r}, its id {peer_id!r}"
-                self._reject(connection, call in ("shutdown", "evict"), reason)
-                return
-        self.CALLS[call](self, connection, *details)
+    def _lock(self, connection, request):
+        session = connection.session
+        if self.draining and session.holds is None:
+            connection.close()
+            return
+        if self._connections.refuses(connection):
+            self._reject(connection, "the daemon has too many clients")
+            return
+        request.origin = connection.host()
+        if session.ours:
+            self._identify(connection, request)
+        self.deliver(self.table.request(request, self.loop.now))
 
-    def _reject(self, connection, ordered, reason):
-        """Refuses the call of a client that is not whom it says it is."""
-        self.log.limited(f"{connection.peer}: {reason}; refused")
-        if ordered:
-            self._answer_order(connection, -1, reason)
-        else:
-            connection.tell(Decision(connection.session, LIMIT, reason=reason))
+    def _identify(self, connection, request):
+        """On a local socket the system knows best who asks."""
+        pid, uid = connection.credentials()
+        if not pid:  # it may be 0: of a process that this one cannot see
+            return
+        session = connection.session
+        session.about["pid"] = str(pid)
+        session.uid = uid
+        request.origin = pid
+        self._connections.users.name(uid)  # to be known when somebody asks for a report
 
-    def tell(self):
-        """Tells the sessions what was decided; closing one of them may bring more decisions."""
-        self.plan()
-        while self.decisions:
-            decision = self.decisions.popleft()
-            if not self.guard(self._tell_one, decision):
-                self.guard(decision.session.connection.close)
+    def _unlock(self, connection, committed):
+        self.deliver(self.table.release(connection.session, committed, self.loop.now))
+        self.released()
 
-    def _tell_one(self, decision):
+    def _status(self, connection, client):
+        if client.startswith("flomd.py"):  # see daemon_at()
+            self._log.limited(f"{connection.peer}: another daemon finds this one", "error")
+        about = element("daemon", ("version", VERSION), ("since", self._life.since()),
+                        ("policy", self._settings["Policy"]),
+                        ("listening", plain(self._life.listening())))
+        introduction = Session.first_to_ours + '<answer rc="0"/>' + about
+        connection.finish_with(report(self.table, introduction, self.loop.now))
+
+    @staticmethod
+    def _send(connection, data):
+        connection.send(data)
+
+    # Decisions.
+
+    def deliver(self, decisions: "List[Decision]") -> "None":
+        """Tells the sessions what was decided.  To tell one may end its connection, which brings
+        more decisions: they come after those that are here already.  A bug costs the connection of
+        the session that was to be told, and no other decision."""
+        self._decisions.extend(decisions)
+        if self._is_delivering:
+            return
+        self._is_delivering = True
+        while self._decisions:
+            decision = self._decisions.popleft()
+            connection = decision.session.connection
+            with self.loop.guard(connection.close):
+                connection.tell(self._prepared(decision))
+        self._is_delivering = False
+        self._plan()
+
+    def _prepared(self, decision):
+        """Sees to what comes before the decision is told; returns it with what is to be added."""
         if decision.verdict == OK:
             self._prepare_state(decision.token)
-        if self.publisher:
+        if self.publisher is not None:
             self.publisher.note(decision)
         if decision.verdict in (ENQUEUED, BUSY) and decision.reason is None:
             if "progress" in decision.session.about:
-                decision = self._explained(decision)
-        decision.session.connection.tell(decision)
+                return self._progress.explained(decision)
+        return decision
 
     def _prepare_state(self, token):
         """What must be on disk before a grant is told."""
@@ -5051,251 +5301,386 @@ class Daemon:
         if not self.state.marked:
             self.state.mark(True)
 
-    def _explained(self, decision):
-        """The decision for a session that wants to know why it waits, and how that changes."""
-        session, resource = decision.session, self.table.resource_of(decision.session.asked)
+    def _plan(self):
+        """Sets a date for what the table has to do next."""
+        date = self.table.next_date()
+        if date is None:
+            date = NEVER
+        if date != self._next_date:
+            self._next_date = date
+            self.loop.at(date, self._expire)
+
+    def _expire(self):
+        self._next_date = self.loop.now.mono + PAUSE  # to be tried again where it fails
+        self.loop.at(self._next_date, self._expire)
+        self.deliver(self.table.expire(self.loop.now))
+        self._life.rest()
+
+    # The end of a lock.
+
+    def gone(self, connection: "Connection") -> "None":
+        """A connection has ended; what it held or waited for goes on to others."""
+        session = connection.session
+        if self.publisher is not None and session.holds is not None:
+            self.publisher.counts.lost += 1
+        if session in self.table.requests:
+            decisions = self.table.gone(session, self.loop.now)
+            if self.draining:
+                decisions = []  # who makes way for another daemon grants nothing any more
+            self.deliver(decisions)
+            self.released()
+        self._life.was_used()
+
+    def evict(self, session: "Session", reason: "str") -> "None":
+        """Takes a lock away from its holder, or a waiter out of its queue."""
+        session.holds = None  # its connection may end now, but not as that of a holder
+        told = [notice(session, EVICTED, reason)]
+        self.deliver(told + self.table.gone(session, self.loop.now))
+        self.released()
+
+    def released(self) -> "None":
+        """The mark on disk may be cleared when nobody has held a lock for a while."""
+        if self.publisher is not None:
+            self.publisher.changed()
+        if self.state.marked and self.table.holding == 0:
+            window_until = self.table.window_until or 0
+            since = max(self.loop.now.mono, window_until)
+            self.loop.at(since + QUIET, self.clear_mark)
+
+    def clear_mark(self) -> "None":
+        """Clears the mark on disk, if nobody holds a lock and no former holder may come back."""
+        if self.state.marked and self.table.holding == 0 and self.table.window_until is None:
+            self.state.mark(False)
+
+    # The end of the daemon.
+
+    def drain(self) -> "None":
+        """Ends the connections of all who hold no lock; those who do may finish."""
+        self.draining = True
+        for connection in list(self._connections.open):
+            if connection.session.holds is None:
+                connection.close()
+
+    def say_farewell(self, reason: "str") -> "None":
+        """Tells all clients of ours that nobody should start another daemon."""
+        for connection in list(self._connections.open):
+            session = connection.session
+            if session.ours:
+                connection.tell(notice(session, STOPPED, reason))
+
+
+class Progress:
+    """Tells those who want to know it why they wait, and how that changes: of a new place in the
+    queue, or of another holder, once a second."""
+
+    def __init__(self, server: "Server"):
+        self._server = server
+        self._told: "dict" = {}  # session: (position, the first holder in its way) as it knows it
+
+    def explained(self, decision: "Decision") -> "Decision":
+        """The decision, ENQUEUED or BUSY, with the reason for it."""
+        session = decision.session
+        now = self._server.loop.now
+        resource = self._server.table.resource_of(session.request.name)
+        if resource is None:
+            return decision
         obstacles = in_the_way(resource, session.request)
         if decision.verdict == ENQUEUED:
-            self.curious[session] = decision.position, obstacles[0]
-            self.dates.setdefault(self._tell_places, self.now.mono + 1)
-        return decision._replace(reason=held_by(obstacles, self.now) if resource else None)
+            self._told[session] = decision.position, obstacles.first
+            self._server.loop.within(1, self._tell)
+        return decision._replace(reason=held_by(obstacles, now))
 
-    def _tell_places(self):
-        """Once a second: tells those that want to know it of a new place, or another holder."""
-        known, self.curious = self.curious, {}
-        requests = filter(None, map(self.table.requests.get, known))
-        for resource in {request.resource for request in requests if request.state is QUEUED}:
+    def _tell(self):
+        known = self._told
+        self._told = {}
+        decisions = []
+        for resource in self._resources(known):
             obstacles = Obstacles(resource)
-            for position, request in enumerate(resource.waiters(), 1):
-                if request.session in known:
-                    self._tell_place(request, position, obstacles.of(request.lane), known)
-        if self.curious:
-            self.dates[self._tell_places] = self.now.mono + 1
+            for position, waiter in enumerate(resource.waiters(), 1):
+                if waiter.session in known:
+                    found = obstacles.of(waiter.lane)
+                    decisions += self._news(waiter.session, position, found, known)
+        if self._told:
+            self._server.loop.after(1, self._tell)
+        self._server.deliver(decisions)
 
-    def _tell_place(self, request, position, obstacles, known):
-        session, place = request.session, (position, obstacles[0])
-        self.curious[session] = place
-        if place != known[session]:
-            self.decisions.append(Decision(session, ENQUEUED, position=position,
-                                           reason=held_by(obstacles, self.now)))
+    def _resources(self, sessions):
+        """The resources for which these sessions still wait."""
+        found = {}
+        for session in sessions:
+            request = self._server.table.requests.get(session)
+            if request is not None and request.state is QUEUED:
+                found[request.resource] = None
+        return found
 
-    def _lock(self, connection, request):
-        session = connection.session
-        connection.surplus = connection.surplus and len(self.connections) > self.most_clients
-        if self.ending == "drain" and session.holds is None:
-            connection.close()
-        elif connection.surplus:
-            connection.tell(Decision(session, LIMIT, reason="the daemon has too many clients"))
-        else:
-            pid, uid = credentials(connection.socket) if session.ours else (None, None)
-            if pid:  # on a local socket the system knows best who asks
-                session.about["pid"], session.uid = str(pid), uid
-                self.users.name(uid)  # to be known when somebody asks for a report
-            request.origin = pid or connection.peer.rpartition(":")[0]
-            self.decisions.extend(self.table.request(request, self.now))
+    def _news(self, session, position, obstacles, known):
+        """What the session does not know yet, as a list of decisions."""
+        self._told[session] = place = position, obstacles.first
+        if place == known[session]:
+            return []
+        reason = held_by(obstacles, self._server.loop.now)
+        return [notice(session, ENQUEUED, reason, position)]
 
-    def _unlock(self, connection, committed):
-        self.decisions.extend(self.table.release(connection.session, committed, self.now))
-        self.released()
 
-    def _status(self, connection, client):
-        if client.startswith("flomd.py"):  # see daemon_at()
-            self.log.limited(f"{connection.peer}: another daemon finds this one", "error")
-        introduction = (Session.first_to_ours + '<answer rc="0"/>' + element(
-            "daemon", ("version", VERSION), ("since", self.pair[0] // 1000),
-            ("policy", self.settings["Policy"]), ("listening", plain(self.listening()))))
-        connection.finish(report(self.table, introduction, self.now))
+class Orders:
+    """What is asked of the daemon by somebody who is in charge: to end, and to evict.
 
-    def listening(self):
-        """Where clients find the daemon, in one line."""
-        return " ".join(way.label for way in self.ways)
+    A reason is the text that says why somebody may not; "" when he may.
+    """
 
-    def _shutdown(self, connection, immediate):
-        refusal = self._may_stop(connection)
-        if refusal:
-            self.log.limited(f"{connection.peer}: may not stop the daemon: {refusal}")
-            self._answer_order(connection, -1, refusal)
+    def __init__(self, server: "Server", settings: "Settings", log: "Log",
+                 connections: "Connections", life: "Daemon"):
+        self._server = server
+        self._settings = settings
+        self._log = log
+        self._users = connections.users
+        self._tls = connections.tls
+        self._life = life
+
+    def shutdown(self, connection: "Connection", immediate: "bool") -> "None":
+        """Ends the daemon at once, or when it is idle."""
+        reason = self._may_not_stop(connection)
+        if reason:
+            self._log.limited(f"{connection.peer}: may not stop the daemon: {reason}")
+            self.refuse(connection, reason)
         elif immediate:
-            self.stop_by_order(connection)
+            self._life.stop_by_order(connection)
         else:
-            self.quiesce()
+            self._life.quiesce()
             connection.close()
 
-    @staticmethod
-    def _answer_order(connection, rc, reason=None):
-        """The last word to somebody who gave an order."""
-        connection.send(encode(MANAGEMENT, 16, element(
-            "answer", ("rc", rc), ("reason", reason and plain(reason)))))
-        connection.finish()
-
-    def _evict(self, connection, ident, about):
+    def evict(self, connection: "Connection", detail: "tuple") -> "None":
         """Takes a lock away from its holder, or a waiter out of its queue."""
-        found = self.table.known_as(ident)
+        ident, about = detail
+        found = self._server.table.known_as(ident)
         if len(found) != 1:
             problem = "the id of several" if found else "nobody's id"
-            self._answer_order(connection, -1, f"{ident!r} is {problem}")
+            self.refuse(connection, f"{ident!r} is {problem}")
             return
         session, name = found[0].session, found[0].name
-        refusal = self._may_stop(connection) and self._owns(connection, session)
-        if refusal:
-            self.log.limited(f"{connection.peer}: may not evict {session}: {refusal}")
-            self._answer_order(connection, -1, refusal)
+        reason = self._may_not_evict(connection, session)
+        if reason:
+            self._log.limited(f"{connection.peer}: may not evict {session}: {reason}")
+            self.refuse(connection, reason)
             return
-        reason = f"taken away by {self._giver(connection, about)}"
-        self.log.limited(f"{name!r}, of {session}: {reason}", "info")
-        session.asked = session.holds = None
-        self.decisions.append(Decision(session, EVICTED, reason=reason))
-        self.decisions.extend(self.table.gone(session, self.now))
-        self.released()
-        self.tell()  # who asks may rely on it
-        self._answer_order(connection, OK)
+        done = f"taken away by {self._giver(connection, about)}"
+        self._log.limited(f"{name!r}, of {session}: {done}", "info")
+        self._server.evict(session, done)
+        self._last_word(connection, ("rc", OK))
 
-    def _owns(self, connection, session):
-        """Why the peer of a connection is not the user of a lock, None when it is."""
-        _, uid = credentials(connection.socket)
-        _, owner_uid = credentials(session.connection.socket)
-        if uid is not None and uid == owner_uid:
-            return None
-        if uid is None:
-            return self._may_stop(connection)
-        return f"{self.users.name(uid)} is neither its user, nor the daemon's, nor root"
+    def refuse(self, connection: "Connection", reason: "str") -> "None":
+        """Does not obey."""
+        self._last_word(connection, ("rc", -1), ("reason", plain(reason)))
+
+    @staticmethod
+    def _last_word(connection, *attributes):
+        connection.send(encode(MANAGEMENT, 16, element("answer", *attributes)))
+        connection.finish()
 
     def _giver(self, connection, about):
         """USER@HOST of somebody who gives an order, as far as the system can tell."""
-        _, uid = credentials(connection.socket)
-        if connection.peer == LOCAL:
-            user = about.get("user", "?") if uid is None else self.users.name(uid)
-            return f"{user}@{os.uname().nodename}"
-        return f"{about.get('user', '?')}@{connection.peer.rpartition(':')[0]}"
+        user = about.get("user", "?")
+        if connection.peer != LOCAL:
+            return f"{user}@{connection.host()}"
+        _, uid = connection.credentials()
+        if uid is not None:
+            user = self._users.name(uid)
+        return f"{user}@{os.uname().nodename}"
 
-    def _may_stop(self, connection):
-        """Why the peer of this connection may not stop the daemon, None when it may."""
+    def _may_not_evict(self, connection, session):
+        """Whose lock it is, and who may stop the daemon, may."""
+        reason = self._may_not_stop(connection)
+        _, uid = connection.credentials()
+        if not reason or uid is None:
+            return reason
+        _, owner_uid = session.connection.credentials()
+        if uid == owner_uid:
+            return ""
+        return f"{self._users.name(uid)} is neither its user, nor the daemon's, nor root"
+
+    def _may_not_stop(self, connection):
+        """The daemon's user and root may; over TCP who is on this host, or has a certificate."""
         if connection.peer == LOCAL:
-            _, uid = credentials(connection.socket)
-            allowed = uid in (None, 0, os.getuid())
-            name, mine = self.users.name(uid), self.users.name(os.getuid())
-            return None if allowed else f"{name} is neither {mine} nor root"
-        # the system does not know the peer any more when it has reset the connection
-        there = connection.peer.rpartition(":")[0].strip("[]").replace("::ffff:", "")
-        here = connection.socket.getsockname()[0].replace("::ffff:", "")
-        if (self.settings["AllowRemoteShutdown"] or self.tls or here == there
-                or there.startswith("127.") or there == "::1"):
-            return None
+            _, uid = connection.credentials()
+            if uid in (None, 0, os.getuid()):
+                return ""
+            name, mine = self._users.name(uid), self._users.name(os.getuid())
+            return f"{name} is neither {mine} nor root"
+        if self._settings["AllowRemoteShutdown"] or self._tls or connection.is_from_this_host():
+            return ""
         return "another host may not, without --allow-remote-shutdown on the daemon"
 
-    IDENTIFIED = ("lock", "status", "shutdown", "evict")  # the calls that present an id
-    CALLS = {"lock": _lock, "unlock": _unlock, "status": _status, "shutdown": _shutdown,
-             "evict": _evict, "send": lambda self, connection, data: connection.send(data)}
 
-    # The end.  Only what a client of the daemon's owner says is an order: then clients of ours are
-    # told that nobody should start another daemon.  A signal is none: it may come from an init
-    # script that restarts the daemon, or from the end of a session, so the clients see what they
-    # see when a daemon crashes, and go on.
+# --- Life ---------------------------------------------------------------------------------------
+# How long the daemon serves, and how it ends.
+#
+#     SERVING      until somebody ends it, or nobody has needed it for its lifespan
+#     QUIESCING    until the last client has gone; newcomers are served meanwhile
+#     DRAINING     until the last holder has released: another daemon serves in this one's place
+#     ENDING       no more
+#
+# Only what a client of the daemon's owner says is an order: then clients of ours are told that
+# nobody should start another daemon.  A signal is none: it may come from an init script that
+# restarts the daemon, or from the end of a session, so the clients see what they see when a daemon
+# crashes, and go on.
+#
+# The process ends before any of its connections does, since whoever sees the end of one may start
+# a daemon.
 
-    def stop_by_order(self, connection):
-        """Ends by the order that came on this connection, which ends with the process."""
-        reason = "its order to end came from " + connection.peer
-        connection.over = True
-        self.tell()
-        for other in list(self.connections):
-            if other.session.ours:
-                other.session.answered = True
-                other.tell(Decision(other.session, STOPPED, reason="the daemon ends: " + reason))
-        self.stop(reason)
 
-    def stop(self, reason):
-        """Ends at once.  What comes from now on is not read, so that the process ends before any
-        of its connections does: whoever sees the end of one may start a daemon."""
-        self.log.info(f"ending: {reason}")
-        self.ending = reason
-        self.loop.stop()
+SERVING, QUIESCING, DRAINING, ENDING = "serving", "quiescing", "draining", "ending"
 
-    def quiesce(self):
-        """Ends when nobody is served any more; newcomers are served meanwhile."""
-        self.log.info("ending when the last client has gone")
-        self.ending = self.ending or "quiesce"
-        if not self.connections:
+
+class Daemon:
+    """The parts of the daemon, and its life.
+
+    `pair` is (ms since 1970 at which it began, its id); `state` is locked, and has begun.
+    Raises CannotServe.
+    """
+
+    def __init__(self, settings: "Settings", options, log: "Log", pair: "tuple", state: "State",
+                 table: "LockTable"):
+        self.settings = settings
+        self.log = log
+        self.pair = pair
+        self.state = state
+        self.table = table
+        self.phase = SERVING
+        self.loop = Loop(log)
+        self.connections = Connections(self.loop, log, settings, options.max_clients)
+        self.server = Server(settings, log, self.connections, table, state, self)
+        self.ways: "list" = []  # how clients find it: listeners and the group
+        self._parts: "list" = []  # what has a path that may be lost
+
+    def is_serving(self) -> "bool":
+        """Whether nothing has begun to end it."""
+        return self.phase == SERVING
+
+    def run(self) -> "None":
+        """Serves until it is told to end or nobody needs it."""
+        self.rest()
+        self.loop.run()
+
+    def since(self) -> "int":
+        """When it began: s since 1970."""
+        return self.pair[0] // 1000
+
+    def listening(self) -> "str":
+        """Where clients find the daemon, in one line."""
+        return " ".join(way.label for way in self.ways)
+
+    # Nobody needs it.
+
+    def was_used(self) -> "None":
+        """A client has gone; its lifespan begins when nothing is left of all clients."""
+        self.loop.cancel(self._end_of_life)
+        self.rest()
+
+    def rest(self) -> "None":
+        """Looks whether the daemon is still needed."""
+        if self.connections.open:
+            return
+        if self.phase != SERVING:
+            self.loop.stop()
+        lifespan = self.settings["Lifespan"]
+        if lifespan >= 0 and self.table.empty():
+            self.loop.within(lifespan / 1000, self._end_of_life)
+
+    def _end_of_life(self):
+        if not self.connections.open and self.table.empty():
+            self.phase = ENDING
             self.loop.stop()
 
-    def drain(self, reason="another daemon serves the group"):
+    # Somebody ends it.
+
+    def stop_by_order(self, connection: "Connection") -> "None":
+        """Ends by the order that came on this connection, which ends with the process."""
+        reason = f"its order to end came from {connection.peer}"
+        connection.closing = True
+        self.server.say_farewell(f"the daemon ends: {reason}")
+        self.stop(reason)
+
+    def stop(self, reason: "str") -> "None":
+        """Ends at once; what comes from now on is not read."""
+        self.log.info(f"ending: {reason}")
+        self.phase = ENDING
+        self.loop.stop()
+
+    def quiesce(self) -> "None":
+        """Ends when nobody is served any more."""
+        self.log.info("ending when the last client has gone")
+        if self.phase == SERVING:
+            self.phase = QUIESCING
+        self.rest()
+
+    def drain(self, reason: "str" = "another daemon serves the group") -> "None":
         """Leaves the clients to another daemon, which is found where this one was."""
         if not self.ways:
             return
         self.log.error(f"draining: {reason}")
-        self.ending = "drain"
+        self.phase = DRAINING
         self.hide()
-        self.tell()
-        for connection in [other for other in self.connections if other.session.holds is None]:
-            connection.close()
-        self.decisions.clear()  # a waiter that makes way grants nothing any more
-        if not self.connections:
-            self.loop.stop()
+        self.server.drain()
+        self.rest()
 
-    def watch(self, parts):
-        """Every LOOK s the parts look whether their paths still lead to them."""
-        self.watched = [part for part in parts if part is not None]
-        self._look()
-
-    def _look(self):
-        self.dates[self._look] = self.now.mono + LOOK
-        for part in self.watched:
-            if self.ways:
-                part.look()
-
-    def hide(self):
+    def hide(self) -> "None":
         """From now on no client finds the daemon."""
-        self.dates.pop(self._look, None)
+        self.loop.cancel(self._look)
         while self.ways:
             self.ways.pop().close()
 
-    def close(self):
+    def close(self) -> "None":
         """Removes what the daemon has put into the file system.  Its connections stay: they are
         closed by the end of the process, after everything else."""
         self.hide()
-        if self.publisher:
-            self.publisher.close()
-        self.users.close()
-        self.clear_mark()
+        if self.server.publisher is not None:
+            self.server.publisher.close()
+        self.connections.users.close()
+        self.server.clear_mark()
+
+    # Its paths.
+
+    def watch(self, parts: "list") -> "None":
+        """Every LOOK s the parts look whether their paths still lead to them."""
+        self._parts = [part for part in parts if part is not None]
+        self._look()
+
+    def _look(self):
+        self.loop.after(LOOK, self._look)
+        for part in self._parts:
+            if self.ways:  # else it drains
+                part.look()
 
 
-def most_files():
-    """The number of files that this process may open, raised as far as it can be."""
-    try:
-        import resource  # not in every minimal Python
-    except ImportError:
-        return 1024
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        soft = hard
-    return 10 ** 6 if soft == resource.RLIM_INFINITY else soft
-
-
-# --- Signals and lifespan -----------------------------------------------------------------------
-# Handlers do nothing; Python writes the number of each signal to a socket that the loop reads.
+# Signals.  Their handlers do nothing; Python writes the number of each signal to a socket that the
+# loop reads.
 
 
 class Signals:
     """TERM and INT end the daemon, USR1 lets it end when idle, HUP opens its log again."""
 
-    def __init__(self, daemon):
-        self.reader, self.waker = socket.socketpair()
-        self.reader.setblocking(False)
-        self.waker.setblocking(False)
-        self.daemon = daemon
-        self.actions = {signal.SIGTERM: lambda: daemon.stop("it got SIGTERM"),
-                        signal.SIGINT: lambda: daemon.stop("it got SIGINT"),
-                        signal.SIGUSR1: daemon.quiesce, signal.SIGHUP: daemon.log.reopen}
-        for number in self.actions:
+    def __init__(self, daemon: "Daemon"):
+        self._loop = daemon.loop
+        self._reader, self._waker = socket.socketpair()
+        self._reader.setblocking(False)
+        self._waker.setblocking(False)
+        self._actions: "Dict[int, Act]" = {
+            signal.SIGTERM: lambda: daemon.stop("it got SIGTERM"),
+            signal.SIGINT: lambda: daemon.stop("it got SIGINT"),
+            signal.SIGUSR1: daemon.quiesce,
+            signal.SIGHUP: daemon.log.reopen,
+        }
+        for number in self._actions:
             signal.signal(number, lambda number, frame: None)
-        signal.set_wakeup_fd(self.waker.fileno())
-        daemon.poller.add(self.reader, self.handle)
+        signal.set_wakeup_fd(self._waker.fileno())
+        self._loop.watch(self._reader, self._handle)
 
-    def handle(self, events):
-        """Acts on the signals that have come."""
-        for number in self.reader.recv(64):
-            if number in self.actions:
-                self.daemon.guard(self.actions[number])  # what fails must not keep the next back
+    def _handle(self, events):
+        """Acts on the signals that have come; one that fails does not keep the next back."""
+        for number in self._reader.recv(64):
+            action = self._actions.get(number, nothing)
+            with self._loop.guard():
+                action()
 
 
 # --- Publishing ---------------------------------------------------------------------------------
@@ -5557,16 +5942,6 @@ def open_standard_files() -> "None":
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
-
-
-def close_files(keep=2):
-    """Closes every descriptor but 0, 1, 2 and `keep`."""
-    try:
-        last = max(map(int, os.listdir("/proc/self/fd")))
-    except OSError:
-        last = min(most_files(), 4096)
-    os.closerange(3, keep)
-    os.closerange(keep + 1, last + 1)
 
 
 def forget_signals() -> "None":
@@ -5862,13 +6237,13 @@ def open_listeners(daemon, group, guard):
     local = local_socket(settings)
     if local:
         daemon.ways.append(LocalListener(daemon.loop, daemon.log, local, _socket_mode(settings),
-                                         guard, daemon.welcome, daemon.drain))
+                                         guard, daemon.connections.welcome, daemon.drain))
     if host:
         _listen(daemon, tcp_socket(host, port, settings["NetworkInterface"]))
 
 
 def _listen(daemon, bound):
-    daemon.ways.append(Listener(daemon.loop, daemon.log, bound, daemon.welcome))
+    daemon.ways.append(Listener(daemon.loop, daemon.log, bound, daemon.connections.welcome))
 
 
 def _socket_mode(settings):
@@ -5938,12 +6313,12 @@ def prepare(settings, options, log):
         if not state.kept:
             state.wait_for_epoch()
             table.begin_with(state.epoch)
-        daemon.released()
+        daemon.server.released()
         daemon.watch([*{guard: None, state: None}, *daemon.ways])
         if group is not None:
             daemon.ways.append(Member(daemon.loop, log, group, address, daemon.drain))
         if outputs:
-            daemon.publisher = Publisher(daemon.loop, log, table, counts, outputs)
+            daemon.server.publisher = Publisher(daemon.loop, log, table, counts, outputs)
         undo.pop_all()
     return daemon
 

@@ -1,4 +1,4 @@
-"""What a connection sends, to those who read slowly, too; a report goes out in pieces."""
+"""What a connection sends, to those who read slowly, too; a report goes out in portions."""
 import socket
 import types
 
@@ -6,92 +6,178 @@ import flomd
 import pytest
 
 
-class Watched:
-    """The loop of a daemon with one connection: whether it waits until that can be written."""
+class Log:
+    """What a loop and its connections would write."""
 
     def __init__(self):
-        self.writing = False
+        self.lines = []
 
-    def watch_writing(self, watched, writing):
-        self.writing = writing
+    def limited(self, text, level="warning"):
+        self.lines.append(text)
 
-    def forget(self, watched):
-        self.writing = False
 
-    def cancel(self, act):
-        pass
+SETTINGS = {"TcpKeepaliveTime": 60, "TcpKeepaliveIntvl": 10, "TcpKeepaliveProbes": 6,
+            "TlsCertificate": None, "TlsPrivateKey": None, "TlsCaCertificate": None}
+
+
+class Links:
+    """Connections with a loop and no server; the ends of their clients."""
+
+    def __init__(self):
+        self.log = Log()
+        self.loop = flomd.Loop(self.log)
+        self.connections = flomd.Connections(self.loop, self.log, SETTINGS, 10)
+        self.gone = []
+        self.connections.serve({}, self.gone.append)
+        self.clients = []
+
+    def connect(self):
+        """(a new connection, its client's socket)"""
+        server, client = socket.socketpair()
+        for end in (server, client):
+            end.setblocking(False)
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        before = set(self.connections.open)
+        self.connections.welcome(server, flomd.LOCAL)
+        self.clients.append(client)
+        connection, = self.connections.open - before
+        return connection, client
+
+    def turn(self):
+        """One turn of the loop, in which what is due is done, too."""
+        self.loop.after(0, self.loop.stop)
+        self.loop.run()
+        self.loop._stopped = False
 
 
 @pytest.fixture
-def link():
-    """(connection, its client's socket, its daemon)."""
-    server, client = socket.socketpair()
-    for end in (server, client):
-        end.setblocking(False)
-    server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    log = types.SimpleNamespace(limited=lambda text: None)
-    daemon = types.SimpleNamespace(
-        loop=Watched(), reported=None, now=0, log=log, expect=lambda connection: None,
-        gone=lambda connection: None)
-    yield flomd.Connection(daemon, server, "local"), client, daemon
-    server.close()
-    client.close()
+def links():
+    made = Links()
+    yield made
+    for connection in list(made.connections.open):
+        connection.close()
+    for client in made.clients:
+        client.close()
 
 
-def turn(connection, client, daemon):
-    """One turn of the loop: the client reads all that is there, and it can be written again."""
-    daemon.now += 1
+def take(client):
+    """All that is there for the client."""
     found = b""
     while True:
         try:
             data = client.recv(1 << 20)
         except BlockingIOError:
-            data = b""
-        found += data
+            return found
         if not data:
-            break
-    if daemon.loop.writing:
-        connection.handle(flomd.EVENT_WRITE)
-    return found
+            return found
+        found += data
 
 
-def read_all(connection, client, daemon):
-    found = [turn(connection, client, daemon)]
-    while daemon.loop.writing or found[-1]:
-        found.append(turn(connection, client, daemon))
+def read_all(links, client):
+    found = [take(client)]
+    for _ in range(3):
+        while found[-1]:
+            links.turn()
+            found.append(take(client))
+        links.turn()
+        found.append(take(client))
     return b"".join(found)
 
 
-def test_what_is_taken_in_parts_arrives_whole(link):
-    connection, client, daemon = link
+def test_what_is_taken_in_parts_arrives_whole(links):
+    connection, client = links.connect()
     told = [bytes([65 + number % 26]) * 3000 for number in range(40)]
     for message in told:
         connection.send(message)
-    assert daemon.loop.writing and 0 < len(connection.output) < flomd.MOST_UNREAD
-    assert read_all(*link) == b"".join(told)
-    assert not connection.output and not daemon.loop.writing
+    assert 0 < len(connection.output) < flomd.MOST_UNREAD
+    assert read_all(links, client) == b"".join(told)
+    assert not connection.output and connection.is_open
 
 
-def test_a_report_of_large_pieces_is_made_as_it_is_read(link):
-    connection, client, daemon = link
+def test_who_does_not_read_is_closed(links):
+    connection, client = links.connect()
+    for _ in range(100):
+        connection.send(b"x" * 10000)
+        if not connection.is_open:
+            break
+    assert links.gone == [connection] and "does not read" in links.log.lines[0]
+    connection.send(b"x")  # nothing happens any more
+    connection.tell(types.SimpleNamespace(verdict=0))
+    connection.close("again")
+    assert links.gone == [connection] and len(links.log.lines) == 1
+
+
+def test_a_report_of_large_pieces_is_made_as_it_is_read(links):
+    connection, client = links.connect()
     made = []
 
     def pieces():
         for number in range(50):
             made.append(number)
             yield chr(65 + number % 26) * 60000
-    connection.finish(pieces())
-    assert len(made) * 60000 < flomd.LARGEST + 60000
+    connection.finish_with(pieces())
+    links.turn()
+    assert 0 < len(made) * 60000 < flomd.LARGEST + 60000
     before = len(made)
-    connection.handle(flomd.EVENT_WRITE)  # in the same turn of the loop
+    links.turn()  # the client has taken nothing
     assert len(made) == before
-    assert len(read_all(*link)) == 50 * 60000 and len(made) == 50
+    assert len(read_all(links, client)) == 50 * 60000 and len(made) == 50
+    assert client.recv(1) == b""
 
 
-def test_in_one_turn_one_report_goes_on(link):
-    connection, client, daemon = link
-    daemon.reported = daemon.now = object()
-    connection.finish(iter(["x" * 10]))
-    assert not connection.output and daemon.loop.writing
-    daemon.now = 0
-    assert read_all(*link) == b"x" * 10
+def test_in_one_turn_one_report_goes_on(links, monkeypatch):
+    monkeypatch.setattr(flomd, "PIECES", 1)
+    ends, made = [links.connect() for _ in range(3)], []
+
+    def pieces(number):
+        for piece in "abc":
+            made.append((number, piece))
+            yield piece
+    for number, (connection, _) in enumerate(ends):
+        connection.finish_with(pieces(number))
+    for turns in range(1, 10):
+        links.turn()
+        assert len(made) == turns
+    assert made == [(number, piece) for piece in "abc" for number in range(3)]
+    for _, client in ends:
+        assert read_all(links, client) == b"abc"
+
+
+def test_one_that_has_gone_does_not_keep_the_other_reports_back(links):
+    (first, _), (second, client) = links.connect(), links.connect()
+    first.finish_with(iter("a"))
+    second.finish_with(iter("b"))
+    first.close()
+    assert read_all(links, client) == b"b"
+
+
+def test_a_bug_in_a_report_costs_its_own_connection(links):
+    (first, _), (second, client) = links.connect(), links.connect()
+
+    def broken():
+        raise RuntimeError("a bug")
+        yield ""
+    first.finish_with(broken())
+    second.finish_with(iter("b"))
+    assert read_all(links, client) == b"b" and links.gone == [first]
+
+
+def test_who_is_silent_is_closed_but_a_stall_does_not_count(links, monkeypatch):
+    monkeypatch.setattr(flomd, "PATIENCE", 0.05)
+    connection, _ = links.connect()
+    links.loop.running_since = links.loop.now.mono + 0.2
+    links.loop.after(0.15, links.loop.stop)
+    links.loop.run()
+    assert connection.is_open
+    links.loop._stopped = False
+    links.loop.after(0.2, links.loop.stop)
+    links.loop.run()
+    assert not connection.is_open and "silent" in links.log.lines[0]
+
+
+def test_a_connection_beyond_the_limit_is_refused_until_there_is_room(links):
+    made = [links.connect()[0] for _ in range(12)]
+    assert [links.connections.refuses(one) for one in made] == [False] * 10 + [True] * 2
+    made[0].close()
+    made[1].close()
+    assert not links.connections.refuses(made[11])

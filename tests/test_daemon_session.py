@@ -1,6 +1,4 @@
 """The daemon's side of one connection, with a fake link: bytes in, answers out, no socket."""
-import json
-import os
 import re
 import xml.etree.ElementTree
 
@@ -9,7 +7,7 @@ import pytest
 from engine_world import Clock, World, lines
 from fakes import (DISCOVER, END, HEADER, LOCK, MANAGEMENT, MODES, PEER, PING, UNLOCK, b64, message,
                    parse)
-from world import DATA, chance
+from world import chance
 
 DAEMON = "00112233aabbccdd"
 PREFIX = f'{HEADER}<msg level="3" verb="1" step="'
@@ -30,23 +28,23 @@ class Link:
     """What a Connection and the daemon do for a session, without either."""
 
     def __init__(self, hub, peer):
-        self.hub, self.peer, self.session = hub, peer, Told(self)
+        self.hub, self.session = hub, Told(self, peer, str)
+        self.peer = peer
         self.heard, self.over, self.closed = [], False, False
 
     def say(self, *pieces):
         """Bytes come in; returns what has been heard since, as text."""
         before = len(self.heard)
         for piece in pieces:
-            for call, *details in self.session.calls(piece):
-                self.hub.perform(self, call, *details)
+            for call, detail in self.session.calls(piece):
+                self.hub.perform(self, call, detail)
         return "".join(self.heard[before:])
 
     def tell(self, decision):
-        answer = None if decision.verdict is None else self.session.answer(decision)
-        if answer is None:
+        if not self.session.can_be_told(decision.verdict):
             self.close()
         else:
-            self.heard.append(answer.decode("ascii"))
+            self.heard.append(self.session.answer(decision).decode("ascii"))
             self.over = decision.verdict in flomd.FINAL
 
     def close(self):
@@ -75,14 +73,14 @@ class Hub:
         self.links.append(Link(self, peer))
         return self.links[-1]
 
-    def perform(self, link, call, *details):
-        self.calls.append((call,) + details)
+    def perform(self, link, call, detail):
+        self.calls.append((call, detail))
         if call == "lock":
-            self.apply(self.table.request(details[0], self.clock))
+            self.apply(self.table.request(detail, self.clock))
         elif call == "unlock":
-            self.apply(self.table.release(link.session, details[0], self.clock))
+            self.apply(self.table.release(link.session, detail, self.clock))
         elif call == "send":
-            link.heard.append(details[0].decode())
+            link.heard.append(detail.decode())
 
     def apply(self, decisions):
         for decision in decisions:
@@ -492,33 +490,6 @@ def test_the_report_can_be_parsed_as_xml(hub, link):
     text = "".join(flomd.report(hub.table, FIRST + '<answer rc="0"/>', hub.clock))
     root = xml.etree.ElementTree.fromstring(text)
     assert [child.tag for child in root] == ["session", "answer", "resource"]
-
-
-def read(function, data):
-    """What the function makes of the message: the elements, the name decoded, or "refused"."""
-    try:
-        elements = function(data)
-        name = elements.get("resource", {}).get("name")
-        if function is flomd.decode and name is not None:
-            elements["resource"]["name"] = flomd.decode_name(name)
-        return elements
-    except flomd.ProtocolError:
-        return "refused"
-
-
-def test_the_usual_messages_are_read_as_all_others():
-    """read_message() has a short way for what FLoM's clients send; it takes nothing else."""
-    draw = chance("usual messages")
-    with open(os.path.join(DATA, "vectors.json")) as file:
-        texts = [vector["text"].encode() for vector in json.load(file)]
-    assert sum(bool(flomd._usual(text)) for text in texts) >= 20
-    for text in texts:
-        assert read(flomd.read_message, text) == read(flomd.decode, text)
-        for _ in range(100):
-            changed = bytearray(text)
-            changed[draw.randrange(len(text))] = draw.choice(b'"<>&/ =0159abZ\xff\n')
-            changed = bytes(changed)
-            assert read(flomd.read_message, changed) == read(flomd.decode, changed), changed
 
 
 def test_a_report_has_a_piece_for_each_holder_and_waiter(hub):

@@ -1,4 +1,4 @@
-"""The daemon's loop: what has come is read before what is due is done; a bug costs one connection."""
+"""The daemon's loop: what has come is read before what is due is done; what a bug costs."""
 import contextlib
 import signal
 import socket
@@ -235,7 +235,7 @@ def test_a_handler_that_fails_costs_its_own_connection(pairs):
 
 
 def test_what_cannot_be_closed_rests(pairs, monkeypatch):
-    """Nor does the loop spin where close() fails, too; forgotten meanwhile it does not come back."""
+    """Nor does the loop spin where close() fails, too; what is forgotten stays away."""
     monkeypatch.setattr(flomd, "PAUSE", 0.02)
     for number, close in enumerate((flomd.nothing, broken, flomd.nothing)):
         pairs.add(broken, close)
