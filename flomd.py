@@ -1466,24 +1466,27 @@ class Log:
 
 
 # --- Requests and resources ---------------------------------------------------------------------
-# Requests, resources and the queue policy.  Pure: no socket, no clock, no log.  Every call is given
-# `now`, an object with mono (s, monotonic), wall (s since 1970), local() (µs of local time) and
-# format(text) (strftime of that moment), and what follows comes back as decisions.
+# What is asked for, what it is asked of, and the queue policy.  Pure, as the three sections below:
+# no socket, no clock, no log.  Every call is given `now`, an object with mono (s, monotonic), wall
+# (s since 1970), local() (µs of local time) and format(text) (strftime of that moment), and what
+# follows comes back as decisions.
 #
-# The queue policy.  A request is compatible with another when the two could be held together.
-# Under `fair` a request is granted when it is compatible with every holder and with every waiter
-# ahead of it, so whoever waits is overtaken only by those that cannot delay it, and nobody starves.
-# Under `first-fit`, FLoM's rule, the waiters ahead do not count.
+# The problem.  Under `first-fit`, FLoM's rule, a waiter is granted as soon as it is compatible with
+# the holders.  Then a writer waits for ever while readers come and go, and so does a request for
+# many units of a pool.  Under `fair` a request must be compatible with every waiter ahead of it as
+# well: a later request passes a waiter only if both could be held at the same time, so it never
+# makes the waiter wait longer.  To look at all waiters at each release would take too long when
+# there are thousands.
 #
-# To grant without looking at every waiter, the waiters of a resource stand in lanes: all requests
-# of a lane are alike (the same mode; in a tree the same node, too), so if the first of a lane
-# cannot be granted none of it can.  Taking the lanes by the arrival of their first waiter, and each
-# lane until its first waiter must stay, visits exactly the waiters that are granted and one more
-# for each lane.  A waiter that stays because of one ahead remembers it: it stays as long as that.
+# The solution.  The waiters of a resource stand in lanes: all requests of a lane are alike (the
+# same mode; in a tree the same node, too), so if the first of a lane cannot be granted none of it
+# can.  Whoever looks at the first of each lane, in order of arrival, and at the next one of a lane
+# when the first was granted, looks at those that are granted and at one more in each lane.  A
+# waiter that stays because of one ahead remembers which: it stays as long as that one waits.
 #
-# One exception: a request does not wait for a waiter that itself waits, directly or not, for an
-# ancestor of the request, that is for a command that will not end before the request is granted.
-# Those nested requests are few; they are looked at one by one (see Nesting).
+# One exception: a request passes a waiter that itself waits, directly or not, for an ancestor of
+# the request, that is for a command that will not end before the request is granted.  Such nested
+# requests are few; they are looked at one by one (see Nesting).
 #
 # Not here on purpose: priorities, locks that change their mode, and any notion of a client.
 
@@ -1497,7 +1500,7 @@ SLOT = 64  # bytes that a slot of a set takes in memory, beside its share of the
 by_arrival = operator.attrgetter("serial")  # to sort requests
 
 Decision = collections.namedtuple("Decision", "session verdict element token position reason")
-Decision.__new__.__defaults__ = (None,) * 4
+Decision.__new__.__defaults__ = (None, None, None, None)
 
 
 class Request:
@@ -1508,23 +1511,33 @@ class Request:
     origin = None  # the process or host that asks: a lock without a key comes back only there
     parents = ()  # ids of the locks it is nested in
     patient = False  # it ends by itself, or its user says so: never a deadlock
-    reclaim = claimed = None  # the token and the element of a lock that the session says it has
-    # Where it stands in the queue.
+    reclaim = None  # the token of a lock that the session says it has
+    claimed = None  # the element of that lock
+    # Where it stands.
     state = None  # None before it stands anywhere, and afterwards
-    resource = lane = None
-    serial = since = 0  # order of arrival; s since 1970
-    behind = None  # the waiter found to be in its way
+    resource = None
+    lane = None
+    serial = 0  # order of arrival
+    since = 0  # s since 1970
+    behind = None  # the waiter that was found to be in its way
     # What was granted.
-    element = token = None
+    element = None
+    token = None
     held_since = 0  # s since 1970
 
     def __init__(self, session, name, mode=0, quantity=1, wait=0, create=0, lifespan=0):
-        self.session, self.name, self.mode, self.quantity = session, name, mode, quantity
-        self.wait, self.create, self.lifespan = wait, create, lifespan  # lifespan in ms
+        self.session = session
+        self.name = name
+        self.mode = mode
+        self.quantity = quantity
+        self.wait = wait  # 1: it may be queued
+        self.create = create  # 1: it may create the resource
+        self.lifespan = lifespan  # ms
 
     def same(self, other):
         """Whether `other` repeats this request."""
-        return (self.name, self.mode, self.quantity) == (other.name, other.mode, other.quantity)
+        own = (self.name, self.mode, self.quantity)
+        return own == (other.name, other.mode, other.quantity)
 
     def is_reclaimed_by(self, other):
         """Whether `other` is this holder, coming back on a new connection.
@@ -1550,29 +1563,55 @@ def discard(groups, key, member):
 
 def bytes_of(name):
     """How long a name is on the wire, before base64; in memory it takes about as much."""
-    return len(name.encode("utf-8", "surrogateescape"))
+    encoded = name.encode("utf-8", "surrogateescape")
+    return len(encoded)
+
+
+def merged(rows):
+    """The requests of several iterators in order of arrival; each iterator is asked for its next
+    one when what it gave before has been dealt with."""
+    if len(rows) == 1:
+        return rows[0]
+    return heapq.merge(*rows, key=by_arrival)
+
+
+def exclude(lane, other):
+    """Whether requests of the two lanes are incompatible: their modes are, and in a tree one node
+    is the other, or above it, or below it."""
+    if other[1] not in CONFLICTS[lane[1]]:
+        return False
+    name = lane[0] + "/"
+    other_name = other[0] + "/"
+    return name.startswith(other_name) or other_name.startswith(name)
 
 
 class Resource:
     """A resource: its holders, its waiters and the policy.  A kind is a class below this one."""
-    serves = staticmethod(lambda name, now: True)  # whether the kind can do its work under a name
-    verdict = INVALID_NAME  # on the other names
-    has_modes = timed = False  # timed: a grant may have to wait for the clock
+    verdict = INVALID_NAME  # on a name that the kind does not serve
+    has_modes = False
+    timed = False  # a grant may have to wait for the clock
     most = MOST  # quantity that can be granted at all
     elements = "(?s).*"  # what the elements look like
 
     def __init__(self, name, first_fit):
-        self.name, self.first_fit = name, first_fit
+        self.name = name
+        self.first_fit = first_fit
         self.holders = {}  # session: Request
         self.lanes = collections.defaultdict(collections.OrderedDict)  # lane: waiters by session
-        self.waiting = 0
+        self.waiting = 0  # the number of waiters
         self.nested = collections.defaultdict(dict)  # (lane, quantity): those with living ancestors
         self.lifespan = LEAST_LIFESPAN  # ms
-        self.idle_since, self.dates = None, []  # dates: its entries in the table's heap, last first
+        self.idle_since = None  # s, monotonic; None while somebody holds or waits
+        self.dates = []  # at which the table will look at it, the next one last
         self.tokens = {}  # lane: token of the last grant in it
         self.weight = bytes_of(name)  # of the names that it keeps
 
     # What a kind says.
+
+    @classmethod
+    def serves(cls, name, now):
+        """Whether the kind can do its work under this name."""
+        return True
 
     def fits(self, request, now=None):
         """Whether the request is compatible with the holders, and with `now` its time has come."""
@@ -1587,15 +1626,17 @@ class Resource:
 
     def could_have(self, element):
         """Whether the element of a reclaim may be one of this resource."""
-        return re.fullmatch(self.elements, element or "")
+        return re.fullmatch(self.elements, element or "") is not None
 
     def count(self, request, difference):
         """Told of each waiter that comes (1) or goes (-1)."""
         self.waiting += difference
 
     def lane(self, request):
-        """The lane of the request: waiters of one lane are alike."""
-        return request.name, request.mode if self.has_modes else EX
+        """The lane of the request, its name and mode: waiters of one lane are alike."""
+        if self.has_modes:
+            return request.name, request.mode
+        return request.name, EX
 
     def rivals(self, request):
         """The lanes to search for those that are incompatible with the request's."""
@@ -1603,24 +1644,23 @@ class Resource:
 
     # The policy.
 
-    @staticmethod
-    def excludes(lane, other):
-        """Whether requests of the two lanes are incompatible: their modes are, and in a tree one
-        node is the other, or above it, or below it."""
-        name, other_name = lane[0] + "/", other[0] + "/"
-        return other[1] in CONFLICTS[lane[1]] and (
-            name.startswith(other_name) or other_name.startswith(name))
-
     def clash(self, one, other):
         """Whether the two requests are incompatible."""
-        return self.excludes(self.lane(one), self.lane(other))
+        return exclude(self.lane(one), self.lane(other))
+
+    def first_of(self, lane):
+        """The first waiter of a lane in which somebody waits."""
+        waiters = self.lanes[lane].values()
+        return next(iter(waiters))
 
     def ahead(self, request):
         """Yields the first waiter of each lane that the policy puts before the request."""
+        if self.first_fit:
+            return
         conflicts = CONFLICTS[request.lane[1]]
-        for lane in () if self.first_fit else self.rivals(request):
+        for lane in self.rivals(request):
             if lane[1] in conflicts:
-                first = next(iter(self.lanes[lane].values()))
+                first = self.first_of(lane)
                 if first.serial < request.serial:
                     yield first
 
@@ -1629,67 +1669,100 @@ class Resource:
         return next(self.ahead(request), None)
 
     def nest(self, request):
-        """Notes that the waiter has living ancestors."""
-        self.nested[request.lane, request.quantity][request.session] = request
+        """Notes that the waiter, the last of those that are alike, has living ancestors."""
+        alike = self.nested[request.lane, request.quantity]
+        alike[request.session] = request
+
+    def sort_nested(self):
+        """Some were noted late: puts those that are alike in order of arrival."""
+        for alike in self.nested.values():
+            in_order = sorted(alike.values(), key=by_arrival)
+            alike.clear()
+            alike.update((request.session, request) for request in in_order)
 
     def hold(self, request, now):
         """Makes the request a holder."""
         request.element = self.take(request, now)
-        request.resource, request.state, request.held_since = self, HELD, now.wall
+        request.resource = self
+        request.state = HELD
+        request.held_since = now.wall
         self.holders[request.session] = request
 
-    def walk(self, lanes, now, grant):
-        """Offers to `grant`, in queue order, the waiters in `lanes` that fit and are the first of
-        their lanes, then the nested ones that fit.  grant(request) returns whether the request was
-        granted; then it is a holder before the next one is looked at."""
-        heads = [self._head(lane) for lane in lanes if lane in self.lanes]
-        heapq.heapify(heads)
-        while heads:
-            _, lane, request = heads[0]
-            granted = self.fits(request, now) and grant(request)
-            if granted and lane in self.lanes:
-                heapq.heapreplace(heads, self._head(lane))
-            else:
-                heapq.heappop(heads)
-        if self.nested:
-            for request in self._nested_that_fit(now):
-                if self.fits(request, now):
-                    grant(request)
+    def let_go(self, holder, committed):
+        """The holder is none any more; committed: its command succeeded."""
+        self.give_back(holder, committed)
+        del self.holders[holder.session]
 
-    def _nested_that_fit(self, now):
-        fitting = [alike.values() for alike in self.nested.values()
-                   if self.fits(next(iter(alike.values())), now)]
-        return sorted(itertools.chain(*fitting), key=by_arrival)
+    def candidates(self, lanes, now):
+        """Yields, in order of arrival, waiters that fit: in each of `lanes` the first one, and all
+        that are nested.
 
-    def _head(self, lane):
-        first = next(iter(self.lanes[lane].values()))
-        return first.serial, lane, first
+        Whoever is granted is a holder before the next one is asked for; then the next one of its
+        lane is a candidate, too.
+        """
+        rows = [self._lane_in_turn(lane) for lane in lanes]
+        for alike in self.nested.values():
+            rows.append(self._nested_in_turn(list(alike.values()), now))
+        for request in merged(rows):
+            if request.state is QUEUED and self.fits(request, now):
+                yield request
+
+    def _lane_in_turn(self, lane):
+        """Yields the first waiter of the lane, and the next first one when that was granted."""
+        before = None
+        while lane in self.lanes:
+            first = self.first_of(lane)
+            if first is before:
+                break
+            yield first
+            before = first
+
+    def _nested_in_turn(self, alike, now):
+        """Yields the nested waiters, which are alike, until there is no room for the next one."""
+        for waiter in alike:
+            if not self.fits(waiter, now):
+                break
+            yield waiter
 
     def waiters(self):
         """All waiters in order of arrival."""
-        return sorted((request for queue in self.lanes.values() for request in queue.values()),
-                      key=by_arrival)
+        found = []
+        for queue in self.lanes.values():
+            found += queue.values()
+        found.sort(key=by_arrival)
+        return found
+
+    # What it knows of former holders.
 
     def remember(self, lane, token):
         """Notes a grant for those who reclaim; many older ones count as grants of the whole."""
         tokens = self.tokens
         last = tokens.pop(lane, None)
         if last is None:
-            last = 0
             self.weight += self._weight_of(lane)
-        tokens[lane] = token if token > last else last
+        elif last > token:
+            token = last
+        tokens[lane] = token
         if len(tokens) > REMEMBERED:
-            oldest = next(iter(tokens))
-            self.weight -= self._weight_of(oldest)
-            self.remember((self.name, oldest[1]), tokens.pop(oldest))
+            self._forget_oldest()
+
+    def _forget_oldest(self):
+        oldest = next(iter(self.tokens))
+        token = self.tokens.pop(oldest)
+        self.weight -= self._weight_of(oldest)
+        self.remember((self.name, oldest[1]), token)
 
     def _weight_of(self, lane):
-        return 0 if lane[0] == self.name else bytes_of(lane[0])
+        if lane[0] == self.name:
+            return 0
+        return bytes_of(lane[0])
 
     def reclaimable(self, request):
         """Whether no grant since the token of the reclaim can have conflicted with it."""
-        return not any(token > request.reclaim and self.excludes(request.lane, other)
-                       for other, token in self.tokens.items())
+        for lane, token in self.tokens.items():
+            if token > request.reclaim and exclude(request.lane, lane):
+                return False
+        return True
 
 
 # --- Kinds --------------------------------------------------------------------------------------
@@ -1734,30 +1807,23 @@ class Node:
 
     def __init__(self):
         self.children = {}  # level: Node, while anything stands on it or below it
-        self.here, self.below = {}, {}  # key: number, never 0
+        self.here = {}  # key: number, never 0
+        self.below = {}  # key: number, never 0; those on the node itself are counted, too
 
     def add(self, name, key, difference):
         """Adds to the number of `key` on the node `name`, as seen from the root."""
         node = self
-        node._count(node.below, key, difference)
+        add_to(node.below, key, difference)
         for level in name.split("/")[2:]:
-            above, node = node, node.children.get(level)
+            above = node
+            node = above.children.get(level)
             if node is None:
                 node = above.children[level] = Node()
-            if not node._count(node.below, key, difference):
+            add_to(node.below, key, difference)
+            if not node.below:
                 del above.children[level]  # what is below it has come to its end as well
                 return
-        node._count(node.here, key, difference)
-
-    @staticmethod
-    def _count(numbers, key, difference):
-        """Adds to the number of `key`; returns whether anything is left."""
-        number = numbers.get(key, 0) + difference
-        if number:
-            numbers[key] = number
-        else:
-            del numbers[key]
-        return numbers
+        add_to(node.here, key, difference)
 
     def near(self, name):
         """Yields the keys on the node `name`, above it and below it."""
@@ -1770,21 +1836,38 @@ class Node:
         yield from node.below
 
 
+def add_to(numbers, key, difference):
+    """Adds to the number of `key`, which is not kept when it is 0."""
+    number = numbers.get(key, 0) + difference
+    if number:
+        numbers[key] = number
+    else:
+        del numbers[key]
+
+
 class Hierarchical(Resource):
     """A tree: a request must be compatible with those on its node, above it and below it.  Holders
     and waiters are counted on each node, so other branches cost nothing."""
     has_modes = True
-    serves = staticmethod(lambda name, now: name.count("/") <= DEEPEST)
 
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
-        self.held, self.queued = Node(), Node()  # keys: modes; lanes
+        self.held = Node()  # keys: modes of holders
+        self.queued = Node()  # keys: lanes of waiters
         self.nothing_ahead = {}  # lane: up to this serial nobody in other lanes is ahead
+
+    @classmethod
+    def serves(cls, name, now):
+        """The name has not too many levels."""
+        return name.count("/") <= DEEPEST
 
     def fits(self, request, now=None):
         """No holder on the node, above it or below it has an incompatible mode."""
         conflicts = CONFLICTS[request.mode]
-        return not any(mode in conflicts for mode in self.held.near(request.name))
+        for mode in self.held.near(request.name):
+            if mode in conflicts:
+                return False
+        return True
 
     def take(self, request, now):
         """One more holder on the node; there is no element."""
@@ -1807,26 +1890,33 @@ class Hierarchical(Resource):
         return (lane for lane in self.queued.near(request.name) if lane[1] in conflicts)
 
     def first_ahead(self, request):
-        """As for every kind.  There may be many lanes, so what one search finds serves the whole
-        lane: those who come later are behind all that wait now."""
+        """As for every kind, its own lane first.  There may be many other lanes, so what one search
+        in them finds serves the whole lane: those who come later are behind all that wait now."""
         if self.first_fit:
             return None
-        serial, lane, own = request.serial, request.lane, self.lanes.get(request.lane)
-        if own and lane[1] in CONFLICTS[lane[1]]:
-            first = next(iter(own.values()))
-            if first.serial < serial:
+        lane = request.lane
+        if lane in self.lanes and lane[1] in CONFLICTS[lane[1]]:
+            first = self.first_of(lane)
+            if first.serial < request.serial:
                 return first
-        if serial <= self.nothing_ahead.get(lane, 0):
+        if request.serial <= self.nothing_ahead.get(lane, 0):
             return None
-        until = next(reversed(own.values())).serial if own else serial
-        for other in self.rivals(request):
-            first = next(iter(self.lanes[other].values()))
-            if first.serial < serial:
-                return first
-            if other != lane:
+        return self._first_in_other_lanes(request)
+
+    def _first_in_other_lanes(self, request):
+        """The waiter ahead of the request in another lane, or None; then that is noted."""
+        own = self.lanes.get(request.lane)
+        until = request.serial
+        if own:
+            until = next(reversed(own.values())).serial
+        for lane in self.rivals(request):
+            first = self.first_of(lane)
+            if lane != request.lane:
+                if first.serial < request.serial:
+                    return first
                 until = min(until, first.serial - 1)
         if own:
-            self.nothing_ahead[lane] = until
+            self.nothing_ahead[request.lane] = until
         return None
 
 
@@ -1848,11 +1938,17 @@ class Counted(Resource):
 
 class Numeric(Counted):
     """A pool of units, of which a request takes some."""
-    serves, verdict = staticmethod(lambda name, now: size_of(name) > 0), IMPOSSIBLE
+    verdict = IMPOSSIBLE
 
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
-        self.most = self.free = size_of(name)
+        self.most = size_of(name)
+        self.free = self.most
+
+    @classmethod
+    def serves(cls, name, now):
+        """There are units at all."""
+        return size_of(name) > 0
 
     def room(self):
         """The free units."""
@@ -1872,7 +1968,9 @@ class Numeric(Counted):
 
     def lane(self, request):
         """Under first-fit only those of one quantity are alike."""
-        return (self.name, EX, request.quantity) if self.first_fit else (self.name, EX)
+        if self.first_fit:
+            return self.name, EX, request.quantity
+        return self.name, EX
 
     def rivals(self, request):
         """Under first-fit, those for whom the units of the request were the last to be missing."""
@@ -1886,7 +1984,7 @@ class Numeric(Counted):
 
 class Set(Counted):
     """Slots with labels; each grant takes one, the search beginning one further each time."""
-    next = 0
+    next = 0  # the index at which the search begins
 
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
@@ -1901,54 +1999,77 @@ class Set(Counted):
 
     def could_have(self, element):
         """It is the label of a free slot, or any slot will do."""
-        return any(free and element in (None, label)
-                   for free, label in zip(self.free, self.labels))
+        for free, label in zip(self.free, self.labels):
+            if free and element in (None, label):
+                return True
+        return False
 
     def take(self, request, now):
         """Takes the first free slot from the index on; a reclaim the first that has its label."""
-        order = itertools.chain(range(self.next, len(self.free)), range(self.next))
-        slot = next(slot for slot in order
-                    if self.free[slot] and request.claimed in (None, self.labels[slot]))
+        slot = self._free_slot(request.claimed)
         if request.reclaim is None:
             self.next = (self.next + 1) % len(self.free)
         self.free[slot] = False
         self.slots[request.session] = slot
         return self.labels[slot]
 
+    def _free_slot(self, label):
+        """The first free slot from the index on that has the label; None stands for any label."""
+        number = len(self.free)
+        for place in range(self.next, self.next + number):
+            slot = place % number
+            if self.free[slot] and label in (None, self.labels[slot]):
+                return slot
+        raise AssertionError("a grant that does not fit")
+
     def give_back(self, request, committed):
         """Its slot is free again."""
-        self.free[self.slots.pop(request.session)] = True
+        slot = self.slots.pop(request.session)
+        self.free[slot] = True
 
 
 class Pool(Counted):
     """Places for a number of holders."""
-    places = staticmethod(functools.lru_cache(256)(size_of))
+
+    def __init__(self, name, first_fit):
+        super().__init__(name, first_fit)
+        self.places = size_of(name)
 
     def room(self):
         """The number of free places."""
-        return self.places(self.name) - len(self.holders)
+        return self.places - len(self.holders)
+
+    def is_held(self, element):
+        """Whether somebody holds this element."""
+        return any(holder.element == element for holder in self.holders.values())
 
 
 class Sequence(Pool):
     """Each grant carries the next value; a transactional one gets back what was not committed."""
-    elements, next = "[1-9][0-9]{0,9}", 1
+    elements = "[1-9][0-9]{0,9}"
     GREATEST = 2 ** 32 - 1
 
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
-        self.returned = collections.deque()
+        self.next = 1
+        self.returned = collections.deque()  # values that were not committed, in their order
 
     def take(self, request, now):
         """The value that was returned first, or the next one; that of a reclaim is used."""
         if request.reclaim is not None:
-            self.next = max(self.next, int(request.claimed) % self.GREATEST + 1)
-            if request.claimed in self.returned:
-                self.returned.remove(request.claimed)
+            self._use(request.claimed)
             return request.claimed
         if self.returned:
             return self.returned.popleft()
-        value, self.next = self.next, self.next % self.GREATEST + 1
+        value = self.next
+        self.next = value % self.GREATEST + 1
         return str(value)
+
+    def _use(self, value):
+        """The next value will be one behind this."""
+        self.next = max(self.next, int(value) % self.GREATEST + 1)
+        if value in self.returned:
+            self.returned.remove(value)
 
     def give_back(self, request, committed):
         """A transactional value that was not committed comes back."""
@@ -1957,26 +2078,30 @@ class Sequence(Pool):
 
     def could_have(self, element):
         """It is a value that nobody has."""
-        return super().could_have(element) and int(element) <= self.GREATEST and all(
-            holder.element != element for holder in self.holders.values())
+        if not super().could_have(element) or int(element) > self.GREATEST:
+            return False
+        return not self.is_held(element)
 
 
-RESOLUTIONS = (("#ffffff", 1), ("#fffff", 10), ("#ffff", 100), ("#fff", 1000), ("#ff", 10 ** 4),
-               ("#f", 10 ** 5), ("%c %r %s %S %T %X", 10 ** 6), ("%M %R", 60 * 10 ** 6),
-               ("%H %I", 3600 * 10 ** 6))  # what the format contains: length in µs
-
-
+# By what the format contains, the length of an interval in µs; the first that is found counts.
+FRACTIONS = (("#ffffff", 1), ("#fffff", 10), ("#ffff", 100), ("#fff", 1000), ("#ff", 10 ** 4),
+             ("#f", 10 ** 5))
+CONVERSIONS = (("%c %r %s %S %T %X", 10 ** 6), ("%M %R", 60 * 10 ** 6), ("%H %I", 3600 * 10 ** 6))
+SECOND, DAY_LONG = 10 ** 6, 86400 * 10 ** 6  # µs
 YEAR = range(0, 366, 29)  # days on which a format is tried: every month and every day of a week
 
 
 @functools.lru_cache(256)
 def resolution(name):
     """The interval (µs) of a timestamp resource, None where grants could not be told apart."""
+    for text, length in FRACTIONS:
+        if text in name:
+            return length
     form = with_fraction(name, "000000")
     # %% is none, and takes the % of what follows: %%S is the text %S
-    conversions = re.findall("%[#0-9]*[EO]?.", form)
-    for tokens, length in RESOLUTIONS:
-        if any(token in (name if token[0] == "#" else conversions) for token in tokens.split()):
+    used = re.findall("%[#0-9]*[EO]?.", form)
+    for conversions, length in CONVERSIONS:
+        if any(conversion in used for conversion in conversions.split()):
             return length
     return None
 
@@ -1992,32 +2117,35 @@ def stamp(name, now, later=0):
     """The element of a timestamp resource at `now`, or so many µs later."""
     local = now.local()
     then = local + later
-    form = with_fraction(name[len("_t_"):name.rindex("[")], f"{then % 10 ** 6:06d}")
-    return now.format(form, then // 10 ** 6 - local // 10 ** 6)
+    form = name[len("_t_"):name.rindex("[")]
+    form = with_fraction(form, f"{then % SECOND:06d}")
+    return now.format(form, then // SECOND - local // SECOND)
 
 
 class Timestamp(Pool):
     """Each grant carries a time of its own, so it may have to wait for the clock.  A text that was
     reclaimed may lie ahead of the clock: it is not granted once more when its time comes."""
-    elements, timed = "(?!-)[ -~]{1,500}", True  # clients append it to a command
-    opens = 0  # local time (µs) at which the interval of the last grant is over
+    elements = "(?!-)[ -~]{1,500}"  # clients append it to a command
+    timed = True
 
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
+        self.opens = 0  # local time (µs) at which the interval of the last grant is over
         self.reclaimed = set()  # texts
 
     @classmethod
     def serves(cls, name, now):
-        """Whether the format tells two intervals apart, and its texts can be elements.  Of three
-        moments two may look alike, when a clock goes from summer time to winter time."""
+        """The format tells two intervals apart, and its texts can be elements.  Of three moments
+        two may look alike, when a clock goes from summer time to winter time."""
         length = resolution(name)
         if length is None:
             return False
         for days in YEAR:
-            if not re.fullmatch(cls.elements, stamp(name, now, days * 86400 * 10 ** 6)):
+            text = stamp(name, now, days * DAY_LONG)
+            if not re.fullmatch(cls.elements, text):
                 return False
-        one, two, three = (stamp(name, now, number * length) for number in range(3))
-        return one != two or two != three
+        three = {stamp(name, now, number * length) for number in range(3)}
+        return len(three) > 1
 
     def fits(self, request, now=None):
         """There is a place, and with `now` the interval of the last grant is over."""
@@ -2025,14 +2153,15 @@ class Timestamp(Pool):
             return False
         if now is None or request.reclaim is not None:
             return True
-        return now.local() >= self.opens and not (
-            self.reclaimed and self._text(now) in self.reclaimed)
+        if now.local() < self.opens:
+            return False
+        return not self.reclaimed or stamp(self.name, now) not in self.reclaimed
 
     def take(self, request, now):
         """The text of this moment, or that of a reclaim; the interval is used."""
         self.opens = max(self.opens, self._next_interval(now))
         if request.reclaim is None:
-            return self._text(now)
+            return stamp(self.name, now)
         self.reclaimed.add(request.claimed)
         return request.claimed
 
@@ -2041,67 +2170,70 @@ class Timestamp(Pool):
 
     def could_have(self, element):
         """It is a text that nobody has."""
-        return super().could_have(element) and all(
-            holder.element != element for holder in self.holders.values())
+        return super().could_have(element) and not self.is_held(element)
 
     def _next_interval(self, now):
         """The local time (µs) at which the interval after this one begins."""
         length = resolution(self.name)
         return (now.local() // length + 1) * length
 
-    def _text(self, now):
-        return stamp(self.name, now)
-
     def retry_at(self, now):
         """The time (monotonic) at which a waiter may fit without any release, or None: the start
         of the next interval, but a second from now at the latest, since clocks are set."""
         if not self.waiting or not self.room():
             return None
-        # when the interval is open already, its text was reclaimed
-        opens = self.opens if self.opens > now.local() else self._next_interval(now)
-        return now.mono + min((opens - now.local()) / 10 ** 6, 1)
+        local = now.local()
+        opens = self.opens
+        if opens <= local:  # the interval is open already: its text was reclaimed
+            opens = self._next_interval(now)
+        return now.mono + min(opens - local, SECOND) / SECOND
 
 
-KINDS = {"simple": Simple, "numeric": Numeric, "set": Set, "hierarchical": Hierarchical,
-         "sequence": Sequence, "timestamp": Timestamp}
+KINDS = {
+    "simple": Simple,
+    "numeric": Numeric,
+    "set": Set,
+    "hierarchical": Hierarchical,
+    "sequence": Sequence,
+    "timestamp": Timestamp,
+}
 
 
 # --- Nesting ------------------------------------------------------------------------------------
 # The problem.  A command that runs under a lock may ask, by another flom, for a second lock.  It
 # keeps the first until it has had the second: those who wait for the first wait for the second,
-# too.  Two questions follow.  Does one waiter wait, directly or not, for a certain holder?  Then
-# the policy lets that holder's own command pass it.  And can a nested request ever be granted?  If
-# not, all who are concerned would wait for ever, and the request is refused.
+# too.  Two questions follow.  Does a waiter wait, directly or not, for a certain holder?  Then the
+# policy lets a request of that holder's own command pass it.  And can a nested request ever be
+# granted?  If not, all who are concerned would wait for ever, and the request is refused.
 #
-# The solution is one graph.  Its points are the holders and the waiters; an arrow leads from each
-# to what must end before it: from a waiter to the holders in its way and to the waiters ahead that
-# are incompatible with it, from a holder to the waiters nested in its lock.  Five hundred waiters
-# behind five hundred holders would be 250 000 arrows, so points are put together in groups, which
-# are points as well: all holders of a mode, all waiters of a lane up to the n-th.  A group has two
-# members, one of them mostly the group as it was before, so there are a few arrows for each
-# session, whatever they ask for.  In a tree there is a group for each node that somebody asks
-# for, of what is on it, and one of what is on it or below it; nodes between which nothing branches
-# count as one, so the arrows of a session grow with the number of branchings above its node.  Where
-# a kind is counted, a gate stands between the waiters that need so much and the holders.
+# The solution is one graph.  Its points are the holders and the waiters, as numbers.  Each waits
+# for what must end before it: a waiter for the holders in its way and for the waiters ahead that
+# are incompatible with it, a holder for the waiters nested in its lock.  Five hundred waiters
+# behind five hundred holders would be 250 000 arrows.  So a set of points is a number, too, with a
+# bit for each point, and whom a point waits for is worked out when it is asked: of a resource the
+# holders come first and then the waiters in order of arrival, so those ahead of a point are those
+# with smaller numbers among its rivals, the points that are incompatible with it, and these are
+# the same for a whole lane.  Where a kind is counted, a waiter for which there is room waits for
+# no holder.
 #
 # The first question.  An ancestor waits for its nested request, and that for those ahead of it.
 # So one of those ahead waits for the ancestor when there is a circle through both, and all
 # questions of this sort have one answer: the circles of the graph, its strongly connected
 # components, found in one search.
 #
-# The second question is answered by reduction: who waits for nothing ends, what waited for it
-# waits for it no more, and so on; each arrow is looked at once.  When all have ended that can,
-# nested requests pass those ahead of them, and it goes on.  A request that is left will never be
-# granted.  A mere circle would not do: of two holders of a pool one may be free to end.  Who is
-# granted a lock in a reduction ends at once, so that it never takes anything from others, and the
-# order in which things happen does not matter.
+# The second question is answered by reduction: who waits for nobody ends, what waited for it waits
+# for it no more, and so on.  When all have ended that can, nested requests pass those ahead of
+# them, and it goes on.  A request that is left will never be granted.  A mere circle would not do:
+# of two holders of a pool one may be free to end.  Who is granted a lock in a reduction ends at
+# once, so it never takes anything from others, and the order in which they end does not matter.
+# Each point that is left watches one of those for which it waits, the last one, and is looked at
+# again when that one ends: queues end in order of arrival, so that is seldom in vain.
 #
 # Not here on purpose: the clock (an interval always comes), waiters that will not wait for ever
 # (they end by themselves, so the reduction leaves them out), and preferences in whom to refuse: it
 # is who asks last.
 
 MOST_ABOVE = 1000  # locks above a request
-GONE, SEVERAL = -1, 0  # in place of a component, which is 1 or more
 
 
 class Nesting:
@@ -2118,11 +2250,13 @@ class Nesting:
         It names eight at most, and only the nearest beside a long name of a resource; what is above
         those the holders themselves have told.
         """
-        found, named = list(parents), set(parents)
+        found = list(parents)
+        known = set(parents)
         for ident in found:
-            if ident in self.holders:
-                above = [one for one in self.holders[ident].parents if one not in named]
-                named.update(above)
+            holder = self.holders.get(ident)
+            if holder is not None:
+                above = [one for one in holder.parents if one not in known]
+                known.update(above)
                 found += above
             if len(found) >= MOST_ABOVE:
                 break
@@ -2139,14 +2273,17 @@ class Nesting:
         return self.below.get(holder.ident, ())
 
     def waiters(self):
-        """All waiters that have an ancestor, each once, as a dict."""
-        return {waiter: None for waiter in self.named
-                if any(ident in self.holders for ident in waiter.parents)}
+        """All waiters that have an ancestor, in order of arrival."""
+        found = []
+        for waiter in self.named:
+            if any(ident in self.holders for ident in waiter.parents):
+                found.append(waiter)
+        return found
 
     def hold(self, holder):
         """Notes a new holder, and returns the waiters that are nested in its lock."""
         if not holder.ident or holder.ident in self.holders:
-            return ()
+            return []
         self.holders[holder.ident] = holder
         nested = list(self.below.get(holder.ident, ()))
         for waiter in nested:  # it was queued before a former holder above it came back
@@ -2172,365 +2309,396 @@ class Nesting:
             discard(self.below, ident, waiter)
 
     def around(self, resources):
-        """A dict of these resources, of those for which commands under their locks wait, and so
-        on."""
-        found, todo = {}, list(resources)
+        """These resources, those for which commands under their locks wait, and so on, as a
+        list."""
+        found = {}
+        todo = list(resources)
         while todo:
             resource = todo.pop()
             if resource not in found:
                 found[resource] = None
                 for holder in resource.holders.values():
                     todo += {waiter.resource: None for waiter in self.children(holder)}
-        return found
+        return list(found)
 
 
 def waits_directly(waiter, holders):
     """Whether one of the holders is in the way of the waiter."""
     resource = waiter.resource
-    return not resource.fits(waiter) and any(
-        holder.resource is resource and resource.clash(waiter, holder) for holder in holders)
+    if resource.fits(waiter):
+        return False
+    for holder in holders:
+        if holder.resource is resource and resource.clash(waiter, holder):
+            return True
+    return False
 
 
 def is_waited_for(holder):
     """Whether the holder may be in the way of a waiter."""
-    resource, conflicts = holder.resource, CONFLICTS[holder.lane[1]]
+    resource = holder.resource
     if not resource.lanes or not resource.has_modes:
         return bool(resource.lanes)
+    conflicts = CONFLICTS[holder.lane[1]]
     return any(lane[1] in conflicts for lane in resource.rivals(holder))
 
 
-class Levels:
-    """Points of a resource by node and mode.  Names of which each is above the next, with nothing
-    else below the first ones, exclude each other whatever stands between: they are one path.  Where
-    there are no nodes, the name of the resource is the only path."""
+def members(points):
+    """Yields the points of a set, the last one first."""
+    while points:
+        point = points.bit_length() - 1
+        yield point
+        points ^= 1 << point
 
-    def __init__(self, names, group):
-        self.group = group  # group(point, point) makes a new point of the two
-        self.paths = paths_of(names)
-        self.here, self.below = {}, {}  # (path, mode): point, on the path; on it or below it
 
-    def add(self, point, lane):
-        """The point asks for what the lane says."""
-        mode, (path, above) = lane[1], self.paths[lane[0]]
-        self._add(self.below, (path, mode), point)
-        for other in above:
-            self._add(self.below, (other, mode), point)
-        if len(self.paths) > 1:
-            self._add(self.here, (path, mode), point)
+def families(nodes):
+    """For each of the `nodes`, {name: set of the points on it}, the set of all points that are on
+    it, above it or below it.  Where there is no tree there is one name, and all are its family."""
+    here = {name + "/": points for name, points in nodes.items()}
+    here[""] = 0  # the root, above all
+    names = sorted(here)  # what is below a node comes right behind it
+    above = {}
+    path = [""]
+    for name in names[1:]:
+        while not name.startswith(path[-1]):
+            path.pop()
+        above[name] = path[-1]
+        path.append(name)
+    upward = dict(here)  # those on the node or above it
+    for name in names[1:]:
+        upward[name] |= upward[above[name]]
+    downward = dict(here)  # those on the node or below it
+    for name in reversed(names[1:]):
+        downward[above[name]] |= downward[name]
+    return {name: upward[name + "/"] | downward[name + "/"] for name in nodes}
 
-    def _add(self, points, key, point):
-        before = points.get(key)
-        points[key] = point if before is None else self.group(point, before)
 
-    def near(self, lane):
-        """The points, or groups of them, that are incompatible with the lane."""
-        mode, (path, above) = lane[1], self.paths[lane[0]]
-        found = []
+def rivals_of(lanes):
+    """For each of the `lanes` of a resource, {lane: set of the points in it}, the set of the points
+    that are incompatible with it."""
+    nodes = collections.defaultdict(int)
+    modes = collections.defaultdict(int)
+    for lane, points in lanes.items():
+        nodes[lane[0]] |= points
+        modes[lane[1]] |= points
+    near = families(nodes)
+    against = {}  # mode: points that it excludes
+    for mode in modes:
+        against[mode] = 0
         for other in CONFLICTS[mode]:
-            if (path, other) in self.below:
-                found.append(self.below[path, other])
-            for node in above:
-                if (node, other) in self.here:
-                    found.append(self.here[node, other])
+            against[mode] |= modes.get(other, 0)
+    return {lane: near[lane[0]] & against[lane[1]] for lane in lanes}
+
+
+class Room:
+    """The room of a counted resource, and the waiters for which there is not enough of it."""
+
+    def __init__(self, resource, points):
+        """points: {waiter: its point}."""
+        self.free = resource.room()
+        lacking = [(resource.need(waiter), point) for waiter, point in points.items()]
+        lacking.sort(reverse=True)
+        self._lacking = lacking  # (need, point), the least need last
+
+    def grow(self, more):
+        """There is more room; returns the points of the waiters that fit now."""
+        self.free += more
+        found = []
+        while self._lacking and self._lacking[-1][0] <= self.free:
+            _, point = self._lacking.pop()
+            found.append(point)
         return found
-
-
-def paths_of(names):
-    """For each of the names: the path on which it is, named by its first node, and a list of the
-    paths above that."""
-    found, parents, last = {}, {}, []
-    for name in sorted(name + "/" for name in names):
-        while last and not name.startswith(last[-1]):
-            last.pop()
-        parents[name] = last[-1] if last else None
-        last.append(name)
-    children = collections.Counter(parents.values())
-    for name, parent in parents.items():  # sorted: those above come first
-        path, above = found.get(parent, (None, []))
-        if parent is None:
-            found[name] = name, []
-        elif children[parent] == 1:
-            found[name] = path, above
-        else:
-            found[name] = name, above + [path]
-    return {name[:-1]: place for name, place in found.items()}
 
 
 class Waits:
-    """Who waits for whom among those who hold or await the resources.  A point is a number; it
-    waits until all the points in `ends[point]` have ended."""
+    """Who waits for whom among those who hold or await the resources, and a newcomer, a request
+    that is as good as queued.  Points are numbers, sets of them are numbers with a bit for each."""
 
-    def __init__(self, nesting, resources, patient=True):
-        self.nesting, self.patient = nesting, patient  # patient: with those that are
-        self.points, self.requests = {}, []  # Request: point; by point: Request, None for others
-        self.ends = []
-        self.turns = {}  # nested waiter: the point that ends when those ahead of it have
-        self.pairs = []  # groups of waiters, the older first
-        self.gates = {}  # resource that is counted: [room, [(need, gate)...] the least one last]
+    def __init__(self, nesting, resources, newcomer=None):
+        self.newcomer = newcomer
+        self.requests = []  # by point
+        self.points = {}  # request: point
+        self.rivals = []  # by point: set of those of its resource that are incompatible with it
+        self.rooms = {}  # resource that is counted: Room
+        # Sets of points.
+        self.holders = 0
+        self.fitting = 0  # waiters that wait for no holder
+        self.passing = 0  # waiters that wait for no waiter
         for resource in resources:
             self._add(resource)
-        for request, point in self.points.items():
-            if request.state is HELD:
-                self.ends[point] = [self.points[child] for child in nesting.children(request)
-                                    if child in self.points]
+        self.left = (1 << len(self.requests)) - 1  # those that have not ended
+        self.above = {}  # nested waiter: set of its ancestors
+        self.below = {}  # its ancestor: set of the waiters nested in its lock
+        self._nest(nesting)
 
-    def _point(self, request, ends):
-        self.requests.append(request)
-        self.ends.append(ends)
-        return len(self.ends) - 1
-
-    def _group(self, one, other):
-        return self._point(None, [one, other])
-
-    def _pair(self, one, other):
-        self.pairs.append(self._point(None, [one, other]))
-        return self.pairs[-1]
+    def waiters(self, resource):
+        """The waiters of the resource that count, in order of arrival."""
+        found = resource.waiters()
+        if self.newcomer is not None and self.newcomer.resource is resource:
+            found.append(self.newcomer)
+        return found
 
     def _add(self, resource):
-        waiters = [waiter for waiter in resource.waiters() if self.patient or not waiter.patient]
-        lanes = {request.lane: None for request in itertools.chain(
-            resource.holders.values(), waiters)}
-        names = {lane[0] for lane in lanes}
-        held, queued = Levels(names, self._group), Levels(names, self._pair)
-        for holder in resource.holders.values():
-            self.points[holder] = self._point(holder, [])
-            held.add(self.points[holder], holder.lane)
-        in_the_way = self._obstacles(resource, held, waiters)
-        for waiter in waiters:
-            ahead = [] if resource.first_fit else queued.near(waiter.lane)
-            if waiter.parents and ahead:
-                self.turns[waiter] = self._point(None, ahead)
-                ahead = [self.turns[waiter]]
-            self.points[waiter] = self._point(waiter, in_the_way(waiter) + ahead)
-            if not resource.first_fit:
-                queued.add(self.points[waiter], waiter.lane)
+        """Makes points of the holders and the waiters of the resource."""
+        lanes = collections.defaultdict(int)
+        holders = list(resource.holders.values())
+        waiters = self.waiters(resource)
+        first = len(self.requests)
+        for point, request in enumerate(holders + waiters, first):
+            self.points[request] = point
+            lanes[request.lane] |= 1 << point
+            if request.state is HELD:
+                self.holders |= 1 << point
+            elif resource.first_fit:
+                self.passing |= 1 << point
+        self.requests += holders + waiters
+        rivals = rivals_of(lanes)
+        self.rivals += [rivals[request.lane] for request in self.requests[first:]]
+        if not resource.has_modes:
+            room = Room(resource, {waiter: self.points[waiter] for waiter in waiters})
+            self.rooms[resource] = room
+            self.let_fit(room.grow(0))
 
-    def _obstacles(self, resource, held, waiters):
-        """A function that tells for which points a waiter waits because of the holders."""
-        if resource.has_modes:
-            known = {waiter.lane: held.near(waiter.lane) for waiter in waiters}
-            return lambda waiter: known[waiter.lane]
-        room, gates = resource.room(), {}
-        for waiter in waiters:
-            need = resource.need(waiter)
-            if need not in gates:
-                gates[need] = self._point(None, held.near(waiter.lane) if need > room else [])
-        self.gates[resource] = [room, sorted(gates.items(), reverse=True)]
-        return lambda waiter: [gates[resource.need(waiter)]]
+    def let_fit(self, points):
+        """There is room for these waiters."""
+        for point in points:
+            self.fitting |= 1 << point
 
-    def components(self, gone=None):
-        """By point: the strongly connected component in which it is, of those that are not gone.
+    def _nest(self, nesting):
+        """Finds out who is nested in whose lock.  Many have the same locks above them."""
+        alike = collections.defaultdict(int)  # ids: set of the waiters that are nested in these
+        for request, point in self.points.items():
+            if request.state is not HELD and request.parents:
+                alike[request.parents] |= 1 << point
+        for parents, waiters in alike.items():
+            ancestors = 0
+            for ident in parents:
+                point = self.points.get(nesting.holders.get(ident))
+                if point is not None:
+                    ancestors |= 1 << point
+                    self.below[point] = self.below.get(point, 0) | waiters
+            if ancestors:
+                self.above.update((waiter, ancestors) for waiter in members(waiters))
 
-        Tarjan's algorithm (SIAM Journal on Computing 1, 1972), without recursion: ~point on the
-        list of what is to be done stands for the end of the visit of that point."""
-        found = list(gone) if gone else [0] * len(self.ends)
-        component = [GONE if seen else 0 for seen in found]
-        least, path, number = list(found), [], 0
-        for start in range(len(found)):
-            todo = [start]
-            while todo:
-                point = todo.pop()
-                if point < 0:
-                    self._finish(~point, found, least, component, path)
-                elif not found[point]:
-                    number += 1
-                    found[point] = least[point] = number
+    def waits_for(self, point):
+        """The set of those for which the point waits."""
+        bit = 1 << point
+        if self.holders & bit:
+            return self.below.get(point, 0) & self.left
+        found = self.rivals[point] & (bit - 1)
+        if self.fitting & bit:
+            found &= ~self.holders
+        if self.passing & bit:
+            found &= self.holders
+        return found & self.left
+
+    def needed_by(self, point):
+        """The set of those that wait for the point."""
+        bit = 1 << point
+        waiters = self.rivals[point] & ~self.holders
+        if self.holders & bit:
+            found = waiters & ~self.fitting
+        else:
+            behind = waiters & -bit & ~self.passing
+            found = behind & ~bit | self.above.get(point, 0)
+        return found & self.left
+
+    def circles(self):
+        """By point: the set of those that wait for it, directly or not, and for which it waits.
+
+        Kosaraju's algorithm (M. Sharir, Computers and Mathematics with Applications 7, 1981)."""
+        found = {}
+        left = self.left
+        for start in reversed(self._in_order_of_end()):
+            if left >> start & 1:
+                circle = self.that_wait_for(1 << start, left)
+                left ^= circle
+                for point in members(circle):
+                    found[point] = circle
+        return found
+
+    def _in_order_of_end(self):
+        """All points, each behind those for which it waits, as far as there are no circles."""
+        found = []
+        unseen = self.left
+        for start in members(self.left):
+            path = []
+            if unseen >> start & 1:
+                path.append(start)
+                unseen ^= 1 << start
+            while path:
+                further = self.waits_for(path[-1]) & unseen
+                if further:
+                    point = further.bit_length() - 1
                     path.append(point)
-                    todo.append(~point)
-                    todo += [other for other in self.ends[point] if not found[other]]
-        return component
+                    unseen ^= 1 << point
+                else:
+                    found.append(path.pop())
+        return found
 
-    def _finish(self, point, found, least, component, path):
-        """All that can be reached from the point was visited."""
-        lowest = found[point]
-        for other in self.ends[point]:
-            if not component[other] and least[other] < lowest:
-                lowest = least[other]
-        least[point] = lowest
-        while lowest == found[point] and not component[point]:
-            component[path.pop()] = lowest
+    def that_wait_for(self, goals, among):
+        """The set of those among the points that wait for one of the goals, directly or not, and
+        the goals themselves."""
+        found = goals
+        todo = list(members(goals))
+        while todo:
+            further = self.needed_by(todo.pop()) & among & ~found
+            found |= further
+            todo += members(further)
+        return found
 
-    def passing(self, waiters, component):
-        """Those of the nested waiters of whom all ahead wait for their ancestors."""
-        common = list(component)  # by point: of a group of waiters, the component of them all
-        for pair in self.pairs:
-            one, other = (common[point] for point in self.ends[pair])
-            if one == GONE:
-                common[pair] = other
-            elif other in (GONE, one):
-                common[pair] = one
-            else:
-                common[pair] = SEVERAL
-        return [waiter for waiter in waiters if waiter in self.turns
-                and self._passes(waiter, component, common)]
+    def ahead(self, point):
+        """The set of those ahead of the waiter that are incompatible with it."""
+        return self.rivals[point] & ((1 << point) - 1) & ~self.holders & self.left
 
-    def _passes(self, waiter, component, common):
-        own = component[self.points[waiter]]
-        ancestors = [self.points[one] for one in self.nesting.ancestors(waiter)
-                     if one in self.points]
-        if not any(component[point] == own for point in ancestors):
+    def passes(self, point, circles):
+        """Whether all ahead of the nested waiter, and there are some, wait for its ancestors."""
+        circle = circles[point]
+        ahead = self.ahead(point)
+        if not ahead or not circle & self.above[point]:
             return False
-        return all(common[point] in (GONE, own) for point in self.ends[self.turns[waiter]])
-
-    def way(self, start, goals):
-        """The shortest way, a list of requests, on which `start` waits, over others, for one of
-        `goals`; empty when there is none."""
-        first, last = self.points[start], {self.points.get(goal) for goal in goals}
-        came_from, todo = {first: None}, collections.deque([first])
-        while todo:
-            point = todo.popleft()
-            if point in last:
-                return self._way_back(point, came_from)
-            for other in self.ends[point]:
-                if other not in came_from and not self.is_gone(other):
-                    came_from[other] = point
-                    todo.append(other)
-        return []
-
-    def _way_back(self, point, came_from):
-        way = []
-        while point is not None:
-            if self.requests[point] is not None:
-                way.insert(0, self.requests[point])
-            point = came_from[point]
-        return way
-
-    def is_gone(self, point):
-        """Whether the point has ended."""
-        return False
-
-    def needed_by(self):
-        """By point: the points that wait for it."""
-        found = [[] for _ in self.ends]
-        for point, ends in enumerate(self.ends):
-            for other in ends:
-                found[other].append(point)
-        return found
-
-    def leading_to(self, goals, without):
-        """The points from which a way leads to one of `goals`, over none of `without`."""
-        needed_by = self.needed_by()
-        todo = [self.points[goal] for goal in goals if goal in self.points]
-        found, closed = set(todo), {self.points[request] for request in without}
-        while todo:
-            for point in needed_by[todo.pop()]:
-                if point not in found and point not in closed:
-                    found.add(point)
-                    todo.append(point)
-        return found
+        return not ahead & ~circle
 
 
 class Ways:
-    """Which nested waiters pass those ahead of them.  When some of them are granted, the ways that
-    led over those are closed; what leads over none of all that pass stays true."""
-    MOST_GOALS = 3  # for which it looks again
+    """Which nested waiters pass those ahead of them, at the time of a search and after some of them
+    have been granted since.  Then the ways that led over those are closed; what leads over none of
+    all that pass stays true."""
 
-    def __init__(self, nesting, resources):
-        self.nesting, self.waits = nesting, Waits(nesting, resources)
-        waiters = nesting.waiters()
-        self.passing = set(self.waits.passing(waiters, self.waits.components()))
-        self.granted = False  # some of those that pass were granted
-        self._leading = {}  # goals: the points from which ways lead there
+    def __init__(self, nesting, resources, newcomer=None):
+        self._waits = waits = Waits(nesting, resources, newcomer)
+        circles = waits.circles()
+        self._passing = set()  # waiters
+        self._open = waits.left  # set of those that do not pass
+        for point in waits.above:
+            if waits.passes(point, circles):
+                self._passing.add(waits.requests[point])
+                self._open ^= 1 << point
+        self._leading = {}  # set of ancestors: those that wait for them over none that pass
 
-    def tell(self, waiter):
-        """Whether the nested waiter passes; None when that must be searched for anew."""
-        if waiter not in self.waits.points:
-            return None
-        if waiter not in self.passing:
-            return False
-        return True if not self.granted or self._still_passes(waiter) else None
+    def passes(self, waiter):
+        """Whether the waiter passed those ahead at the time of the search."""
+        return waiter in self._passing
 
-    def _still_passes(self, waiter):
-        goals = tuple(self.nesting.ancestors(waiter))
+    def is_known(self, waiter):
+        """Whether still_passes() can tell without another search."""
+        point = self._waits.points[waiter]
+        return self._waits.above[point] in self._leading
+
+    def still_passes(self, waiter):
+        """Whether the waiter, which passed, passes as well when others that pass were granted; when
+        it does not, that may have other reasons."""
+        waits = self._waits
+        point = waits.points[waiter]
+        goals = waits.above[point]
         if goals not in self._leading:
-            if len(self._leading) == self.MOST_GOALS:
-                return False
-            self._leading[goals] = self.waits.leading_to(goals, self.passing)
-        leading = self._leading[goals]
-        return all(self.waits.points.get(one) in leading for one in waiter.resource.ahead(waiter))
+            self._leading[goals] = waits.that_wait_for(goals, self._open)
+        return not waits.ahead(point) & ~self._leading[goals]
 
 
 class Reduction(Waits):
     """What is left of those who hold or await the resources when all have ended that can."""
 
-    def __init__(self, nesting, resources):
-        super().__init__(nesting, resources, patient=False)
-        self.missing = [len(ends) for ends in self.ends]  # by point: how many have not ended
-        self.needing = self.needed_by()
-        self.gone = [0] * len(self.ends)
-        self.circles = None  # the components, once they were needed
-        self._end([point for point, missing in enumerate(self.missing) if not missing])
+    def __init__(self, nesting, resources, newcomer=None):
+        super().__init__(nesting, resources, newcomer)
+        self._watched = collections.defaultdict(list)  # point: those that watch it
+        self._circles = None  # once they were needed
+        self._look_at(members(self.left))
 
-    def is_gone(self, point):
-        """Whether the point has ended."""
-        return self.gone[point]
+    def waiters(self, resource):
+        """Patient ones end by themselves: they do not count."""
+        return [waiter for waiter in super().waiters(resource) if not waiter.patient]
 
     def can_ever_be_granted(self, waiter):
         """Whether the waiter was granted in the reduction."""
-        return bool(self.gone[self.points[waiter]])
+        return not self.left >> self.points[waiter] & 1
 
     def is_in_circle(self, waiter):
         """Whether the waiter, which is left, waits for one of its own ancestors."""
-        if self.circles is None:
-            self.circles = self.components(self.gone)
-        return any(self.circles[self.points[waiter]] == self.circles[self.points[ancestor]]
-                   for ancestor in self.nesting.ancestors(waiter) if ancestor in self.points)
+        point = self.points[waiter]
+        circle = self._known_circles()[point]
+        return circle & self.above.get(point, 0) & self.left != 0
+
+    def remove(self, waiter):
+        """The waiter was refused: it ends in another way."""
+        self._look_at(self._end(self.points[waiter]))
 
     def reason(self, waiter):
         """Why the waiter, which is left, is refused, in one line: the resources and holders for
         which it waits."""
-        way = self.way(waiter, self.nesting.ancestors(waiter))
+        way = [self.requests[point] for point in self._way(self.points[waiter])]
         links = [f"{one.name} is held by {one.session}" for one in way if one.state is HELD]
         if not links:
             return "those ahead wait for each other"
         return ", which waits: ".join(links) + (
             ", under which this command runs; a command in the background may use --deadlock wait")
 
-    def remove(self, waiter):
-        """The waiter was refused: it ends in another way."""
-        self._end([self.points[waiter]])
-
-    def _end(self, todo):
-        """Lets these points end, and what can end then, and pass those who can pass then."""
-        self._end_these(todo)
-        passing = self._passing()
-        while passing:
-            self._end_these(passing)
-            passing = self._passing()
-
-    def _passing(self):
-        """The turns that have come by passing.  What ended since the circles were searched for
-        closes none: one search serves to the end."""
-        left = [waiter for waiter in self.turns if not self.gone[self.turns[waiter]]]
-        if not left:
-            return []
-        if self.circles is None:
-            self.circles = self.components(self.gone)
-        now = [GONE if gone else circle for gone, circle in zip(self.gone, self.circles)]
-        return [self.turns[waiter] for waiter in self.passing(left, now)]
-
-    def _end_these(self, todo):
+    def _way(self, waiter):
+        """The points on the shortest way on which the waiter waits for an ancestor, which is the
+        last one; empty when there is none."""
+        came_from = {waiter: None}
+        seen = 1 << waiter
+        todo = collections.deque([waiter])
         while todo:
-            point = todo.pop()
-            if self.gone[point]:
-                continue
-            self.gone[point] = 1
-            for other in self.needing[point]:
-                self.missing[other] -= 1
-                if not self.missing[other]:
-                    todo.append(other)
-            request = self.requests[point]
-            if request is not None and request.state is HELD and request.resource in self.gates:
-                todo += self._open_gates(request)
+            point = todo.popleft()
+            if self.above[waiter] >> point & 1:
+                return self._way_to(point, came_from)
+            further = self.waits_for(point) & ~seen
+            seen |= further
+            for other in members(further):
+                came_from[other] = point
+                todo.append(other)
+        return []
 
-    def _open_gates(self, holder):
-        """The gates that need no more than there is room for, now that the holder has ended."""
-        entry, opened = self.gates[holder.resource], []
-        entry[0] += holder.resource.need(holder)
-        gates = entry[1]
-        while gates and gates[-1][0] <= entry[0]:
-            opened.append(gates.pop()[1])
-        return opened
+    @staticmethod
+    def _way_to(point, came_from):
+        way = []
+        while point is not None:
+            way.append(point)
+            point = came_from[point]
+        way.reverse()
+        return way
+
+    def _known_circles(self):
+        if self._circles is None:
+            self._circles = self.circles()
+        return self._circles
+
+    def _look_at(self, points):
+        """Lets those of the points end that can, and all who can then, and pass who can pass."""
+        todo = list(points)
+        while todo:
+            while todo:
+                point = todo.pop()
+                obstacles = self.waits_for(point)
+                if obstacles:
+                    self._watched[obstacles.bit_length() - 1].append(point)
+                elif self.left >> point & 1:
+                    todo += self._end(point)
+            todo = self._let_pass()
+
+    def _end(self, point):
+        """The point has ended; returns those that are to be looked at now."""
+        self.left ^= 1 << point
+        found = self._watched.pop(point, [])
+        holder = self.requests[point]
+        if holder.state is HELD and holder.resource in self.rooms:
+            room = self.rooms[holder.resource]
+            fitting = room.grow(holder.resource.need(holder))
+            self.let_fit(fitting)
+            found += fitting
+        return found
+
+    def _let_pass(self):
+        """Lets waiters pass those ahead; returns them.  What ended since the circles were searched
+        for closes none: one search serves to the end."""
+        stuck = [point for point in self.above if (self.left & ~self.passing) >> point & 1]
+        if not stuck:
+            return []
+        circles = self._known_circles()
+        found = [point for point in stuck if self.passes(point, circles)]
+        for point in found:
+            self.passing |= 1 << point
+        return found
 
 
 def all_hopeless(nesting, most):
@@ -2539,20 +2707,29 @@ def all_hopeless(nesting, most):
     nested = [waiter for waiter in nesting.waiters() if not waiter.patient]
     if not nested:
         return []
-    reduction, hopeless = Reduction(nesting, nesting.around(one.resource for one in nested)), []
-    for waiter in sorted(nested, key=by_arrival, reverse=True):
-        if len(hopeless) == most:
+    reduction = Reduction(nesting, nesting.around(waiter.resource for waiter in nested))
+    nested.sort(key=by_arrival, reverse=True)
+    found = []
+    for waiter in nested:
+        if len(found) == most:
             break
         if not reduction.can_ever_be_granted(waiter) and reduction.is_in_circle(waiter):
-            hopeless.append((waiter, reduction.reason(waiter)))
+            found.append((waiter, reduction.reason(waiter)))
             reduction.remove(waiter)
-    return hopeless
+    return found
 
 
 # --- Lock table ---------------------------------------------------------------------------------
-# All resources and all requests: creation, parked requests, idle life, reclaims, nested requests.
-# Pure, as the sections above.  A session has at most one request; it is in `requests` from its
-# first answer until it has been refused, released or is gone.
+# All resources and all requests.  Pure, as the sections above: requests, releases, disconnects and
+# dates in, lists of decisions out.  A session has at most one request, which is kept from its first
+# answer until it was refused, released or is gone.
+#
+# Who does what: Calendar says when something is due.  Catalogue keeps the resources, Books who holds
+# and who waits; each change of these is one method there, and nothing else changes them.  Passing
+# answers the questions about nested requests.  Queues grants what can be granted after a change,
+# and ends resources that have been idle for long enough.  Recovery gives locks back to those who
+# lost their daemon or their connection.  LockTable takes requests to their places and is all that
+# other sections know.
 #
 # The recovery window.  A daemon that follows one that ended under its holders grants reclaims
 # alone for a while.  Others queue; one that would not wait is deferred, since neither "granted" nor
@@ -2569,15 +2746,538 @@ DEFER = 5  # s that a request without wait may be deferred
 DAY = 86400 << 32  # a day in tokens
 MOST_NAMES = 64 << 20  # bytes of names that the resources may keep
 EPOCH = 1577836800  # tokens count seconds from 2020-01-01 UTC in their upper half
-MOST_SEARCHES = 3  # that one call may begin
-MOST_REFUSED = 8  # nested requests that one call refuses when the window has ended
-NEXT_CALL = 0.001  # s until a call goes on with what the last one has left
 LAST_EPOCH = 2 ** 31 - 2 ** 20  # tokens are below 2 ** 63, and a million starts are left
+MOST_SEARCHES = 8  # that one call may begin
+MOST_REFUSED = 8  # nested requests that one call refuses when the window has ended
+MOST_AHEAD = 8  # lanes that are looked at one by one before a search
+NEXT_CALL = 0.001  # s until a call goes on with what the last one has left
 
 
 def key_of(name):
     """The name of the resource: of a node in a tree the first level."""
-    return "/" + name.split("/", 2)[1] if name[:1] == "/" else name
+    if name[:1] == "/":
+        return "/" + name.split("/", 2)[1]
+    return name
+
+
+class Calendar:
+    """What is to be done at which time."""
+
+    def __init__(self):
+        self._heap = []  # (s, number, act, subject)
+        self._numbers = itertools.count()  # so that nothing else is compared
+
+    def __len__(self):
+        return len(self._heap)
+
+    def at(self, when, act, subject=None):
+        """At `when` (s, monotonic) act(subject, now) is due; it returns decisions."""
+        heapq.heappush(self._heap, (when, next(self._numbers), act, subject))
+
+    def first(self):
+        """The first date (s, monotonic), or None."""
+        if not self._heap:
+            return None
+        return self._heap[0][0]
+
+    def act(self, now):
+        """Does what is due; returns the decisions."""
+        decisions = []
+        while self._heap and self._heap[0][0] <= now.mono:
+            _, _, act, subject = heapq.heappop(self._heap)
+            decisions += act(subject, now)
+        return decisions
+
+
+class Catalogue:
+    """The resources, and what is left of those that have ended: the greatest of their tokens."""
+
+    def __init__(self, first_fit, most):
+        self.first_fit = first_fit
+        self.most = most
+        self.resources = {}  # name, of a tree that of its first level: Resource
+        self.names = 0  # bytes of the names that they keep
+        self.forgotten = 0  # the greatest token of grants of which nothing else is known any more
+
+    def has_room(self, resource, times):
+        """Whether there is room for a new resource in so many times the limits: many resources
+        outlive the clients that made them."""
+        if len(self.resources) >= times * self.most:
+            return False
+        return self.names + resource.weight <= times * MOST_NAMES
+
+    def create(self, resource):
+        """The resource exists from now on."""
+        self.resources[resource.name] = resource
+        self.names += resource.weight
+        if self.forgotten:  # perhaps of a resource of this name
+            self.remember(resource, (resource.name, EX), self.forgotten)
+
+    def end(self, resource):
+        """The idle life of the resource is over."""
+        del self.resources[resource.name]
+        self.names -= resource.weight
+        for token in resource.tokens.values():
+            self.forgotten = max(self.forgotten, token)
+
+    def has(self, resource):
+        """Whether the resource exists; one of its name may have come after it."""
+        return self.resources.get(resource.name) is resource
+
+    def remember(self, resource, lane, token):
+        """Notes a grant; where names take much memory already, as one of the whole resource."""
+        before = resource.weight
+        if self.names >= MOST_NAMES:
+            lane = (resource.name, lane[1])
+        resource.remember(lane, token)
+        self.names += resource.weight - before
+
+
+class Books:
+    """Who holds and who waits."""
+
+    def __init__(self, catalogue, window_until):
+        self.catalogue = catalogue
+        self.window_until = window_until  # s, monotonic; None when there is no recovery window
+        self.requests = {}  # session: Request
+        self.parked = collections.defaultdict(dict)  # name: {session: Request} as they arrived
+        self.nesting = Nesting()
+        self.holding = 0  # the number of holders
+        self.waiting = 0  # of waiters and parked requests
+        self.last_token = 0
+        self.last_serial = 0
+        self.changes = 0  # of those who hold or are queued
+        self.new_waits = False  # some may wait for others that they did not wait for before
+
+    def arrive(self, request):
+        """The request comes behind all others."""
+        self.last_serial += 1
+        request.serial = self.last_serial
+        self.requests[request.session] = request
+
+    def next_token(self):
+        """The token of a new grant."""
+        self.last_token += 1
+        return self.last_token
+
+    def grant(self, request, token, now):
+        """Makes the request, which fits, a holder."""
+        if request.state is QUEUED:
+            self.unqueue(request)
+        resource = request.resource
+        resource.hold(request, now)
+        resource.idle_since = None
+        request.token = token
+        self.catalogue.remember(resource, request.lane, token)
+        self.holding += 1
+        self.changes += 1
+        nested = self.nesting.hold(request)
+        if nested:
+            self._nest_late(nested)
+        if resource.timed:  # those that waited for the clock may wait for the holders now
+            self.new_waits = True
+        return Decision(request.session, OK, request.element, token)
+
+    def _nest_late(self, waiters):
+        """They had been queued before the lock in which they are nested was held again."""
+        for waiter in waiters:
+            waiter.resource.nest(waiter)
+        for resource in {waiter.resource for waiter in waiters}:
+            resource.sort_nested()
+        self.new_waits = True
+
+    def end(self, holder, committed):
+        """The holder holds no longer; committed: its command succeeded."""
+        holder.resource.let_go(holder, committed)
+        self.holding -= 1
+        self.changes += 1
+        self.nesting.release(holder)
+
+    def queue(self, request):
+        """The request becomes a waiter."""
+        resource = request.resource
+        request.state = QUEUED
+        request.behind = None
+        resource.lanes[request.lane][request.session] = request
+        resource.count(request, 1)
+        self.waiting += 1
+        self.changes += 1
+        if request.parents:
+            self.nesting.queue(request)
+            for ancestor in self.nesting.ancestors(request):
+                resource.nest(request)
+                if is_waited_for(ancestor):
+                    self.new_waits = True
+        return Decision(request.session, ENQUEUED, position=resource.waiting)
+
+    def unqueue(self, request):
+        """The waiter is none any more."""
+        resource = request.resource
+        request.state = None
+        request.behind = None
+        discard(resource.lanes, request.lane, request.session)
+        resource.count(request, -1)
+        self.waiting -= 1
+        self.changes += 1
+        if request.parents:
+            self.nesting.leave(request)
+            discard(resource.nested, (request.lane, request.quantity), request.session)
+
+    def park(self, request):
+        """The request waits for its resource to be created."""
+        request.state = PARKED
+        self.waiting += 1
+        self.parked[key_of(request.name)][request.session] = request
+        return Decision(request.session, WAIT_RESOURCE)
+
+    def unpark(self, request):
+        """The request is parked no longer."""
+        request.state = None
+        self.waiting -= 1
+        discard(self.parked, key_of(request.name), request.session)
+
+    def remove(self, request, committed=False):
+        """The request is no more; committed: the command of a holder succeeded."""
+        del self.requests[request.session]
+        if request.state is HELD:
+            self.end(request, committed)
+        elif request.state is QUEUED:
+            self.unqueue(request)
+        elif request.state is PARKED:
+            self.unpark(request)
+        request.state = None
+
+    def refuse(self, request, verdict, reason=None):
+        """The final decision of a request that stands in no queue, so that nobody is behind it."""
+        self.remove(request)
+        return [Decision(request.session, verdict, reason=reason)]
+
+
+class Passing:
+    """Which requests pass those ahead of them, and which can never be granted (see Nesting)."""
+
+    def __init__(self, books):
+        self.books = books
+        self.searches = 0  # in the graph of nested requests, in this call
+        self.unfinished = False  # more were wanted
+        self._ways = None  # found by the last search
+        self._changes = -1  # the state of the books for which they are true
+        self._granted = False  # to some that pass; ways over these are closed
+
+    def may_search(self):
+        """Whether this call may begin another search."""
+        return self.searches < MOST_SEARCHES
+
+    def is_next(self, request):
+        """Whether all that the policy puts before the request wait for its ancestors."""
+        behind = request.behind
+        if behind is None or behind.state is not QUEUED:
+            resource = request.resource
+            if not resource.lanes:
+                return True
+            request.behind = behind = resource.first_ahead(request)
+            if behind is None:
+                return True
+        return bool(request.parents) and self._may_pass(request)
+
+    def _may_pass(self, request):
+        """Whether all ahead of the request, and there are some, wait for its ancestors."""
+        ancestors = self.books.nesting.ancestors(request)
+        if not ancestors:
+            return False
+        # the first of a lane waits for nothing that the others of the lane do not wait for
+        first = list(itertools.islice(request.resource.ahead(request), MOST_AHEAD + 1))
+        if len(first) <= MOST_AHEAD and all(waits_directly(one, ancestors) for one in first):
+            return True
+        if request.state is QUEUED and self._changes == self.books.changes:
+            if not self._ways.passes(request):
+                return False
+            if not self._granted or self._still_passes(request):
+                return True
+        if not self.may_search():
+            self.unfinished = True
+            return False
+        return self._search(request).passes(request)
+
+    def _still_passes(self, request):
+        """Whether it passes although others were granted, as far as that can be told."""
+        if not self._ways.is_known(request):
+            if not self.may_search():
+                return False
+            self.searches += 1
+        return self._ways.still_passes(request)
+
+    def _search(self, request):
+        """The ways of all nested requests, this one among them."""
+        self.searches += 1
+        nesting = self.books.nesting
+        resources = [waiter.resource for waiter in nesting.waiters()]
+        around = nesting.around(resources + [request.resource])
+        if request.state is not QUEUED:
+            return Ways(nesting, around, request)
+        self._ways = Ways(nesting, around)
+        self._changes = self.books.changes
+        self._granted = False
+        return self._ways
+
+    def grant(self, waiter, now):
+        """Grants a nested waiter that is next.  If it is one of those that pass and nobody is
+        nested in its lock, nothing else has changed."""
+        books = self.books
+        known = self._changes == books.changes and self._ways.passes(waiter)
+        decision = books.grant(waiter, books.next_token(), now)
+        if known and not books.new_waits:
+            self._changes = books.changes
+            self._granted = True
+        return decision
+
+    def hopeless(self, request):
+        """Why the request, which would be queued, would never be granted; None when it would be,
+        or when that does not matter."""
+        nesting = self.books.nesting
+        ancestors = nesting.ancestors(request)
+        if not ancestors or request.patient or self.books.window_until is not None:
+            return None
+        if not any(ancestor.resource is request.resource or is_waited_for(ancestor)
+                   for ancestor in ancestors):
+            return None
+        around = nesting.around([request.resource])
+        if not any(ancestor.resource in around for ancestor in ancestors):
+            return None
+        self.searches += 1
+        reduction = Reduction(nesting, around, request)
+        if reduction.can_ever_be_granted(request):
+            return None
+        return reduction.reason(request)
+
+
+class Queues:
+    """Grants what can be granted, and ends the resources that nobody uses."""
+
+    def __init__(self, books, passing, dates):
+        self.books = books
+        self.passing = passing
+        self.dates = dates
+
+    def is_granted(self, request, now):
+        """Whether the policy grants a new request at once."""
+        if self.books.window_until is not None or not request.resource.fits(request, now):
+            return False
+        return self.passing.is_next(request)
+
+    def leave(self, request, now, committed=False):
+        """The request goes away; grants what can be granted then."""
+        resource = request.resource
+        state = request.state
+        self.books.remove(request, committed)
+        if state is not HELD and state is not QUEUED:
+            return []
+        if resource.lanes and (state is HELD or not resource.first_fit):
+            return self.settle(resource, resource.rivals(request), now)
+        self.look_again(resource, now)
+        return []
+
+    def settle(self, resource, lanes, now):
+        """Grants what can be granted in these lanes, and sees to the resource's next date."""
+        decisions = []
+        books = self.books
+        if resource.lanes and books.window_until is None:
+            for request in resource.candidates(lanes, now):
+                if self.passing.is_next(request):
+                    decisions.append(self._grant(request, now))
+        self.look_again(resource, now)
+        return decisions
+
+    def _grant(self, request, now):
+        if request.parents:
+            return self.passing.grant(request, now)
+        return self.books.grant(request, self.books.next_token(), now)
+
+    def let_pass(self, now):
+        """Grants nested requests, too, when those ahead have come to wait for their ancestors."""
+        decisions = []
+        books = self.books
+        while books.new_waits and books.window_until is None:
+            books.new_waits = False
+            nested = books.nesting.waiters()
+            for resource in {waiter.resource: None for waiter in nested}:
+                decisions += self.settle(resource, (), now)
+        if self.passing.unfinished:
+            self.passing.unfinished = False
+            self.dates.at(now.mono + NEXT_CALL, self._go_on)
+        return decisions
+
+    def _go_on(self, _, now):
+        """Searches that the last call has left are made by this one."""
+        self.books.new_waits = True
+        return []
+
+    def refuse(self, waiter, reason, now):
+        """Refuses a nested waiter that can never be granted; grants what can be granted then."""
+        if waiter.state is not QUEUED:
+            return []
+        refusal = Decision(waiter.session, DEADLOCK, reason=reason)
+        return [refusal] + self.leave(waiter, now)
+
+    def look_again(self, resource, now):
+        """Ends the resource if its idle life is over, or sets a date for the next look."""
+        if resource.holders or resource.lanes:
+            resource.idle_since = None
+            if resource.timed and self.books.window_until is None:
+                when = resource.retry_at(now)
+                if when is not None:
+                    self._look_at(when, resource)
+            return
+        if resource.idle_since is None:
+            resource.idle_since = now.mono
+        end = resource.idle_since + resource.lifespan / 1000
+        if end > now.mono:
+            self._look_at(end, resource)
+        elif self.books.catalogue.has(resource):
+            self.books.catalogue.end(resource)
+
+    def _look_at(self, when, resource):
+        """Sets a date, unless there is an earlier one."""
+        if not resource.dates or when < resource.dates[-1]:
+            resource.dates.append(when)
+            self.dates.at(when, self._date_has_come, resource)
+
+    def _date_has_come(self, resource, now):
+        resource.dates = [date for date in resource.dates if date > now.mono]
+        if not self.books.catalogue.has(resource):
+            return []
+        return self.settle(resource, resource.lanes, now)
+
+
+class Recovery:
+    """Gives locks back to those who had them, and ends the recovery window."""
+
+    def __init__(self, books, queues, dates, place):
+        self.books = books
+        self.queues = queues
+        self.dates = dates
+        self._place = place  # place(request, now) takes a request to where it belongs
+        if books.window_until is not None:
+            dates.at(books.window_until, self._end_window)
+
+    def reclaim(self, request, now):
+        """A session that lost its daemon, or its connection, asks for the lock that it has."""
+        before = self.books.nesting.holders.get(request.ident)
+        if before is not None and before.is_reclaimed_by(request):
+            return self._hand_over(before, request, now)
+        refusal = self._refusal(request, now)
+        if refusal is not None:
+            return self.books.refuse(request, BUSY, refusal)
+        return [self._grant_again(request, now)]
+
+    def _refusal(self, request, now):
+        """Why a reclaim is refused, None when it is not."""
+        resource = request.resource
+        if request.reclaim > max(self.books.last_token, latest_token(now)):
+            return "its token lies in the future"
+        if self.books.window_until is None and not resource.reclaimable(request):
+            return "it was granted to others since"
+        if not resource.could_have(request.claimed) or not resource.fits(request, now):
+            return "it is held by others"
+        return None
+
+    def _hand_over(self, before, request, now):
+        """The holder comes back before its old connection was seen to have ended."""
+        self.books.remove(before)
+        request.claimed = before.element
+        granted = self._grant_again(request, now)
+        request.held_since = before.held_since
+        return [granted, Decision(before.session, None)]
+
+    def _grant_again(self, request, now):
+        self.books.last_token = max(self.books.last_token, request.reclaim)
+        return self.books.grant(request, request.reclaim, now)
+
+    def defer(self, request, now):
+        """A request that does not wait will be decided on when the window has ended."""
+        request.state = DEFERRED
+        self.dates.at(now.mono + DEFER, self._give_up, request)
+
+    def _give_up(self, request, now):
+        """The request has been deferred long enough."""
+        if request.state is not DEFERRED:
+            return []
+        return self.books.refuse(request, BUSY)
+
+    def _end_window(self, _, now):
+        self.books.window_until = None
+        self.books.catalogue.forgotten = self.books.last_token  # those of other daemons
+        decisions = []
+        for resource in list(self.books.catalogue.resources.values()):
+            if resource.lanes:
+                decisions += self.queues.settle(resource, resource.lanes, now)
+        return decisions + self._after_window(None, now)
+
+    def _after_window(self, _, now):
+        """Refuses those who would wait for ever, and then decides on those who do not wait."""
+        hopeless = all_hopeless(self.books.nesting, MOST_REFUSED + 1)
+        self.queues.passing.searches += 1
+        decisions = []
+        for waiter, reason in hopeless[:MOST_REFUSED]:
+            decisions += self.queues.refuse(waiter, reason, now)
+        finished = len(hopeless) <= MOST_REFUSED
+        if finished:
+            deferred = [one for one in self.books.requests.values() if one.state is DEFERRED]
+            while deferred and self.queues.passing.may_search():
+                request = deferred.pop(0)
+                request.state = None
+                decisions += self._place(request, now)
+            finished = not deferred
+        if not finished:
+            self.dates.at(now.mono + NEXT_CALL, self._after_window)
+        return decisions
+
+
+def latest_token(now):
+    """The greatest token that a daemon of the same time may have given, clocks being wrong."""
+    epoch = int(now.wall) - EPOCH
+    return min((epoch << 32) + DAY, LAST_EPOCH << 32)
+
+
+# The answer to a session that asks again and keeps its place; None when it does not.
+
+def repeat_parked(before, request):
+    """It may wait on, and its lifespan counts."""
+    if request.create or not request.wait or not request.same(before):
+        return None
+    before.lifespan = max(before.lifespan, request.lifespan)
+    return Decision(request.session, WAIT_RESOURCE)
+
+
+def repeat_queued(before, request):
+    """It may wait on, and its lifespan counts."""
+    if not request.wait or not request.same(before):
+        return None
+    before.resource.lifespan = max(before.resource.lifespan, request.lifespan)
+    return Decision(request.session, ENQUEUED)
+
+
+def repeat_held(before, request):
+    """It has what it asks for, or is told that it holds something else."""
+    if request.name == before.name:
+        before.resource.lifespan = max(before.resource.lifespan, request.lifespan)
+    same = (request.name, request.mode) == (before.name, before.mode)
+    if not same or request.quantity > before.quantity:
+        return Decision(request.session, BUSY)
+    return Decision(request.session, OK, before.element, before.token)
+
+
+def repeat_deferred(before, request):
+    """It has no place yet."""
+    return None
+
+
+REPEATED = {
+    PARKED: repeat_parked,
+    QUEUED: repeat_queued,
+    HELD: repeat_held,
+    DEFERRED: repeat_deferred,
+}
 
 
 class LockTable:
@@ -2585,68 +3285,89 @@ class LockTable:
 
     def __init__(self, first_fit=False, epoch=0, window_until=None, most_waiters=None,
                  most_resources=10 ** 6):
-        self.first_fit = first_fit
-        self.most_waiters = float("inf") if most_waiters is None else most_waiters
-        self.most_resources, self.names = most_resources, 0  # names: bytes of those that are kept
-        self.resources = {}  # name, of a tree that of its first level: Resource
-        self.requests = {}  # session: Request
-        self.parked = collections.defaultdict(dict)  # name: {session: Request} as they arrived
-        self.window_until = window_until  # monotonic time at which the recovery window ends
-        self.holding = self.waiting = 0
+        """epoch: s since 2020-01-01, greater than that of any daemon before; window_until: s,
+        monotonic, the end of the recovery window, None when there is none; most_waiters: None when
+        there is no limit."""
+        self.most_waiters = most_waiters
+        if most_waiters is None:
+            self.most_waiters = float("inf")
+        self._dates = Calendar()
+        self._catalogue = Catalogue(first_fit, most_resources)
+        self._books = Books(self._catalogue, window_until)
+        self._passing = Passing(self._books)
+        self._queues = Queues(self._books, self._passing, self._dates)
+        self._recovery = Recovery(self._books, self._queues, self._dates, self._place)
         self.begin_with(epoch)
-        self._nesting = Nesting()
-        self._ways = None  # the Ways, as long as they are true
-        self._searches = 0  # in the graph of nested requests, that this call has made
-        self._unfinished = False  # more searches were wanted
-        self._new_ways = False  # some may wait for others that they did not wait for before
-        self._due = []  # heap of (monotonic time, serial, method, its first argument)
-        self._serial = 0
-        if window_until is not None:
-            self._at(window_until, self._end_window, None)
+        # What others may look at, and must not change.
+        self.resources = self._catalogue.resources  # name: Resource
+        self.requests = self._books.requests  # session: Request
+        self.parked = self._books.parked  # name: {session: Request}
 
     def begin_with(self, epoch):
         """Before any request: all tokens will be of this epoch or later."""
-        self.last_token = epoch << 32
-        # the greatest token of the grants of which nothing else is known any more: those of
-        # resources that have ended; those of other daemons, as soon as the window is over
-        self.forgotten = self.last_token if self.window_until is None else 0
+        self._books.last_token = epoch << 32
+        if self._books.window_until is None:
+            self._catalogue.forgotten = self._books.last_token  # those of other daemons
 
     # What comes in.
 
     def request(self, request, now):
         """A session asks; it gets one decision, others may get more (those woken by it)."""
-        decisions, before = [], self.requests.get(request.session)
-        self._searches = 0
+        books = self._books
+        self._passing.searches = 0
+        decisions = []
+        before = books.requests.get(request.session)
         if before is not None:
-            repeated = self._REPEATED[before.state](before, request)
+            repeated = REPEATED[before.state](before, request)
             if repeated is not None:
                 return [repeated]
-            decisions = self._leave(before, now)
-        self._serial += 1
-        request.serial, request.since = self._serial, now.wall
-        self.requests[request.session] = request
-        return self._let_pass(decisions + self._place(request, now), now)
+            decisions = self._queues.leave(before, now)
+        books.arrive(request)
+        request.since = now.wall
+        decisions += self._place(request, now)
+        decisions += self._queues.let_pass(now)
+        return decisions
 
     def release(self, session, committed, now):
         """The holder lets go; committed: its command succeeded."""
-        self._searches = 0
-        return self._let_pass(self._leave(self.requests[session], now, committed), now)
+        self._passing.searches = 0
+        decisions = self._queues.leave(self._books.requests[session], now, committed)
+        decisions += self._queues.let_pass(now)
+        return decisions
 
     def gone(self, session, now):
         """The session has ended, whatever it held or waited for."""
-        return self.release(session, False, now) if session in self.requests else []
+        if session not in self._books.requests:
+            return []
+        return self.release(session, False, now)
 
     def expire(self, now):
         """Does what is due at `now`."""
-        decisions, self._searches = [], 0
-        while self._due and self._due[0][0] <= now.mono:
-            _, _, act, subject = heapq.heappop(self._due)
-            decisions += act(subject, now)
-        return self._let_pass(decisions, now)
+        self._passing.searches = 0
+        decisions = self._dates.act(now)
+        decisions += self._queues.let_pass(now)
+        return decisions
 
     def next_date(self):
-        """The monotonic time at which expire() is to be called, or None."""
-        return self._due[0][0] if self._due else None
+        """The monotonic time (s) at which expire() is to be called, or None."""
+        return self._dates.first()
+
+    # What others want to know.
+
+    @property
+    def holding(self):
+        """The number of holders."""
+        return self._books.holding
+
+    @property
+    def waiting(self):
+        """The number of waiters and parked requests."""
+        return self._books.waiting
+
+    @property
+    def window_until(self):
+        """The end (s, monotonic) of the recovery window, None when it is over."""
+        return self._books.window_until
 
     def known_as(self, ident):
         """The holders and waiters whose reports bear this id; one, unless a client lies."""
@@ -2662,390 +3383,98 @@ class LockTable:
 
     # From the request to its place.
 
-    # The answer to a session that asks again and keeps its place; None when it does not.
-
-    def _repeat_parked(before, request):
-        if request.create or not request.wait or not request.same(before):
-            return None
-        before.lifespan = max(before.lifespan, request.lifespan)
-        return Decision(request.session, WAIT_RESOURCE)
-
-    def _repeat_queued(before, request):
-        if not request.wait or not request.same(before):
-            return None
-        before.resource.lifespan = max(before.resource.lifespan, request.lifespan)
-        return Decision(request.session, ENQUEUED)
-
-    def _repeat_held(before, request):
-        if request.name == before.name:
-            before.resource.lifespan = max(before.resource.lifespan, request.lifespan)
-        same = (request.name, request.mode) == (before.name, before.mode)
-        if not same or request.quantity > before.quantity:
-            return Decision(request.session, BUSY)
-        return Decision(request.session, OK, before.element, before.token)
-
-    _REPEATED = {PARKED: _repeat_parked, QUEUED: _repeat_queued, HELD: _repeat_held,
-                 DEFERRED: lambda before, request: None}
-
     def _place(self, request, now):
         """Finds or makes the resource of a new request and takes it there."""
         name = request.name
         resource = self.resources.get(name)
-        if resource is None:
-            kind = KINDS.get(kind_of(name))
-            if kind is None or not kind.serves(name, now):
-                return self._refuse(request, kind.verdict if kind else INVALID_NAME)
-            resource = self.resource_of(name)
         if resource is not None:
             return self._admit(request, resource, now)
-        if request.reclaim is not None and self.window_until is None:
-            return self._refuse(request, BUSY, "nothing is known of it any more")
+        kind = KINDS.get(kind_of(name))
+        if kind is None:
+            return self._books.refuse(request, INVALID_NAME)
+        if not kind.serves(name, now):
+            return self._books.refuse(request, kind.verdict)
+        resource = self.resource_of(name)
+        if resource is not None:
+            return self._admit(request, resource, now)
+        if request.reclaim is not None and self._books.window_until is None:
+            return self._books.refuse(request, BUSY, "nothing is known of it any more")
         if not request.create:
             return self._park(request, now)
-        return self._create(request, kind(key_of(name), self.first_fit), now)
+        return self._create(request, kind(key_of(name), self._catalogue.first_fit), now)
 
     def _create(self, request, resource, now):
         """A new resource: its creator is the first, those that waited for it come next."""
         if request.quantity > resource.most:
-            return self._refuse(request, IMPOSSIBLE)
-        # newcomers must not take the room of holders that come back
-        if self._is_full(resource, 1 if request.reclaim is None else 2):
-            return self._refuse(request, LIMIT, "the daemon keeps too many resources, or names "
-                                                "that are too long")
-        self.resources[resource.name] = resource
-        self.names += resource.weight
-        if self.forgotten:  # perhaps it had this name
-            resource.remember((resource.name, EX), self.forgotten)
-        decisions = self._admit(request, resource, now) + self._wake(resource, now)
-        self._look_again(resource, now)
+            return self._books.refuse(request, IMPOSSIBLE)
+        times = 1
+        if request.reclaim is not None:  # newcomers must not take the room of those that come back
+            times = 2
+        if not self._catalogue.has_room(resource, times):
+            return self._books.refuse(
+                request, LIMIT, "the daemon keeps too many resources, or names that are too long")
+        self._catalogue.create(resource)
+        decisions = self._admit(request, resource, now)
+        decisions += self._wake(resource, now)
+        self._queues.look_again(resource, now)
         return decisions
-
-    def _is_full(self, resource, times):
-        """Whether there is no room for a new resource, not even in so many times the limits: many
-        outlive the clients that made them."""
-        return (len(self.resources) >= times * self.most_resources
-                or self.names + resource.weight > times * MOST_NAMES)
 
     def _wake(self, resource, now):
         """Those who waited for the resource ask for it now, in the order of their arrival."""
-        decisions, waiting = [], self.parked.get(resource.name)
-        if not waiting or self.resources.get(resource.name) is not resource:
-            return []
-        while waiting and self._searches < MOST_SEARCHES:
-            request = waiting.pop(next(iter(waiting)))
-            self.waiting -= 1
-            self._serial += 1
-            request.state, request.serial = None, self._serial
+        decisions = []
+        name = resource.name
+        while name in self.parked and self._catalogue.has(resource):
+            if not self._passing.may_search():
+                self._dates.at(now.mono + NEXT_CALL, self._wake, resource)
+                break
+            request = next(iter(self.parked[name].values()))
+            self._books.unpark(request)
+            self._books.arrive(request)
             decisions += self._admit(request, resource, now)
-        if waiting:
-            self._at(now.mono + NEXT_CALL, self._wake, resource)
-        else:
-            del self.parked[resource.name]
         return decisions
 
     def _park(self, request, now):
         """The resource does not exist and the request must not create it."""
-        if not request.wait or self.waiting >= self.most_waiters:
+        if not request.wait or self._books.waiting >= self.most_waiters:
             return self._turn_away(request, CANT_WAIT, now)
-        request.state = PARKED
-        self.waiting += 1
-        self.parked[key_of(request.name)][request.session] = request
-        return [Decision(request.session, WAIT_RESOURCE)]
+        return [self._books.park(request)]
 
     def _admit(self, request, resource, now):
         """Grants, queues or refuses a request for a resource that exists."""
+        books = self._books
         if request.lifespan > resource.lifespan:
             resource.lifespan = request.lifespan
         if request.quantity > resource.most:
-            return self._refuse(request, IMPOSSIBLE)
-        request.resource, request.lane = resource, resource.lane(request)
-        request.parents = self._nesting.lineage(request.parents)
-        if request.reclaim is not None:
-            return self._reclaim(request, resource, now)
-        if self.window_until is None and resource.fits(request, now) and self._is_next(request):
-            resource.hold(request, now)
-            return [self._granted(request)]
-        if not request.wait or self.waiting >= self.most_waiters:
-            return self._turn_away(request, BUSY, now)
-        self._queue(request, resource)
-        reduction = self._reduction_that_leaves(request) if request.parents else None
-        if reduction is not None:
-            return self._refuse_queued(request, reduction.reason(request), now)
-        self._look_again(resource, now)
-        return [Decision(request.session, ENQUEUED, None, None, resource.waiting)]
-
-    def _is_next(self, request):
-        """Whether all that the policy puts before the request wait for its ancestors."""
-        resource = request.resource
-        if resource.lanes and (request.behind is None or request.behind.state is not QUEUED):
-            request.behind = resource.first_ahead(request)
-        return request.behind is None or bool(request.parents) and self._may_pass(request)
-
-    def _granted(self, request, token=None):
-        """Keeps the books of a new holder; `token` is that of one that had the lock before."""
-        if token is None:
-            self.last_token = token = self.last_token + 1
-        resource = request.resource
-        request.token, resource.idle_since = token, None
-        self._remember(resource, request.lane, token)
-        self.holding += 1
-        self._ways = None
-        for waiter in self._nesting.hold(request):
-            waiter.resource.nest(waiter)
-            self._new_ways = True
-        # those that waited for the clock may wait for the holders now
-        self._new_ways = self._new_ways or resource.timed
-        return Decision(request.session, OK, request.element, token)
-
-    def _remember(self, resource, lane, token):
-        """Notes a grant; where names take much memory already, as one of the whole resource."""
-        before = resource.weight
-        resource.remember(lane if self.names < MOST_NAMES else (resource.name, lane[1]), token)
-        self.names += resource.weight - before
-
-    def _queue(self, request, resource):
-        request.state, request.behind = QUEUED, None
-        resource.lanes[request.lane][request.session] = request
-        resource.count(request, 1)
-        self.waiting += 1
-        self._ways = None
-        self._nesting.queue(request)
-        for ancestor in self._nesting.ancestors(request):
-            resource.nest(request)
-            self._new_ways = self._new_ways or is_waited_for(ancestor)
-
-    def _unqueue(self, request):
-        resource = request.resource
-        request.state = request.behind = None
-        discard(resource.lanes, request.lane, request.session)
-        resource.count(request, -1)
-        self.waiting -= 1
-        self._ways = None
+            return books.refuse(request, IMPOSSIBLE)
+        request.resource = resource
+        request.lane = resource.lane(request)
         if request.parents:
-            self._nesting.leave(request)
-            discard(resource.nested, (request.lane, request.quantity), request.session)
+            request.parents = books.nesting.lineage(request.parents)
+        if request.reclaim is not None:
+            return self._recovery.reclaim(request, now)
+        if self._queues.is_granted(request, now):
+            return [books.grant(request, books.next_token(), now)]
+        return self._let_wait(request, now)
+
+    def _let_wait(self, request, now):
+        """Queues a request that cannot be granted now, if it may wait."""
+        if not request.wait or self._books.waiting >= self.most_waiters:
+            return self._turn_away(request, BUSY, now)
+        reason = self._passing.hopeless(request)
+        if reason is not None:
+            return self._books.refuse(request, DEADLOCK, reason)
+        queued = self._books.queue(request)
+        self._queues.look_again(request.resource, now)
+        return [queued]
 
     def _turn_away(self, request, verdict, now):
         """Refuses one waiter too many, or a request that does not wait: that may be deferred."""
-        if request.wait or self.window_until is None:
-            return self._refuse(request, LIMIT if request.wait else verdict)
-        request.state = DEFERRED
-        self._at(now.mono + DEFER, self._give_up, request)
+        if request.wait:
+            return self._books.refuse(request, LIMIT)
+        if self._books.window_until is None:
+            return self._books.refuse(request, verdict)
+        self._recovery.defer(request, now)
         return []
-
-    def _give_up(self, request, now):
-        """The request has been deferred long enough."""
-        return self._refuse(request, BUSY) if request.state is DEFERRED else []
-
-    def _refuse(self, request, verdict, reason=None):
-        """The final decision of a request that stands nowhere, so that nobody is behind it."""
-        self._take_out(request)
-        return [Decision(request.session, verdict, reason=reason)]
-
-    # Away again.
-
-    def _leave(self, request, now, committed=False):
-        """The request goes away; grants what can be granted then."""
-        resource, state = request.resource, request.state
-        self._take_out(request, committed)
-        if state not in (HELD, QUEUED):
-            return []
-        frees = resource.lanes and (state is HELD or not self.first_fit)
-        return self._settle(resource, resource.rivals(request) if frees else (), now)
-
-    def _take_out(self, request, committed=False):
-        """Takes the request out of wherever it stands."""
-        session, state, resource = request.session, request.state, request.resource
-        del self.requests[session]
-        if state is HELD:
-            resource.give_back(request, committed)
-            del resource.holders[session]
-            self.holding -= 1
-            self._ways = None
-            self._nesting.release(request)
-        elif state is QUEUED:
-            self._unqueue(request)
-        elif state is PARKED:
-            discard(self.parked, key_of(request.name), session)
-            self.waiting -= 1
-        request.state = None
-
-    def _settle(self, resource, lanes, now):
-        """Grants what can be granted in these lanes, and sees to the resource's next date."""
-        granted = []
-
-        def grant(request):
-            if not self._is_next(request):
-                return False
-            ways = self._ways
-            self._unqueue(request)
-            if ways is not None and request in ways.passing:
-                ways.granted, self._ways = True, ways
-            resource.hold(request, now)
-            granted.append(request)
-            return True
-
-        if resource.lanes and self.window_until is None:
-            resource.walk(lanes, now, grant)
-            granted.sort(key=by_arrival)
-        self._look_again(resource, now)
-        return [self._granted(request) for request in granted]
-
-    def _let_pass(self, decisions, now):
-        """Grants nested requests, too, when those ahead have come to wait for their ancestors."""
-        while self._new_ways and self.window_until is None and not self.first_fit:
-            self._new_ways = False
-            for resource in {waiter.resource: None for waiter in self._nesting.waiters()}:
-                decisions += self._settle(resource, (), now)
-        if self._unfinished:
-            self._unfinished = False
-            self._at(now.mono + NEXT_CALL, self._go_on, None)
-        return decisions
-
-    def _go_on(self, _, now):
-        """Searches that the last call has left are made by this one."""
-        self._new_ways = True
-        return []
-
-    # Dates.
-
-    def _at(self, when, act, subject):
-        """At `when` expire() will call act(subject, now), which returns decisions."""
-        self._serial += 1
-        heapq.heappush(self._due, (when, self._serial, act, subject))
-
-    def _look_again(self, resource, now):
-        """Destroys the resource if its idle life is over, or sets a date for the next look."""
-        if resource.holders or resource.lanes:
-            resource.idle_since = when = None
-            if resource.timed and self.window_until is None:
-                when = resource.retry_at(now)
-        else:
-            if resource.idle_since is None:
-                resource.idle_since = now.mono
-            when = resource.idle_since + resource.lifespan / 1000
-            if when <= now.mono:
-                self._end(resource)
-                return
-        if when is not None and (not resource.dates or when < resource.dates[-1]):
-            resource.dates.append(when)
-            self._at(when, self._date_has_come, resource)
-
-    def _end(self, resource):
-        """The idle life of the resource is over."""
-        if self.resources.get(resource.name) is resource:
-            del self.resources[resource.name]
-            self.names -= resource.weight
-            self.forgotten = max([self.forgotten, *resource.tokens.values()])
-
-    def _date_has_come(self, resource, now):
-        resource.dates = [date for date in resource.dates if date > now.mono]
-        if self.resources.get(resource.name) is not resource:  # one of its name came after it
-            return []
-        return self._settle(resource, resource.lanes, now)
-
-    # Reclaims and the recovery window.
-
-    def _reclaim(self, request, resource, now):
-        """A session that lost its daemon, or its connection, asks for the lock that it has."""
-        before, back = self._nesting.holders.get(request.ident), []
-        if before is not None and before.is_reclaimed_by(request):
-            # it comes back on a new connection before its old one was seen to have ended
-            back = [Decision(before.session, None)]
-            self._take_out(before)
-            request.claimed = before.element
-        elif request.reclaim > max(self.last_token, self._latest(now)):
-            return self._refuse(request, BUSY, "its token lies in the future")
-        elif self.window_until is None and not resource.reclaimable(request):
-            return self._refuse(request, BUSY, "it was granted to others since")
-        elif not resource.could_have(request.claimed) or not resource.fits(request, now):
-            return self._refuse(request, BUSY, "it is held by others")
-        resource.hold(request, now)
-        if back:
-            request.held_since = before.held_since
-        self.last_token = max(self.last_token, request.reclaim)
-        return [self._granted(request, request.reclaim)] + back
-
-    @staticmethod
-    def _latest(now):
-        """The greatest token that a daemon of the same time may have given, clocks being wrong."""
-        return min((int(now.wall) - EPOCH << 32) + DAY, LAST_EPOCH << 32)
-
-    def _end_window(self, _, now):
-        self.window_until, self.forgotten = None, self.last_token
-        decisions = []
-        for resource in list(self.resources.values()):
-            if resource.lanes:
-                decisions += self._settle(resource, resource.lanes, now)
-        return decisions + self._after_window(None, now)
-
-    def _after_window(self, _, now):
-        """Refuses those who would wait for ever, and then decides on those who do not wait."""
-        hopeless, decisions = all_hopeless(self._nesting, MOST_REFUSED + 1), []
-        self._searches += 1
-        for request, reason in hopeless[:MOST_REFUSED]:
-            decisions += self._refuse_queued(request, reason, now)
-        if len(hopeless) <= MOST_REFUSED:
-            deferred = [one for one in self.requests.values() if one.state is DEFERRED]
-            while deferred and self._searches < MOST_SEARCHES:
-                deferred[0].state = None
-                decisions += self._place(deferred.pop(0), now)
-            if not deferred:
-                return decisions
-        self._at(now.mono + NEXT_CALL, self._after_window, None)
-        return decisions
-
-    # Nested requests.
-
-    def _may_pass(self, request):
-        """Whether all ahead of the request, and there are some, wait for its ancestors."""
-        ancestors = self._nesting.ancestors(request)
-        if not ancestors:
-            return False
-        # the first of a lane waits for nothing that the others of the lane do not wait for
-        first = list(itertools.islice(request.resource.ahead(request), 1 + MOST_REFUSED))
-        if len(first) <= MOST_REFUSED and all(waits_directly(one, ancestors) for one in first):
-            return True
-        if request.state is QUEUED:
-            return self._leads_back(request)
-        self._queue(request, request.resource)
-        passes = self._leads_back(request)
-        self._unqueue(request)
-        return passes
-
-    def _leads_back(self, waiter):
-        """Whether all ahead of the nested waiter wait for its ancestors, found by a search."""
-        told = None if self._ways is None else self._ways.tell(waiter)
-        if told is not None:
-            return told
-        if self._searches >= MOST_SEARCHES:
-            self._unfinished = True
-            return False
-        self._searches += 1
-        nested = [other.resource for other in self._nesting.waiters()]
-        self._ways = Ways(self._nesting, self._nesting.around([waiter.resource] + nested))
-        return waiter in self._ways.passing
-
-    def _reduction_that_leaves(self, request):
-        """The reduction in which a new nested request is never granted; None where it is granted,
-        or where that does not matter."""
-        ancestors = self._nesting.ancestors(request)
-        if not ancestors or request.patient or self.window_until is not None:
-            return None
-        if not any(is_waited_for(ancestor) for ancestor in ancestors):
-            return None
-        around = self._nesting.around([request.resource])
-        if not any(ancestor.resource in around for ancestor in ancestors):
-            return None
-        self._searches += 1
-        reduction = Reduction(self._nesting, around)
-        return None if reduction.can_ever_be_granted(request) else reduction
-
-    def _refuse_queued(self, request, reason, now):
-        """Refuses a waiter, and grants what can be granted then."""
-        if request.state is not QUEUED:
-            return []
-        return [Decision(request.session, DEADLOCK, reason=reason)] + self._leave(request, now)
 
 
 # --- Session ------------------------------------------------------------------------------------
@@ -3329,41 +3758,19 @@ class Obstacles:
 
     def __init__(self, resource: "Resource"):
         self._holders = list(resource.holders.values())
-        self._found: "dict" = {}  # lane: InTheWay
-        self._levels = None
-        if resource.has_modes:
-            self._levels = self._make_levels(resource)
-
-    def _make_levels(self, resource):
-        """Each point in these levels stands for holders: (place of the first, number)."""
-        names = {name for name, _ in resource.lanes}
-        names.update(holder.lane[0] for holder in self._holders)
-        levels = Levels(names, self._join)
+        lanes = dict.fromkeys(resource.lanes, 0)
         for place, holder in enumerate(self._holders):
-            levels.add((place, 1), holder.lane)
-        return levels
-
-    @staticmethod
-    def _join(later, before):
-        first, number = before
-        return first, number + later[1]
+            lanes[holder.lane] = lanes.get(holder.lane, 0) | 1 << place
+        self._rivals = rivals_of(lanes)
 
     def of(self, lane: "tuple") -> "InTheWay":
         """The holders in the way of the lane; all, when it waits for other waiters only."""
-        if lane not in self._found:
-            self._found[lane] = self._look(lane)
-        return self._found[lane]
-
-    def _look(self, lane):
-        near = []
-        if self._levels is not None:
-            near = self._levels.near(lane)
-        if not near:
+        rivals = self._rivals[lane]
+        if not rivals:
             return _all_of(self._holders)
-        places = [place for place, _ in near]
-        numbers = [number for _, number in near]
-        first = self._holders[min(places)]
-        return InTheWay(first, sum(numbers))
+        first = (rivals & -rivals).bit_length() - 1
+        number = bin(rivals).count("1")
+        return InTheWay(self._holders[first], number)
 
 
 def in_the_way(resource: "Resource | None", request: "Request") -> "InTheWay":

@@ -239,7 +239,7 @@ class World(Ledger):
         if window is not None:
             options["window_until"] = self.clock.mono + window
         self.table = flomd.LockTable(first_fit=policy == "first-fit", **options)
-        self.told, self.token = [], self.table.last_token
+        self.told, self.token = [], self.table._books.last_token
         self.granted = []  # (session, element) of all grants
 
     # What happens

@@ -229,7 +229,7 @@ def test_dates_do_not_pile_up(world):
         world.leave("A")
         world.leave("B")
         world.later(0.5)
-    assert len(world.table._due) <= 2
+    assert len(world.table._dates) <= 2
 
 
 def test_dates_of_a_resource_that_is_gone_do_not_end_its_successor(world):
@@ -322,9 +322,9 @@ def test_names_take_a_limited_part_of_the_memory(form, monkeypatch):
     while world.ask("A", form.format(made), lifespan=10 ** 9) != "A limit":
         world.release("A")
         made += 1
-    assert 10 < made < 110 and 19000 < world.table.names < 20000 + len(form)
+    assert 10 < made < 110 and 19000 < world.table._catalogue.names < 20000 + len(form)
     world.later(10 ** 6 + 1)
-    assert world.table.empty() and world.table.names == 0
+    assert world.table.empty() and world.table._catalogue.names == 0
     assert world.ask("A", "R") == "A granted"
 
 
@@ -336,9 +336,9 @@ def test_the_nodes_that_a_tree_remembers_count(monkeypatch):
         for tree in "ab":
             assert world.ask("A", f"/{tree}/{number}{'x' * 500}", lifespan=60000).startswith("A gr")
             world.release("A")
-    assert 4000 < world.table.names < 6000
+    assert 4000 < world.table._catalogue.names < 6000
     world.later(61)
-    assert world.table.empty() and world.table.names == 0
+    assert world.table.empty() and world.table._catalogue.names == 0
 
 
 def test_parked_requests_count_once_when_they_are_woken():
