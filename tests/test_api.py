@@ -46,7 +46,9 @@ def is_free(lock, name="R1"):
 def test_a_block(daemon, lock):
     with lock(timeout=5) as held:
         assert isinstance(held, flom.Lock) and held.name == "R1"
-        assert held.element is None and held.token > 2 ** 32 and not held.lost
+        assert held.element is None
+        assert held.token > 2 ** 32
+        assert not held.lost
         assert held.check() is None
         assert not is_free(lock)
     assert not held.lost and is_free(lock)
@@ -186,7 +188,9 @@ def test_the_family_of_errors():
               flom.Deadlock: 94, flom.LockLost: 95, flom.DaemonUnavailable: 99}
     assert set(flom.LockError.__subclasses__()) == set(family)
     for error, status in family.items():
-        assert error.status == status and error.reason is None and error.__doc__
+        assert error.status == status
+        assert error.reason is None
+        assert error.__doc__
     assert not issubclass(flom.UsageError, flom.LockError)
 
 
@@ -389,7 +393,9 @@ def test_a_lost_lock_can_be_acquired_anew(box, lock):
         held.acquire()
     assert not held.lost
     box.daemon("--recovery-window", "0")
-    assert held.acquire().token > token and held.check() is None and not is_free(lock)
+    assert held.acquire().token > token
+    assert held.check() is None
+    assert not is_free(lock)
     held.release()
     assert is_free(lock)
 

@@ -261,7 +261,9 @@ def test_an_unknown_key_is_a_warning_that_names_file_and_line(run):
     status, _, err = run()
     warning, last = err.splitlines()
     assert (status, last) == (97, "No command to execute!")
-    assert warning.startswith("flom: warning: ") and ".flom:3: " in warning and "Nmae" in warning
+    assert warning.startswith("flom: warning: ")
+    assert ".flom:3: " in warning
+    assert "Nmae" in warning
 
 
 # What runs a command
@@ -330,7 +332,9 @@ def test_the_daemon_is_looked_for_and_the_two_ways_out_are_named(box):
     copy = box.write("flom.py", read(FLOM_PY))
     done = box.start(sys.executable, copy, *box.address, "--", "echo", "x",
                      env={"PATH": "/usr/bin:/bin"}).end()
-    assert done[:2] == (99, "") and done.err.count("\n") == 1 and box.folder in done.err
+    assert done[:2] == (99, "")
+    assert done.err.count("\n") == 1
+    assert box.folder in done.err
     assert "PATH" in done.err
     named = box.start(sys.executable, copy, *box.address, "--", "echo", "x",
                       env={"FLOMD": "/nonexistent/flomd.py"}).end()

@@ -223,7 +223,9 @@ def test_it_is_told_of_a_deadlock_and_why(hub, link):
     nested = hub.connect()
     told = answer(nested.lock("/t/\xe9", about=ours("bb", ' parent="aa"')))
     assert told["rc"] == "7" and nested.over
-    assert "db1" in told["reason"] and "4711" in told["reason"] and 'a"b' in told["reason"]
+    assert "db1" in told["reason"]
+    assert "4711" in told["reason"]
+    assert 'a"b' in told["reason"]
 
 
 def test_a_reclaim_carries_token_and_element(hub, link):

@@ -150,7 +150,9 @@ def test_a_live_socket_is_not_replaced(box):
         live.bind(box.socket)
         live.listen(5)
         status, out, err = box.flomd("--no-files", "-s", box.socket).end()
-        assert (status, out) == (1, "") and err.count("\n") == 1 and box.socket in err
+        assert (status, out) == (1, "")
+        assert err.count("\n") == 1
+        assert box.socket in err
         assert peer_pid(box.socket) == os.getpid()
     os.unlink(box.socket)
 
@@ -158,7 +160,9 @@ def test_a_live_socket_is_not_replaced(box):
 def test_what_is_no_socket_is_not_replaced(box):
     box.write("s", "precious")
     status, _, err = box.flomd("--no-files", "-s", box.socket).end()
-    assert status == 1 and err.count("\n") == 1 and box.socket in err
+    assert status == 1
+    assert err.count("\n") == 1
+    assert box.socket in err
     assert read(box.socket) == "precious"
 
 
@@ -166,7 +170,9 @@ def test_a_lock_file_that_is_a_link_is_refused(box):
     box.write("target", "")
     os.symlink(box.path("target"), box.socket + ".lock")
     status, _, err = box.flomd("--no-files", "-s", box.socket).end()
-    assert status == 1 and err.count("\n") == 1 and box.socket + ".lock" in err
+    assert status == 1
+    assert err.count("\n") == 1
+    assert box.socket + ".lock" in err
     assert read(box.path("target")) == ""
 
 
@@ -244,7 +250,9 @@ def test_an_address_in_use(box, host):
 
 def test_a_pid_file_that_cannot_be_written(box):
     done = box.flomd("--no-files", "-s", box.socket, "--pid-file", "/nonexistent/pid").end()
-    assert done.status == 1 and "/nonexistent/pid" in done.err and done.err.count("\n") == 1
+    assert done.status == 1
+    assert "/nonexistent/pid" in done.err
+    assert done.err.count("\n") == 1
     wait_until(lambda: not box.daemons())
 
 
@@ -261,13 +269,17 @@ USAGE = [(["-d", "x"], "-d: ", "'x'"), (["-p", "0"], "-p: ", "'0'"),
 def test_a_wrong_option_is_one_line_and_status_99(box, options, named, value):
     done = box.flomd("-f", *options).end()
     assert (done.status, done.out, done.err.count("\n")) == (99, "", 1)
-    assert done.err.startswith("flomd: ") and named in done.err and value in done.err
+    assert done.err.startswith("flomd: ")
+    assert named in done.err
+    assert value in done.err
 
 
 def test_help_and_version(box):
     assert box.flomd("--version").end() == (0, "flomd.py 1.0\n", "")
     done = box.flomd("--help").end()
-    assert done.status == 0 and "--foreground" in done.out and done.err == ""
+    assert done.status == 0
+    assert "--foreground" in done.out
+    assert done.err == ""
 
 
 @pytest.mark.parametrize("options, mode", [([], 0o666), (["--socket-mode", "0640"], 0o640)])
@@ -360,7 +372,9 @@ def test_its_connections_end_with_the_process(box, end):
 @pytest.mark.parametrize("option, word", [("-x", "quiesce"), ("-X", "immediate")])
 def test_there_is_nothing_to_stop(box, option, word):
     done = box.run(option)
-    assert done.status == 99 and box.socket in done.err and done.err.count("\n") == 1
+    assert done.status == 99
+    assert box.socket in done.err
+    assert done.err.count("\n") == 1
     assert box.daemons() == []
 
 
@@ -493,7 +507,9 @@ def test_no_file_can_be_written(box):
     daemon.terminate()
     said = daemon.communicate()[1].decode()
     line = f"flomd: cannot write {box.socket}.lock: File too large; nothing will be remembered\n"
-    assert said.startswith(line) and "Traceback" not in said and daemon.returncode == 0
+    assert said.startswith(line)
+    assert "Traceback" not in said
+    assert daemon.returncode == 0
 
 
 def test_a_log_that_has_reached_its_limit(box):

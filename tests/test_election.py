@@ -480,7 +480,9 @@ def test_a_host_without_a_route_for_multicast(hosts):
     one, = hosts(1)
     without_network(one)
     status, out, err = one.run(*GROUP, "--", "echo", "x")
-    assert (status, out) == (99, "") and err.count("\n") == 1 and "239.255.0.1" in err
+    assert (status, out) == (99, "")
+    assert err.count("\n") == 1
+    assert "239.255.0.1" in err
     assert "Traceback" not in serving(one, *GROUP).err
 
 

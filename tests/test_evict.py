@@ -89,7 +89,9 @@ def test_a_waiter_ends_with_the_reason(place):
         status, _, err = place.run("--evict", entry["id"])
         assert status == 0 and f"waited for {name}" in err
         status, _, err = one.end()
-        assert status == 99 and f"@{giver(place)}\n" in err and "taken away by" in err
+        assert status == 99
+        assert f"@{giver(place)}\n" in err
+        assert "taken away by" in err
     gate.open()
     assert holder.end() == (0, "", "") and place.events() == ["a start", "a end"]
 
@@ -180,7 +182,9 @@ def test_a_user_takes_away_its_own_locks_alone(shared):  # noqa: F811
                             ident).end()
     for user, ident in ((STRANGER, mine), (STRANGER + 1, theirs)):
         done = evict(user, ident)
-        assert done.status == 99 and "refuses" in done.err and done.err.count("\n") == 1
+        assert done.status == 99
+        assert "refuses" in done.err
+        assert done.err.count("\n") == 1
     assert "may not evict" in daemon.err and len(ids(shared)) == 2
     assert evict(STRANGER, theirs).status == 0 and ids(shared) == [mine]
     wait_until(lambda: other.err)

@@ -389,7 +389,9 @@ def test_max_clients(box):
         clients[0].ask("R2")
         assert flom.ask("R2") is None
         status, out, err = box.run("-r", "R3", "-d", "0", "--", "echo", "x")
-        assert (status, out) == (99, "") and "too many clients" in err and err.count("\n") == 1
+        assert (status, out) == (99, "")
+        assert "too many clients" in err
+        assert err.count("\n") == 1
     gate.open()
     assert holder.end().status == 0
     assert box.run("-r", "R3", "--", "echo", "x") == (0, "x\n", "")
@@ -425,7 +427,9 @@ def test_max_resources(box):
     box.daemon("--max-resources", "2")
     holders = [box.hold(name, "-r", name) for name in ("a", "b")]
     status, out, err = box.run("-r", "c", "-d", "0", "--", "echo", "x")
-    assert (status, out) == (99, "") and "too many resources" in err and err.count("\n") == 1
+    assert (status, out) == (99, "")
+    assert "too many resources" in err
+    assert err.count("\n") == 1
     with FlomClient(*endpoint(box.address)) as flom:
         assert flom.ask("c") is None
     for holder, gate in holders:

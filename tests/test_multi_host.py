@@ -186,7 +186,9 @@ def test_an_address_that_no_host_has(hosts):
     one, = hosts(1)
     for address in ("10.77.0.9", "no.such.host.invalid"):
         done = one.run("-a", address, "-o", "0", "--", "echo", "x", seconds=30)
-        assert done[:2] == (99, "") and address in done.err and done.err.count("\n") == 1
+        assert done[:2] == (99, "")
+        assert address in done.err
+        assert done.err.count("\n") == 1
         assert one.daemons() == []
 
 

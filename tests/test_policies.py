@@ -91,7 +91,9 @@ def test_a_pool_created_too_small(box):
     parked = box.waiter("-r", "foo[2]", "-e", "no", "-q", "5", "--", "touch", path)
     assert box.run("-r", "foo[2]", "--", "echo", "x") == (0, "x\n", "")
     status, _, err = parked.end()
-    assert status == 99 and err.endswith(NEVER) and not os.path.exists(path)
+    assert status == 99
+    assert err.endswith(NEVER)
+    assert not os.path.exists(path)
 
 
 def test_a_set_whose_first_slot_is_held(box):
@@ -192,4 +194,6 @@ def test_tokens_increase_also_across_kills_of_the_daemon(box):
         box.kill(box.the_daemon())
         gate.open()
         assert holder.end().status in (0, 95)
-    assert tokens == sorted(set(tokens)) and 0 < tokens[0] and tokens[-1] < 2 ** 63
+    assert tokens == sorted(set(tokens))
+    assert 0 < tokens[0]
+    assert tokens[-1] < 2 ** 63

@@ -57,7 +57,9 @@ def default_socket(user):
 
 def one_line(done, *words):
     """A refusal: status 99, nothing on stdout, one line on stderr with these words."""
-    assert done.status == 99 and "Traceback" not in done.err and done.err.count("\n") == 1, done
+    assert done.status == 99, done
+    assert "Traceback" not in done.err, done
+    assert done.err.count("\n") == 1, done
     assert all(word in done.err for word in words), done.err
 
 
@@ -294,7 +296,9 @@ def test_another_users_lock_file(shared):
         with open(path, "w"):
             os.chmod(path, 0o666)
     done = shared.start(*another(STRANGER), *PYTHON, FLOMD, "-f", "--no-files").end()
-    assert done.status == 1 and done.err.count("\n") == 1 and lock in done.err
+    assert done.status == 1
+    assert done.err.count("\n") == 1
+    assert lock in done.err
     done = flom_as(STRANGER, shared, "-s", shared.socket, "--", "echo", "x")
     assert done == (0, "x\n", "")
 

@@ -105,7 +105,9 @@ def test_a_bad_value_is_an_error_that_names_origin_text_and_what_is_allowed(key,
 
 def test_what_nobody_sets_has_its_default_and_no_origin():
     settings = flom.Settings(Lifespan=-1)
-    assert settings["Lifespan"] == -1 and settings["Timeout"] == -1 and settings["Quantity"] == 1
+    assert settings["Lifespan"] == -1
+    assert settings["Timeout"] == -1
+    assert settings["Quantity"] == 1
     assert settings.origins == {} and settings.values == {}
 
 
@@ -402,4 +404,6 @@ def test_what_is_set_is_shown():
 
 def test_the_machine_id_is_32_hex_digits_and_stays():
     first = flom.machine_id()
-    assert len(first) == 32 and set(first) <= set("0123456789abcdef") and flom.machine_id() == first
+    assert len(first) == 32
+    assert set(first) <= set("0123456789abcdef")
+    assert flom.machine_id() == first

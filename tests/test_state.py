@@ -184,7 +184,9 @@ def test_a_lock_that_stays_held_is_an_error(dying):
     box, file = dying
     done = box.flomd("--no-files", *box.address, program=patched("flomd.HELD_FOR = 0.3")).end()
     assert (done.status, done.out, done.err.count("\n")) == (1, "", 1)
-    assert file.name in done.err and "4711" in done.err and "127.0.0.1" in done.err
+    assert file.name in done.err
+    assert "4711" in done.err
+    assert "127.0.0.1" in done.err
 
 
 def test_where_somebody_answers_nobody_waits(box):

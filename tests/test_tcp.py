@@ -28,7 +28,9 @@ def tcp(request, box):
 
 def test_a_client_starts_the_daemon_of_an_address_of_this_host(tcp):
     assert tcp.run("--", "echo", "x") == (0, "x\n", "")
-    assert len(tcp.daemons()) == 1 and can_connect(tcp.address) and tcp.sockets() == set()
+    assert len(tcp.daemons()) == 1
+    assert can_connect(tcp.address)
+    assert tcp.sockets() == set()
 
 
 def test_one_command_after_another(tcp):
@@ -67,14 +69,18 @@ def test_with_several_addresses_none_is_ever_started(box):
 def test_no_daemon_and_none_may_be_started(box):
     port = free_port()
     done = box.run("-d", "0", "--", "echo", "x", address=at("127.0.0.1", port))
-    assert done[:2] == (99, "") and "127.0.0.1" in done.err and str(port) in done.err
+    assert done[:2] == (99, "")
+    assert "127.0.0.1" in done.err
+    assert str(port) in done.err
     assert done.err.startswith("flom: no daemon at ") and "-d 0" in done.err
 
 
 def test_a_name_that_does_not_resolve(box):
     name = "x" * 64  # longer than a name may be, so nobody needs to be asked
     done = box.run("--", "echo", "x", address=at(name, 1))
-    assert done[:2] == (99, "") and name in done.err and done.err.count("\n") == 1
+    assert done[:2] == (99, "")
+    assert name in done.err
+    assert done.err.count("\n") == 1
     assert box.daemons() == []
 
 
@@ -156,7 +162,9 @@ def test_where_nobody_answers_flom_ends_with_a_message(box, silent):
                           address=address) for address in addresses]
         for client in clients:
             status, out, err = client.end(seconds=25)
-            assert status in (98, 99) and out == "" and err.count("\n") == 1, (client.args, err)
+            assert status in (98, 99), (client.args, err)
+            assert out == "", (client.args, err)
+            assert err.count("\n") == 1, (client.args, err)
     finally:
         os.kill(daemon.pid, signal.SIGCONT)
         for one in sockets:
@@ -169,7 +177,9 @@ def test_a_listener_that_is_no_lock_daemon(box, silent, words):
     address = at("127.0.0.1", silent(words=words))
     status, out, err = box.run("-o", "300", "-d", "0", "--", "echo", "x", address=address,
                                seconds=25)
-    assert status in (98, 99) and out == "" and err.count("\n") == 1
+    assert status in (98, 99)
+    assert out == ""
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", [

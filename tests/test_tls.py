@@ -51,7 +51,9 @@ def refused(box, options):
     """Runs a client with these TLS options and returns its one line on stderr."""
     done = box.run("-r", "R1", "-d", "0", "-o", "0", "--", "echo", "x",
                    address=box.bare + options)
-    assert done[:2] == (99, "") and done.err.count("\n") == 1 and "Traceback" not in done.err
+    assert done[:2] == (99, "")
+    assert done.err.count("\n") == 1
+    assert "Traceback" not in done.err
     return done.err
 
 
@@ -293,7 +295,9 @@ def test_who_ends_the_handshake_is_told_of_with_tls(tls):
             served.recv(65536)  # what is unread would be a reset
             served.shutdown(socket.SHUT_WR)
             status, out, err = client.end()
-    assert (status, out) == (99, "") and err.count("\n") == 1 and "TLS: " in err, err
+    assert (status, out) == (99, ""), err
+    assert err.count("\n") == 1, err
+    assert "TLS: " in err, err
 
 
 @over_both

@@ -163,7 +163,9 @@ def test_6_a_stranger_on_ones_own_socket_is_refused(users):
     a, b = users
     assert b.start_as("flomd.py", "-s", a.default).end() == (0, "", "")
     done = a.start_as("flom.py", "-o", "0", "--", "echo", "x").end()
-    assert done[:2] == (99, "") and str(b.number) in done.err and done.err.count("\n") == 1
+    assert done[:2] == (99, "")
+    assert str(b.number) in done.err
+    assert done.err.count("\n") == 1
 
 
 def test_14_files_as_simple_names(box):

@@ -481,7 +481,9 @@ def test_refusals_of_floms_daemon(box, floms, options, status, err):
 
 def test_a_name_that_floms_daemon_refuses(box, floms):
     status, out, err = box.run("-r", "/only/ours", "--", "echo", "wrong")
-    assert (status, out) == (99, "") and err.startswith("flom: ") and err.count("\n") == 1
+    assert (status, out) == (99, "")
+    assert err.startswith("flom: ")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("option, word", [("-x", "quiesce"), ("-X", "immediate")])
