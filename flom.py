@@ -1669,13 +1669,13 @@ def resolve(host, port, kind, scope, flags=0):
 
 
 def resolving_here(host, port, kind, scope):
-    """Steps to what resolve says, of which there are none: it may take as long as it likes."""
+    """Steps to the result of resolve: none, since it may take as long as it needs here."""
     return resolve(host, port, kind, scope)
     yield
 
 
 def resolving_apart(host, port, kind, scope):
-    """Steps to what resolve says in a child."""
+    """Steps to the result of resolve in a child."""
     with contextlib.suppress(DaemonUnavailable):
         return resolve(host, port, kind, scope, socket.AI_NUMERICHOST)
     reading, writing = os.pipe()
@@ -2008,10 +2008,10 @@ class Start:
 
 
 class Starter:
-    """Looks after a daemon for one claim: how long to look for one, and whether to start one.
+    """Says for one claim how long a daemon is looked for, and starts one where that is allowed.
 
-    `launch` is fork_daemon or spawn_daemon.  `until` (monotonic s): no longer is a daemon looked
-    for.  `order`: in words, that the last daemon ended by somebody's order, so none is started.
+    `launch` is fork_daemon or spawn_daemon.  `until`: when nobody looks for a daemon any more
+    (monotonic s).  `order`: in words, whose order ended the last daemon, so that none is started.
     """
 
     def __init__(self, settings: "Settings", launch, allowed: "bool" = True):
@@ -2048,8 +2048,9 @@ class Starter:
     def trying(self):
         """Steps that start a daemon, or wait a moment; DaemonUnavailable when it is of no use.
 
-        After a crash who waits for its own daemon may reclaim too late, since another's may serve
-        by then: so when recovering they are only a part of the start, between two looks.
+        After a crash a client that waits for the daemon of its own may reclaim too late, since
+        another's may serve by then: so when recovering they end before the start does, and the
+        next call goes on with it.
         """
         self._check()
         if self._obstacle() or clock() < self._next_start:
@@ -2495,10 +2496,9 @@ def program_connection(family, where: "str") -> "Connection":
 class Race:
     """The addresses of a daemon: the first with which a connection stands, TLS included, wins.
 
-    The next address begins to run when the one before has failed, or has run for STAGGER without
-    an end (RFC 8305).  A winner may prove to be of no use: then those that are left run on.
-    `left`: the addresses that have neither won nor failed.  `make` is Connection or, in a program,
-    program_connection.
+    The attempt at the next address begins when the one before has failed, or has had no result for
+    STAGGER (RFC 8305).  `left`: the addresses that have neither won nor failed.  `make` is
+    Connection or, in a program, program_connection.
     """
 
     def __init__(self, settings: "Settings", addresses, context, make):
@@ -2519,16 +2519,16 @@ class Race:
                     address = self.left.pop(0)
                     self._running[address] = self._opening(address, until)
                     next_date = clock() + STAGGER
-                winner, wait = self._run()
+                winner, wait = self._resume()
                 if winner:
                     return winner
                 if self._running:
-                    yield self._earliest(wait, next_date)
+                    yield self._next_step(wait, next_date)
         finally:
-            self._call_back()
+            self._close_others()
 
-    def _run(self):
-        """Goes on with all that run: (the winner, if there is one, what the last waits for)."""
+    def _resume(self):
+        """Resumes each attempt: (the winner, None without one; the step of the last attempt)."""
         wait = None
         for address, steps in list(self._running.items()):
             try:
@@ -2539,8 +2539,8 @@ class Race:
                     return end.value, wait
         return None, wait
 
-    def _earliest(self, wait, next_date):
-        """What to wait for: several connections have no common event, so they are looked at."""
+    def _next_step(self, wait, next_date):
+        """The step to wait for: several sockets have no common event, so they are looked at."""
         if len(self._running) > 1:
             return pause(AGAIN)
         descriptor, events, seconds = wait
@@ -2548,8 +2548,8 @@ class Race:
             seconds = min(seconds, max(0, next_date - clock()))
         return descriptor, events, seconds
 
-    def _call_back(self):
-        """Those that have run in vain run again if the winner is of no use."""
+    def _close_others(self):
+        """Ends the attempts that are under way; they begin anew if the winner is of no use."""
         for steps in self._running.values():
             steps.close()
         self.left[:0] = self._running
@@ -2575,11 +2575,11 @@ class Race:
             return None
 
     def asking(self, ask):
-        """Steps to what `ask(connection)`, which are steps, ends with at the first winner that is
-        of use; None when nobody listens at an address, where a daemon may be started.
+        """Steps to the result of the steps `ask(connection)` at the first winner that is of use.
 
-        Whatever is wrong with one before it has answered, the next is asked.  Raises what `ask`
-        raises; Gone when a daemon has ended, which may be another's moment to begin.
+        The result is None when nobody listens at one of the addresses, where a daemon may be
+        started.  Whatever is wrong with a winner before it has answered, the next is asked.  Raises
+        what `ask` raises; Gone when a daemon has ended, which may be another's moment to begin.
         """
         wrong = None
         while True:
