@@ -277,6 +277,14 @@ def decode_name(text: "str") -> "str":
     return binascii.a2b_base64(text).decode("utf-8", "surrogateescape")
 
 
+def status_request(program: "str") -> "bytes":
+    """The message by which a program asks a daemon for its status report."""
+    session = element("session", ("peerid", machine_id()), ("client", f"{program}/{VERSION}"))
+    resource = element("resource", ("name", encode_name(STATUS_RESOURCE)), ("mode", 0),
+                       ("wait", 0), ("create", 0), ("lifespan", 0))
+    return encode(LOCK, 8, session, resource)
+
+
 # Names.  The name of a resource tells its kind: the whole name, where FLoM looks at each line.
 _FORMS = (
     ("simple", r"_RESOURCE|[A-Za-z][A-Za-z0-9]*"),
@@ -878,6 +886,13 @@ class Settings:
             if isinstance(setting.type, Path) and setting.key in self.values:
                 self.values[setting.key] = setting.type.write(self.values[setting.key])
 
+    def tell(self, program: "str"):
+        """Prints the warnings on stderr and, with -V, the settings on stdout."""
+        for warning in self.warnings:
+            put(f"{program}: warning: {warning}", sys.stderr)
+        if self["Verbose"]:
+            put("\n".join(self.lines()), sys.stdout)
+
     def lines(self):
         """The settings as -V prints them."""
         for setting in SETTINGS:
@@ -999,8 +1014,9 @@ def show(text: "str"):
 # --name value, -o5, -o 5, bundles such as -xV.  A value may begin with a hyphen (-o -1).  `--`, or
 # the first word that is no option, ends the options.
 #
-# Not argparse: each flom would pay some milliseconds for it, and to keep it from abbreviating, from
-# refusing a value such as -1s and from reading on in the command takes what is private to it.
+# Not argparse: each flom would pay some milliseconds for it, and what it does unasked (it takes
+# abbreviations, refuses a value such as -1s, reads on in the command) is undone only by means that
+# are private to it.
 class Option:
     """An option: its names, the name of its value ("" for none), its help, and what it does.
 
@@ -1115,6 +1131,15 @@ def printing(make_text):
         show(make_text())
         raise SystemExit(0)
     return act
+
+
+def add_basics(parser: "Parser", group: "str", options, program: "str"):
+    """Gives a parser -c, which sets `config_file` of `options`, -h and -v."""
+    parser.add(group, ["-c", "--config-file"], "read after the other files",
+               keeping(options, "config_file", ANYTHING), "FILE")
+    parser.add(group, ["-h", "--help"], "show this and end", printing(parser.help))
+    parser.add(group, ["-v", "--version"], "show the version and end",
+               printing(lambda: f"{program} {VERSION}"))
 
 
 def add_settings(parser: "Parser", user: "str", given: "dict"):
@@ -1422,11 +1447,7 @@ def _parser(options):
     """The parser that fills these options."""
     parser = Parser("flom [OPTION]... [--] COMMAND [ARG]...")
     group = "Actions and reports"
-    parser.add(group, ["-c", "--config-file"], "read after the other files",
-               keeping(options, "config_file", ANYTHING), "FILE")
-    parser.add(group, ["-h", "--help"], "show this and end", printing(parser.help))
-    parser.add(group, ["-v", "--version"], "show the version and end",
-               printing(lambda: f"flom.py {VERSION}"))
+    add_basics(parser, group, options, "flom.py")
     parser.add(group, ["--json"], "status as JSON", switching(options, "json"))
     parser.add(group, ["--watch"], "status, every second", switching(options, "watch"))
     for action in ACTION_OPTIONS:
@@ -1509,6 +1530,9 @@ def keyword_text(setting: "Setting", value) -> "str":
     return f"{value:d}"
 
 
+INFINITE, NOT_A_NUMBER = float("inf"), float("nan")
+
+
 def milliseconds(seconds, origin: "str") -> "int":
     """The ms of a number of seconds, of its text or of a timedelta; UsageError.
 
@@ -1516,17 +1540,24 @@ def milliseconds(seconds, origin: "str") -> "int":
     """
     if hasattr(seconds, "total_seconds"):
         seconds = seconds.total_seconds()
-    try:
-        number = float(seconds)
-    except (TypeError, ValueError, OverflowError):
-        number = float("nan")
-    if number < 0 or number == float("inf"):
+    number = _float_of(seconds)
+    if number < 0 or number == INFINITE:
         return -1
-    if isinstance(seconds, bool) or not number <= MOST / 1000:  # nan is not
+    if not number * 1000 <= MOST:  # also what is no number
         raise UsageError(f"{origin}: {seconds!r} is not a number of seconds up to {MOST // 1000}")
     if number == 0:
         return 0
     return max(1, round(number * 1000))
+
+
+def _float_of(value):
+    """The number that a value or its text is; a truth value is none."""
+    if isinstance(value, bool):
+        return NOT_A_NUMBER
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return NOT_A_NUMBER
 
 
 @functools.lru_cache(maxsize=None)
@@ -2641,17 +2672,9 @@ def asking_for_report(settings, diary, make=Connection):
     return found
 
 
-def report_message() -> "bytes":
-    """The lock 8 that asks for a report."""
-    session = element("session", ("peerid", machine_id()), ("client", f"flom.py/{VERSION}"))
-    resource = element("resource", ("name", encode_name(STATUS_RESOURCE)), ("mode", 0),
-                       ("wait", 0), ("create", 0), ("lifespan", 0))
-    return encode(LOCK, 8, session, resource)
-
-
 def _asking_one(connection, settings, patience):
     """Steps to the report as it came, of a daemon that is whom it says it is; Useless."""
-    data = yield from connection.fetching(report_message(), patience)
+    data = yield from connection.fetching(status_request("flom.py"), patience)
     useless = f"{connection.where} gives no report"
     if data is None:
         raise Useless(f"{useless}: {patience} s have passed")
@@ -4254,10 +4277,7 @@ def main():
 def prepare(options, settings):
     """Reads the settings, shows them with -V, and only then checks how they go together."""
     option_settings(options, settings)
-    for warning in settings.warnings:
-        put(f"flom: warning: {warning}", sys.stderr)
-    if settings["Verbose"]:
-        put("\n".join(settings.lines()), sys.stdout)
+    settings.tell("flom")
     check_rules(settings, CLIENT)
     interface_index(settings)
 

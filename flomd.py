@@ -262,6 +262,14 @@ def decode_name(text: "str") -> "str":
     return binascii.a2b_base64(text).decode("utf-8", "surrogateescape")
 
 
+def status_request(program: "str") -> "bytes":
+    """The message by which a program asks a daemon for its status report."""
+    session = element("session", ("peerid", machine_id()), ("client", f"{program}/{VERSION}"))
+    resource = element("resource", ("name", encode_name(STATUS_RESOURCE)), ("mode", 0),
+                       ("wait", 0), ("create", 0), ("lifespan", 0))
+    return encode(LOCK, 8, session, resource)
+
+
 # Names.  The name of a resource tells its kind: the whole name, where FLoM looks at each line.
 _FORMS = (
     ("simple", r"_RESOURCE|[A-Za-z][A-Za-z0-9]*"),
@@ -863,6 +871,13 @@ class Settings:
             if isinstance(setting.type, Path) and setting.key in self.values:
                 self.values[setting.key] = setting.type.write(self.values[setting.key])
 
+    def tell(self, program: "str"):
+        """Prints the warnings on stderr and, with -V, the settings on stdout."""
+        for warning in self.warnings:
+            put(f"{program}: warning: {warning}", sys.stderr)
+        if self["Verbose"]:
+            put("\n".join(self.lines()), sys.stdout)
+
     def lines(self):
         """The settings as -V prints them."""
         for setting in SETTINGS:
@@ -984,8 +999,9 @@ def show(text: "str"):
 # --name value, -o5, -o 5, bundles such as -xV.  A value may begin with a hyphen (-o -1).  `--`, or
 # the first word that is no option, ends the options.
 #
-# Not argparse: each flom would pay some milliseconds for it, and to keep it from abbreviating, from
-# refusing a value such as -1s and from reading on in the command takes what is private to it.
+# Not argparse: each flom would pay some milliseconds for it, and what it does unasked (it takes
+# abbreviations, refuses a value such as -1s, reads on in the command) is undone only by means that
+# are private to it.
 class Option:
     """An option: its names, the name of its value ("" for none), its help, and what it does.
 
@@ -1100,6 +1116,15 @@ def printing(make_text):
         show(make_text())
         raise SystemExit(0)
     return act
+
+
+def add_basics(parser: "Parser", group: "str", options, program: "str"):
+    """Gives a parser -c, which sets `config_file` of `options`, -h and -v."""
+    parser.add(group, ["-c", "--config-file"], "read after the other files",
+               keeping(options, "config_file", ANYTHING), "FILE")
+    parser.add(group, ["-h", "--help"], "show this and end", printing(parser.help))
+    parser.add(group, ["-v", "--version"], "show the version and end",
+               printing(lambda: f"{program} {VERSION}"))
 
 
 def add_settings(parser: "Parser", user: "str", given: "dict"):
@@ -5514,17 +5539,11 @@ def daemon_at(address: "tuple[str, int]", context, checks_ids: "bool" = False) -
     with asking:
         if context is not None:
             asking.do_handshake()
-        asking.sendall(_status_question())
+        asking.sendall(status_request("flomd.py"))
         presented = _read_session(asking)
         if checks_ids and not _is_named(asking, presented.get("peerid")):
             raise LookupError("its certificate is not that of its id")
     return presented.get("daemon")
-
-
-def _status_question():
-    session = element("session", ("peerid", machine_id()), ("client", f"flomd.py/{VERSION}"))
-    resource = element("resource", ("name", encode_name(STATUS_RESOURCE)))
-    return encode(LOCK, 8, session, resource)
 
 
 def _read_session(connection):
@@ -6423,13 +6442,9 @@ def make_parser(options: "types.SimpleNamespace") -> "Parser":
         attribute = name.replace("-", "_")
         parser.add(group, [f"--{name}"], help, keeping(options, attribute, type), type.hint)
 
-    parser.add(group, ["-h", "--help"], "show this and end", printing(parser.help))
-    parser.add(group, ["-v", "--version"], "show the version and end",
-               printing(lambda: f"flomd.py {VERSION}"))
+    add_basics(parser, group, options, "flomd.py")
     parser.add(group, ["-f", "--foreground"], "do not detach, log to stderr",
                switching(options, "foreground"))
-    parser.add(group, ["-c", "--config-file"], "read after the system's and the user's file",
-               keeping(options, "config_file", ANYTHING), "FILE")
     parser.add(group, ["--no-files"], "read no configuration file", switching(options, "no_files"))
     parser.add(group, ["--check-config"], "read the configuration, report every problem",
                switching(options, "check_config"))
@@ -6475,8 +6490,11 @@ def is_loopback(host) -> "bool":
     found = []
     with contextlib.suppress(OSError, UnicodeError):
         found = socket.getaddrinfo(host, None, 0, socket.SOCK_STREAM)
-    numbers = [ipaddress.ip_address(address[0].split("%")[0]) for *_, address in found]
-    return bool(numbers) and all(number.is_loopback for number in numbers)
+    for *_, address in found:
+        number, _, _ = str(address[0]).partition("%")
+        if not ipaddress.ip_address(number).is_loopback:
+            return False
+    return bool(found)
 
 
 # --- Main ---------------------------------------------------------------------------------------
@@ -6791,7 +6809,7 @@ def run(arguments):
             return check_configuration(options)
         settings = Settings(Lifespan=-1)
         fill_settings(settings, options)
-        show_settings(settings)
+        settings.tell("flomd")
         settings.fix_paths()
         check_rules(settings, DAEMON)
         check_announced(settings)
@@ -6799,14 +6817,6 @@ def run(arguments):
     except UsageError as error:
         put(f"flomd: {error}", sys.stderr)
         return 99
-
-
-def show_settings(settings):
-    """Tells of what is wrong in the files, and with -V of all settings."""
-    for warning in settings.warnings:
-        put(f"flomd: warning: {warning}", sys.stderr)
-    if settings["Verbose"]:
-        put("\n".join(settings.lines()), sys.stdout)
 
 
 def main():

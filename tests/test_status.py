@@ -601,7 +601,7 @@ def test_check_config(box):
 
 
 def test_check_config_of_the_daemon(box):
-    """The daemon's own rules: it may serve a socket and an address, but no group beside a socket."""
+    """Its own rules: it may serve a socket and an address, but no group beside a socket."""
     def check(*options):
         return box.flomd("--check-config", *options).end()
 
