@@ -2609,8 +2609,8 @@ class Race:
         """Steps to the result of the steps `ask(connection)` at the first winner that is of use.
 
         The result is None when nobody listens at one of the addresses, where a daemon may be
-        started.  Whatever is wrong with a winner before it has answered, the next is asked.  Raises
-        what `ask` raises; Gone when a daemon has ended, which may be another's moment to begin.
+        started.  Whatever is wrong with a winner before it has answered, the next is asked.  What
+        `ask` raises is raised; Gone when a daemon has ended, whose place another may take soon.
         """
         wrong = None
         while True:
