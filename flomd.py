@@ -819,6 +819,8 @@ class Settings:
             self.values[setting.key] = tuple(values)
         elif values:
             self.values[setting.key] = values[-1]
+        else:
+            return  # `wrong` has kept it
         self.origins[setting.key] = origin
 
     def take_options(self, given: "dict"):
@@ -996,8 +998,8 @@ def show(text: "str"):
 
 
 # Options.  A command line is read as getopt_long(3) reads it, less abbreviations: --name=value,
-# --name value, -o5, -o 5, bundles such as -xV.  A value may begin with a hyphen (-o -1).  `--`, or
-# the first word that is no option, ends the options.
+# --name value, -o5, -o 5, bundles such as -xV; a negative number is a value (-o -1).  `--`, or the
+# first word that is no option, ends the options.
 #
 # Not argparse: each flom would pay some milliseconds for it, and what it does unasked (it takes
 # abbreviations, refuses a value such as -1s, reads on in the command) is undone only by means that
@@ -1072,8 +1074,8 @@ class Parser:
         return self.options[name]
 
     def _next(self, name, words):
-        """The value of an option, which is the next word."""
-        if not words:
+        """The value of an option, which is the next word; what looks like an option is none."""
+        if not words or re.match("-[^0-9.]", words[0]):
             raise UsageError(f"{name}: its value is missing")
         return words.pop(0)
 
