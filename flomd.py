@@ -3607,7 +3607,10 @@ class Session:
             raise ProtocolError("TLS, where the daemon is configured without")
         *messages, self._unread = data.split(END)
         for message in messages:
-            elements = self._read(message + END)
+            if len(message) > SHORT:
+                elements = self._read_long(message + END)
+            else:
+                elements = read_known_message(message + END)
             head = elements["msg"]
             make_call = self._MESSAGES[self.state].get((head["verb"], head["step"]))
             if make_call is None:
@@ -3618,9 +3621,7 @@ class Session:
             raise ProtocolError(TOO_LONG)
 
     @staticmethod
-    def _read(message):
-        if len(message) <= SHORT:
-            return read_known_message(message)
+    def _read_long(message):
         if len(message) > LONGEST:
             raise ProtocolError(TOO_LONG)
         return read_message(message)
@@ -3706,30 +3707,32 @@ class Session:
     def answer(self, decision: "Decision") -> "bytes":
         """The bytes that tell the client of a decision, which it may be told."""
         verdict = decision.verdict
-        first = self.state in UNANSWERED and verdict != STOPPED  # that answers no question
+        step = 24
+        if self.state in UNANSWERED and verdict != STOPPED:  # which answers no question
+            step = 16
         self.state = self._AFTER[self.state].get(verdict, FREE)
         if verdict == OK and self.request is not None:
             self.holds = self.request.name
         elif verdict == EVICTED:
             self.holds = None
         if self.ours:
-            head = self.first_to_ours if first else self.later
-            answer = self._full_answer(decision)
-        else:
-            head = self.first if first else self.later
-            answer = self._ANSWERS.get(verdict)
-            if decision.element is not None:
-                answer = element("answer", ("rc", verdict), ("element", decision.element))
-        return f"{head}{answer}</msg>".encode("ascii")
+            return self._full_answer(step, decision)
+        if decision.element is None:
+            return self.short_answers[step, verdict]
+        told = element("answer", ("rc", verdict), ("element", decision.element))
+        return f"{self.heads[step]}{told}</msg>".encode("ascii")
 
-    @staticmethod
-    def _full_answer(decision):
+    def _full_answer(self, step, decision):
+        head = self.heads[step]
+        if step == 16:
+            head = self.first_to_ours
         reason = decision.reason
         if reason is not None:
             reason = plain(reason)
-        return element("answer", ("rc", decision.verdict), ("element", decision.element),
+        told = element("answer", ("rc", decision.verdict), ("element", decision.element),
                        ("token", decision.token), ("position", decision.position),
                        ("reason", reason))
+        return f"{head}{told}</msg>".encode("ascii")
 
     # The state after a verdict; FREE where none is named.
     _AFTER = {
@@ -3739,19 +3742,23 @@ class Session:
         HOLDING: {STOPPED: HOLDING},
         HOLDER_ASKS: {OK: HOLDING, BUSY: HOLDING, LIMIT: HOLDING},
     }
-    _ANSWERS = {verdict: f'<answer rc="{verdict}"/>'
-                for verdict in (OK, ENQUEUED, WAIT_RESOURCE, BUSY, CANT_WAIT, IMPOSSIBLE,
-                                INVALID_NAME)}
 
-    first = first_to_ours = ""  # the head of a first answer, see introduce()
-    later = encode(LOCK, 24)[:-len(END)].decode()
+    # See introduce().
+    heads: "Dict[int, str]" = {}  # of an answer, by its step
+    first_to_ours = ""  # the head of a first answer to a client of ours
+    short_answers: "Dict[tuple, bytes]" = {}  # (step, verdict): an answer without an element
 
     @classmethod
     def introduce(cls, peer_id: "str", daemon_id: "str") -> "None":
-        """Prepares the head of the first answers: the ids of this host and of this daemon."""
-        head = encode(LOCK, 16)[:-len(END)].decode()
-        cls.first = head + element("session", ("peerid", peer_id))
-        cls.first_to_ours = head + element("session", ("peerid", peer_id), ("daemon", daemon_id))
+        """Prepares the answers: `peer_id` is that of this host, `daemon_id` of this daemon."""
+        first, later = [encode(LOCK, step)[:-len(END)].decode() for step in (16, 24)]
+        cls.heads = {16: first + element("session", ("peerid", peer_id)), 24: later}
+        cls.first_to_ours = first + element("session", ("peerid", peer_id), ("daemon", daemon_id))
+        cls.short_answers = {}
+        for verdict in (OK, ENQUEUED, WAIT_RESOURCE, BUSY, CANT_WAIT, IMPOSSIBLE, INVALID_NAME):
+            for step, head in cls.heads.items():
+                text = f'{head}<answer rc="{verdict}"/></msg>'
+                cls.short_answers[step, verdict] = text.encode("ascii")
 
 
 # --- Reports ------------------------------------------------------------------------------------
@@ -4333,6 +4340,15 @@ def nothing():
     """For a Guard of what cannot be closed."""
 
 
+class Watched:
+    """What a loop watches: handler(events) is called under the guard."""
+    __slots__ = ("handler", "guard")
+
+    def __init__(self, handler: "Handler", guard: "Guard"):
+        self.handler = handler
+        self.guard = guard
+
+
 class Loop:
     """Sockets and dates.  `now` is the Moment of this turn."""
 
@@ -4342,7 +4358,8 @@ class Loop:
         self._log = log
         self._stopped = False
         self._selector = selectors.DefaultSelector()
-        self._watched: "Dict[int, Tuple[Handler, Act]]" = {}  # descriptor: handler, close
+        self._watched: "Dict[int, Watched]" = {}  # by the number of the descriptor
+        self._resting: "Dict[int, Watched]" = {}
         self._events: "Deque[tuple]" = collections.deque()  # that have come and wait for a turn
         self._dates: "Dict[Act, float]" = {}
         # (date, serial, act); an entry is stale when the act has another date now, or none
@@ -4372,23 +4389,29 @@ class Loop:
               close: "Act" = nothing) -> "None":
         """handler(events) is called when the descriptor (a number, or what has a fileno()) can be
         read; close() when the handler fails.  Raises OSError, and then watches nothing."""
-        watched = handler, close
-        key = self._selector.register(descriptor, EVENT_READ, watched)
-        self._watched[key.fd] = watched
+        number = number_of(descriptor)
+        watched = Watched(handler, self.guard(close))
+        self._selector.register(number, EVENT_READ, watched)
+        self._watched[number] = watched
 
     def watch_writing(self, descriptor: "Descriptor", wanted: "bool") -> "None":
-        """Its handler is called when it can be written, too, or not any more.  Raises OSError."""
+        """Its handler is called when it can be written, too, or not any more.  Raises OSError, and
+        then watches it no more."""
         events = EVENT_READ
         if wanted:
             events |= EVENT_WRITE
-        watched = self._watched.get(number_of(descriptor))
-        self._selector.modify(descriptor, events, watched)
+        number = number_of(descriptor)
+        watched = self._watched.pop(number)
+        self._selector.modify(number, events, watched)
+        self._watched[number] = watched
 
     def forget(self, descriptor: "Descriptor") -> "None":
         """To be called before the descriptor is closed."""
-        self._watched.pop(number_of(descriptor), None)
-        with contextlib.suppress(KeyError):  # it rests, or watching it has failed
-            self._selector.unregister(descriptor)
+        number = number_of(descriptor)
+        if self._watched.pop(number, None) is None:
+            self._resting.pop(number, None)
+        else:
+            self._selector.unregister(number)
 
     # Dates.
 
@@ -4442,25 +4465,27 @@ class Loop:
     def _handle(self, number, watched, events):
         if self._watched.get(number) is not watched:
             return  # an event before this one had it forgotten
-        handler, close = watched
-        guard = Guard(self._log, close)
-        with guard:
-            handler(events)
-        if guard.failed and self._watched.get(number) is watched:
+        with watched.guard:
+            watched.handler(events)
+        if watched.guard.failed and self._watched.get(number) is watched:
+            self._selector.unregister(number)
+            del self._watched[number]
             self._rest(number, watched)
 
     def _rest(self, number, watched):
-        with contextlib.suppress(KeyError):
-            self._selector.unregister(number)
+        self._resting[number] = watched
         self.after(PAUSE, functools.partial(self._resume, number, watched))
 
     def _resume(self, number, watched):
-        if self._watched.get(number) is not watched:
+        if self._resting.get(number) is not watched:
             return  # it was forgotten, and another may have this number
         try:
             self._selector.register(number, EVENT_READ, watched)
         except OSError:
             self._rest(number, watched)
+        else:
+            watched.guard.failed = False
+            self._watched[number] = self._resting.pop(number)
 
     def _catch_up(self, date):
         """Handles what has come by now, before what was due at the date is done."""
@@ -4507,7 +4532,6 @@ def number_of(descriptor: "Descriptor") -> "int":
 
 MOST_UNREAD = 256 * 1024  # bytes that may wait for a slow reader
 MOST_READ = 4096  # bytes, at once
-READS = 2  # of one connection in a turn
 PATIENCE = 10  # s
 PIECES, LARGEST = 300, 256 * 1024  # of a report in one turn of the loop, pieces and bytes
 LOCAL = "local"  # the peer on a UNIX socket
@@ -4599,12 +4623,12 @@ class Reporting:
 class Connection:
     """One client."""
     __slots__ = ("connections", "socket", "is_open", "peer", "session", "certified", "surplus",
-                 "closing", "output", "_pieces", "_is_reporting", "_is_writing")
+                 "closing", "output", "_pieces", "_is_reporting", "_is_writing", "_is_expected")
     would_block: "tuple" = WOULD_BLOCK
 
     def __init__(self, connections: "Connections", accepted: "socket.socket", peer: "str"):
         self.connections = connections
-        self.socket = accepted
+        self.socket: "Any" = accepted  # a socket, in TlsConnection one of ssl
         self.is_open = True
         self.peer = peer
         self.session = Session(self, peer, connections.users.name)
@@ -4615,6 +4639,7 @@ class Connection:
         self._pieces: "Iterator[str]" = iter(())  # of a report, that follow the output
         self._is_reporting = False
         self._is_writing = False  # the loop tells when it can be written
+        self._is_expected = False  # to say or to take something, within PATIENCE s
 
     # Reading.
 
@@ -4622,32 +4647,29 @@ class Connection:
         """What the loop has seen."""
         if events & EVENT_WRITE:
             self._go_on_writing()
-        if not events & EVENT_READ or not self.is_open:
+        if events & EVENT_READ and self.is_open:
+            self._read()
+            if self.session.state is FREE and self.is_open and not self.closing:
+                self._read()  # after an unlock the end is likely to be there
+
+    def _read(self):
+        """Reads once, and has done what the client wants."""
+        data = self._receive()
+        if not data or self.closing:
             return
-        loop, calls = self.connections.loop, self.connections.calls
+        calls = self.connections.calls
         try:
-            for data in self._received():
-                for call, detail in self.session.calls(data):
-                    loop.cancel(self._be_silent)
-                    calls[call](self, detail)
-                    if self.closing or not self.is_open:
-                        return
+            for call, detail in self.session.calls(data):
+                if self._is_expected:
+                    self._expect_nothing()
+                calls[call](self, detail)
+                if self.closing or not self.is_open:
+                    return
         except ProtocolError as error:
             self.close(str(error))
 
-    def _received(self):
-        """Yields the bytes that have come.  Most often they are one message, and nothing more is
-        there but after an unlock: the end."""
-        for _ in range(READS):
-            data = self._receive()
-            if not data:
-                return
-            yield data
-            if self.session.state is not FREE:
-                return
-
     def _receive(self):
-        """Some bytes that count, if there are any; the end of the connection is seen to."""
+        """Some bytes that have come; the end of the connection is seen to."""
         try:
             data = self.socket.recv(MOST_READ)
         except self.would_block:
@@ -4656,13 +4678,16 @@ class Connection:
             data = b""
         if not data:
             self.close()
-        if self.closing:
-            return b""
         return data
 
     def expect(self) -> "None":
         """The client must say its first message, read on, or close its side, within PATIENCE s."""
+        self._is_expected = True
         self.connections.loop.after(PATIENCE, self._be_silent)
+
+    def _expect_nothing(self):
+        self._is_expected = False
+        self.connections.loop.cancel(self._be_silent)
 
     def _be_silent(self):
         loop = self.connections.loop
@@ -4776,9 +4801,9 @@ class Connection:
         self.is_open = False
         if reason:
             self.connections.log.limited(f"{self.peer}: {reason}; connection closed")
-        loop = self.connections.loop
-        loop.forget(self.socket)
-        loop.cancel(self._be_silent)
+        if self._is_expected:
+            self._expect_nothing()
+        self.connections.loop.forget(self.socket)
         with contextlib.suppress(OSError):
             self.socket.close()
         self.connections.closed(self)
@@ -4835,15 +4860,11 @@ class TlsConnection(Connection):
         """What the loop has seen.  Each way of TLS may need the other one."""
         if self._is_shaking:
             self._shake_hands()
-        if not self._is_shaking:
-            super().handle(events | EVENT_READ)
-
-    def _received(self):
-        """Yields what has come, and what TLS has taken from the socket already: the loop would not
-        tell of that."""
-        yield from super()._received()
-        while self.is_open and self.socket.pending():
-            yield self._receive()
+        if self._is_shaking:
+            return
+        super().handle(events | EVENT_READ)
+        while self.is_open and self.socket.pending():  # of which the loop does not know
+            self._read()
 
     def _shake_hands(self):
         try:
@@ -5574,9 +5595,9 @@ def _is_named(connection, peer_id):
 # that can be told something: a Connection.  It knows no descriptor.
 #
 # The way of a request.  From the bytes to the answer it passes nine functions; each calls the next
-# one, but that calls() hands what it has read back to handle():
+# one, but that calls() hands what it has read back to _read():
 #
-#     Connection.handle    takes the bytes from the socket
+#     Connection._read     takes the bytes from the socket
 #     Session.calls        cuts them into messages
 #     read_message         reads one (by decode(), unless it is kept as read)
 #     Session._lock        makes a Request of it
@@ -5757,7 +5778,8 @@ class Server:
                 decisions = []  # who makes way for another daemon grants nothing any more
             self.deliver(decisions)
             self.released()
-        self._life.was_used()
+        if not self._connections.open:
+            self._life.was_used()
 
     def evict(self, session: "Session", reason: "str") -> "None":
         """Takes a lock away from its holder, or a waiter out of its queue."""
