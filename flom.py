@@ -2940,10 +2940,15 @@ class Claim:
         if self.diary.verbose or self._progress.wanted or self.settings["Timeout"] == 0:
             progress = 1
         return {
-            "client": f"flom.py/{VERSION}", "id": self.chain[0], "key": os.urandom(8).hex(),
-            "parent": ",".join(self.chain[1:]) or None, "pid": os.getpid(),
-            "user": plain(login(), 32), "host": plain(os.uname().nodename, 64),
-            "cmd": plain(self._command, 32), "progress": progress}
+            "client": f"flom.py/{VERSION}",
+            "id": self.chain[0],
+            "key": os.urandom(8).hex(),
+            "parent": ",".join(self.chain[1:]) or None,
+            "pid": os.getpid(),
+            "user": plain(login(), 32),
+            "host": plain(os.uname().nodename, 64),
+            "cmd": plain(self._command, 32),
+            "progress": progress}
 
     def _abandon(self):
         """Ends the request that an exception has cut short."""
@@ -3782,8 +3787,11 @@ def execute(argv, environment):
 def command_environment(claim: "Claim") -> "dict[str, str]":
     """The environment of the command: FLOM_* tell of this lock and of no outer one."""
     environment = found_environment()
-    ours = {"FLOM_RESOURCE": claim.name, "FLOM_MODE": claim.mode, "FLOM_ELEMENT": claim.element,
-            "FLOM_TOKEN": claim.token}
+    ours = {
+        "FLOM_RESOURCE": claim.name,
+        "FLOM_MODE": claim.mode,
+        "FLOM_ELEMENT": claim.element,
+        "FLOM_TOKEN": claim.token}
     for name, value in ours.items():
         environment.pop(name, None)
         if value is not None and claim.settings["SetEnv"]:
@@ -3803,7 +3811,8 @@ class Command:
         self.argv = list(argv)
         if claim.settings["ElementArgument"] and claim.element is not None:
             self.argv.append(claim.element)
-        self.claim, self.signals = claim, signals
+        self.claim = claim
+        self.signals = signals
         self.status: "Any" = None
         self.killed_by = 0
         self.failure = ""
@@ -3961,9 +3970,9 @@ class Command:
     def _is_awaited(self):
         """Whether the command has ended, but flom has to wait for what it left."""
         interrupted = self.killed_by or (self._loss and self._loss.terminated)
-        if not interrupted or not self._pipe:
+        if not interrupted:
             return False
-        return not self._pipe.is_at_its_end()
+        return self._pipe is not None and not self._pipe.is_at_its_end()
 
     def _is_over(self):
         """Whether nothing is left to wait for."""
@@ -4030,9 +4039,15 @@ def table_row(resource, state, entry, now):
     """One row of the table: texts in the order of COLUMNS."""
     how = [str(entry[key]) for key in ("mode", "quantity", "element") if key in entry]
     cells = (
-        entry.get("node") or resource.get("name", ""), resource.get("kind", ""), state,
-        entry.get("id", "")[:SHOWN_ID], entry.get("host") or entry.get("peer", ""),
-        str(entry.get("pid", "")), entry.get("user", ""), entry.get("cmd", ""), " ".join(how),
+        entry.get("node") or resource.get("name", ""),
+        resource.get("kind", ""),
+        state,
+        entry.get("id", "")[:SHOWN_ID],
+        entry.get("host") or entry.get("peer", ""),
+        str(entry.get("pid", "")),
+        entry.get("user", ""),
+        entry.get("cmd", ""),
+        " ".join(how),
         duration(entry, now))
     return tuple(map(visible, cells))
 
@@ -4265,8 +4280,13 @@ def run_command(options, settings):
 
 
 ACTIONS = {  # the exit status of each is what it returns, None for 0
-    "run": run_command, "status": show_status, "evict": evict, "check": check_configuration,
-    "signals": show_signals, "quiesce": stop_daemon, "immediate": stop_daemon,
+    "run": run_command,
+    "status": show_status,
+    "evict": evict,
+    "check": check_configuration,
+    "signals": show_signals,
+    "quiesce": stop_daemon,
+    "immediate": stop_daemon,
     "id": lambda options, settings: show(machine_id())}
 
 
