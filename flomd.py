@@ -1306,6 +1306,7 @@ FACILITY = 3 << 3  # syslog's number of daemons
 LONGEST_SYSLOG = 2000  # bytes
 LONGEST_LINE = 4096  # bytes that stderr takes at once: a pipe's atomic write
 LIMITED, INTERVAL = 10, 10  # lines that peers may cause in so many s
+LOG_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 class CannotServe(Exception):
@@ -1343,7 +1344,7 @@ class _Syslog:
     """The syslogd of this host, if there is one."""
 
     def __init__(self):
-        self.socket = None
+        self.socket: "Any" = None
 
     def open(self):
         """Connects to the first syslogd that listens; raises nothing where none does."""
@@ -1357,8 +1358,10 @@ class _Syslog:
 
     def put(self, level, text):
         """Sends one line; raises OSError when it is lost."""
-        line = f"<{FACILITY + LEVELS[level]}>flomd[{os.getpid()}]: {text}"
-        data = line.encode("utf-8", "replace")[:LONGEST_SYSLOG]
+        priority = FACILITY + LEVELS[level]
+        line = f"<{priority}>flomd[{os.getpid()}]: {text}"
+        data = line.encode("utf-8", "replace")
+        data = data[:LONGEST_SYSLOG]
         if self.socket is None or not self._sent(data):
             self.open()
             self.socket.send(data)
@@ -1379,11 +1382,11 @@ class _LogFile:
 
     def __init__(self, path, append):
         self.path, self.append = path, append
-        self.file = None
+        self.file: "Any" = None
 
     def open(self):
         """Opens the file, perhaps again; raises CannotServe, and keeps the one it had."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+        flags = LOG_FLAGS
         if not self.append:
             flags |= os.O_TRUNC
         before = self.file
@@ -3911,7 +3914,7 @@ class Counts:
     """What has happened since the daemon began."""
 
     def __init__(self):
-        self.verdicts = collections.Counter()
+        self.verdicts: "Dict[int, int]" = collections.Counter()
         self.lost = 0  # sessions that ended while they held a lock
         self.waits = [0] * (len(WAITS) + 1)  # grants by the time from the request: a histogram
         self.waited = 0.0  # s, the sum of these times
@@ -4014,9 +4017,10 @@ def _requests_tree(folder, requests):
 # One record of fixed length.  The mark alone changes while the daemon serves: it is set before the
 # first grant is told, and cleared when nobody has held a lock for QUIET s.
 #
-# The file is a lock, too.  Its flock keeps a second daemon from the same socket (see Listeners), or
-# from the state of the same address; a kill releases it.  A cleaner of /tmp may remove the file;
-# then it keeps nobody away, so the daemon looks every LOOK s, makes it anew and locks it.
+# The file is a lock, too.  Its flock keeps a second daemon from the same socket (see Listeners),
+# or from the state of the same address; the end of the process releases it.  A cleaner of /tmp may
+# remove the file; then it keeps nobody away, so the daemon looks every LOOK s, makes it anew and
+# locks it.
 #
 # A state that cannot be written costs no service: the log says so, and nothing is remembered.
 
@@ -4026,6 +4030,8 @@ QUIET = 1  # s without any holder before the mark is cleared
 HELD_FOR = 5  # s that a lock may be held by a daemon that does not answer any more
 AGAIN = 0.02  # s until a lock that is held is tried once more
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
+STATE_FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+PRIVATE, SHARED = 0o600, 0o666  # permissions
 
 _record = re.compile(rb"""
     flomd\ (\d{10})   # epoch
@@ -4044,7 +4050,7 @@ class State:
                  durable: "bool" = False):
         self.log, self.path = log, path or os.devnull
         self.durable = durable
-        self.mode = 0o666 if shared else 0o600
+        self.mode = SHARED if shared else PRIVATE
         self.epoch = self.pid = 0  # of the predecessor, until begin()
         self.boot = ""
         self.marked = False  # as the file says, or should say
@@ -4063,20 +4069,19 @@ class State:
         return number
 
     def _open_or_create(self):
-        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
         try:  # kernels refuse O_CREAT for the files of others in a sticky directory
-            return os.open(self.path, flags)
+            return os.open(self.path, STATE_FLAGS)
         except FileNotFoundError:
             with creating(self.mode):
-                return os.open(self.path, flags | os.O_CREAT, self.mode)
+                return os.open(self.path, STATE_FLAGS | os.O_CREAT, self.mode)
 
     def _is_usable(self, found):
         """Whether it is a file that nobody else can have put in the way."""
         if self.path == os.devnull:
             return True
-        shared = self.mode == 0o666
-        mine = shared or found.st_uid == os.getuid()
-        return mine and stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+        if self.mode == PRIVATE and found.st_uid != os.getuid():
+            return False
+        return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
 
     def lock(self, wait: "bool" = False) -> "bool":
         """Takes the flock of the file; returns whether it could be had.  Raises OSError where
@@ -4127,7 +4132,12 @@ class State:
         time.sleep(1 - time.time() % 1)
 
     def _write_record(self):
-        record = RECORD.format(epoch=self.epoch, boot=self.boot, held=self.marked, pid=os.getpid())
+        record = RECORD.format(
+            epoch=self.epoch,
+            boot=self.boot,
+            held=self.marked,
+            pid=os.getpid(),
+        )
         written = self._write(record.encode(), 0)
         self.kept = written and self.path != os.devnull
         return written
@@ -5033,10 +5043,10 @@ class Users:
 # The sockets on which clients arrive.
 #
 # The problem: of ten daemons started at once one must serve, and a daemon that was killed leaves
-# its UNIX socket behind.  So a UNIX socket is guarded by an flock on SOCKET.lock (see State), taken
-# before anything else and kept until the process ends: nine find it taken, and whatever the path
-# holds then is a leftover, or the socket of a daemon that does not know the lock (FLoM's).  A TCP
-# address is guarded by its bind, a socket that an init system hands over by that.
+# its UNIX socket behind.  So a UNIX socket is guarded by an flock on SOCKET.lock (see State),
+# taken before anything else and kept until the process ends: nine find it taken.  Whatever is at
+# the path then is a leftover, or the socket of a daemon that does not know the lock (FLoM's).  A
+# TCP address is guarded by its bind; a socket that an init system gives, by the init system.
 #
 # A listener is a way to the daemon.  All ways have a label, look() and close().
 
@@ -5229,12 +5239,16 @@ def _given_socket(number):
     with serving(failure):
         given = socket.socket(fileno=number)
     with serving(failure, given):  # Python 3.6 takes every socket for one of AF_INET
-        family = given.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)
-        kind = given.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+        family = _option(given, socket.SO_DOMAIN)
+        kind = _option(given, socket.SO_TYPE)
     if family not in FAMILIES or kind != socket.SOCK_STREAM:
         given.close()
         raise CannotServe(f"{failure}: it is no UNIX or TCP stream socket")
     return socket.socket(family, kind, fileno=given.detach())
+
+
+def _option(given, name):
+    return given.getsockopt(socket.SOL_SOCKET, name)
 
 
 # --- Discovery and election ---------------------------------------------------------------------
@@ -5270,7 +5284,8 @@ QUESTION, ANSWER = 8, 16  # steps of the protocol
 LONGEST_QUESTION = 2048  # bytes of a datagram
 LONGEST_START = 8192  # bytes of a report until it has said whose it is
 WILDCARDS = ("0.0.0.0", "::")  # addresses that are none of a host
-MULTICAST = {  # level; names there: of all groups (Linux; Python has none), join; its form
+# By family: level; names there: of all groups (Linux; Python has none), join; its form.
+MULTICAST: "Dict[int, Tuple[int, int, int, str]]" = {
     socket.AF_INET: (socket.IPPROTO_IP, 49, socket.IP_ADD_MEMBERSHIP, "@4xi"),
     socket.AF_INET6: (socket.IPPROTO_IPV6, 29, socket.IPV6_JOIN_GROUP, "@I")}
 
@@ -5304,23 +5319,26 @@ class Group:
 
     def _resolve(self):
         """Finds the group's family and address, and the number of the interface (0: any)."""
-        interface = self.settings["NetworkInterface"]
-        self._interface = socket.if_nametoindex(interface) if interface else 0
-        found = socket.getaddrinfo(self.settings["MulticastAddress"], self.port, 0,
-                                   socket.SOCK_DGRAM)
-        self.family, _, _, _, self.address = found[0]
-        if self.family == socket.AF_INET6:
-            host, port, flow, scope = self.address
+        host, interface = self.settings["MulticastAddress"], self.settings["NetworkInterface"]
+        self._interface = 0
+        if interface:
+            self._interface = socket.if_nametoindex(interface)
+        found: "Any" = socket.getaddrinfo(host, self.port, 0, socket.SOCK_DGRAM)
+        family, _, _, _, address = found[0]
+        if family == socket.AF_INET6:
+            host, port, flow, scope = address
             self._interface = self._interface or scope
-            self.address = host, port, flow, self._interface
+            address = host, port, flow, self._interface
+        self.family, self.address = family, address
 
     def _bind(self):
         level, of_all, _, _ = MULTICAST[self.family]
-        self.listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        set_option = self.listening.setsockopt
+        set_option(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with contextlib.suppress(OSError):  # or it hears every group on this port
-            self.listening.setsockopt(level, of_all, 0)
+            set_option(level, of_all, 0)
         if self.family == socket.AF_INET6:
-            self.listening.setsockopt(level, socket.IPV6_V6ONLY, 1)
+            set_option(level, socket.IPV6_V6ONLY, 1)
         self.listening.bind(("", self.port))
 
     def _join(self):
@@ -5461,8 +5479,8 @@ class Member:
         self._loop, self._log = loop, log
         self._group = group
         self._drain = drain
-        self._network = element("network", ("address", _announced_host(address)),
-                                ("port", address[1]))
+        host, port = _announced(address)
+        self._network = element("network", ("address", host), ("port", port))
         self._probe: "Child | None" = None  # which looks for another daemon
         self._pauses = iter(SOON)
         self.label = group.label
@@ -5488,8 +5506,8 @@ class Member:
             if "port" not in answer.network:
                 continue
             host, port = _address_in(answer)
-            self._log.limited(f"another daemon answers for the group: {host!r} port {port}",
-                              "error")
+            line = f"another daemon answers for the group: {host!r} port {port}"
+            self._log.limited(line, "error")
             if answer.pair is None or answer.pair < self._group.pair:
                 self._verify(answer)
 
@@ -5511,20 +5529,22 @@ class Member:
 
     def close(self) -> "None":
         """Leaves the group: no more answers, no more questions."""
-        self._loop.cancel(self._ask_again)
-        self._loop.forget(self._group.listening)
-        self._loop.forget(self._group.asking)
-        self._group.leave()
+        loop, group = self._loop, self._group
+        loop.cancel(self._ask_again)
+        loop.forget(group.listening)
+        loop.forget(group.asking)
+        group.leave()
         if self._probe is not None:
             self._probe.end()
 
 
-def _announced_host(address):
-    """The host that answers name; "" where those who ask take the one that the answer is from."""
-    host = address[0].split("%")[0]
+def _announced(address):
+    """(host, port) that answers name; host is "" where whoever asks takes the answer's sender."""
+    host, port = address[:2]
+    host, _, _ = host.partition("%")
     if host in WILDCARDS:
-        return ""
-    return host
+        host = ""
+    return host, port
 
 
 def _address_in(answer):
@@ -6134,14 +6154,14 @@ class Signals:
 
 
 # --- Publishing ---------------------------------------------------------------------------------
-# What others may watch: the tree of -m and the figures of --metrics, see Reports.  Here they become
-# files, the outputs of the Publisher.
+# What others may watch: the tree of -m and the figures of --metrics, see Reports.  Here they
+# become files, the outputs of the Publisher.
 #
-# The problem: a disk may be slow and the table large, while the loop waits for no disk.  So a child
-# writes, which sees the table as it was at that moment.  There is one child at a time: what is to
-# be written meanwhile is written by the next one, when it has ended, and none is left when the
-# daemon ends.  Whoever reads sees a whole version: a file is renamed over the last one, a tree is
-# built beside the last one and `status`, a link, is moved over.
+# The problem: a disk may be slow and the table large, while the loop waits for no disk.  So a
+# child writes, which sees the table as it was at that moment.  There is one child at a time: what
+# is to be written meanwhile is written by the next one, when it has ended, and none is left when
+# the daemon ends.  Whoever reads sees a whole version: a new file is renamed to the name of the
+# last one; a new tree is built beside the last one, and then the link `status` leads to it.
 
 TREE_PAUSE, METRICS_PAUSE = 1, 15  # s between two versions
 
@@ -6157,22 +6177,24 @@ class Tree:
 
     def try_out(self) -> "None":
         """Raises CannotServe where no tree can be published."""
+        status = self._status
         trial = self._below(f".trial-{os.getpid()}")
         with serving(f"cannot publish the state below {self.path}"):
             os.mkdir(trial)
             os.rmdir(trial)
-            if os.path.lexists(self._status) and not os.path.islink(self._status):
-                raise FileExistsError(errno.EEXIST, f"{self._status} is not a daemon's")
+            if os.path.lexists(status) and not os.path.islink(status):
+                raise FileExistsError(errno.EEXIST, f"{status} is not a daemon's")
 
     def write(self, number: "int") -> "None":
         """Writes the tree of this number; in a child.  Raises OSError."""
         daemon = os.getppid()
         name = f".status-{daemon}-{number}"
-        link = self._below(f"{name}-link")
+        top = self._below(name)
+        link = f"{top}-link"
         self._remove_but(self._shown())  # what a daemon left that was killed
         try:
-            os.mkdir(self._below(name))
-            self._write_files(self._below(name))
+            os.mkdir(top)
+            self._write_files(top)
             if os.getppid() == daemon:  # it was not killed meanwhile
                 os.symlink(name, link)
                 os.replace(link, self._status)
@@ -6245,10 +6267,11 @@ class MetricsFile:
 
     def write(self, _: "int") -> "None":
         """Writes the file; in a child.  Raises OSError."""
-        with open(self._new, "w") as file:
-            file.write("".join(self.figures()))
-        os.chmod(self._new, 0o644)
-        os.replace(self._new, self.path)
+        new = self._new
+        with open(new, "w") as file:
+            file.writelines(self.figures())
+        os.chmod(new, 0o644)
+        os.replace(new, self.path)
 
     def remove(self) -> "None":
         """Removes what was published, as far as it can be removed."""
@@ -6718,7 +6741,7 @@ def make_outputs(settings, options, daemon, counts):
 
     def figures():
         return metrics(table, counts, len(daemon.connections), daemon.state.epoch)
-    outputs = []
+    outputs: "List[Any]" = []
     if settings["MountPointVFS"]:
         outputs.append(Tree(settings["MountPointVFS"], table))
     if options.metrics:
@@ -6774,13 +6797,13 @@ def prepare(settings, options, log):
 
 def make_log(settings, options):
     """The log that the options ask for; FLoM's trace file is one, too, with every line."""
-    target, level, append = options.log, options.log_level, True
-    if target is None and settings["DaemonTraceFile"]:
-        target, level = settings["DaemonTraceFile"], "debug"
-        append = settings["AppendTraceFile"]
-    elif target is None:
-        target = "stderr" if options.foreground else "syslog"
-    return Log(target, level, append)
+    if options.log is not None:
+        return Log(options.log, options.log_level)
+    if settings["DaemonTraceFile"]:
+        return Log(settings["DaemonTraceFile"], "debug", settings["AppendTraceFile"])
+    if options.foreground:
+        return Log("stderr", options.log_level)
+    return Log("syslog", options.log_level)
 
 
 def serve(settings, options):
