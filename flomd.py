@@ -1289,7 +1289,7 @@ def secured(connection: "socket.socket", context, **options: "object"):
 
 # --- Errors and log -----------------------------------------------------------------------------
 # How the daemon says that something is wrong.  Two exceptions end its start: CannotServe and
-# SteppedBack.  Everything later is a line in the log, which goes to syslog, to a file or to stderr.
+# SteppedBack.  Everything later is a line in the log: in syslog, in a file or on stderr.
 #
 # The problem: whoever reads the log may be slow or gone, and the clients would wait with the
 # daemon.  So no line is waited for.  Syslog gets datagrams, stderr is written when it can take a
@@ -6292,6 +6292,9 @@ class Publisher:
         self._written = 0  # versions of all outputs so far
         self._late: "List[Any]" = []  # outputs to be written when it has ended
         self._acts = {output: functools.partial(self._publish, output) for output in outputs}
+
+    def begin(self) -> "None":
+        """Publishes the first versions."""
         for publish in self._acts.values():
             publish()
 
@@ -6700,8 +6703,13 @@ def open_listeners(daemon, group, guard):
     """The daemon listens: on what it was given, else on its socket and its addresses."""
     for given in inherited_sockets():
         _listen(daemon, given)
-    if daemon.ways:
-        return
+    if not daemon.ways:
+        _open_own_listeners(daemon, group, guard)
+    if group is not None:
+        announced_address(daemon.ways)  # there must be one
+
+
+def _open_own_listeners(daemon, group, guard):
     settings = daemon.settings
     host, port = settings["UnicastAddress"], settings["UnicastPort"]
     if group is not None and not host:
@@ -6735,9 +6743,10 @@ def announced_address(ways):
     raise CannotServe("a group needs a TCP socket, and LISTEN_FDS has none")
 
 
-def make_outputs(settings, options, daemon, counts):
-    """What is to be published, a list."""
-    table = daemon.table
+def make_publisher(settings, options, daemon):
+    """The Publisher, who has tried where to publish; None when nothing is to be published.  Raises
+    CannotServe."""
+    table, counts = daemon.table, Counts()
 
     def figures():
         return metrics(table, counts, len(daemon.connections), daemon.state.epoch)
@@ -6746,7 +6755,11 @@ def make_outputs(settings, options, daemon, counts):
         outputs.append(Tree(settings["MountPointVFS"], table))
     if options.metrics:
         outputs.append(MetricsFile(options.metrics, figures))
-    return outputs
+    if not outputs:
+        return None
+    for output in outputs:
+        output.try_out()
+    return Publisher(daemon.loop, daemon.log, table, counts, outputs)
 
 
 def write_pid(path):
@@ -6758,41 +6771,58 @@ def write_pid(path):
 
 def prepare(settings, options, log):
     """A daemon that listens and is found; raises CannotServe or SteppedBack."""
-    if not settings["SocketName"] and "," in (settings["UnicastAddress"] or ""):
-        raise CannotServe("a daemon has one address")
+    check_one_address(settings)
     pair = (int(time.time() * 1000), os.urandom(8).hex())
-    with contextlib.ExitStack() as undo:  # for the case that a later step fails
-        group = None
-        if settings["MulticastAddress"]:
-            group = Group(settings, pair)
-            undo.callback(group.leave)
-            elect(group)
+    with contextlib.ExitStack() as undo:  # what is open is closed when a later step fails
+        group = join_group(settings, pair, undo)
         guard, state = open_states(settings, options, log, group)
         rebooted = state.begin()
         table = make_table(settings, options, state, rebooted)
         Session.introduce(machine_id(), pair[1])
         daemon = Daemon(settings, options, log, pair, state, table)
-        daemon.signals = Signals(daemon)  # before it listens: TERM then removes the socket
         undo.callback(daemon.hide)
-        counts = Counts()
-        outputs = make_outputs(settings, options, daemon, counts)
-        for output in outputs:
-            output.try_out()
+        Signals(daemon)  # before it listens: TERM then removes the socket
+        publisher = make_publisher(settings, options, daemon)
         open_listeners(daemon, group, guard)
-        address = announced_address(daemon.ways) if group else None
         if options.pid_file:
             write_pid(options.pid_file)
         if not state.kept:
             state.wait_for_epoch()
             table.begin_with(state.epoch)
-        daemon.server.released()
-        daemon.watch([*{guard: None, state: None}, *daemon.ways])
-        if group is not None:
-            daemon.ways.append(Member(daemon.loop, log, group, address, daemon.drain))
-        if outputs:
-            daemon.server.publisher = Publisher(daemon.loop, log, table, counts, outputs)
+        begin(daemon, group, guard, publisher)
         undo.pop_all()
     return daemon
+
+
+def check_one_address(settings):
+    """Raises CannotServe for a list of addresses, which clients alone may have."""
+    if not settings["SocketName"] and "," in (settings["UnicastAddress"] or ""):
+        raise CannotServe("a daemon has one address")
+
+
+def join_group(settings, pair, undo):
+    """The Group, in which this daemon is elected; None without one."""
+    if not settings["MulticastAddress"]:
+        return None
+    group = Group(settings, pair)
+    undo.callback(group.leave)
+    elect(group)
+    return group
+
+
+def begin(daemon, group, guard, publisher):
+    """From now on the daemon is found, looks after its paths and publishes its state."""
+    daemon.server.released()
+    parts = [daemon.state, *daemon.ways]
+    if guard is not None and guard is not daemon.state:
+        parts.append(guard)
+    daemon.watch(parts)
+    if group is not None:
+        address = announced_address(daemon.ways)
+        daemon.ways.append(Member(daemon.loop, daemon.log, group, address, daemon.drain))
+    if publisher is not None:
+        publisher.begin()
+        daemon.server.publisher = publisher
 
 
 def make_log(settings, options):
@@ -6827,13 +6857,18 @@ def serve(settings, options):
     try:
         daemon.run()
     finally:
-        notify("STOPPING=1")
-        daemon.close()
-        if options.pid_file:
-            with contextlib.suppress(OSError):
-                os.unlink(options.pid_file)
+        end(daemon, options)
     log.info("ended")
     os._exit(0)  # Python would close the connections first, and then take its time
+
+
+def end(daemon, options):
+    """Removes what the daemon has put into the file system."""
+    notify("STOPPING=1")
+    daemon.close()
+    if options.pid_file:
+        with contextlib.suppress(OSError):
+            os.unlink(options.pid_file)
 
 
 def check_configuration(options):
