@@ -13,6 +13,23 @@ Without -f the command returns when the daemon listens.
 Exit status: 0, 1 when it cannot serve, 3 when another daemon serves the group, 99 for a wrong
 option or configuration file.
 """
+# Words, in this sense alone:
+#
+#   session    one client's connection, as far as the protocol goes
+#   request    what a session asks for; it is granted, queued, parked, deferred or refused
+#   resource   what is locked, by its name; a tree of nodes has the name of its first level
+#   holder     a request that was granted and not released yet
+#   waiter     a request in the queue of its resource
+#   ahead      a waiter is ahead of those that came later and are incompatible with it
+#   parked     waits for somebody to create the resource
+#   deferred   does not want to wait, but cannot be answered before the recovery window ends
+#   lane       the waiters of a resource that are alike: one mode and, in a tree, one node
+#   element    what a grant carries: the word of a set, the value of a sequence, a time
+#   token      the number of a grant; greater for each later one, whoever serves
+#   nested     asked for under a lock, by its command; the holder of that lock is an ancestor
+#   reclaim    a session that lost its daemon, or its connection, asks for the lock that it has
+#   decision   what the lock table has to tell a session
+#   window     the recovery window: after a crash reclaims alone are granted for a while
 import sys
 
 if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
@@ -1501,12 +1518,12 @@ class Log:
 # (s since 1970), local() (µs of local time) and format(text) (strftime of that moment), and what
 # follows comes back as decisions.
 #
-# The problem.  Under `first-fit`, FLoM's rule, a waiter is granted as soon as it is compatible with
-# the holders.  Then a writer waits for ever while readers come and go, and so does a request for
-# many units of a pool.  Under `fair` a request must be compatible with every waiter ahead of it as
-# well: a later request passes a waiter only if both could be held at the same time, so it never
-# makes the waiter wait longer.  To look at all waiters at each release would take too long when
-# there are thousands.
+# The problem.  Under `first-fit`, FLoM's rule, a waiter is granted as soon as it is compatible
+# with the holders.  Then a writer waits for ever while readers come and go, and so does a request
+# for many units of a pool.  Under `fair` a request must be compatible with every waiter ahead of
+# it as well: a later request passes a waiter only if both could be held at the same time, so it
+# never makes the waiter wait longer.  To look at all waiters at each release would take too long
+# when there are thousands.
 #
 # The solution.  The waiters of a resource stand in lanes: all requests of a lane are alike (the
 # same mode; in a tree the same node, too), so if the first of a lane cannot be granted none of it
@@ -1629,7 +1646,7 @@ class Resource:
         self.holders = {}  # session: Request
         self.lanes = collections.defaultdict(collections.OrderedDict)  # lane: waiters by session
         self.waiting = 0  # the number of waiters
-        self.nested = collections.defaultdict(dict)  # (lane, quantity): those with living ancestors
+        self.nested = collections.defaultdict(dict)  # (lane, quantity): those with ancestors
         self.lifespan = LEAST_LIFESPAN  # ms
         self.idle_since = None  # s, monotonic; None while somebody holds or waits
         self.dates = []  # at which the table will look at it, the next one last
@@ -1920,8 +1937,9 @@ class Hierarchical(Resource):
         return (lane for lane in self.queued.near(request.name) if lane[1] in conflicts)
 
     def first_ahead(self, request):
-        """As for every kind, its own lane first.  There may be many other lanes, so what one search
-        in them finds serves the whole lane: those who come later are behind all that wait now."""
+        """As for every kind, its own lane first.  There may be many other lanes, so what one
+        search in them finds serves the whole lane: those who come later are behind all that wait
+        now."""
         if self.first_fit:
             return None
         lane = request.lane
@@ -2277,8 +2295,8 @@ class Nesting:
     def lineage(self, parents):
         """The ids of all locks above a request, nearest first, from those that its client names.
 
-        It names eight at most, and only the nearest beside a long name of a resource; what is above
-        those the holders themselves have told.
+        It names eight at most, and only the nearest beside a long name of a resource; what is
+        above those the holders themselves have told.
         """
         found = list(parents)
         known = set(parents)
@@ -2363,9 +2381,12 @@ def waits_directly(waiter, holders):
     return False
 
 
-def is_waited_for(holder):
-    """Whether the holder may be in the way of a waiter."""
+def is_waited_for(holder, newcomer=None):
+    """Whether the holder may be in the way of a waiter, or of a newcomer."""
     resource = holder.resource
+    if newcomer is not None and newcomer.resource is resource:
+        if resource.clash(newcomer, holder):
+            return True
     if not resource.lanes or not resource.has_modes:
         return bool(resource.lanes)
     conflicts = CONFLICTS[holder.lane[1]]
@@ -2403,8 +2424,8 @@ def families(nodes):
 
 
 def rivals_of(lanes):
-    """For each of the `lanes` of a resource, {lane: set of the points in it}, the set of the points
-    that are incompatible with it."""
+    """For each of the `lanes` of a resource, {lane: set of the points in it}, the set of the
+    points that are incompatible with it."""
     nodes = collections.defaultdict(int)
     modes = collections.defaultdict(int)
     for lane, points in lanes.items():
@@ -2441,7 +2462,8 @@ class Room:
 
 class Waits:
     """Who waits for whom among those who hold or await the resources, and a newcomer, a request
-    that is as good as queued.  Points are numbers, sets of them are numbers with a bit for each."""
+    that is as good as queued.  Points are numbers; a set of points is a number with a bit for
+    each."""
 
     def __init__(self, nesting, resources, newcomer=None):
         self.newcomer = newcomer
@@ -2590,9 +2612,9 @@ class Waits:
 
 
 class Ways:
-    """Which nested waiters pass those ahead of them, at the time of a search and after some of them
-    have been granted since.  Then the ways that led over those are closed; what leads over none of
-    all that pass stays true."""
+    """Which nested waiters pass those ahead of them, at the time of a search and after some of
+    them have been granted since.  Then the ways that led over those are closed; what leads over
+    none of all that pass stays true."""
 
     def __init__(self, nesting, resources, newcomer=None):
         self._waits = waits = Waits(nesting, resources, newcomer)
@@ -2615,8 +2637,8 @@ class Ways:
         return self._waits.above[point] in self._leading
 
     def still_passes(self, waiter):
-        """Whether the waiter, which passed, passes as well when others that pass were granted; when
-        it does not, that may have other reasons."""
+        """Whether the waiter, which passed, passes as well when others that pass were granted;
+        when it does not, that may have other reasons."""
         waits = self._waits
         point = waits.points[waiter]
         goals = waits.above[point]
@@ -2751,24 +2773,24 @@ def all_hopeless(nesting, most):
 
 # --- Lock table ---------------------------------------------------------------------------------
 # All resources and all requests.  Pure, as the sections above: requests, releases, disconnects and
-# dates in, lists of decisions out.  A session has at most one request, which is kept from its first
-# answer until it was refused, released or is gone.
+# dates in, lists of decisions out.  A session has at most one request, which is kept from its
+# first answer until it was refused, released or is gone.
 #
-# Who does what: Calendar says when something is due.  Catalogue keeps the resources, Books who holds
-# and who waits; each change of these is one method there, and nothing else changes them.  Passing
-# answers the questions about nested requests.  Queues grants what can be granted after a change,
-# and ends resources that have been idle for long enough.  Recovery gives locks back to those who
-# lost their daemon or their connection.  LockTable takes requests to their places and is all that
-# other sections know.
+# Who does what: Calendar says when something is due.  Catalogue keeps the resources, Books who
+# holds and who waits; each change of these is one method there, and nothing else changes them.
+# Passing answers the questions about nested requests.  Queues grants what can be granted after a
+# change, and ends resources that have been idle for long enough.  Recovery gives locks back to
+# those who lost their daemon or their connection.  LockTable takes requests to their places and is
+# all that other sections know.
 #
 # The recovery window.  A daemon that follows one that ended under its holders grants reclaims
-# alone for a while.  Others queue; one that would not wait is deferred, since neither "granted" nor
-# "busy" would be true yet.
+# alone for a while.  Others queue; one that would not wait is deferred, since neither "granted"
+# nor "busy" would be true yet.
 #
-# No call may keep the other clients waiting.  Whatever a call does is a few steps for each session,
-# but for the searches in the graph of nested requests (see Nesting), each of which looks at all
-# of them.  So a call begins few of them; when more are wanted, what is left to be done gets a date
-# that has all but come, and until then nobody is granted or refused too much.
+# No call may keep the other clients waiting.  Whatever a call does is a few steps for each
+# session, but for the searches in the graph of nested requests (see Nesting), each of which looks
+# at all of them.  So a call begins few of them; when more are wanted, what is left to be done gets
+# a date that has all but come, and until then nobody is granted or refused too much.
 #
 # Not here on purpose: what a session is, how it is told, and what time it is.
 
@@ -3068,8 +3090,7 @@ class Passing:
         ancestors = nesting.ancestors(request)
         if not ancestors or request.patient or self.books.window_until is not None:
             return None
-        if not any(ancestor.resource is request.resource or is_waited_for(ancestor)
-                   for ancestor in ancestors):
+        if not any(is_waited_for(ancestor, request) for ancestor in ancestors):
             return None
         around = nesting.around([request.resource])
         if not any(ancestor.resource in around for ancestor in ancestors):
