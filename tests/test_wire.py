@@ -6,6 +6,7 @@ import socket
 
 import flom
 import pytest
+from commands import driven
 from fakes import (COMPATIBLE, DISCOVER, END, LOCK, MANAGEMENT, MODES, PEER, PING, UNLOCK,
                    FlomClient, FlomDaemon, Scripted, b64, message, parse, read_message)
 from world import DATA, can_connect, endpoint, free_port, wait_until
@@ -661,8 +662,9 @@ BROKEN = {"garbage": b"hello" + END, "no end": b"<msg" * 300, "an unlock": UNLOC
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_no_lock_daemon_is_an_error(box, name):
     with serving(box, BROKEN[name], after="close"):
-        done = box.run("-r", "R1", "-o", "300", "--", "echo", "wrong", seconds=25)
-    assert (done.status, done.out) == (99, "") and done.err.startswith("flom: ")
+        done = driven(box, "flom.PATIENCE = 1", "-r", "R1", "-o", "300", "--", "echo", "x").end()
+    assert (done.status, done.out) == (99, "")
+    assert done.err.startswith("flom: ")
 
 
 def test_connections_that_are_refused_do_not_count_as_daemons():
