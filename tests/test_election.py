@@ -10,7 +10,7 @@ from world import COUNT, PYTHON, ROOT, SOAK, chance, wait_until
 
 GROUP = ("-A", "239.255.0.1")
 GROUPS = (GROUP, ("-A", "ff02::1", "-n", "eth0"), ("-A", "ff05::28", "-n", "eth0"))
-SIZE = 20 if SOAK else 4
+SIZE = COUNT.candidates
 TURN = 'echo "$0" start >>"$1"; sleep 0.05; echo "$0" end >>"$1"'  # long enough to be seen
 
 

@@ -22,8 +22,7 @@ from world import (COUNT, DATA, PYTHON, ROOT, SOAK, chance, endpoint, free_port,
                    wait_until)
 
 ATTACK = os.path.join(ROOT, "tests", "attack.py")
-MANY = 500 if SOAK else 100
-HOLDERS = 1000 if SOAK else 100
+MANY, HOLDERS = COUNT.connections, COUNT.holders
 MESSAGES = min(COUNT.messages, 100000)
 NORMAL_END = 'shutdown immediate="0"'  # an order that the daemon obeys
 

@@ -9,12 +9,12 @@ import signal
 import subprocess
 
 from siege import KINDS
-from world import PYTHON, ROOT, SOAK, chance, wait_until
+from world import COUNT, PYTHON, ROOT, SOAK, chance, wait_until
 
 SIEGE = os.path.join(ROOT, "tests", "siege.py")
 GROUP = "239.255.0.1"
-SECONDS = 60 if SOAK else 10
-WARM_UP, HOSTILE = 1000, 100000 if SOAK else 2000  # connections
+SECONDS = COUNT.siege
+WARM_UP, HOSTILE = 1000, COUNT.hostile  # connections
 LEFT = 100 * 1024  # bytes: modules that are loaded late
 TURN, REPORTING = 50, 100  # ms of processor time that a turn may take, and one that sends a report
 PARTIES = [  # who besieges in one process

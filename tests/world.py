@@ -49,9 +49,14 @@ def compiled(*scripts):
     return [os.path.join(folder, os.path.basename(script)) for script in scripts]
 
 # How often the tests do what they repeat.
-Count = collections.namedtuple("Count", "rounds kills heals messages")
+Count = collections.namedtuple(
+    "Count", "rounds kills heals messages candidates connections holders siege hostile")
 SOAK = os.environ.get("FLOM_SOAK") == "1"
-COUNT = Count(20, 200, 20, 500000) if SOAK else Count(3, 8, 2, 5000)
+COUNT = Count(rounds=3, kills=8, heals=2, messages=5000, candidates=4, connections=100,
+              holders=100, siege=10, hostile=2000)  # siege: s
+if SOAK:
+    COUNT = Count(rounds=20, kills=200, heals=20, messages=500000, candidates=20, connections=500,
+                  holders=1000, siege=60, hostile=100000)
 
 # What tests do by chance they do by chance(), drawn anew in each run.
 SEED = os.environ["FLOM_SEED"]
