@@ -30,6 +30,10 @@ option or configuration file.
 #   reclaim    a session that lost its daemon, or its connection, asks for the lock that it has
 #   decision   what the lock table has to tell a session
 #   window     the recovery window: after a crash reclaims alone are granted for a while
+#   epoch      the upper half of the tokens; it grows from one daemon to the next
+#   way        how clients find the daemon: a listener, or its membership of a multicast group
+#   pair       (start time, id) of a daemon, by which the candidates for a group are ordered
+#   drain      to leave the clients to another daemon, and to end with the last holder
 import sys
 
 if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
@@ -5494,12 +5498,12 @@ def _rivals(group):
 
 class Member:
     """This daemon while it serves the group: a way to it, see Listeners.  `address` is that of the
-    socket on which it listens; drain() is called when another daemon is to serve."""
+    socket on which it listens; make_way() is called when another daemon is to serve."""
 
-    def __init__(self, loop: "Loop", log: "Log", group: "Group", address: "tuple", drain):
+    def __init__(self, loop: "Loop", log: "Log", group: "Group", address: "tuple", make_way):
         self._loop, self._log = loop, log
         self._group = group
-        self._drain = drain
+        self._make_way = make_way
         host, port = _announced(address)
         self._network = element("network", ("address", host), ("port", port))
         self._probe: "Child | None" = None  # which looks for another daemon
@@ -5543,7 +5547,7 @@ class Member:
     def _verified(self, found):
         self._probe = None
         if found:
-            self._drain()
+            self._make_way()
 
     def look(self) -> "None":
         """Nobody can take a group away."""
@@ -6043,10 +6047,6 @@ class Daemon:
         self.ways: "list" = []  # how clients find it: listeners and the group
         self._parts: "list" = []  # what has a path that may be lost
 
-    def is_serving(self) -> "bool":
-        """Whether nothing has begun to end it."""
-        return self.phase == SERVING
-
     def run(self) -> "None":
         """Serves until it is told to end or nobody needs it."""
         self.rest()
@@ -6104,7 +6104,12 @@ class Daemon:
             self.phase = QUIESCING
         self.rest()
 
-    def drain(self, reason: "str" = "another daemon serves the group") -> "None":
+    def make_way(self) -> "None":
+        """Another daemon is to serve the group: drains, unless it is about to end in any case."""
+        if self.phase == SERVING:
+            self.drain("another daemon serves the group")
+
+    def drain(self, reason: "str") -> "None":
         """Leaves the clients to another daemon, which is found where this one was."""
         if not self.ways:
             return
@@ -6840,7 +6845,7 @@ def begin(daemon, group, guard, publisher):
     daemon.watch(parts)
     if group is not None:
         address = announced_address(daemon.ways)
-        daemon.ways.append(Member(daemon.loop, daemon.log, group, address, daemon.drain))
+        daemon.ways.append(Member(daemon.loop, daemon.log, group, address, daemon.make_way))
     if publisher is not None:
         publisher.begin()
         daemon.server.publisher = publisher
