@@ -1,6 +1,6 @@
 """The world of the engine's tests: a table, its clock, and what each session has been told.
 
-A World is asked in the words of semantics.md and answers in text, so that a test reads like a
+A World is asked in the words of flom-semantics(7) and answers in text, so that a test reads like a
 transcript.  What the sessions have been told is kept in a ledger of its own, in which rules that
 hold for every table are checked at every step: one final decision for each request, tokens that
 grow, nobody who both holds and waits.
@@ -69,7 +69,7 @@ def make_request(session, name, mode="EX", quantity=1, wait=1, create=1, lifespa
     return request
 
 
-# The rules of semantics.md 1 to 8, put down once more and without any thought of speed.
+# The rules of flom-semantics(7), put down once more and without any thought of speed.
 
 UNITS = [("#ffffff", 1), ("#fffff", 10), ("#ffff", 100), ("#fff", 1000), ("#ff", 10000),
          ("#f", 100000)] + [(f"%{char}", MICRO) for char in "crsSTX"] + [
@@ -145,7 +145,7 @@ def delays(request, waiter):
 
 
 class Ledger:
-    """Who holds and who waits, and what the policy says about it (semantics.md 3)."""
+    """Who holds and who waits, and what the policy says about it."""
 
     def __init__(self, policy, clock):
         self.policy, self.clock = policy, clock

@@ -28,7 +28,7 @@ class Ask:
 
 
 class Model(Ledger):
-    """What semantics.md 3 to 9 and 11 say, in the order in which they say it."""
+    """What flom-semantics(7) says, in the order in which they say it."""
 
     def __init__(self, policy, clock):
         super().__init__(policy, clock)

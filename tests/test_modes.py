@@ -3,7 +3,7 @@ import flomd
 import pytest
 from engine_world import MODES, World
 
-# semantics.md 2, a row for the mode that is held
+# As in flom-semantics(7), a row for the mode that is held
 TABLE = """
    NL CR CW PR PW EX
 NL  1  1  1  1  1  1
