@@ -3014,6 +3014,7 @@ class Passing:
 
     def __init__(self, books):
         self.books = books
+        self.nesting = books.nesting
         self.searches = 0  # in the graph of nested requests, in this call
         self.unfinished = False  # more were wanted
         self._ways = None  # found by the last search
@@ -3038,7 +3039,7 @@ class Passing:
 
     def _may_pass(self, request):
         """Whether all ahead of the request, and there are some, wait for its ancestors."""
-        ancestors = self.books.nesting.ancestors(request)
+        ancestors = self.nesting.ancestors(request)
         if not ancestors:
             return False
         # the first of a lane waits for nothing that the others of the lane do not wait for
@@ -3066,7 +3067,7 @@ class Passing:
     def _search(self, request):
         """The ways of all nested requests, this one among them."""
         self.searches += 1
-        nesting = self.books.nesting
+        nesting = self.nesting
         resources = [waiter.resource for waiter in nesting.waiters()]
         around = nesting.around(resources + [request.resource])
         if request.state is not QUEUED:
@@ -3090,7 +3091,7 @@ class Passing:
     def hopeless(self, request):
         """Why the request, which would be queued, would never be granted; None when it would be,
         or when that does not matter."""
-        nesting = self.books.nesting
+        nesting = self.nesting
         ancestors = nesting.ancestors(request)
         if not ancestors or request.patient or self.books.window_until is not None:
             return None
@@ -3111,6 +3112,7 @@ class Queues:
 
     def __init__(self, books, passing, dates):
         self.books = books
+        self.catalogue = books.catalogue
         self.passing = passing
         self.dates = dates
 
@@ -3154,8 +3156,10 @@ class Queues:
         books = self.books
         while books.new_waits and books.window_until is None:
             books.new_waits = False
-            nested = books.nesting.waiters()
-            for resource in {waiter.resource: None for waiter in nested}:
+            resources = {}  # in order
+            for waiter in books.nesting.waiters():
+                resources[waiter.resource] = None
+            for resource in resources:
                 decisions += self.settle(resource, (), now)
         if self.passing.unfinished:
             self.passing.unfinished = False
@@ -3188,8 +3192,8 @@ class Queues:
         end = resource.idle_since + resource.lifespan / 1000
         if end > now.mono:
             self._look_at(end, resource)
-        elif self.books.catalogue.has(resource):
-            self.books.catalogue.end(resource)
+        elif self.catalogue.has(resource):
+            self.catalogue.end(resource)
 
     def _look_at(self, when, resource):
         """Sets a date, unless there is an earlier one."""
@@ -3199,7 +3203,7 @@ class Queues:
 
     def _date_has_come(self, resource, now):
         resource.dates = [date for date in resource.dates if date > now.mono]
-        if not self.books.catalogue.has(resource):
+        if not self.catalogue.has(resource):
             return []
         return self.settle(resource, resource.lanes, now)
 
@@ -3207,8 +3211,11 @@ class Queues:
 class Recovery:
     """Gives locks back to those who had them, and ends the recovery window."""
 
-    def __init__(self, books, queues, dates, place):
+    def __init__(self, books, passing, queues, dates, place):
         self.books = books
+        self.nesting = books.nesting
+        self.catalogue = books.catalogue
+        self.passing = passing
         self.queues = queues
         self.dates = dates
         self._place = place  # place(request, now) takes a request to where it belongs
@@ -3217,7 +3224,7 @@ class Recovery:
 
     def reclaim(self, request, now):
         """A session that lost its daemon, or its connection, asks for the lock that it has."""
-        before = self.books.nesting.holders.get(request.ident)
+        before = self.nesting.holders.get(request.ident)
         if before is not None and before.is_reclaimed_by(request):
             return self._hand_over(before, request, now)
         refusal = self._refusal(request, now)
@@ -3261,31 +3268,42 @@ class Recovery:
 
     def _end_window(self, _, now):
         self.books.window_until = None
-        self.books.catalogue.forgotten = self.books.last_token  # those of other daemons
+        self.catalogue.forgotten = self.books.last_token  # those of other daemons
         decisions = []
-        for resource in list(self.books.catalogue.resources.values()):
+        for resource in list(self.catalogue.resources.values()):
             if resource.lanes:
                 decisions += self.queues.settle(resource, resource.lanes, now)
         return decisions + self._after_window(None, now)
 
     def _after_window(self, _, now):
         """Refuses those who would wait for ever, and then decides on those who do not wait."""
-        hopeless = all_hopeless(self.books.nesting, MOST_REFUSED + 1)
-        self.queues.passing.searches += 1
+        hopeless = all_hopeless(self.nesting, MOST_REFUSED + 1)
+        self.passing.searches += 1
         decisions = []
         for waiter, reason in hopeless[:MOST_REFUSED]:
             decisions += self.queues.refuse(waiter, reason, now)
-        finished = len(hopeless) <= MOST_REFUSED
-        if finished:
-            deferred = [one for one in self.books.requests.values() if one.state is DEFERRED]
-            while deferred and self.queues.passing.may_search():
-                request = deferred.pop(0)
-                request.state = None
-                decisions += self._place(request, now)
-            finished = not deferred
-        if not finished:
-            self.dates.at(now.mono + NEXT_CALL, self._after_window)
+        if len(hopeless) > MOST_REFUSED:
+            self._go_on(now)
+        else:
+            decisions += self._decide_on_deferred(now)
         return decisions
+
+    def _decide_on_deferred(self, now):
+        """Nobody waits for ever any more: those who do not wait are answered."""
+        decisions = []
+        requests = self.books.requests.values()
+        for request in [one for one in requests if one.state is DEFERRED]:
+            if not self.passing.may_search():
+                self._go_on(now)
+                break
+            request.state = None
+            decisions += self._place(request, now)
+        return decisions
+
+    def _go_on(self, now):
+        """What this call has left is done by the next one."""
+        when = now.mono + NEXT_CALL
+        self.dates.at(when, self._after_window)
 
 
 def latest_token(now):
@@ -3348,15 +3366,17 @@ class LockTable:
             self.most_waiters = float("inf")
         self._dates = Calendar()
         self._catalogue = Catalogue(first_fit, most_resources)
-        self._books = Books(self._catalogue, window_until)
-        self._passing = Passing(self._books)
-        self._queues = Queues(self._books, self._passing, self._dates)
-        self._recovery = Recovery(self._books, self._queues, self._dates, self._place)
+        books = Books(self._catalogue, window_until)
+        self._books = books
+        self._passing = Passing(books)
+        self._queues = Queues(books, self._passing, self._dates)
+        self._recovery = Recovery(books, self._passing, self._queues, self._dates,
+                                  self._place)
         self.begin_with(epoch)
         # What others may look at, and must not change.
         self.resources = self._catalogue.resources  # name: Resource
-        self.requests = self._books.requests  # session: Request
-        self.parked = self._books.parked  # name: {session: Request}
+        self.requests = books.requests  # session: Request
+        self.parked = books.parked  # name: {session: Request}
 
     def begin_with(self, epoch):
         """Before any request: all tokens will be of this epoch or later."""
@@ -3440,20 +3460,21 @@ class LockTable:
 
     def _place(self, request, now):
         """Finds or makes the resource of a new request and takes it there."""
+        books = self._books
         name = request.name
         resource = self.resources.get(name)
         if resource is not None:
             return self._admit(request, resource, now)
         kind = KINDS.get(kind_of(name))
         if kind is None:
-            return self._books.refuse(request, INVALID_NAME)
+            return books.refuse(request, INVALID_NAME)
         if not kind.serves(name, now):
-            return self._books.refuse(request, kind.verdict)
+            return books.refuse(request, kind.verdict)
         resource = self.resource_of(name)
         if resource is not None:
             return self._admit(request, resource, now)
-        if request.reclaim is not None and self._books.window_until is None:
-            return self._books.refuse(request, BUSY, "nothing is known of it any more")
+        if request.reclaim is not None and books.window_until is None:
+            return books.refuse(request, BUSY, "nothing is known of it any more")
         if not request.create:
             return self._park(request, now)
         return self._create(request, kind(key_of(name), self._catalogue.first_fit), now)
