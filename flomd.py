@@ -39,6 +39,7 @@ import sys
 if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
     del sys.path[0]  # a signal.py beside this script is not the one that is meant
 
+import argparse
 import binascii
 import bisect
 import collections
@@ -1018,102 +1019,72 @@ def show(text: "str"):
         raise UsageError(f"cannot write to stdout: {error.strerror}")
 
 
-# Options.  A command line is read as getopt_long(3) reads it, less abbreviations: --name=value,
-# --name value, -o5, -o 5, bundles such as -xV; a negative number is a value (-o -1).  `--`, or the
-# first word that is no option, ends the options.
-#
-# Not argparse: each flom would pay some milliseconds for it, and what it does unasked (it takes
-# abbreviations, refuses a value such as -1s, reads on in the command) is undone only by means that
-# are private to it.
-class Option:
-    """An option: its names, the name of its value ("" for none), its help, and what it does.
+# Options.  argparse takes a command line apart; what it does unasked is switched off.
+class _Option(argparse.Action):
+    """An option that calls `act` with the option as it was typed and the text of its value."""
 
-    `act` is called with the option as it was typed, and with the text of its value.
-    """
-
-    def __init__(self, names, hint, help, act):
-        self.names = names
-        self.hint = hint
-        self.help = help
+    def __init__(self, act, **options):
+        super().__init__(default=argparse.SUPPRESS, **options)
         self.act = act
 
+    def __call__(self, parser, namespace, values, option_string=None):
+        text = "" if self.nargs == 0 else values
+        self.act(option_string, text)
 
-class Parser:
-    """The options of a program, in groups, by which a command line is read."""
+
+class _NegativeTime:
+    """What argparse takes for a value though it begins as an option does; compiled when needed."""
+
+    @staticmethod
+    def match(text):
+        return re.match("-[0-9.]+(ms|[smh])?$", text)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, with negative times, and with errors as UsageError."""
 
     def __init__(self, usage: "str"):
-        self.usage = usage
-        self.groups: "dict" = {}  # title: [Option]
-        self.options: "dict" = {}  # name: Option
+        super().__init__(usage=usage, add_help=False, formatter_class=_help_format)
+        self._negative_number_matcher = _NegativeTime()
+        self.color = False  # from Python 3.14 on help has escape sequences on a terminal
+        self.groups: "dict" = {}  # title: what add_argument_group() has made
 
     def add(self, group: "str", names: "list", help: "str", act, hint: "str" = ""):
-        """Adds an option to a group."""
-        option = Option(names, hint, help, act)
-        self.groups.setdefault(group, []).append(option)
-        for name in names:
-            self.options[name] = option
+        """Adds an option to a group; `hint` names its value, "": it has none.
+
+        `act` is called with the option as it was typed, and with the text of its value.
+        """
+        if group not in self.groups:
+            self.groups[group] = self.add_argument_group(group)
+        shape = {"metavar": hint} if hint else {"nargs": 0}
+        self.groups[group].add_argument(*names, action=_Option, act=act, help=help, **shape)
 
     def parse(self, arguments: "list") -> "list":
         """Calls what each option does; returns the words behind the options; UsageError."""
-        words = list(arguments)
-        while words and words[0].startswith("-") and words[0] != "-":
-            word = words.pop(0)
-            if word == "--":
-                break
-            if word.startswith("--"):
-                self._take_long(word, words)
-            else:
-                self._take_bundle(word, words)
+        self.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+        words = self.parse_args(arguments).words
+        if words and words[0] == "--":
+            return words[1:]
+        if words and _NegativeTime.match(words[0]):
+            raise UsageError(f"{words[0]!r} is not an option")
         return words
-
-    def _take_long(self, word, words):
-        name, equals, text = word.partition("=")
-        option = self._find(name)
-        if equals and not option.hint:
-            raise UsageError(f"{name}: {text!r} is not expected, it has no value")
-        if option.hint and not equals:
-            text = self._next(name, words)
-        option.act(name, text)
-
-    def _take_bundle(self, word, words):
-        letters = word[1:]
-        while letters:
-            name = f"-{letters[0]}"
-            letters = letters[1:]
-            option = self._find(name)
-            text = ""
-            if option.hint and letters:
-                text = letters[1:] if letters[0] == "=" else letters
-                letters = ""
-            elif option.hint:
-                text = self._next(name, words)
-            option.act(name, text)
-
-    def _find(self, name):
-        if name not in self.options:
-            raise UsageError(f"{name!r} is not an option")
-        return self.options[name]
-
-    def _next(self, name, words):
-        """The value of an option, which is the next word; what looks like an option is none."""
-        if not words or re.match("-[^0-9.]", words[0]):
-            raise UsageError(f"{name}: its value is missing")
-        return words.pop(0)
 
     def help(self) -> "str":
         """What --help prints."""
-        lines = [f"usage: {self.usage}"]
-        for title, options in self.groups.items():
-            lines += ["", f"{title}:"]
-            for option in options:
-                lines += self._help_on(option)
-        return "\n".join(lines)
+        return self.format_help().rstrip("\n")
 
-    def _help_on(self, option):
-        head = ", ".join([f"{name} {option.hint}".rstrip() for name in option.names])
-        if len(head) <= 28:
-            return [f"  {head:28}  {option.help}"]
-        return [f"  {head}", " " * 32 + option.help]
+    def error(self, message):
+        raise UsageError(visible(message))
+
+    def _get_option_tuples(self, option_string):
+        # allow_abbrev=False would break bundles such as -xV on Python 3.6 and 3.7.
+        if option_string.startswith("--"):
+            return []
+        return super()._get_option_tuples(option_string)
+
+
+def _help_format(prog):
+    return argparse.HelpFormatter(prog, 2, 32, 99)  # without a width it asks shutil
 
 
 def keeping(options, name: "str", type: "Type"):

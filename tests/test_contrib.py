@@ -47,7 +47,7 @@ def flom_options(capsys):
 
 
 def flomd_options():
-    return set(flomd.make_parser(types.SimpleNamespace(given={})).options)
+    return set(flomd.make_parser(types.SimpleNamespace(given={}))._option_string_actions)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from world import ROOT, can_connect, pass_time, read, wait_until
 
 # What flom imports on its common path, and a daemon at its start, no more and no less.  All else
 # that an interpreter loads must come with these by itself.
-OF_FLOM = set("binascii collections contextlib errno fcntl functools os pwd re select "
+OF_FLOM = set("argparse binascii collections contextlib errno fcntl functools os pwd re select "
               "signal socket sys time".split())
 OF_FLOMD = OF_FLOM | set("bisect heapq itertools operator resource selectors stat struct".split())
 DEAR = {"asyncio", "base64", "configparser", "ctypes", "datetime", "getpass", "hashlib", "http",
@@ -116,7 +116,7 @@ def of_machine_id():
     return {"hashlib"} if machine_id() == made else set()
 
 
-def baseline(box, names):
+def baseline(box, names, more=""):
     """What the interpreter loads by itself for these modules, and to open a text file."""
     names = names | of_machine_id()
     return modules(box, f"""
@@ -126,7 +126,9 @@ for name in {sorted(names)}:
         __import__(name)
     except ImportError:  # a small Python
         pass
+import argparse
 open("/dev/null").close()
+{more}
 print(0, *sys.modules)
 """)
 
@@ -151,7 +153,8 @@ def settle(pid):
 def test_modules_of_the_client(box):
     box.daemon()
     used = modules(box, RUN, ROOT, "flom", "-s", box.socket, "--", "true")
-    allowed = baseline(box, OF_FLOM)
+    allowed = baseline(box, OF_FLOM, "argparse.ArgumentParser(formatter_class="
+                       "lambda prog: argparse.HelpFormatter(prog, 2, 32, 99)).add_argument('-x')")
     assert used - allowed == set()
     assert OF_FLOM & allowed - used == set()
     assert used & DEAR - allowed == set()
@@ -159,7 +162,8 @@ def test_modules_of_the_client(box):
 
 def test_modules_of_the_daemon(box):
     used = modules(box, RUN, ROOT, "flomd", "-f", "--no-files", "-s", box.socket, "-d", "1")
-    allowed = baseline(box, OF_FLOMD)
+    parser = "argparse.ArgumentParser().add_argument('-x')"
+    allowed = baseline(box, OF_FLOMD, parser)
     assert used - allowed == set()
     assert OF_FLOMD & allowed - used == set()
     assert used & DEAR - allowed == set()
