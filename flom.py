@@ -1039,7 +1039,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, usage: "str"):
         super().__init__(usage=usage, add_help=False, formatter_class=_help_format)
-        self._negative_number_matcher = _NegativeTime()
+        self._negative_number_matcher = _NegativeTime()  # type: ignore[assignment]
         self.color = False  # from Python 3.14 on help has escape sequences on a terminal
         self.groups: "dict" = {}  # title: what add_argument_group() has made
 
