@@ -4298,7 +4298,7 @@ def creating(mode):
 #
 # What has come is read before what is due is done: the process, or the host, may have been stopped
 # over the end of a recovery window while the reclaims lay in the sockets.  To accept and to read
-# are two turns, so the loop turns until nothing comes any more; but a flood has no end, so it turns
+# are two turns, so the loop turns until nothing comes any more.  But a flood has no end: it turns
 # no longer than it was late.
 #
 # A turn handles events for TURN s, that dates are kept under a flood, too.  The events that are
@@ -4397,7 +4397,8 @@ class Loop:
         """Handles what comes and calls what is due, until stop()."""
         while not self._stopped:
             date = self._first_date()
-            self._turn(max(0, date - time.monotonic()))
+            seconds = date - time.monotonic()
+            self._turn(max(0, seconds))
             if date <= self.now.mono:
                 self._catch_up(date)
                 self._do_what_is_due()
@@ -4445,10 +4446,18 @@ class Loop:
     def at(self, when: "float", act: "Act") -> "None":
         """act() is called at `when` (s, monotonic).  An act has one date: this moves it."""
         self._dates[act] = when
-        heapq.heappush(self._heap, (when, next(self._serial), act))
+        entry = when, next(self._serial), act
+        heapq.heappush(self._heap, entry)
         if len(self._heap) > 2 * len(self._dates) + MOST_STALE:
-            self._heap = [(date, next(self._serial), one) for one, date in self._dates.items()]
-            heapq.heapify(self._heap)
+            self._drop_stale_entries()
+
+    def _drop_stale_entries(self):
+        entries = []
+        for act, when in self._dates.items():
+            entry = when, next(self._serial), act
+            entries.append(entry)
+        heapq.heapify(entries)
+        self._heap = entries
 
     def after(self, seconds: "float", act: "Act") -> "None":
         """act() is called in so many s; this moves the date that it has."""
@@ -4476,10 +4485,8 @@ class Loop:
     def _turn(self, timeout):
         """Waits for events, `timeout` s at most, and handles them; returns whether any came."""
         if not self._events:
-            if timeout == NEVER:
-                timeout = None
-            self._events.extend(self._selector.select(timeout))
-        any_came = bool(self._events)
+            self._wait(timeout)
+        any_came = len(self._events) > 0
         self.now = Moment()
         until = self.now.mono + TURN
         while self._events and not self._stopped:
@@ -4489,12 +4496,20 @@ class Loop:
                 break
         return any_came
 
+    def _wait(self, timeout):
+        if timeout == NEVER:
+            found = self._selector.select()
+        else:
+            found = self._selector.select(timeout)
+        self._events.extend(found)
+
     def _handle(self, number, watched, events):
         if self._watched.get(number) is not watched:
             return  # an event before this one had it forgotten
-        with watched.guard:
+        guard = watched.guard
+        with guard:
             watched.handler(events)
-        if watched.guard.failed and self._watched.get(number) is watched:
+        if guard.failed and self._watched.get(number) is watched:  # it could not be closed
             self._selector.unregister(number)
             del self._watched[number]
             self._rest(number, watched)
@@ -4516,25 +4531,33 @@ class Loop:
 
     def _catch_up(self, date):
         """Handles what has come by now, before what was due at the date is done."""
-        late = self.now.mono - date
-        until = self.now.mono + late
+        now = self.now.mono
+        late = now - date
+        until = now + late
         if late > STALL:
-            self.running_since = self.now.mono
+            self.running_since = now
         accepted = self._turn(0)
         came = accepted and self._turn(0)  # what they have sent
         while came and self.now.mono < until and not self._stopped:
             came = self._turn(0)
 
     def _do_what_is_due(self):
-        due = []
-        while self._heap and self._heap[0][0] <= self.now.mono:
-            when, _, act = heapq.heappop(self._heap)
-            due.append((when, act))
-        for when, act in due:
+        for when, act in self._due():
             if self._dates.get(act) == when:  # none before it has cancelled or moved it
                 del self._dates[act]
-                with Guard(self._log, nothing):
+                with self.guard():
                     act()
+
+    def _due(self):
+        """[(date, act)] of what was due before any of it is done."""
+        found = []
+        while self._heap:
+            when, _, act = self._heap[0]
+            if when > self.now.mono:
+                break
+            heapq.heappop(self._heap)
+            found.append((when, act))
+        return found
 
 
 def number_of(descriptor: "Descriptor") -> "int":
@@ -4676,11 +4699,13 @@ class Connection:
             self._go_on_writing()
         if events & EVENT_READ and self.is_open:
             self._read()
-            if self.session.state is FREE and self.is_open and not self.closing:
+            if self.session.state is FREE and not self.closing:
                 self._read()  # after an unlock the end is likely to be there
 
     def _read(self):
         """Reads once, and has done what the client wants."""
+        if not self.is_open:
+            return
         data = self._receive()
         if not data or self.closing:
             return
@@ -4730,11 +4755,13 @@ class Connection:
         """Tells the client of a decision about its request, or closes where it must not know."""
         if not self.is_open:
             return
-        if not self.session.can_be_told(decision.verdict):
+        verdict = decision.verdict
+        if not self.session.can_be_told(verdict):
             self.close()
         elif not self.closing:
-            self.send(self.session.answer(decision))
-            if decision.verdict in FINAL:
+            answer = self.session.answer(decision)
+            self.send(answer)
+            if verdict in FINAL:
                 self.finish()
 
     def send(self, data: "bytes") -> "None":
@@ -4846,9 +4873,13 @@ class Connection:
         if not self.is_open:
             return False
         # not getpeername(): the system does not know the peer any more when it has reset it
-        there = self.host().strip("[]").replace("::ffff:", "")
-        here = self.socket.getsockname()[0].replace("::ffff:", "")
-        return there in (here, "::1") or there.startswith("127.")
+        address = self.socket.getsockname()
+        here = address[0].replace("::ffff:", "")
+        there = self.host().strip("[]")
+        there = there.replace("::ffff:", "")
+        if there.startswith("127."):
+            return True
+        return there in (here, "::1")
 
     def credentials(self) -> "tuple":
         """(pid, uid) of the peer on a local socket; None where the system does not tell."""
@@ -5685,18 +5716,31 @@ class Server:
 
     def _calls(self):
         """What a session may want: the function that does it."""
-        calls = {"lock": self._lock, "unlock": self._unlock, "status": self._status,
-                 "shutdown": self.orders.shutdown, "evict": self.orders.evict, "send": self._send}
-        if self.checks_ids:
-            for name in ("lock", "status"):
-                calls[name] = functools.partial(self._identified, calls[name], self._reject)
-            for name in ("shutdown", "evict"):
-                calls[name] = functools.partial(self._identified, calls[name], self.orders.refuse)
+        orders = self.orders
+        calls = {
+            "lock": self._lock,
+            "unlock": self._unlock,
+            "status": self._status,
+            "shutdown": orders.shutdown,
+            "evict": orders.evict,
+            "send": self._send,
+        }
+        if not self.checks_ids:
+            return calls
+        reject = {
+            "lock": self._reject,
+            "status": self._reject,
+            "shutdown": orders.refuse,
+            "evict": orders.refuse,
+        }
+        for name, refuse in reject.items():
+            calls[name] = functools.partial(self._identified, calls[name], refuse)
         return calls
 
     def _identified(self, obey, reject, connection, detail):
         """Obeys, unless the client's certificate is not that of the id that it presents."""
-        name, peer_id = connection.certified, connection.session.peer_id
+        name = connection.certified
+        peer_id = connection.session.peer_id
         if name and name == peer_id:
             obey(connection, detail)
             return
@@ -5706,7 +5750,8 @@ class Server:
 
     @staticmethod
     def _reject(connection, reason):
-        connection.tell(notice(connection.session, LIMIT, reason))
+        refusal = notice(connection.session, LIMIT, reason)
+        connection.tell(refusal)
 
     # What clients want.
 
@@ -5721,7 +5766,8 @@ class Server:
         request.origin = connection.host()
         if session.ours:
             self._identify(connection, request)
-        self.deliver(self.table.request(request, self.loop.now))
+        decisions = self.table.request(request, self.loop.now)
+        self.deliver(decisions)
 
     def _identify(self, connection, request):
         """On a local socket the system knows best who asks."""
@@ -5735,17 +5781,26 @@ class Server:
         self._connections.users.name(uid)  # to be known when somebody asks for a report
 
     def _unlock(self, connection, committed):
-        self.deliver(self.table.release(connection.session, committed, self.loop.now))
+        session, now = connection.session, self.loop.now
+        decisions = self.table.release(session, committed, now)
+        self.deliver(decisions)
         self.released()
 
     def _status(self, connection, client):
         if client.startswith("flomd.py"):  # see daemon_at()
             self._log.limited(f"{connection.peer}: another daemon finds this one", "error")
-        about = element("daemon", ("version", VERSION), ("since", self._life.since()),
-                        ("policy", self._settings["Policy"]),
-                        ("listening", plain(self._life.listening())))
-        introduction = Session.first_to_ours + '<answer rc="0"/>' + about
-        connection.finish_with(report(self.table, introduction, self.loop.now))
+        since = self._life.since()
+        listening = self._life.listening()
+        about = element(
+            "daemon",
+            ("version", VERSION),
+            ("since", since),
+            ("policy", self._settings["Policy"]),
+            ("listening", plain(listening)),
+        )
+        introduction = f'{Session.first_to_ours}<answer rc="0"/>{about}'
+        pieces = report(self.table, introduction, self.loop.now)
+        connection.finish_with(pieces)
 
     @staticmethod
     def _send(connection, data):
@@ -5771,21 +5826,25 @@ class Server:
 
     def _prepared(self, decision):
         """Sees to what comes before the decision is told; returns it with what is to be added."""
-        if decision.verdict == OK:
+        verdict = decision.verdict
+        if verdict == OK:
             self._prepare_state(decision.token)
         if self.publisher is not None:
             self.publisher.note(decision)
-        if decision.verdict in (ENQUEUED, BUSY) and decision.reason is None:
-            if "progress" in decision.session.about:
-                return self._progress.explained(decision)
+        if verdict not in (ENQUEUED, BUSY) or decision.reason is not None:
+            return decision
+        if "progress" in decision.session.about:
+            return self._progress.explained(decision)
         return decision
 
     def _prepare_state(self, token):
         """What must be on disk before a grant is told."""
-        if token >> 32 > self.state.epoch:
-            self.state.cover(token)
-        if not self.state.marked:
-            self.state.mark(True)
+        state = self.state
+        epoch = token >> 32
+        if epoch > state.epoch:
+            state.cover(token)
+        if not state.marked:
+            state.mark(True)
 
     def _plan(self):
         """Sets a date for what the table has to do next."""
@@ -5797,9 +5856,11 @@ class Server:
             self.loop.at(date, self._expire)
 
     def _expire(self):
-        self._next_date = self.loop.now.mono + PAUSE  # to be tried again where it fails
+        now = self.loop.now
+        self._next_date = now.mono + PAUSE  # to be tried again where it fails
         self.loop.at(self._next_date, self._expire)
-        self.deliver(self.table.expire(self.loop.now))
+        decisions = self.table.expire(now)
+        self.deliver(decisions)
         self._life.rest()
 
     # The end of a lock.
@@ -5810,33 +5871,43 @@ class Server:
         if self.publisher is not None and session.holds is not None:
             self.publisher.counts.lost += 1
         if session in self.table.requests:
-            decisions = self.table.gone(session, self.loop.now)
-            if self.draining:
-                decisions = []  # who makes way for another daemon grants nothing any more
-            self.deliver(decisions)
-            self.released()
+            self._free(session)
         if not self._connections.open:
             self._life.was_used()
+
+    def _free(self, session):
+        decisions = self.table.gone(session, self.loop.now)
+        if self.draining:
+            decisions = []  # who makes way for another daemon grants nothing any more
+        self.deliver(decisions)
+        self.released()
 
     def evict(self, session: "Session", reason: "str") -> "None":
         """Takes a lock away from its holder, or a waiter out of its queue."""
         session.holds = None  # its connection may end now, but not as that of a holder
-        told = [notice(session, EVICTED, reason)]
-        self.deliver(told + self.table.gone(session, self.loop.now))
+        decisions = [notice(session, EVICTED, reason)]
+        decisions += self.table.gone(session, self.loop.now)
+        self.deliver(decisions)
         self.released()
 
     def released(self) -> "None":
         """The mark on disk may be cleared when nobody has held a lock for a while."""
         if self.publisher is not None:
             self.publisher.changed()
-        if self.state.marked and self.table.holding == 0:
-            window_until = self.table.window_until or 0
-            since = max(self.loop.now.mono, window_until)
-            self.loop.at(since + QUIET, self.clear_mark)
+        table = self.table
+        if table.holding > 0 or not self.state.marked:
+            return
+        since = self.loop.now.mono
+        if table.window_until is not None:
+            since = max(since, table.window_until)
+        self.loop.at(since + QUIET, self.clear_mark)
 
     def clear_mark(self) -> "None":
         """Clears the mark on disk, if nobody holds a lock and no former holder may come back."""
-        if self.state.marked and self.table.holding == 0 and self.table.window_until is None:
+        table = self.table
+        if table.holding > 0 or table.window_until is not None:
+            return
+        if self.state.marked:
             self.state.mark(False)
 
     # The end of the daemon.
@@ -5853,7 +5924,8 @@ class Server:
         for connection in list(self._connections.open):
             session = connection.session
             if session.ours:
-                connection.tell(notice(session, STOPPED, reason))
+                farewell = notice(session, STOPPED, reason)
+                connection.tell(farewell)
 
 
 class Progress:
@@ -5862,20 +5934,23 @@ class Progress:
 
     def __init__(self, server: "Server"):
         self._server = server
+        self._table = server.table
+        self._loop = server.loop
         self._told: "dict" = {}  # session: (position, the first holder in its way) as it knows it
 
     def explained(self, decision: "Decision") -> "Decision":
         """The decision, ENQUEUED or BUSY, with the reason for it."""
         session = decision.session
-        now = self._server.loop.now
-        resource = self._server.table.resource_of(session.request.name)
+        request = session.request
+        resource = self._table.resource_of(request.name)
         if resource is None:
             return decision
-        obstacles = in_the_way(resource, session.request)
+        obstacles = in_the_way(resource, request)
         if decision.verdict == ENQUEUED:
             self._told[session] = decision.position, obstacles.first
-            self._server.loop.within(1, self._tell)
-        return decision._replace(reason=held_by(obstacles, now))
+            self._loop.within(1, self._tell)
+        reason = held_by(obstacles, self._loop.now)
+        return decision._replace(reason=reason)
 
     def _tell(self):
         known = self._told
@@ -5884,18 +5959,19 @@ class Progress:
         for resource in self._resources(known):
             obstacles = Obstacles(resource)
             for position, waiter in enumerate(resource.waiters(), 1):
-                if waiter.session in known:
+                session = waiter.session
+                if session in known:
                     found = obstacles.of(waiter.lane)
-                    decisions += self._news(waiter.session, position, found, known)
+                    decisions += self._news(session, position, found, known)
         if self._told:
-            self._server.loop.after(1, self._tell)
+            self._loop.after(1, self._tell)
         self._server.deliver(decisions)
 
     def _resources(self, sessions):
         """The resources for which these sessions still wait."""
         found = {}
         for session in sessions:
-            request = self._server.table.requests.get(session)
+            request = self._table.requests.get(session)
             if request is not None and request.state is QUEUED:
                 found[request.resource] = None
         return found
@@ -5905,7 +5981,7 @@ class Progress:
         self._told[session] = place = position, obstacles.first
         if place == known[session]:
             return []
-        reason = held_by(obstacles, self._server.loop.now)
+        reason = held_by(obstacles, self._loop.now)
         return [notice(session, ENQUEUED, reason, position)]
 
 
@@ -5944,14 +6020,16 @@ class Orders:
             problem = "the id of several" if found else "nobody's id"
             self.refuse(connection, f"{ident!r} is {problem}")
             return
-        session, name = found[0].session, found[0].name
+        request = found[0]
+        session = request.session
         reason = self._may_not_evict(connection, session)
         if reason:
             self._log.limited(f"{connection.peer}: may not evict {session}: {reason}")
             self.refuse(connection, reason)
             return
-        done = f"taken away by {self._giver(connection, about)}"
-        self._log.limited(f"{name!r}, of {session}: {done}", "info")
+        giver = self._giver(connection, about)
+        done = f"taken away by {giver}"
+        self._log.limited(f"{request.name!r}, of {session}: {done}", "info")
         self._server.evict(session, done)
         self._last_word(connection, ("rc", OK))
 
@@ -5961,7 +6039,9 @@ class Orders:
 
     @staticmethod
     def _last_word(connection, *attributes):
-        connection.send(encode(MANAGEMENT, 16, element("answer", *attributes)))
+        answer = element("answer", *attributes)
+        data = encode(MANAGEMENT, 16, answer)
+        connection.send(data)
         connection.finish()
 
     def _giver(self, connection, about):
@@ -5988,14 +6068,21 @@ class Orders:
     def _may_not_stop(self, connection):
         """The daemon's user and root may; over TCP who is on this host, or has a certificate."""
         if connection.peer == LOCAL:
-            _, uid = connection.credentials()
-            if uid in (None, 0, os.getuid()):
-                return ""
-            name, mine = self._users.name(uid), self._users.name(os.getuid())
-            return f"{name} is neither {mine} nor root"
-        if self._settings["AllowRemoteShutdown"] or self._tls or connection.is_from_this_host():
+            return self._is_neither_owner_nor_root(connection)
+        if self._settings["AllowRemoteShutdown"] or self._tls:
+            return ""
+        if connection.is_from_this_host():
             return ""
         return "another host may not, without --allow-remote-shutdown on the daemon"
+
+    def _is_neither_owner_nor_root(self, connection):
+        own = os.getuid()
+        _, uid = connection.credentials()
+        if uid in (None, 0, own):
+            return ""
+        name = self._users.name(uid)
+        owner = self._users.name(own)
+        return f"{name} is neither {owner} nor root"
 
 
 # --- Life ---------------------------------------------------------------------------------------
@@ -6067,12 +6154,14 @@ class Daemon:
             self.loop.stop()
         lifespan = self.settings["Lifespan"]
         if lifespan >= 0 and self.table.empty():
-            self.loop.within(lifespan / 1000, self._end_of_life)
+            seconds = lifespan / 1000
+            self.loop.within(seconds, self._end_of_life)
 
     def _end_of_life(self):
-        if not self.connections.open and self.table.empty():
-            self.phase = ENDING
-            self.loop.stop()
+        if self.connections.open or not self.table.empty():
+            return
+        self.phase = ENDING
+        self.loop.stop()
 
     # Somebody ends it.
 
@@ -6121,9 +6210,11 @@ class Daemon:
         """Removes what the daemon has put into the file system.  Its connections stay: they are
         closed by the end of the process, after everything else."""
         self.hide()
-        if self.server.publisher is not None:
-            self.server.publisher.close()
-        self.connections.users.close()
+        publisher = self.server.publisher
+        if publisher is not None:
+            publisher.close()
+        users = self.connections.users
+        users.close()
         self.server.clear_mark()
 
     # Its paths.
@@ -6149,19 +6240,26 @@ class Signals:
 
     def __init__(self, daemon: "Daemon"):
         self._loop = daemon.loop
-        self._reader, self._waker = socket.socketpair()
-        self._reader.setblocking(False)
-        self._waker.setblocking(False)
         self._actions: "Dict[int, Act]" = {
-            signal.SIGTERM: lambda: daemon.stop("it got SIGTERM"),
-            signal.SIGINT: lambda: daemon.stop("it got SIGINT"),
+            signal.SIGTERM: functools.partial(daemon.stop, "it got SIGTERM"),
+            signal.SIGINT: functools.partial(daemon.stop, "it got SIGINT"),
             signal.SIGUSR1: daemon.quiesce,
             signal.SIGHUP: daemon.log.reopen,
         }
+        reader, writer = socket.socketpair()
+        for end in (reader, writer):
+            end.setblocking(False)
+        self._reader = reader
+        self._writer = writer  # Python knows its number alone
         for number in self._actions:
-            signal.signal(number, lambda number, frame: None)
-        signal.set_wakeup_fd(self._waker.fileno())
-        self._loop.watch(self._reader, self._handle)
+            signal.signal(number, self._leave_to_loop)
+        number = writer.fileno()
+        signal.set_wakeup_fd(number)
+        self._loop.watch(reader, self._handle)
+
+    @staticmethod
+    def _leave_to_loop(number, frame):
+        """What Python does beside is enough."""
 
     def _handle(self, events):
         """Acts on the signals that have come; one that fails does not keep the next back."""
