@@ -1690,6 +1690,11 @@ class Resource:
         """A waiter that the policy puts before the request, or None."""
         return next(self.ahead(request), None)
 
+    def prolong(self, lifespan):
+        """The idle life will be this long (ms) at least."""
+        if lifespan > self.lifespan:
+            self.lifespan = lifespan
+
     def nest(self, request):
         """Notes that the waiter, the last of those that are alike, has living ancestors."""
         alike = self.nested[request.lane, request.quantity]
@@ -2466,24 +2471,31 @@ class Waits:
 
     def _add(self, resource):
         """Makes points of the holders and the waiters of the resource."""
-        lanes = collections.defaultdict(int)
         holders = list(resource.holders.values())
         waiters = self.waiters(resource)
+        lanes = collections.defaultdict(int)
         first = len(self.requests)
         for point, request in enumerate(holders + waiters, first):
+            bit = 1 << point
             self.points[request] = point
-            lanes[request.lane] |= 1 << point
+            lanes[request.lane] |= bit
             if request.state is HELD:
-                self.holders |= 1 << point
+                self.holders |= bit
             elif resource.first_fit:
-                self.passing |= 1 << point
+                self.passing |= bit
         self.requests += holders + waiters
         rivals = rivals_of(lanes)
         self.rivals += [rivals[request.lane] for request in self.requests[first:]]
         if not resource.has_modes:
-            room = Room(resource, {waiter: self.points[waiter] for waiter in waiters})
-            self.rooms[resource] = room
-            self.let_fit(room.grow(0))
+            self._add_room(resource, waiters)
+
+    def _add_room(self, resource, waiters):
+        """Finds out for whom there is room."""
+        points = {waiter: self.points[waiter] for waiter in waiters}
+        room = Room(resource, points)
+        self.rooms[resource] = room
+        fitting = room.grow(0)
+        self.let_fit(fitting)
 
     def let_fit(self, points):
         """There is room for these waiters."""
@@ -2525,8 +2537,9 @@ class Waits:
         if self.holders & bit:
             found = waiters & ~self.fitting
         else:
-            behind = waiters & -bit & ~self.passing
-            found = behind & ~bit | self.above.get(point, 0)
+            later = -bit & ~bit
+            found = waiters & later & ~self.passing
+            found |= self.above.get(point, 0)
         return found & self.left
 
     def circles(self):
@@ -3297,18 +3310,18 @@ def repeat_queued(before, request):
     """It may wait on, and its lifespan counts."""
     if not request.wait or not request.same(before):
         return None
-    before.resource.lifespan = max(before.resource.lifespan, request.lifespan)
+    before.resource.prolong(request.lifespan)
     return Decision(request.session, ENQUEUED)
 
 
 def repeat_held(before, request):
     """It has what it asks for, or is told that it holds something else."""
+    session = request.session
     if request.name == before.name:
-        before.resource.lifespan = max(before.resource.lifespan, request.lifespan)
-    same = (request.name, request.mode) == (before.name, before.mode)
-    if not same or request.quantity > before.quantity:
-        return Decision(request.session, BUSY)
-    return Decision(request.session, OK, before.element, before.token)
+        before.resource.prolong(request.lifespan)
+        if request.mode == before.mode and request.quantity <= before.quantity:
+            return Decision(session, OK, before.element, before.token)
+    return Decision(session, BUSY)
 
 
 def repeat_deferred(before, request):
@@ -3489,14 +3502,14 @@ class LockTable:
     def _admit(self, request, resource, now):
         """Grants, queues or refuses a request for a resource that exists."""
         books = self._books
-        if request.lifespan > resource.lifespan:
-            resource.lifespan = request.lifespan
+        resource.prolong(request.lifespan)
         if request.quantity > resource.most:
             return books.refuse(request, IMPOSSIBLE)
         request.resource = resource
         request.lane = resource.lane(request)
         if request.parents:
-            request.parents = books.nesting.lineage(request.parents)
+            nesting = books.nesting
+            request.parents = nesting.lineage(request.parents)
         if request.reclaim is not None:
             return self._recovery.reclaim(request, now)
         if self._queues.is_granted(request, now):
