@@ -2247,7 +2247,8 @@ KINDS = {
 # The first question.  An ancestor waits for its nested request, and that for those ahead of it.
 # So one of those ahead waits for the ancestor when there is a circle through both, and all
 # questions of this sort have one answer: the circles of the graph, its strongly connected
-# components, found in one search.
+# components, found in one search.  The answers stay true while nobody comes or goes; when some of
+# those that pass are granted, they stay true as far as no way led over these (see Ways).
 #
 # The second question is answered by reduction: who waits for nobody ends, what waited for it waits
 # for it no more, and so on.  When all have ended that can, nested requests pass those ahead of
@@ -2361,12 +2362,9 @@ def waits_directly(waiter, holders):
     return False
 
 
-def is_waited_for(holder, newcomer=None):
-    """Whether the holder may be in the way of a waiter, or of a newcomer."""
+def is_waited_for(holder):
+    """Whether the holder may be in the way of a waiter."""
     resource = holder.resource
-    if newcomer is not None and newcomer.resource is resource:
-        if resource.clash(newcomer, holder):
-            return True
     if not resource.lanes or not resource.has_modes:
         return bool(resource.lanes)
     conflicts = CONFLICTS[holder.lane[1]]
@@ -3079,8 +3077,9 @@ class Passing:
         ancestors = nesting.ancestors(request)
         if not ancestors or request.patient or self.books.window_until is not None:
             return None
-        if not any(is_waited_for(ancestor, request) for ancestor in ancestors):
-            return None
+        if not waits_directly(request, ancestors):
+            if not any(is_waited_for(ancestor) for ancestor in ancestors):
+                return None
         around = nesting.around([request.resource])
         if not any(ancestor.resource in around for ancestor in ancestors):
             return None
