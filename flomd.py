@@ -5340,6 +5340,7 @@ DEFEAT = 1  # s in which a candidate that has won must be found to serve
 DEFEATS = 3  # rivals that a candidate waits for; after that it is a flood
 SOON = (0.5, 0.5, 1)  # s between the winner's first questions
 OFTEN = 5  # s between questions from then on, a fifth more or less
+PROBE_PAUSE = 0.3  # s from one look at another daemon to the next, at least
 QUESTION, ANSWER = 8, 16  # steps of the protocol
 LONGEST_QUESTION = 2048  # bytes of a datagram
 LONGEST_START = 8192  # bytes of a report until it has said whose it is
@@ -5542,6 +5543,7 @@ class Member:
         host, port = _announced(address)
         self._network = element("network", ("address", host), ("port", port))
         self._probe: "Child | None" = None  # which looks for another daemon
+        self._next_probe = 0.0  # s, monotonic: when another one may
         self._pauses = iter(SOON)
         self.label = group.label
         loop.after(next(self._pauses), self._ask_again)
@@ -5572,9 +5574,12 @@ class Member:
                 self._verify(answer)
 
     def _verify(self, answer):
-        """Has a child look whether the other daemon is there, unless one is at work."""
-        if self._probe is not None:
+        """Has a child look whether the other daemon is there, unless one is at work, or has just
+        been: anybody can send answers, and a child costs more than a datagram."""
+        now = self._loop.now.mono
+        if self._probe is not None or now < self._next_probe:
             return
+        self._next_probe = now + PROBE_PAUSE
         act = functools.partial(_is_there, self._group.settings, answer)
         with contextlib.suppress(OSError):  # the other daemon will answer again
             self._probe = Child(self._loop, act, self._verified)
