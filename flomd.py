@@ -4515,7 +4515,7 @@ class Loop:
             found = self._selector.select(timeout)
         self._events.extend(found)
 
-    def _handle(self, number, watched, events):
+    def _handle(self, number: "int", watched: "Watched", events: "int") -> "None":
         if self._watched.get(number) is not watched:
             return  # an event before this one had it forgotten
         guard = watched.guard
@@ -4526,11 +4526,11 @@ class Loop:
             del self._watched[number]
             self._rest(number, watched)
 
-    def _rest(self, number, watched):
+    def _rest(self, number: "int", watched: "Watched") -> "None":
         self._resting[number] = watched
         self.after(PAUSE, functools.partial(self._resume, number, watched))
 
-    def _resume(self, number, watched):
+    def _resume(self, number: "int", watched: "Watched") -> "None":
         if self._resting.get(number) is not watched:
             return  # it was forgotten, and another may have this number
         try:
@@ -5692,19 +5692,18 @@ def _is_named(connection, peer_id):
 #     Connection.tell      looks whether this client may be told
 #     Session.answer       makes the bytes, which are sent
 #
-# Each call on the table is an argument of deliver(), so all decisions go one way, and what they
-# bring is done: what must be on disk before a grant is told, figures, the next date of the table.
-# No decision waits when deliver() ends.  So an answer is made before the next message of its
-# client is read, and finds its session as the request has left it, in whatever number messages
-# come at once.
+# Whatever the table decides goes to deliver(), in the statement after the call: the one place where
+# decisions are told, and where is done what they bring: what must be on disk before a grant is
+# told, figures, the next date of the table.  No decision waits when deliver() ends.  So the answer
+# is made before the next message of its client is read, and finds its session as the request has
+# left it, however many messages come at once.
 #
 # Not here on purpose: when the daemon ends.  That is the section Life, of which an object is
 # handed in.
 
 
 class Server:
-    """Welcomes nobody and closes nothing by itself: it obeys what clients want (the methods in
-    `calls`), delivers decisions, and sees to what is left of those that are gone.
+    """Does what clients want, delivers decisions, and frees what those held who are gone.
 
     `life` has was_used(), rest(), stop_by_order(connection), quiesce(), since() and listening(): a
     Daemon, see there.
@@ -5827,8 +5826,8 @@ class Server:
 
     def deliver(self, decisions: "List[Decision]") -> "None":
         """Tells the sessions what was decided.  To tell one may end its connection, which brings
-        more decisions: they come after those that are here already.  A bug costs the connection of
-        the session that was to be told, and no other decision."""
+        more decisions: they are told by the same loop, after those that are here already.  A bug
+        costs the connection of the session that was to be told, and no other decision."""
         self._decisions.extend(decisions)
         if self._is_delivering:
             return
@@ -5986,7 +5985,7 @@ class Progress:
 
     def _resources(self, sessions):
         """The resources for which these sessions still wait."""
-        found = {}
+        found: "dict" = {}  # for the order, without values
         for session in sessions:
             request = self._table.requests.get(session)
             if request is not None and request.state is QUEUED:
@@ -5995,7 +5994,8 @@ class Progress:
 
     def _news(self, session, position, obstacles, known):
         """What the session does not know yet, as a list of decisions."""
-        self._told[session] = place = position, obstacles.first
+        place = position, obstacles.first
+        self._told[session] = place
         if place == known[session]:
             return []
         reason = held_by(obstacles, self._loop.now)
@@ -6085,14 +6085,15 @@ class Orders:
     def _may_not_stop(self, connection):
         """The daemon's user and root may; over TCP who is on this host, or has a certificate."""
         if connection.peer == LOCAL:
-            return self._is_neither_owner_nor_root(connection)
+            return self._may_not_stop_here(connection)
         if self._settings["AllowRemoteShutdown"] or self._tls:
             return ""
         if connection.is_from_this_host():
             return ""
         return "another host may not, without --allow-remote-shutdown on the daemon"
 
-    def _is_neither_owner_nor_root(self, connection):
+    def _may_not_stop_here(self, connection):
+        """On a local socket the system tells who it is, or cannot tell: then he may."""
         own = os.getuid()
         _, uid = connection.credentials()
         if uid in (None, 0, own):
