@@ -1521,8 +1521,16 @@ REMEMBERED = 50  # lanes of which a resource knows the last grant
 SLOT = 64  # bytes that a slot of a set takes in memory, beside its share of the name
 by_arrival = operator.attrgetter("serial")  # to sort requests
 
-Decision = collections.namedtuple("Decision", "session verdict element token position reason")
-Decision.__new__.__defaults__ = (None, None, None, None)
+_Decision = collections.namedtuple(
+    "_Decision", ["session", "verdict", "element", "token", "position", "reason"])
+
+
+class Decision(_Decision):
+    """What was decided about the request of a session: a verdict, and what belongs to it."""
+    __slots__ = ()
+
+    def __new__(cls, session, verdict, element=None, token=None, position=None, reason=None):
+        return tuple.__new__(cls, (session, verdict, element, token, position, reason))
 
 
 class Request:
@@ -1619,9 +1627,11 @@ class Resource:
         self.name = name
         self.first_fit = first_fit
         self.holders = {}  # session: Request
-        self.lanes = collections.defaultdict(collections.OrderedDict)  # lane: waiters by session
+        # lane: waiters by session
+        self.lanes: "dict" = collections.defaultdict(collections.OrderedDict)
         self.waiting = 0  # the number of waiters
-        self.nested = collections.defaultdict(dict)  # (lane, quantity): those with ancestors
+        # (lane, quantity): those with ancestors
+        self.nested: "dict" = collections.defaultdict(dict)
         self.lifespan = LEAST_LIFESPAN  # ms
         self.idle_since = None  # s, monotonic; None while somebody holds or waits
         self.dates = []  # at which the table will look at it, the next one last
@@ -1753,7 +1763,7 @@ class Resource:
 
     def waiters(self):
         """All waiters in order of arrival."""
-        found = []
+        found: "list" = []
         for queue in self.lanes.values():
             found += queue.values()
         found.sort(key=by_arrival)
@@ -1839,7 +1849,7 @@ class Node:
 
     def add(self, name, key, difference):
         """Adds to the number of `key` on the node `name`, as seen from the root."""
-        node = self
+        node: "Any" = self
         add_to(node.below, key, difference)
         for level in name.split("/")[2:]:
             above = node
@@ -1854,7 +1864,7 @@ class Node:
 
     def near(self, name):
         """Yields the keys on the node `name`, above it and below it."""
-        node = self
+        node: "Any" = self
         for level in name.split("/")[2:]:
             yield from node.here
             node = node.children.get(level)
@@ -2080,7 +2090,8 @@ class Sequence(Pool):
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
         self.next = 1
-        self.returned = collections.deque()  # values that were not committed, in their order
+        # values that were not committed, in their order
+        self.returned: "Deque" = collections.deque()
 
     def take(self, request, now):
         """The value that was returned first, or the next one; that of a reclaim is used."""
@@ -2270,7 +2281,8 @@ class Nesting:
 
     def __init__(self):
         self.holders = {}  # id: the holder with it
-        self.below = collections.defaultdict(dict)  # id: {waiter: None}, those nested in its lock
+        # id: {waiter: None}, those nested in its lock
+        self.below: "dict" = collections.defaultdict(dict)
         self.named = {}  # {waiter: None}, those that name ids at all
 
     def lineage(self, parents):
@@ -2295,11 +2307,12 @@ class Nesting:
         """The holders under whose commands the request was made."""
         return [self.holders[ident] for ident in request.parents if ident in self.holders]
 
-    def children(self, holder):
+    def children(self, holder: "Any"):
         """The waiters without which the holder's command will not end."""
-        if self.holders.get(holder.ident) is not holder:
+        ident = holder.ident
+        if self.holders.get(ident) is not holder:
             return ()
-        return self.below.get(holder.ident, ())
+        return self.below.get(ident, ())
 
     def waiters(self):
         """All waiters that have an ancestor, in order of arrival."""
@@ -2320,10 +2333,11 @@ class Nesting:
             self.queue(waiter)
         return nested
 
-    def release(self, holder):
+    def release(self, holder: "Any"):
         """The holder is none any more."""
-        if self.holders.get(holder.ident) is holder:
-            del self.holders[holder.ident]
+        ident = holder.ident
+        if self.holders.get(ident) is holder:
+            del self.holders[ident]
 
     def queue(self, waiter):
         """Notes a new waiter."""
@@ -2340,7 +2354,7 @@ class Nesting:
     def around(self, resources):
         """These resources, those for which commands under their locks wait, and so on, as a
         list."""
-        found = {}
+        found: "dict" = {}
         todo = list(resources)
         while todo:
             resource = todo.pop()
@@ -2404,8 +2418,8 @@ def families(nodes):
 def rivals_of(lanes):
     """For each of the `lanes` of a resource, {lane: set of the points in it}, the set of the
     points that are incompatible with it."""
-    nodes = collections.defaultdict(int)
-    modes = collections.defaultdict(int)
+    nodes: "dict" = collections.defaultdict(int)
+    modes: "dict" = collections.defaultdict(int)
     for lane, points in lanes.items():
         nodes[lane[0]] |= points
         modes[lane[1]] |= points
@@ -2445,7 +2459,7 @@ class Waits:
 
     def __init__(self, nesting, resources, newcomer=None):
         self.newcomer = newcomer
-        self.requests = []  # by point
+        self.requests: "list" = []  # by point
         self.points = {}  # request: point
         self.rivals = []  # by point: set of those of its resource that are incompatible with it
         self.rooms = {}  # resource that is counted: Room
@@ -2471,7 +2485,7 @@ class Waits:
         """Makes points of the holders and the waiters of the resource."""
         holders = list(resource.holders.values())
         waiters = self.waiters(resource)
-        lanes = collections.defaultdict(int)
+        lanes: "dict" = collections.defaultdict(int)
         first = len(self.requests)
         for point, request in enumerate(holders + waiters, first):
             bit = 1 << point
@@ -2502,7 +2516,8 @@ class Waits:
 
     def _nest(self, nesting):
         """Finds out who is nested in whose lock.  Many have the same locks above them."""
-        alike = collections.defaultdict(int)  # ids: set of the waiters that are nested in these
+        # ids: set of the waiters that are nested in these
+        alike: "dict" = collections.defaultdict(int)
         for request, point in self.points.items():
             if request.state is not HELD and request.parents:
                 alike[request.parents] |= 1 << point
@@ -2747,7 +2762,7 @@ def all_hopeless(nesting, most):
         return []
     reduction = Reduction(nesting, nesting.around(waiter.resource for waiter in nested))
     nested.sort(key=by_arrival, reverse=True)
-    found = []
+    found: "list" = []
     for waiter in nested:
         if len(found) == most:
             break
@@ -2878,7 +2893,8 @@ class Books:
         self.catalogue = catalogue
         self.window_until = window_until  # s, monotonic; None when there is no recovery window
         self.requests = {}  # session: Request
-        self.parked = collections.defaultdict(dict)  # name: {session: Request} as they arrived
+        # name: {session: Request} as they arrived
+        self.parked: "dict" = collections.defaultdict(dict)
         self.nesting = Nesting()
         self.holding = 0  # the number of holders
         self.waiting = 0  # of waiters and parked requests
@@ -2999,7 +3015,7 @@ class Passing:
         self.nesting = books.nesting
         self.searches = 0  # in the graph of nested requests, in this call
         self.unfinished = False  # more were wanted
-        self._ways = None  # found by the last search
+        self._ways: "Any" = None  # found by the last search
         self._changes = -1  # the state of the books for which they are true
         self._granted = False  # to some that pass; ways over these are closed
 
@@ -3139,7 +3155,7 @@ class Queues:
         books = self.books
         while books.new_waits and books.window_until is None:
             books.new_waits = False
-            resources = {}  # in order
+            resources: "dict" = {}  # in order
             for waiter in books.nesting.waiters():
                 resources[waiter.resource] = None
             for resource in resources:
@@ -5692,9 +5708,9 @@ def _is_named(connection, peer_id):
 #     Connection.tell      looks whether this client may be told
 #     Session.answer       makes the bytes, which are sent
 #
-# Whatever the table decides goes to deliver(), in the statement after the call: the one place where
-# decisions are told, and where is done what they bring: what must be on disk before a grant is
-# told, figures, the next date of the table.  No decision waits when deliver() ends.  So the answer
+# Whatever the table decides goes to deliver(), in the statement after the call: the one place
+# where decisions are told, and where is done what they bring: what must be on disk before a grant
+# is told, figures, the next date of the table.  No decision waits when deliver() ends.  So the answer
 # is made before the next message of its client is read, and finds its session as the request has
 # left it, however many messages come at once.
 #
