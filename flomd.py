@@ -4395,13 +4395,13 @@ def nothing():
     """For a Guard of what cannot be closed."""
 
 
-class Watched:
-    """What a loop watches: handler(events) is called under the guard."""
-    __slots__ = ("handler", "guard")
+class Watched(Guard):
+    """What a loop watches: handler(events) is called under this guard."""
+    __slots__ = ("handler",)
 
-    def __init__(self, handler: "Handler", guard: "Guard"):
+    def __init__(self, log: "Log", close: "Act", handler: "Handler"):
+        super().__init__(log, close)
         self.handler = handler
-        self.guard = guard
 
 
 class Loop:
@@ -4446,7 +4446,7 @@ class Loop:
         """handler(events) is called when the descriptor (a number, or what has a fileno()) can be
         read; close() when the handler fails.  Raises OSError, and then watches nothing."""
         number = number_of(descriptor)
-        watched = Watched(handler, self.guard(close))
+        watched = Watched(self._log, close, handler)
         self._selector.register(number, EVENT_READ, watched)
         self._watched[number] = watched
 
@@ -4534,10 +4534,9 @@ class Loop:
     def _handle(self, number: "int", watched: "Watched", events: "int") -> "None":
         if self._watched.get(number) is not watched:
             return  # an event before this one had it forgotten
-        guard = watched.guard
-        with guard:
+        with watched:
             watched.handler(events)
-        if guard.failed and self._watched.get(number) is watched:  # it could not be closed
+        if watched.failed and self._watched.get(number) is watched:  # it could not be closed
             self._selector.unregister(number)
             del self._watched[number]
             self._rest(number, watched)
@@ -4554,7 +4553,7 @@ class Loop:
         except OSError:
             self._rest(number, watched)
         else:
-            watched.guard.failed = False
+            watched.failed = False
             self._watched[number] = self._resting.pop(number)
 
     def _catch_up(self, date):
@@ -4612,6 +4611,7 @@ MOST_UNREAD = 256 * 1024  # bytes that may wait for a slow reader
 MOST_READ = 4096  # bytes, at once
 PATIENCE = 10  # s
 PIECES, LARGEST = 300, 256 * 1024  # of a report in one turn of the loop, pieces and bytes
+NO_PIECES: "Iterator[str]" = iter(())
 LOCAL = "local"  # the peer on a UNIX socket
 RESERVE = 32  # files that are not for clients: listeners, log, state, a few to refuse clients
 
@@ -4714,7 +4714,7 @@ class Connection:
         self.surplus = False
         self.closing = False
         self.output: "bytes | memoryview" = b""  # what the client has not taken yet
-        self._pieces: "Iterator[str]" = iter(())  # of a report, that follow the output
+        self._pieces: "Iterator[str]" = NO_PIECES  # of a report, that follow the output
         self._is_reporting = False
         self._is_writing = False  # the loop tells when it can be written
         self._is_expected = False  # to say or to take something, within PATIENCE s
@@ -4763,7 +4763,8 @@ class Connection:
     def expect(self) -> "None":
         """The client must say its first message, read on, or close its side, within PATIENCE s."""
         self._is_expected = True
-        self.connections.loop.after(PATIENCE, self._be_silent)
+        loop = self.connections.loop
+        loop.at(loop.now.mono + PATIENCE, self._be_silent)
 
     def _expect_nothing(self):
         self._is_expected = False
