@@ -5711,9 +5711,9 @@ def _is_named(connection, peer_id):
 #
 # Whatever the table decides goes to deliver(), in the statement after the call: the one place
 # where decisions are told, and where is done what they bring: what must be on disk before a grant
-# is told, figures, the next date of the table.  No decision waits when deliver() ends.  So the answer
-# is made before the next message of its client is read, and finds its session as the request has
-# left it, however many messages come at once.
+# is told, figures, the next date of the table.  No decision waits when deliver() ends.  So the
+# answer is made before the next message of its client is read, and finds its session as the
+# request has left it, however many messages come at once.
 #
 # Not here on purpose: when the daemon ends.  That is the section Life, of which an object is
 # handed in.

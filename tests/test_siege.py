@@ -112,6 +112,7 @@ def besiege(host, target, kinds, seconds=1000, connections=10 ** 9):
                       str(seconds), str(connections), env={"FLOM_SOAK": str(int(SOAK))})
 
 
+@pytest.mark.in_time
 def test_a_daemon_under_siege(hosts):
     one, two = hosts(2)
     daemon, path = wrapped_daemon(one, MEASURED)
