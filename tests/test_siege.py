@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 
+import pytest
 from siege import KINDS
 from world import COUNT, PYTHON, ROOT, SOAK, chance, wait_until
 
