@@ -6,6 +6,7 @@ tool that is not installed skips its test; the same files are also read without 
 import base64
 import glob
 import hashlib
+import inspect
 import os
 import plistlib
 import re
@@ -214,10 +215,33 @@ def test_hacking_names_what_there_is(options):
     paths = {word for word in quoted if re.fullmatch(path, word)}
     assert len(paths) > 20 and [path for path in paths if "KIND" not in path
                                 and not os.path.exists(os.path.join(ROOT, path))] == []
-    names = {word for word in quoted if re.fullmatch("_?[A-Z]{5,}", word)}
-    assert len(names) > 3 and [name for name in names if not hasattr(flom, name)] == []
+    how_to = text.split("## How to add")[1].split("\n## ")[0]
+    names = set(re.findall(r"`(_?[A-Z]{5,}|(?!test_)\w*_\w+)`", how_to))
+    known = names_in_the_scripts()
+    assert len(names) > 10 and [name for name in names if name not in known] == []
+    dotted = set(re.findall(r"\b[A-Z][a-z]\w*\.\w+", text)) - {"HACKING.md", "CHANGELOG.md"}
+    assert len(dotted) > 20 and [name for name in dotted if name not in known] == []
     both = options["flom"] | options["flomd"] | {"--copy"}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= both
+
+
+def names_in_the_scripts():
+    """The names of both scripts; those of a class alone, and behind the name of the class."""
+    known = set()
+    for script in (flom, flomd):
+        known.update(vars(script))
+        for kind in filter(inspect.isclass, vars(script).values()):
+            known.update(dir(kind))
+            known.update(f"{kind.__name__}.{name}" for name in dir(kind))
+    return known
+
+
+@pytest.mark.parametrize("path", [FLOM_PY, FLOMD_PY], ids=["flom", "flomd"])
+def test_hacking_lists_the_sections(path):
+    name = os.path.basename(path)
+    table = read(contrib("HACKING.md")).split(f"The sections of `{name}`:\n\n")[1]
+    told = re.findall(r"^\| (.*?) \|", table.split("\n\n")[0], re.MULTILINE)[1:]
+    assert told == re.findall(r"^# --- (.*?) -+$", read(os.path.join(ROOT, name)), re.MULTILINE)
 
 
 def test_hacking_names_every_folder():
