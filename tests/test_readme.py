@@ -224,7 +224,7 @@ def test_the_cron_job(hosts, texts):
     assert (minute, "%" in command) == ("0", False)
     first = sh(one, command)
     wait_until(lambda: one.events() == ["nightly-report"] or first.poll() is not None)
-    assert is_busy(sh(two, command).end())
+    assert sh(two, command).end() == (98, "", "")
     for pid in [pid for pid in one.running() if comm(pid) == "flom"]:
         os.kill(pid, 15)
     assert first.end().status == 0 and one.events() == ["nightly-report"]
@@ -285,7 +285,7 @@ def test_moving_over_from_flom(box, texts):
     assert box.daemons() == []
 
 
-@runs("flom --status ", "RESOURCE ")
+@runs("flom --status ", "RESOURCE ", "flom --evict ")
 def test_the_status(box, texts):
     furnish(box, f"SocketName={box.socket}")
     holder, gate = box.hold("a", "-r", "backup")
@@ -295,9 +295,13 @@ def test_the_status(box, texts):
     shape = [[line.split()[n] for n in (0, 1, 2, -2)] for line in block(texts[1]).text.split("\n")]
     assert [[line.split()[n] for n in (0, 1, 2, -2)] for line in table] == shape
     assert [entry["name"] for entry in json.loads(line)["resources"]] == ["backup"]
+    told, shown = block(texts[1]).text.split("\n")[1].split()[3], table[1].split()[3]
+    assert re.fullmatch("[0-9a-f]{8}", told)
+    done(box, block(texts[2]).text.replace(told, shown))
+    assert waiter.end().status == 0
     gate.open()
     other.open()
-    assert [process.end().status for process in (holder, units, waiter)] == [0, 0, 0]
+    assert [process.end().status for process in (holder, units)] == [95, 0]
 
 
 @runs("flomd -s /run/flom/socket -m")
