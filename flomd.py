@@ -6520,9 +6520,11 @@ class Starter:
         self._pipe = pipe
 
     def tell(self, status: "int") -> "None":
-        """Ends the starter with this exit status, and lets go of its stderr."""
+        """Ends the starter with this exit status, and lets go of its stderr.  A starter that was
+        killed meanwhile is not told: clients may have found the daemon already."""
         os.dup2(0, 2)  # first, since the starter may look as soon as it is told
-        os.write(self._pipe, str(status).encode())
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._pipe, str(status).encode())
         os.close(self._pipe)
 
 

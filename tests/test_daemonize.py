@@ -1,5 +1,6 @@
 """The daemon as a process: detached or not, readiness, pid file, one for a socket, its end."""
 import contextlib
+import fcntl
 import os
 import re
 import resource
@@ -84,6 +85,21 @@ def test_when_the_starter_has_ended_the_daemon_listens(box):
         assert can_connect(box.address)
         os.kill(box.the_daemon(), signal.SIGTERM)
         wait_until(lambda: not box.daemons())
+
+
+def test_a_starter_that_is_killed_takes_no_daemon_with_it(box):
+    """It serves, and removes its socket at its end."""
+    with open(box.socket + ".lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        starter = box.flomd("--no-files", "-s", box.socket)
+        wait_until(lambda: len(box.daemons()) == 2)
+        wait_until(lambda: [pid for pid in box.daemons() if pid != starter.pid
+                            and box.socket + ".lock" in files(pid).values()])
+        box.kill(starter.pid)
+    assert box.run("-d", "0", "--", "echo", "x") == (0, "x\n", "")
+    os.kill(box.the_daemon(), signal.SIGTERM)
+    wait_until(lambda: not box.daemons())
+    assert not os.path.exists(box.socket)
 
 
 def test_relative_names_count_from_where_it_was_started(box):
