@@ -4787,7 +4787,10 @@ class Connection:
         verdict = decision.verdict
         if not self.session.can_be_told(verdict):
             self.close()
-        elif not self.closing:
+        elif self.closing:
+            if verdict == OK and self.session.holds is None:  # it would not know that it holds it
+                self.close()
+        else:
             answer = self.session.answer(decision)
             self.send(answer)
             if verdict in FINAL:
@@ -5818,6 +5821,8 @@ class Server:
         decisions = self.table.release(session, committed, now)
         self.deliver(decisions)
         self.released()
+        if self.draining:  # it would be kept alive by a client that stays
+            connection.finish()
 
     def _status(self, connection, client):
         if client.startswith("flomd.py"):  # see daemon_at()
@@ -6221,9 +6226,9 @@ class Daemon:
         self.rest()
 
     def make_way(self) -> "None":
-        """Another daemon is to serve the group: drains, unless it is about to end in any case."""
-        if self.phase == SERVING:
-            self.drain("another daemon serves the group")
+        """Another daemon is to serve the group.  One that waits for its last client drains, too:
+        it would go on granting to newcomers what the other one grants."""
+        self.drain("another daemon serves the group")
 
     def drain(self, reason: "str") -> "None":
         """Leaves the clients to another daemon, which is found where this one was."""

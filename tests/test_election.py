@@ -1,6 +1,7 @@
 """One daemon per group: many hosts at once, losses, a parted network, strangers on the group."""
 import fcntl
 import re
+import signal
 import subprocess
 import threading
 
@@ -207,6 +208,22 @@ def test_a_draining_daemon_grants_nothing(hosts):
         held.open()
     assert [client.end().status for client in (holder, rival, writer, late)] == [0] * 4
     assert not any("Traceback" in daemon.err for daemon in (daemon, other))
+    one_left(all_hosts, 5)
+
+
+def test_one_that_waits_for_its_last_client_drains_too(hosts):
+    """Else it would go on granting to newcomers what the other daemon grants."""
+    one, _, three, four = all_hosts = hosts(4)
+    part(one)
+    serving(one, *GROUP)
+    daemon = serving(three, *GROUP)
+    holder, gate = four.hold("holder", *GROUP, "-r", "R1", "-d", "0")
+    daemon.send_signal(signal.SIGUSR1)
+    wait_until(lambda: "when the last client has gone" in daemon.err)
+    heal(one)
+    wait_until(lambda: "draining" in daemon.err, seconds=15)
+    gate.open()
+    assert holder.end().status == 0 and daemon.end().status == 0
     one_left(all_hosts, 5)
 
 

@@ -19,6 +19,7 @@ class Client:
     peer = "10.77.0.2:50190"
     surplus = False
     on_grant = None  # what a grant is to do to it
+    finished = False
 
     def __init__(self, world):
         self.world, self.told, self.is_open = world, [], True
@@ -43,6 +44,9 @@ class Client:
         if self.is_open:
             self.is_open = False
             self.world.connections.closed(self)
+
+    def finish(self):
+        self.finished = True
 
     def lock(self, name="R", mode=5, wait=1):
         request = flomd.Request(self.session, name, mode=mode, wait=wait, create=1)
@@ -117,6 +121,14 @@ def test_nothing_is_granted_to_those_who_make_way(world):
     assert holder.told == [0, 0]
     holder.close()
     assert world.used == [1] and world.table.holding == 0
+
+
+def test_who_has_released_does_not_keep_a_draining_daemon_alive(world):
+    holder = world.client().lock()
+    world.server.drain()
+    assert not holder.finished
+    holder.unlock()
+    assert holder.finished and world.table.holding == 0
 
 
 def test_what_is_due_is_done_again_where_it_has_failed(world, monkeypatch):

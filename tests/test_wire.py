@@ -231,6 +231,23 @@ def test_half_closing_releases_a_holder_and_removes_a_waiter(connect):
     assert last.wait() == (0, None)
 
 
+@pytest.mark.parametrize("said", [message(LOCK, 8, '<resource name="X1NUQVRVUw=="/>'),
+                                  message(MANAGEMENT, 8, '<evict id="x"/>')],
+                         ids=["status", "evict"])
+def test_who_was_told_the_last_word_is_granted_nothing(connect, said):
+    """A waiter that has asked for a report reads no grant any more: the next one gets it."""
+    holder, waiter, other = connect(), connect(), connect()
+    assert holder.lock("R1") is True
+    assert waiter.ask("R1")[1] == 1
+    assert other.ask("R1")[1] == 1
+    raw(waiter, said)
+    while waiter.socket.recv(4096):
+        pass
+    other.socket.settimeout(5)
+    holder.release()
+    assert other.wait() == (0, None)
+
+
 def test_unlock_of_another_name_closes_and_releases(connect):
     client = connect()
     client.lock("R2")
