@@ -6542,14 +6542,17 @@ class NoStarter:
 
 def detach() -> "Starter":
     """Goes on in a detached process.  0, 1 and 2 must be open: the pipe takes the lowest numbers
-    that are free."""
-    reader, writer = os.pipe()
-    child = os.fork()
+    that are free.  Raises CannotServe."""
+    with serving("cannot detach"):
+        reader, writer = os.pipe()
+        child = os.fork()
     if child:
         os.close(writer)
         _wait_as_starter(reader, child)
     os.setsid()
-    if os.fork():
+    with serving("cannot detach"):
+        child = os.fork()
+    if child:
         os._exit(0)
     os.chdir("/")
     os.umask(0o022)
@@ -6927,6 +6930,15 @@ def write_pid(path):
             file.write(f"{os.getpid()}\n")
 
 
+def remove_pid(path):
+    """Removes the file of --pid-file, unless another daemon has written its own pid since."""
+    with contextlib.suppress(OSError):
+        with open(path, "rb") as file:
+            written = file.read(20)
+        if written == b"%d\n" % os.getpid():
+            os.unlink(path)
+
+
 def prepare(settings, options, log):
     """A daemon that listens and is found; raises CannotServe or SteppedBack."""
     check_one_address(settings)
@@ -6943,6 +6955,7 @@ def prepare(settings, options, log):
         publisher = make_publisher(settings, options, daemon)
         open_listeners(daemon, group, guard)
         if options.pid_file:
+            undo.callback(remove_pid, options.pid_file)
             write_pid(options.pid_file)
         if not state.kept:
             state.wait_for_epoch()
@@ -6999,8 +7012,9 @@ def serve(settings, options):
     log = make_log(settings, options)
     starter = NoStarter() if options.foreground else detach()
     try:
-        log.open()
-        daemon = prepare(settings, options, log)
+        with serving("cannot begin to serve"):
+            log.open()
+            daemon = prepare(settings, options, log)
     except CannotServe as error:
         complain(error)
         starter.tell(1)
@@ -7025,8 +7039,7 @@ def end(daemon, options):
     notify("STOPPING=1")
     daemon.close()
     if options.pid_file:
-        with contextlib.suppress(OSError):
-            os.unlink(options.pid_file)
+        remove_pid(options.pid_file)
 
 
 def check_configuration(options):
@@ -7054,6 +7067,9 @@ def run(arguments):
         check_rules(settings, DAEMON)
         check_announced(settings)
         return serve(settings, options)
+    except CannotServe as error:
+        complain(error)
+        return 1
     except UsageError as error:
         put(f"flomd: {error}", sys.stderr)
         return 99

@@ -129,6 +129,33 @@ def test_the_pid_file(box):
     wait_until(lambda: not os.path.exists(path))
 
 
+def test_the_pid_file_of_another_daemon_stays(box):
+    path = box.path("pid")
+    first = box.daemon("--pid-file", path)
+    other = box.daemon("--pid-file", path, address=("-s", box.path("t")))
+    first.send_signal(signal.SIGTERM)
+    assert first.end().status == 0 and read(path) == f"{other.pid}\n"
+    other.send_signal(signal.SIGTERM)
+    assert other.end().status == 0 and not os.path.exists(path)
+
+
+def test_no_pid_file_is_left_by_one_that_does_not_begin(box):
+    path = box.path("pid")
+    broken = patched("def begin(*_): raise flomd.CannotServe('no')\nflomd.begin = begin")
+    done = box.flomd("-f", "--no-files", *box.address, "--pid-file", path, program=broken).end()
+    assert done == (1, "", "flomd: no\n") and not os.path.exists(path)
+
+
+@pytest.mark.parametrize("options, refused", [
+    (["-f"], "socket.socketpair"), ([], "socket.socketpair"), ([], "os.fork"),
+    (["-f"], "selectors.DefaultSelector")])
+def test_what_the_system_refuses_at_the_start_is_one_line_and_status_1(box, options, refused):
+    refuse = "def refuse(*_): raise OSError(24, 'Too many open files')"
+    daemon = patched(f"{refuse}\nflomd.{refused} = refuse")
+    status, out, err = box.flomd(*options, "--no-files", *box.address, program=daemon).end()
+    assert (status, out) == (1, "") and err.count("\n") == 1 and "Too many open files" in err
+
+
 def test_a_second_daemon_for_a_socket_is_refused(box):
     pid = detached(box)
     status, out, err = box.flomd("--no-files", "-s", box.socket).end()
