@@ -350,11 +350,11 @@ class Anything(Type):
 
 
 class Text(Type):
-    """Any text but the empty one."""
+    """Any text but the empty one; the system takes none with a zero byte."""
     blanks_count = True
 
     def read(self, text):
-        if not text:
+        if not text or "\0" in text:
             raise ValueError(self.expected)
         return text
 
@@ -388,9 +388,10 @@ class ResourceName(Text):
     """A name that tells a kind; the default one is not to be asked for."""
 
     def read(self, text):
-        if text == DEFAULT_RESOURCE or not kind_of(text):
+        name = super().read(text)
+        if name == DEFAULT_RESOURCE or not kind_of(name):
             raise ValueError(self.expected)
-        return text
+        return name
 
 
 class Number(Type):
@@ -1232,12 +1233,11 @@ def common_name(certificate: "dict"):
 
 
 def tls_context(settings: "Settings", server: "bool" = False):
-    """The context of one side of mutual TLS, 1.2 or newer; None without files; UsageError.
+    """The context of one side of mutual TLS, 1.2 or newer; None without all files; UsageError.
 
     Who may talk is said by the CA and by the peer id: FLoM's certificates bear no host names.
     """
-    certificate = settings["TlsCertificate"]
-    if not certificate:
+    if not all(settings[key] for key in TLS_FILES):
         return None
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
@@ -1247,7 +1247,7 @@ def tls_context(settings: "Settings", server: "bool" = False):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
     else:  # Python 3.6
         context.options |= ssl.OP_NO_SSLv3 | ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
-    key = settings["TlsPrivateKey"]
+    certificate, key = settings["TlsCertificate"], settings["TlsPrivateKey"]
     reading = f"{certificate!r} with {key!r}"
     try:
         context.load_cert_chain(certificate, key, password=b"")  # b"": do not ask for one

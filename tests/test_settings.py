@@ -91,6 +91,8 @@ BAD = [(key, text) for keys, texts in (
     (("Quantity", "DiscoveryTTL", "TcpKeepaliveTime", "MaxResources"), ("5s", "1m")),
     (("Policy", "OnLockLoss", "Deadlock"), ("", "x", "Fair", "fair ")),
     (("UnicastAddress", "TlsCertificate", "StateDir"), ("",)),
+    (("Name", "SocketName", "UnicastAddress", "NetworkInterface", "CommandTraceFile", "StateDir",
+      "TlsCertificate"), ("/a\0b",)),
 ) for key in keys for text in texts]
 
 

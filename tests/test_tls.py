@@ -14,7 +14,7 @@ import pytest
 from certificates import Certificates, TlsClient
 from commands import driven
 from fakes import END, LOCK, MANAGEMENT, PEER, FlomClient, message, read_message
-from world import can_connect, endpoint, free_port, wait_until
+from world import Box, can_connect, endpoint, free_port, read, wait_until
 
 NO_TLS = ()
 RESET = b"\1\0\0\0\0\0\0\0"  # SO_LINGER: close() tells the peer that all is over
@@ -429,3 +429,12 @@ def test_the_first_address_that_completes_the_handshake_is_asked(box, certificat
         done = driven(box, "flom.PATIENCE = 600", *options, "-d", "0", "--", "echo", "x",
                       address=("-a", "127.0.0.3,127.0.0.2", "-p", port)).end(15)
         assert done == (0, "x\n", "")
+
+
+@pytest.mark.parametrize("start", [Box.flom, Box.flomd], ids=["flom", "flomd"])
+def test_check_config_with_a_part_of_the_files(box, certificates, start):
+    """Also when what is there can be read: one file may hold the certificate and its key."""
+    both = box.write("both", read(certificates.pem("good")) + read(certificates.key("good")))
+    done = start(box, "--check-config", "--tls-certificate", both).end()
+    assert done.status == 99
+    assert re.fullmatch("flomd?: --tls-certificate: TLS wants all of .*\n", done.err)
