@@ -1660,7 +1660,7 @@ def resolve(host, port, kind, scope, flags=0):
     """
     try:
         found = socket.getaddrinfo(host, port, type=kind, flags=flags)
-    except (socket.gaierror, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise DaemonUnavailable(f"cannot resolve {host!r}: {getattr(error, 'strerror', error)}")
     addresses: "list[Any]" = []
     address: "Any"
@@ -1976,14 +1976,18 @@ class Start:
         self._pid = 0
         self._data = b""
         self._reading: "Any" = None
-        self._reading, writing = os.pipe()
-        os.set_blocking(self._reading, False)
-        self.wait = self._reading, READ, AGAIN
         try:
-            self._pid = launch(argv, writing)
+            self._begin(argv, launch)
         except OSError as error:
             self.status = CANNOT_SERVE
             self.said = f"cannot start flomd: {error.strerror}"
+
+    def _begin(self, argv, launch):
+        self._reading, writing = os.pipe()
+        try:
+            os.set_blocking(self._reading, False)
+            self.wait = self._reading, READ, AGAIN
+            self._pid = launch(argv, writing)
         finally:
             os.close(writing)
             if not self._pid:
@@ -1997,12 +2001,21 @@ class Start:
             self.said = self._data.decode("utf-8", "replace").strip()
             if not data:  # it is about to end
                 self.wait = pause(0.001)
-        try:
-            ended, status = os.waitpid(self._pid, os.WNOHANG)
-        except ChildProcessError:  # a program that ignores SIGCHLD has no statuses
-            ended, status = self._pid, 0
-        if ended:
-            self.status = os.WEXITSTATUS(status)
+        self.has_ended()
+
+    def has_ended(self) -> "bool":
+        """Whether the process has ended; it is reaped then, and its status noted."""
+        if self.status is None:
+            try:
+                ended, status = os.waitpid(self._pid, os.WNOHANG)
+            except ChildProcessError:  # a program that ignores SIGCHLD has no statuses
+                ended, status = self._pid, 0
+            if ended and os.WIFSIGNALED(status):
+                self.status = CANNOT_SERVE
+                self.said = f"signal {os.WTERMSIG(status)} killed flomd"
+            elif ended:
+                self.status = os.WEXITSTATUS(status)
+        return self.status is not None
 
     def close(self):
         """Does not wait for the end of the process."""
@@ -2026,6 +2039,7 @@ class Starter:
         self._recovering = False
         self._another_may_come = False
         self._start: "Start | None" = None
+        self._given_up: "list[Start]" = []  # starts that nobody waits for any more
         self._next_start = 0.0
         self._complaint = ""  # what the last process had to say
         self._argv = []
@@ -2072,9 +2086,9 @@ class Starter:
         if start.status is None:
             return
         self.close()
+        self._next_start = clock() + RESTART
         if start.status == CANNOT_SERVE:
             # Mostly another client's daemon came first: it will listen in a moment.
-            self._next_start = clock() + RESTART
             self.until = min(self.until, clock() + LATECOMER)
 
     def _check(self):
@@ -2107,10 +2121,12 @@ class Starter:
         return self._argv
 
     def close(self):
-        """Does not wait for the end of a start that has begun."""
+        """Does not wait for the end of a start that has begun; reaps those that have ended."""
         if self._start:
             self._start.close()
+            self._given_up.append(self._start)
         self._start = None
+        self._given_up = [start for start in self._given_up if not start.has_ended()]
 
 
 # --- Session -------------------------------------------------------------------------------------
@@ -4077,13 +4093,19 @@ def show_status(options, settings):
             import json
             show(json.dumps(report))
         else:
-            width = None
-            if terminal:
-                width = os.get_terminal_size(sys.stdout.fileno()).columns
-            show(report_table(report, width))
+            show(report_table(report, screen_width()))
         if not options.watch:
             return 0
         time.sleep(1)
+
+
+def screen_width():
+    """The columns of the terminal that stdout is; None where it is none, or does not know."""
+    with contextlib.suppress(OSError, AttributeError):
+        columns = os.get_terminal_size(sys.stdout.fileno()).columns
+        if columns > 0:
+            return columns
+    return None
 
 
 def keep_named(report, name):

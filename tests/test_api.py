@@ -1,5 +1,6 @@
 """The Python API, flom.Lock, as a program uses it: real daemons, the locks in this process."""
 import datetime
+import errno
 import functools
 import inspect
 import os
@@ -486,7 +487,33 @@ def test_a_daemon_that_cannot_be_started_says_why(box, lock, monkeypatch):
         lock(start_daemon=True, timeout=5).acquire()
 
 
-def test_a_start_that_is_given_up_leaves_no_pipe(box, lock, monkeypatch):
+@pytest.mark.parametrize("end", ["exit 0", "exit 1", "exit 3", "kill -9 $$"])
+def test_what_ends_at_once_is_not_started_again_at_once(box, lock, monkeypatch, end):
+    """A daemon that cannot live, or that is killed, does not make flom start one after another."""
+    path = box.write("flomd", f"#!/bin/sh\necho start >>{box.path('starts')}\n{end}\n")
+    os.chmod(path, 0o755)
+    monkeypatch.setenv("FLOMD", path)
+    starter = flom.Starter(lock().settings, flom.spawn_daemon)
+    starter.begin(0.5, recovering=False)
+    with pytest.raises(flom.DaemonUnavailable) as error:
+        while True:
+            flom.finish(starter.trying())
+    assert read(box.path("starts")) == "start\n"
+    assert str(error.value).endswith(": signal 9 killed flomd") == end.startswith("kill")
+
+
+def test_a_program_without_free_descriptors_cannot_start_a_daemon(lock, monkeypatch):
+    def pipe():
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    monkeypatch.setattr(os, "pipe", pipe)
+    starter = flom.Starter(lock().settings, flom.spawn_daemon)
+    starter.begin(0.1, recovering=False)
+    with pytest.raises(flom.DaemonUnavailable, match="cannot start flomd: Too many open files"):
+        while True:
+            flom.finish(starter.trying())
+
+
+def test_a_start_that_is_given_up_leaves_no_pipe_and_no_zombie(box, lock, monkeypatch):
     """As when an exception comes, or when another daemon serves before."""
     gate = Gate(box, "daemon")
     path = box.write("flomd", f"#!/bin/sh\nread _ <{gate.fifo}\n")
@@ -500,7 +527,10 @@ def test_a_start_that_is_given_up_leaves_no_pipe(box, lock, monkeypatch):
     starter.close()
     assert set(os.listdir("/proc/self/fd")) == files
     gate.open()
-    os.waitpid(-1, 0)
+    os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+    starter.close()
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
 def test_a_started_daemon_leaves_the_program_as_it_was(box, lock):

@@ -131,6 +131,19 @@ def test_the_kinds_that_have_elements_and_nodes(box):
     end(gates, holders)
 
 
+def test_a_terminal_that_does_not_know_its_width(box):
+    """As a serial line: nothing is cut."""
+    holder, gate = box.hold("a", "-r", "R1")
+    screen, terminal = os.openpty()
+    assert os.get_terminal_size(terminal).columns == 0
+    assert box.run("--status", stdout=terminal).status == 0
+    os.close(terminal)
+    head, row = os.read(screen, 9999).decode().splitlines()
+    os.close(screen)
+    assert head.split() == HEAD and row.split()[:3] == ["R1", "simple", "holds"]
+    end([gate], [holder])
+
+
 def test_an_idle_resource_and_floms_clients(box):
     """FLoM's clients tell nothing of themselves but their address."""
     port = free_port()
