@@ -1322,7 +1322,7 @@ def serving(failure, *opened):
 
 
 def complain(text):
-    """Writes one line on stderr, or as much of it as stderr takes."""
+    """Writes one line on stderr, for a starter that waits for it."""
     with contextlib.suppress(OSError):
         _write_to_stderr(text)
 
@@ -1476,15 +1476,16 @@ class Log:
         except OSError as error:
             self._lost += 1
             if self._lost == 1 and isinstance(self._target, _LogFile):
-                self._tell_failure(f"cannot write the log {self.target}: {error.strerror}")
+                reason = error.strerror or "it takes no more now"
+                self._tell_failure(f"cannot write the log {self.target}: {reason}")
         else:
             self._lost = 0
 
     def _tell_failure(self, text):
         """Says somewhere else that the file cannot be written."""
-        complain(text)
-        with contextlib.suppress(OSError):
-            self._syslog.put("error", text)
+        for target in (_Stderr(), self._syslog):
+            with contextlib.suppress(OSError):
+                target.put("error", text)
 
 
 # --- Requests and resources ---------------------------------------------------------------------
@@ -4341,6 +4342,7 @@ TURN = 0.01  # s that a turn gives to the events that have come
 STALL = 1  # s by which a loop is late that did not run
 PAUSE = 1  # s of rest after something has failed that would fail again at once
 NEVER = float("inf")  # the date of nothing
+LONGEST_WAIT = 86400  # s; selectors fail when they are to wait for more than 2 ** 31 ms
 MOST_STALE = 64  # entries without a date that the heap of dates keeps in any case
 EVENT_READ, EVENT_WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
@@ -4525,10 +4527,7 @@ class Loop:
         return any_came
 
     def _wait(self, timeout):
-        if timeout == NEVER:
-            found = self._selector.select()
-        else:
-            found = self._selector.select(timeout)
+        found = self._selector.select(min(timeout, LONGEST_WAIT))
         self._events.extend(found)
 
     def _handle(self, number: "int", watched: "Watched", events: "int") -> "None":
@@ -5022,7 +5021,9 @@ class Child:
         self._hear(text.decode("utf-8", "replace"))
 
     def end(self) -> "None":
-        """Ends the process, if it runs yet, and waits for it."""
+        """Ends the process, if it runs yet, and waits for it.  Its pid may be another's then."""
+        if self._pipe.closed:
+            return
         self._loop.forget(self._pipe)
         self._pipe.close()
         with contextlib.suppress(OSError):
@@ -5361,6 +5362,7 @@ DEFEATS = 3  # rivals that a candidate waits for; after that it is a flood
 SOON = (0.5, 0.5, 1)  # s between the winner's first questions
 OFTEN = 5  # s between questions from then on, a fifth more or less
 PROBE_PAUSE = 0.3  # s from one look at another daemon to the next, at least
+LONGEST_PROBE = 30  # s that one look may take
 QUESTION, ANSWER = 8, 16  # steps of the protocol
 LONGEST_QUESTION = 2048  # bytes of a datagram
 LONGEST_START = 8192  # bytes of a report until it has said whose it is
@@ -5639,7 +5641,9 @@ def _address_in(answer):
 
 
 def _is_there(settings, answer):
-    """In a child: "yes" when the daemon that has answered is where it says."""
+    """In a child: "yes" when the daemon that has answered is where it says.  One that speaks a
+    byte now and then would keep the child for ever, and no other daemon would be looked for."""
+    signal.alarm(LONGEST_PROBE)
     host, port = _address_in(answer)
     if len(answer.sender) == 4 and ":" in host:
         scope = answer.sender[3]
@@ -5906,9 +5910,10 @@ class Server:
     def gone(self, connection: "Connection") -> "None":
         """A connection has ended; what it held or waited for goes on to others."""
         session = connection.session
-        if self.publisher is not None and session.holds is not None:
-            self.publisher.counts.lost += 1
-        if session in self.table.requests:
+        request = self.table.requests.get(session)
+        if request is not None:
+            if self.publisher is not None and request.state is HELD:
+                self.publisher.counts.lost += 1
             self._free(session)
         if not self._connections.open:
             self._life.was_used()
@@ -5922,7 +5927,6 @@ class Server:
 
     def evict(self, session: "Session", reason: "str") -> "None":
         """Takes a lock away from its holder, or a waiter out of its queue."""
-        session.holds = None  # its connection may end now, but not as that of a holder
         decisions = [notice(session, EVICTED, reason)]
         decisions += self.table.gone(session, self.loop.now)
         self.deliver(decisions)

@@ -1,4 +1,5 @@
 """What a connection sends, to those who read slowly, too; a report goes out in portions."""
+import signal
 import socket
 import types
 
@@ -181,3 +182,40 @@ def test_a_connection_beyond_the_limit_is_refused_until_there_is_room(links):
     made[0].close()
     made[1].close()
     assert not links.connections.refuses(made[11])
+
+
+def run_until(loop, is_done, seconds=10):
+    """Runs the loop until is_done()."""
+    def look():
+        loop.after(0.01, look)
+        if is_done():
+            loop.stop()
+    loop.after(0, look)
+    loop.after(seconds, loop.stop)
+    loop.run()
+    loop._stopped = False
+    assert is_done()
+
+
+def test_a_bug_in_hearing_of_a_child_is_one_traceback_and_kills_nobody(links, monkeypatch):
+    heard, killed = [], []
+    kill = flomd.os.kill
+    monkeypatch.setattr(flomd.os, "kill", lambda pid, number: killed.append(kill(pid, number)))
+
+    def hear(text):
+        heard.append(text)
+        raise RuntimeError("a bug")
+    flomd.Child(links.loop, lambda: "done", hear)
+    run_until(links.loop, lambda: links.log.lines)
+    assert heard == ["done"] and len(killed) == 1
+    assert len(links.log.lines) == 1 and "a bug" in links.log.lines[0]
+
+
+def test_a_look_at_another_daemon_ends(links, monkeypatch):
+    monkeypatch.setattr(flomd, "LONGEST_PROBE", 1)
+    monkeypatch.setattr(flomd, "daemon_at", lambda *_: signal.pause())
+    answer = flomd.Heard((1, "aa"), {"address": "127.0.0.1", "port": 1}, ("127.0.0.1", 1))
+    heard = []
+    flomd.Child(links.loop, lambda: flomd._is_there(SETTINGS, answer), heard.append)
+    run_until(links.loop, lambda: heard)
+    assert heard == [""]

@@ -570,6 +570,22 @@ def test_a_log_on_a_full_disk(box):
     assert box.run("-d", "0", "--", "true").status == 0
 
 
+def test_nobody_reads_its_log_nor_its_stderr(box):
+    log, pipe = box.path("fifo"), os.pipe()
+    os.mkfifo(log)
+    reader = os.open(log, os.O_RDWR | os.O_NONBLOCK)
+    for number in (reader, pipe[1]):
+        os.set_blocking(number, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(number, b"x" * 4096)
+    os.set_blocking(pipe[1], True)
+    box.daemon("--log", log, stderr=pipe[1])
+    assert box.run("-d", "0", "--", "echo", "x") == (0, "x\n", "")
+    for number in (reader, *pipe):
+        os.close(number)
+
+
 def test_a_log_that_cannot_be_opened_anew_goes_on(box):
     folder = box.path("logs")
     os.mkdir(folder)

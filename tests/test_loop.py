@@ -251,3 +251,11 @@ def test_what_cannot_be_closed_rests(pairs, monkeypatch):
     pairs.loop.after(0.01, forget)
     pairs.run(10)
     assert sorted(pairs.called) == [0, 0, 1, 1, 2]
+
+
+def test_a_date_may_be_further_away_than_a_selector_can_wait(pairs):
+    pairs.add(lambda events: pairs.loop.stop())
+    pairs.loop.after(2 ** 31 / 1000 + 10, flomd.nothing)
+    pairs.call(0)
+    pairs.loop.run()
+    assert pairs.called == [0]

@@ -131,6 +131,28 @@ def test_who_has_released_does_not_keep_a_draining_daemon_alive(world):
     assert holder.finished and world.table.holding == 0
 
 
+def test_a_lock_that_has_moved_to_another_connection_is_not_lost(world):
+    counts = flomd.Counts()
+    world.server.publisher = types.SimpleNamespace(
+        counts=counts, note=lambda decision: None, changed=lambda: None)
+
+    def ask(client, **more):
+        request = flomd.Request(client.session, "R", mode=5, create=1)
+        request.ident, request.key = "aa", "bb"
+        for name, value in more.items():
+            setattr(request, name, value)
+        client.session.request, client.session.state = request, flomd.ASKING
+        world.connections.calls["lock"](client, request)
+        return request
+    before, after = world.client(), world.client()
+    token = ask(before).token
+    before.tell = lambda decision: before.close()  # as Connection does: it cannot be told
+    ask(after, reclaim=token)
+    assert after.told == [0] and not before.is_open and counts.lost == 0
+    after.close()
+    assert counts.lost == 1 and world.table.holding == 0
+
+
 def test_what_is_due_is_done_again_where_it_has_failed(world, monkeypatch):
     monkeypatch.setattr(flomd, "PAUSE", 0.02)
     monkeypatch.setattr(flomd, "LEAST_LIFESPAN", 10)
