@@ -1392,7 +1392,7 @@ ACTION_OPTIONS = (
     Action("-x --quiesce-exit", "quiesce", "stop the daemon when nobody uses it any more"),
     Action("-X --immediate-exit", "immediate", "stop the daemon now"),
     Action("--status", "status", "show who holds and who waits"),
-    Action("--evict", "evict", "take a lock away; ID as --status --json shows it", argument="ID"),
+    Action("--evict", "evict", "take a lock away; ID as --status shows it", argument="ID"),
     Action("--check-config", "check", "read the configuration, report every problem"),
     Action("--signal-list", "signals", "list the signals"),
     Action("--unique-id", "id", "print the id of this host"))
