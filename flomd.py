@@ -64,7 +64,8 @@ import types
 TYPE_CHECKING = False  # mypy knows it as true: names that annotations alone use
 if TYPE_CHECKING:
     from io import FileIO
-    from typing import Any, Callable, Deque, Dict, Iterator, List, OrderedDict, Tuple, Union
+    from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, OrderedDict, Tuple,
+                        Union)
     Descriptor = Union[int, socket.socket, FileIO]
     Act = Callable[[], object]
     Handler = Callable[[int], object]
@@ -3837,14 +3838,14 @@ def _all_of(holders):
 
 
 class Obstacles:
-    """Which holders of the resource are in the way of its waiters, for all waiters at once."""
+    """Which holders of the resource are in the way of the requests in these lanes."""
 
-    def __init__(self, resource: "Resource"):
+    def __init__(self, resource: "Resource", lanes: "Iterable[tuple]"):
         self._holders = list(resource.holders.values())
-        lanes = dict.fromkeys(resource.lanes, 0)
+        points = dict.fromkeys(lanes, 0)  # lane: set of the holders in it, see Nesting
         for place, holder in enumerate(self._holders):
-            lanes[holder.lane] = lanes.get(holder.lane, 0) | 1 << place
-        self._rivals = rivals_of(lanes)
+            points[holder.lane] = points.get(holder.lane, 0) | 1 << place
+        self._rivals = rivals_of(points)
 
     def of(self, lane: "tuple") -> "InTheWay":
         """The holders in the way of the lane; all, when it waits for other waiters only."""
@@ -3856,18 +3857,9 @@ class Obstacles:
         return InTheWay(self._holders[first], number)
 
 
-def in_the_way(resource: "Resource | None", request: "Request") -> "InTheWay":
-    """The holders in the way of one request; all, when it waits for other waiters only."""
-    if resource is None:
-        return InTheWay(None, 0)
-    holders = list(resource.holders.values())
-    clashing = [holder for holder in holders if resource.clash(request, holder)]
-    return _all_of(clashing or holders)
-
-
-def held_by(obstacles: "InTheWay", now: "Moment") -> "str":
+def held_by(in_the_way: "InTheWay", now: "Moment") -> "str":
     """Who is in the way, in one line."""
-    first, number = obstacles
+    first, number = in_the_way
     if first is None:
         return "held by nobody"
     since = hhmmss(now.wall - first.held_since)
@@ -5987,11 +5979,12 @@ class Progress:
         resource = self._table.resource_of(request.name)
         if resource is None:
             return decision
-        obstacles = in_the_way(resource, request)
+        lane = resource.lane(request)
+        in_the_way = Obstacles(resource, [lane]).of(lane)
         if decision.verdict == ENQUEUED:
-            self._told[session] = decision.position, obstacles.first
+            self._told[session] = decision.position, in_the_way.first
             self._loop.within(1, self._tell)
-        reason = held_by(obstacles, self._loop.now)
+        reason = held_by(in_the_way, self._loop.now)
         return decision._replace(reason=reason)
 
     def _tell(self):
@@ -5999,12 +5992,12 @@ class Progress:
         self._told = {}
         decisions = []
         for resource in self._resources(known):
-            obstacles = Obstacles(resource)
+            obstacles = Obstacles(resource, resource.lanes)
             for position, waiter in enumerate(resource.waiters(), 1):
                 session = waiter.session
                 if session in known:
-                    found = obstacles.of(waiter.lane)
-                    decisions += self._news(session, position, found, known)
+                    in_the_way = obstacles.of(waiter.lane)
+                    decisions += self._news(session, position, in_the_way, known)
         if self._told:
             self._loop.after(1, self._tell)
         self._server.deliver(decisions)
@@ -6018,13 +6011,13 @@ class Progress:
                 found[request.resource] = None
         return found
 
-    def _news(self, session, position, obstacles, known):
+    def _news(self, session, position, in_the_way, known):
         """What the session does not know yet, as a list of decisions."""
-        place = position, obstacles.first
+        place = position, in_the_way.first
         self._told[session] = place
         if place == known[session]:
             return []
-        reason = held_by(obstacles, self._loop.now)
+        reason = held_by(in_the_way, self._loop.now)
         return [notice(session, ENQUEUED, reason, position)]
 
 

@@ -474,8 +474,8 @@ def test_the_report_says_since_when_a_lock_is_held(hub, link):
     link.unlock("R")
     hub.later(11)
     assert int(entries(hub)[2][1]["since"]) == int(hub.clock.wall) - 11
-    assert flomd.held_by(
-        flomd.Obstacles(hub.table.resources["R"]).of(("R", 5)), hub.clock).endswith("for 00:00:11")
+    in_the_way = flomd.Obstacles(hub.table.resources["R"], [("R", 5)]).of(("R", 5))
+    assert flomd.held_by(in_the_way, hub.clock).endswith("for 00:00:11")
 
 
 def test_whatever_clients_say_of_themselves_can_be_reported(hub, link):
@@ -508,17 +508,21 @@ def test_a_report_has_a_piece_for_each_holder_and_waiter(hub):
 
 @pytest.mark.parametrize("names", [["R"], ["n[40]"], ["_s_x[40]"],
                                    ["/t", "/t/a", "/t/a/x", "/t/b", "/t/bc"]])
-def test_who_is_in_the_way_is_the_same_for_one_and_for_all(names):
-    """For one waiter all holders are looked at; for all waiters each lane is looked at once."""
+def test_who_is_in_the_way(names):
+    """For one waiter and for all of them the same, and what the policy says of each holder."""
     draw = chance("in the way")
     for _ in range(30):
         world = World()
         for number in range(30):
             world.ask(f"S{number}", draw.choice(names), draw.choice(MODES))
         for resource in world.table.resources.values():
-            obstacles = flomd.Obstacles(resource)
+            obstacles = flomd.Obstacles(resource, resource.lanes)
             for waiter in resource.waiters():
-                assert obstacles.of(waiter.lane) == flomd.in_the_way(resource, waiter)
+                holders = list(resource.holders.values())
+                clashing = [one for one in holders if resource.clash(waiter, one)] or holders
+                found = obstacles.of(waiter.lane)
+                assert found == (clashing[0] if clashing else None, len(clashing))
+                assert found == flomd.Obstacles(resource, [waiter.lane]).of(waiter.lane)
 
 
 @pytest.mark.parametrize("form", ["R", "/t/{}"])
@@ -532,7 +536,7 @@ def test_to_look_for_all_costs_for_each_the_same(form):
         resource, = world.table.resources.values()
 
         def look():
-            obstacles = flomd.Obstacles(resource)
+            obstacles = flomd.Obstacles(resource, resource.lanes)
             return [obstacles.of(waiter.lane) for waiter in resource.waiters()]
         found.append(lines(look))
     assert found[2] - found[1] < 1.1 * (found[1] - found[0])
