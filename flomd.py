@@ -1528,7 +1528,9 @@ _Decision = collections.namedtuple(
 
 
 class Decision(_Decision):
-    """What was decided about the request of a session: a verdict, and what belongs to it."""
+    """What a session is told of its request: a verdict, and what belongs to it.  `token` is the
+    number of a grant, `position` the place in the queue from 1 on, `reason` a line for people; a
+    verdict of None says only that its connection is to be closed."""
     __slots__ = ()
 
     def __new__(cls, session, verdict, element=None, token=None, position=None, reason=None):
@@ -3600,12 +3602,6 @@ def read_message(data: "bytes") -> "dict":
 read_known_message = functools.lru_cache(KNOWN)(read_message)
 
 
-def notice(session: "Session", verdict: "int", reason: "str",
-           position: "int | None" = None) -> "Decision":
-    """A Decision of the server itself, which the table did not make."""
-    return Decision(session, verdict, None, None, position, reason)
-
-
 class Session:
     """The state of one connection in terms of the protocol.
 
@@ -3824,8 +3820,8 @@ class Session:
 # sent.  What is the same for all waiters of a lane is found once: the holders in their way, and
 # the name in base64.
 #
-# Not here on purpose: one moment for the whole report.  A resource that is told of late may be
-# newer than the first.
+# Not here on purpose: one moment for the whole report.  What comes late in it may be newer than
+# what came first.
 
 # The holders that a waiter waits for: the first of them, None where there is none, their number.
 InTheWay = collections.namedtuple("InTheWay", "first number")
@@ -4755,17 +4751,17 @@ class Connection:
         """The client must say its first message, read on, or close its side, within PATIENCE s."""
         self._is_expected = True
         loop = self.connections.loop
-        loop.at(loop.now.mono + PATIENCE, self._be_silent)
+        loop.at(loop.now.mono + PATIENCE, self._close_if_silent)
 
     def _expect_nothing(self):
         self._is_expected = False
-        self.connections.loop.cancel(self._be_silent)
+        self.connections.loop.cancel(self._close_if_silent)
 
-    def _be_silent(self):
+    def _close_if_silent(self):
         loop = self.connections.loop
         until = loop.running_since + PATIENCE
         if loop.now.mono < until:
-            loop.at(until, self._be_silent)
+            loop.at(until, self._close_if_silent)
         else:
             self.close("silent")
 
@@ -5782,7 +5778,7 @@ class Server:
 
     @staticmethod
     def _reject(connection, reason):
-        refusal = notice(connection.session, LIMIT, reason)
+        refusal = Decision(connection.session, LIMIT, reason=reason)
         connection.tell(refusal)
 
     # What clients want.
@@ -5919,7 +5915,7 @@ class Server:
 
     def evict(self, session: "Session", reason: "str") -> "None":
         """Takes a lock away from its holder, or a waiter out of its queue."""
-        decisions = [notice(session, EVICTED, reason)]
+        decisions = [Decision(session, EVICTED, reason=reason)]
         decisions += self.table.gone(session, self.loop.now)
         self.deliver(decisions)
         self.released()
@@ -5958,7 +5954,7 @@ class Server:
         for connection in list(self._connections.open):
             session = connection.session
             if session.ours:
-                farewell = notice(session, STOPPED, reason)
+                farewell = Decision(session, STOPPED, reason=reason)
                 connection.tell(farewell)
 
 
@@ -6018,7 +6014,7 @@ class Progress:
         if place == known[session]:
             return []
         reason = held_by(in_the_way, self._loop.now)
-        return [notice(session, ENQUEUED, reason, position)]
+        return [Decision(session, ENQUEUED, position=position, reason=reason)]
 
 
 class Orders:
