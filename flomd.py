@@ -1312,7 +1312,8 @@ class SteppedBack(Exception):
 
 @contextlib.contextmanager
 def serving(failure, *opened):
-    """When the system refuses something, closes what is open and raises CannotServe."""
+    """A block in which the system may refuse something: then `opened` is closed and CannotServe
+    raised, with the line that begins with `failure`."""
     try:
         yield
     except (OSError, UnicodeError) as error:
@@ -3808,7 +3809,7 @@ class Session:
 
 
 # --- Reports ------------------------------------------------------------------------------------
-# What the daemon tells of itself.  All of it are views of the lock table, made of data alone:
+# What the daemon tells of itself: views of the lock table, made of data alone.
 #
 #     held_by   one line for a waiter that wants to know what it waits for
 #     report    the answer to a lock of _STATUS, elements of the protocol
@@ -4230,7 +4231,8 @@ class State:
         return True
 
 
-def take(state: "State", served: "str", foreground: "bool", group: "bool", answers) -> "bool":
+def take(state: "State", served: "str", foreground: "bool", group: "bool",
+         answers: "Callable[[], bool]") -> "bool":
     """Takes the lock of a State.  While another process holds it, it is waited for: for HELD_FOR s
     and as long as nobody answers(), in the foreground for ever.  Raises CannotServe, which says
     what is `served`; a group's answers() may raise SteppedBack.  Returns whether it waited."""
@@ -5019,8 +5021,8 @@ class Child:
             os.waitpid(self._pid, 0)
 
 
-def close_files(keep: "int" = 2) -> "None":
-    """Closes every descriptor but 0, 1, 2 and `keep`."""
+def close_files(keep: "int") -> "None":
+    """Closes every descriptor but 0, 1, 2 and `keep`, which is greater."""
     try:
         last = max(map(int, os.listdir("/proc/self/fd")))
     except OSError:
@@ -5165,7 +5167,8 @@ class Listener:
                 self._welcome(connection, peer)
 
     def _pause(self):
-        """Does not accept for a while: who cannot be accepted would wake the loop all the time."""
+        """Does not accept for PAUSE s: a client that cannot be accepted stays in the backlog, and
+        would wake the loop again and again."""
         self._loop.forget(self._socket)
         self._loop.after(PAUSE, self._resume)
 
@@ -5251,7 +5254,9 @@ def unix_socket(path: "str", mode: "int") -> "socket.socket":
 
 
 def _remove_stale(path):
-    """Removes a socket on which nobody listens; anything else there is left to bind to refuse."""
+    """Removes a socket on which nobody listens.  Anything else at the path stays, and bind()
+    fails.  Raises CannotServe when another daemon listens there, or the socket cannot be removed;
+    OSError when it cannot be looked at."""
     if listens(path):
         raise CannotServe(f"another daemon serves {path}")
     if _connect(path) != errno.ECONNREFUSED:
@@ -5261,7 +5266,8 @@ def _remove_stale(path):
         return
     try:
         os.unlink(path)
-    except OSError as error:  # only now: a directory may take its time to tell the name
+    except OSError as error:
+        # the owner's name is looked up only here, since LDAP may be slow to tell it
         raise CannotServe(f"cannot remove the stale socket {path} of {user_name(found.st_uid)}: "
                           f"{error.strerror}")
 
@@ -5292,8 +5298,8 @@ def _on_interface(address, interface):
 
 
 def inherited_sockets():
-    """Yields the listening sockets that an init system hands over (sd_listen_fds(3)), if any;
-    raises CannotServe when one is none."""
+    """Yields the listening sockets that an init system hands over (sd_listen_fds(3)), if any.
+    Raises CannotServe for a descriptor that is no listening socket."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return
     count = os.environ.get("LISTEN_FDS", "")
@@ -5544,12 +5550,13 @@ def _rivals(group):
 
 class Member:
     """This daemon while it serves the group: a way to it, see Listeners.  `address` is that of the
-    socket on which it listens; make_way() is called when another daemon is to serve."""
+    socket on which it listens; drain(reason) is called when another daemon is to serve."""
 
-    def __init__(self, loop: "Loop", log: "Log", group: "Group", address: "tuple", make_way):
+    def __init__(self, loop: "Loop", log: "Log", group: "Group", address: "tuple",
+                 drain: "Callable[[str], object]"):
         self._loop, self._log = loop, log
         self._group = group
-        self._make_way = make_way
+        self._drain = drain
         host, port = _announced(address)
         self._network = element("network", ("address", host), ("port", port))
         self._probe: "Child | None" = None  # which looks for another daemon
@@ -5597,7 +5604,7 @@ class Member:
     def _verified(self, found):
         self._probe = None
         if found:
-            self._make_way()
+            self._drain("another daemon serves the group")
 
     def look(self) -> "None":
         """Nobody can take a group away."""
@@ -5909,7 +5916,7 @@ class Server:
     def _free(self, session):
         decisions = self.table.gone(session, self.loop.now)
         if self.draining:
-            decisions = []  # who makes way for another daemon grants nothing any more
+            decisions = []  # the other daemon may have granted it already
         self.deliver(decisions)
         self.released()
 
@@ -6134,7 +6141,6 @@ class Orders:
 # The process ends before any of its connections does, since whoever sees the end of one may start
 # a daemon.
 
-
 SERVING, QUIESCING, DRAINING, ENDING = "serving", "quiescing", "draining", "ending"
 
 
@@ -6218,13 +6224,9 @@ class Daemon:
             self.phase = QUIESCING
         self.rest()
 
-    def make_way(self) -> "None":
-        """Another daemon is to serve the group.  One that waits for its last client drains, too:
-        it would go on granting to newcomers what the other one grants."""
-        self.drain("another daemon serves the group")
-
     def drain(self, reason: "str") -> "None":
-        """Leaves the clients to another daemon, which is found where this one was."""
+        """Leaves the clients to another daemon, which is found where this one was.  A quiescing
+        daemon drains, too: it would go on granting to newcomers what the other one grants."""
         if not self.ways:
             return
         self.log.error(f"draining: {reason}")
@@ -6292,7 +6294,7 @@ class Signals:
 
     @staticmethod
     def _leave_to_loop(number, frame):
-        """What Python does beside is enough."""
+        """Python has written the number to the socket that the loop reads."""
 
     def _handle(self, events):
         """Acts on the signals that have come; one that fails does not keep the next back."""
@@ -6601,8 +6603,10 @@ def notify(text: "str") -> "None":
 # --- Options ------------------------------------------------------------------------------------
 # What the daemon is told.  The settings come from the files, which clients read, too, and from the
 # command line; what concerns nobody but a daemon is an option alone.
+
 ADDRESSES = ("SocketName", "UnicastAddress", "MulticastAddress")
 LIMIT_OF_OBJECTS = Number(1, 999999999)
+
 
 class FixedPath(Path):
     """The name of a file, made absolute: the daemon leaves the current directory."""
@@ -6983,7 +6987,7 @@ def begin(daemon, group, guard, publisher):
     daemon.watch(parts)
     if group is not None:
         address = announced_address(daemon.ways)
-        daemon.ways.append(Member(daemon.loop, daemon.log, group, address, daemon.make_way))
+        daemon.ways.append(Member(daemon.loop, daemon.log, group, address, daemon.drain))
     if publisher is not None:
         publisher.begin()
         daemon.server.publisher = publisher

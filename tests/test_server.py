@@ -107,7 +107,7 @@ def test_a_long_row_of_connections_that_end_when_they_are_told(world):
     assert waiters[-1].told == [1, 0] and world.table.holding == 1 and not world.log.lines
 
 
-def test_nothing_is_granted_to_those_who_make_way(world):
+def test_a_draining_server_grants_nothing(world):
     holder = world.client().lock()
     queued = [world.client().lock() for _ in range(3)]
     idle = world.client()
