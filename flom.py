@@ -2144,7 +2144,8 @@ _OUTCOMES = {OK: HOLDING, ENQUEUED: WAITING, WAIT_RESOURCE: WAITING,
 NEXT = {  # (state, step): {rc: next state}
     (ASKING, 16): _OUTCOMES, (WAITING, 24): _OUTCOMES, (WAITING, 32): _OUTCOMES,
     (HOLDING, 24): {STOPPED: ENDING, EVICTED: TAKEN_AWAY}}
-LONGEST, ENDLESS = 511, 65536  # bytes: of a message sent, of one received
+LONGEST = 511  # bytes of a message that FLoM's daemon reads
+ENDLESS = 65536  # bytes of a message that flomd and flom read: more is no message
 CHAIN = 8  # ids of FLOM_SESSION that are told and handed on
 COVERED = [{0}, {0, 1}, {0, 1, 2}, {0, 1, 3}, {0, 1, 2, 3, 4}, {0, 1, 2, 3, 4, 5}]  # by a mode
 WITH_MODE, WITH_ELEMENT = ("simple", "hierarchical"), ("set", "sequence", "timestamp")
@@ -2896,6 +2897,7 @@ class Claim:
         try:
             if not self._reuse():
                 self._about = self._introduction()
+                self._check_length()
                 self.connection, answer = finish(self._asking())
                 self.element, self.token = answer.element, answer.token
             self._owner = os.getpid()
@@ -2936,6 +2938,12 @@ class Claim:
             "host": plain(os.uname().nodename, 64),
             "cmd": plain(self._command, 32),
             "progress": progress}
+
+    def _check_length(self):
+        """Raises UsageError when no daemon would read the request."""
+        if len(lock_message(self.settings, self._about, wait=True)) > ENDLESS:
+            raise UsageError(f"{self.settings.origins['Name']}: a name of {len(self.name)} "
+                             "characters is too long for a request")
 
     def _abandon(self):
         """Ends the request that an exception has cut short."""

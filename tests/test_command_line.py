@@ -391,6 +391,13 @@ def test_what_has_a_meaning_is_not_told(box, options):
     assert box.run("-V", *options, "--", "true").err == ""
 
 
+@pytest.mark.parametrize("size, said", [(46000, ""), (60000, "flom: -r: a name of 60000 "
+                         "characters is too long for a request\n")])
+def test_a_name_that_no_daemon_would_read_is_an_error_at_once(box, size, said):
+    done = box.run("-r", "/" + "x" * (size - 1), "--", "true")
+    assert (done.err, bool(done.status)) == (said, bool(said))
+
+
 # What users of FLoM type: options, the command, what is printed, what is said (a pattern), status.
 
 SAID = {
