@@ -1624,10 +1624,12 @@ def _sleep(descriptor, events, seconds):
         poll.poll(seconds * 1000)
         return
     # eventlet takes poll away and makes select() cooperative
-    waiting = {READ: [], WRITE: [], events: [descriptor]}
-    if descriptor is None:
-        waiting[events] = []
-    select.select(waiting[READ], waiting[WRITE], [], seconds)
+    readers, writers = [], []
+    if events == READ:
+        readers.append(descriptor)
+    elif events == WRITE:
+        writers.append(descriptor)
+    select.select(readers, writers, [], seconds)
 
 
 def reading_all(descriptor: "int"):
@@ -1675,7 +1677,7 @@ def resolve(host, port, kind, scope, flags=0):
 def resolving_here(host, port, kind, scope):
     """Steps to the result of resolve: none, since it may take as long as it needs here."""
     return resolve(host, port, kind, scope)
-    yield
+    yield  # never reached: it makes this a generator
 
 
 def resolving_apart(host, port, kind, scope):
@@ -1686,7 +1688,9 @@ def resolving_apart(host, port, kind, scope):
     child = 0
     try:
         try:
-            child = os.fork() or _tell_addresses(writing, host, port, kind, scope)
+            child = os.fork()
+            if not child:
+                _tell_addresses(writing, host, port, kind, scope)
         finally:
             os.close(writing)
         told = yield from reading_all(reading)
@@ -1705,7 +1709,7 @@ def resolving_apart(host, port, kind, scope):
 
 
 def _tell_addresses(writing, host, port, kind, scope):
-    """In the child: writes the addresses, or what is wrong, into a pipe."""
+    """In the child: writes the addresses, or what is wrong, into a pipe; does not return."""
     import marshal
     try:
         try:
@@ -1821,7 +1825,9 @@ def told_addresses(message, source):
         return []
     # An empty address means: where the datagram came from.
     host = network.get("address") or source[0].partition("%")[0]
-    scope = sum(source[3:])  # IPv4 has none
+    scope = 0
+    if len(source) == 4:  # IPv6: host, port, flow, scope
+        scope = source[3]
     # No stranger's datagram makes this host ask a name server.
     return resolve(host, network["port"], socket.SOCK_STREAM, scope, socket.AI_NUMERICHOST)
 
@@ -1933,7 +1939,10 @@ def daemon_options(settings: "Settings"):
 
 def fork_daemon(argv, writing: "int") -> "int":
     """The pid of a new process that becomes flomd, and tells what it has to say to `writing`."""
-    return os.fork() or _become_daemon(argv, writing)
+    child = os.fork()
+    if not child:
+        _become_daemon(argv, writing)
+    return child
 
 
 def spawn_daemon(argv, writing: "int") -> "int":
@@ -1948,7 +1957,9 @@ def spawn_daemon(argv, writing: "int") -> "int":
 
 
 def _become_daemon(argv, writing):
-    """In the child: flomd, with nothing of ours but a pipe for what it has to say."""
+    """In the child: becomes flomd, with nothing of ours but a pipe for what it has to say; does
+    not return.
+    """
     try:
         os.dup2(writing, 2)
         os.set_inheritable(2, True)
@@ -2275,11 +2286,11 @@ class Session:
 # A non-blocking stream to the daemon, with TLS where three files say so, and the session on it.
 # Connecting and the first answer have PATIENCE: a daemon that says nothing is an error.
 #
-# A daemon may have several addresses.  In a Race they are tried side by side until a connection
-# stands.  There the daemon is asked, and nowhere else meanwhile: two might both grant.  If that
+# A daemon may have several addresses.  In a Race they are tried side by side until one connection
+# is made.  There the daemon is asked, and nowhere else meanwhile: two might both grant.  If that
 # address is of no use the Race goes on with those that are left.
 PATIENCE, GOODBYE = 10, 5  # s: for a first answer, for the daemon's EOF after ours
-SEVERAL, EACH = 15, 6  # s: PATIENCE with several addresses, with one of them but the last
+SEVERAL, EACH = 15, 6  # s: PATIENCE with several addresses in all, with each but the last
 STAGGER = 0.25  # s from one connection attempt to the next
 CHUNK = 65536  # bytes read at once
 NOBODY = {errno.ENOENT, errno.ECONNREFUSED, errno.ECONNRESET}  # connect: nobody listens there
@@ -2426,8 +2437,8 @@ class Connection:
         """Steps that send a last message, half-close, and wait for what follows.
 
         TLS says goodbye, too, unless the message may be `answered`: that would lose the answer.
-        The result is the message that came, b"" when the daemon has closed the connection, None
-        when neither has happened in `patience` s.  The connection is closed in any case.
+        The result is what came, b"" when the daemon closed the connection before, None when
+        neither happened in `patience` s.  The connection is closed in any case.
         """
         data = bytearray()
         until = clock() + patience
@@ -2445,7 +2456,7 @@ class Connection:
     def fetching(self, message: "bytes", patience: "float"):
         """Steps that send a message and read all of the one that follows, which may be long.
 
-        The result is as that of `parting`; each part of the message may take `patience` s.
+        The result is as that of `parting`; `patience` s may pass before each part of the message.
         """
         data = bytearray()
         try:
@@ -2515,7 +2526,7 @@ def program_connection(family, where: "str") -> "Connection":
 
 
 class Race:
-    """The addresses of a daemon: the first with which a connection stands, TLS included, wins.
+    """The addresses of a daemon: the first with which a connection is made, TLS included, wins.
 
     The attempt at the next address begins when the one before has failed, or has had no result for
     STAGGER (RFC 8305).  `left`: the addresses that have neither won nor failed.  `make` is
@@ -2531,7 +2542,7 @@ class Race:
         self._nobody = False  # at one address nobody listens: a daemon may be started there
 
     def winning(self):
-        """Steps to the next Connection that stands, None when no address is left."""
+        """Steps to the next Connection that is made, None when no address is left."""
         until = clock() + PATIENCE
         next_date = 0.0
         try:
@@ -2577,7 +2588,7 @@ class Race:
         self._running = {}
 
     def _opening(self, address, until):
-        """Steps to a Connection that stands, None when it fails."""
+        """Steps to a Connection that is ready for a request, None when it fails."""
         family, name = address
         where = name
         if family != socket.AF_UNIX:
@@ -2783,14 +2794,14 @@ def covers(holder: "dict", settings: "Settings") -> "bool":
 # _reclaiming_once, and from _asking on the same.
 HURRY = 2  # s: how long to try every AGAIN
 SELDOM = 0.5  # s between two tries after that
-TAKEN = "it was granted to somebody else"
+HAS_OTHER_HOLDER = "it was granted to somebody else"
 DURATION = " for ([0-9]+):([0-9]{2}):([0-9]{2})"  # in a reason, as old as the answer
 
 
 class Progress:
     """Tells on stderr what a command waits for: after 2 s, and again when that has changed.
 
-    Nobody wants a line for each turn of a long queue, so there is one in PAUSE s at most.
+    Nobody wants a line for each change in a long queue, so there is one in PAUSE s at most.
     """
     FIRST, PAUSE = 2, 5  # s
 
@@ -2890,9 +2901,11 @@ class Claim:
 
         `started`: when the wait began (monotonic s), for the Timeout of the settings.
         """
+        if started is None:
+            started = clock()
         limit = self.settings["Timeout"]
         if limit >= 0:
-            self._deadline = (started or clock()) + limit / 1000
+            self._deadline = started + limit / 1000
         self._context = tls_context(self.settings)
         try:
             if not self._reuse():
@@ -3157,7 +3170,7 @@ class Claim:
             except (DaemonUnavailable, UsageError) as error:
                 obstacle = str(error)
             except LockError as error:
-                self._lose(error.reason or TAKEN)
+                self._lose(error.reason or HAS_OTHER_HOLDER)
                 return False
             self.diary.say(f"reclaiming {self.name}: {obstacle}")
             if clock() < hurry:
@@ -3175,7 +3188,7 @@ class Claim:
             self._starter.order = ""
             return True
         yield from connection.parting(unlock_message(self.name, True), GOODBYE)
-        self._lose(TAKEN)
+        self._lose(HAS_OTHER_HOLDER)
         return False
 
 
@@ -3333,7 +3346,8 @@ class Lock:
             with self._another():
                 result = function(*args, **kwargs)
                 if isinstance(result, later):
-                    getattr(result, "close", str)()  # or Python would say that it never ran
+                    if hasattr(result, "close"):  # or Python would say that it never ran
+                        result.close()
                     raise TypeError(f"{function!r} returned a {type(result).__name__}, which "
                                     f"would run without the lock on {self.name}")
                 return result
@@ -3402,7 +3416,7 @@ class Signals:
     """
 
     def __init__(self, ignored=()):
-        """The default action for CHLD, none for `ignored`."""
+        """Gives CHLD its default action, and ignores the signals with the numbers `ignored`."""
         self.found: "Any" = {signal.SIGPIPE: signal.SIG_DFL, signal.SIGXFSZ: signal.SIG_DFL}
         self.mask: "Any" = set()
         self._passed: "set[int]" = set()  # those that the command is to have
@@ -3614,12 +3628,12 @@ class Loss:
                 action(self)
 
     def hurry(self):
-        """An attempt to have the lock back that is under way is due at once."""
+        """Makes the reclaim that is under way, if any, due at once."""
         if not self.is_final:
             self.dates["reclaim"] = clock()
 
     def give_up(self):
-        """Nobody tries any more to have the lock back, and it is said, once, that it is lost."""
+        """Ends the attempts to reclaim, and says, once, that the lock is lost."""
         self._steps.close()
         self.dates.clear()
         self._tell_lost()
@@ -3816,7 +3830,7 @@ class Command:
         self._loss: "Loss | None" = None
         self._report: "Any" = None  # the pipe that tells of a failing exec
         self._hold_until = 0.0  # monotonic s
-        self._sent_away = False  # by a signal that came after the command's end
+        self._is_told_to_end = False  # by a signal after the command's end
         self._complained = False
 
     def run(self) -> "int":
@@ -3850,7 +3864,9 @@ class Command:
                 self.signals.watch(self._pipe.reading)
             if self.claim.connection:
                 self.signals.watch(self.claim.connection.sock)
-            self._pid = os.fork() or self._become(environment, writing)
+            self._pid = os.fork()
+            if not self._pid:
+                self._become(environment, writing)
             os.close(writing)
             if self._pipe:
                 self._pipe.close_writing()
@@ -3899,14 +3915,14 @@ class Command:
         return False
 
     def _obey_after_the_end(self, number, passed, had_ended):
-        """When the command has ended, some signals send flom away.
+        """When the command has ended, some signals end flom.
 
         One that came together with the command's end was for both when the terminal sent it, or
         when it is what killed the command (a kill of the whole group).
         """
         if number in ENDING_HOLD:
             was_for_flom = passed and number != self.killed_by
-            self._sent_away = had_ended or was_for_flom
+            self._is_told_to_end = had_ended or was_for_flom
 
     def _watch_lock(self):
         """Looks whether the lock is held, and goes on with its loss."""
@@ -3964,8 +3980,8 @@ class Command:
 
     def _is_awaited(self):
         """Whether the command has ended, but flom has to wait for what it left."""
-        interrupted = self.killed_by or (self._loss and self._loss.terminated)
-        if not interrupted:
+        terminated = self._loss is not None and self._loss.terminated
+        if self.killed_by == 0 and not terminated:
             return False
         return self._pipe is not None and not self._pipe.is_at_its_end()
 
@@ -3973,7 +3989,7 @@ class Command:
         """Whether nothing is left to wait for."""
         if self.status is None:
             return False
-        if self.failure or self._sent_away:
+        if self.failure or self._is_told_to_end:
             return True
         if self._is_awaited():
             return False
@@ -4124,7 +4140,7 @@ def keep_named(report, name):
 
 
 def clear_screen():
-    """What --watch has shown goes, and what follows begins at the top."""
+    """Clears the terminal: what follows begins at its top."""
     with contextlib.suppress(OSError):
         os.write(sys.stdout.fileno(), b"\033[H\033[J")
 
