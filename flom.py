@@ -4065,9 +4065,10 @@ def table_row(resource, state, entry, now):
 
 def duration(entry: "dict", now: "int") -> "str":
     """HH:MM:SS since the entry's lock was granted or asked for, empty where nobody tells."""
-    if "since" not in entry:
+    since = entry.get("since")
+    if not isinstance(since, int):
         return ""
-    return hhmmss(now - entry["since"])
+    return hhmmss(now - since)
 
 
 def find_entry(report: "dict", ident: "str"):

@@ -209,7 +209,7 @@ def test_a_line_of_the_log_is_one_line_whatever_it_tells(tmp_path):
 def test_a_report_with_odd_numbers(text):
     report = flom.arrange_report(message(LOCK, 16, (
         f'<daemon version="1.0"/><resource name="{b64("R1")}" idle="{text}">'
-        f'<holder id="1" mode="{text}"/></resource>')))
+        f'<holder id="1" mode="{text}" since="{text}" pid="{text}"/></resource>')))
     assert report["resources"][0]["idle"] == report["resources"][0]["holders"][0]["mode"] == text
     assert text in flom.report_table(report, None)
 
