@@ -6318,12 +6318,17 @@ TREE_PAUSE, METRICS_PAUSE = 1, 15  # s between two versions
 
 
 class Tree:
-    """The output of -m: the link `status`, in a folder, to a tree of files."""
+    """The output of -m: the link `status`, in a folder, to a tree of files.
+
+    The name of a tree has the pid of its daemon: several may have been given one folder, by a file
+    that all of them read.  The link then leads to the newest tree, and each removes its own.
+    """
     follows_changes = True  # it is written when something has changed
 
     def __init__(self, folder: "str", table: "LockTable"):
         self.path, self.table = folder, table
         self.pause = TREE_PAUSE
+        self._daemon = os.getpid()
         self._status = os.path.join(folder, "status")
 
     def try_out(self) -> "None":
@@ -6338,15 +6343,14 @@ class Tree:
 
     def write(self, number: "int") -> "None":
         """Writes the tree of this number; in a child.  Raises OSError."""
-        daemon = os.getppid()
-        name = f".status-{daemon}-{number}"
+        name = f".status-{self._daemon}-{number}"
         top = self._below(name)
         link = f"{top}-link"
         self._remove_but(self._shown())  # what a daemon left that was killed
         try:
             os.mkdir(top)
             self._write_files(top)
-            if os.getppid() == daemon:  # it was not killed meanwhile
+            if os.getppid() == self._daemon:  # it was not killed meanwhile
                 os.symlink(name, link)
                 os.replace(link, self._status)
         finally:
@@ -6374,10 +6378,23 @@ class Tree:
                 file.write(visible(str(content)) + "\n")
 
     def _remove_but(self, kept):
-        """Removes all trees and links to them, but the one of this name."""
+        """Removes the trees and links that nobody needs any more, but the one of this name."""
         for name in os.listdir(self.path):
-            if name.startswith(".status-") and name != kept:
+            if name.startswith(".status-") and name != kept and not self._is_anothers(name):
                 self._remove(self._below(name))
+
+    def _is_anothers(self, name):
+        """Whether a tree of this name belongs to another daemon, which lives."""
+        found = re.match(r"\.status-([0-9]{1,9})-", name)
+        if not found or int(found.group(1)) == self._daemon:
+            return False
+        try:
+            os.kill(int(found.group(1)), 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass  # it is another user's
+        return True
 
     @staticmethod
     def _remove(path):
@@ -6391,8 +6408,9 @@ class Tree:
 
     def remove(self) -> "None":
         """Removes what was published, as far as it can be removed."""
-        with contextlib.suppress(OSError):
-            os.unlink(self._status)
+        if not self._is_anothers(self._shown()):
+            with contextlib.suppress(OSError):
+                os.unlink(self._status)
         with contextlib.suppress(OSError):
             self._remove_but("")
 

@@ -576,6 +576,24 @@ def release(gate):
         pass
 
 
+def test_two_daemons_with_one_folder_remove_their_own_trees(box):
+    folder = box.path("m")
+    os.mkdir(folder)
+
+    def owners():
+        return {int(name.split("-")[1]) for name in os.listdir(folder) if name != "status"}
+    first = box.daemon("-m", folder)
+    wait_until(lambda: owners() == {first.pid})
+    second = box.daemon("-m", folder, address=("-s", box.path("t")))
+    wait_until(lambda: f"-{second.pid}-" in os.readlink(os.path.join(folder, "status")))
+    assert owners() == {first.pid, second.pid}
+    first.terminate()
+    assert first.end().status == 0
+    assert owners() == {second.pid} and os.path.isdir(os.path.join(folder, "status"))
+    second.terminate()
+    assert second.end().status == 0 and os.listdir(folder) == []
+
+
 def test_a_tree_that_cannot_be_written(box):
     """One line says so, and the daemon serves on."""
     state = box.path("state")
