@@ -4622,6 +4622,7 @@ class Connections:
         self.tls = serving_context(settings)
         self.users = Users(loop)
         self.open: "set" = set()
+        self.silent = Silent(loop)
         self.reports = Reporting(loop)
         self.calls: "Dict[str, Callable]" = {}
         self.gone: "Callable[[Connection], object]"
@@ -4652,7 +4653,7 @@ class Connections:
             connection.socket.close()
             return
         self.open.add(connection)
-        connection.expect()
+        self.silent.expect(connection)
 
     def refuses(self, connection: "Connection") -> "bool":
         """Whether the connection is still beyond the limit."""
@@ -4662,8 +4663,44 @@ class Connections:
 
     def closed(self, connection: "Connection") -> "None":
         """A connection has ended."""
+        self.silent.forget(connection)
         self.open.discard(connection)
         self.gone(connection)
+
+
+class Silent:
+    """The connections whose clients must say or take something within PATIENCE s.  All have the
+    same time, so those that came first are the first to be closed: one date serves them all."""
+
+    def __init__(self, loop: "Loop"):
+        self._loop = loop
+        # connection: s, monotonic, in this order; not empty, it has a date in the loop
+        self._until: "OrderedDict[Connection, float]" = collections.OrderedDict()
+
+    def expect(self, connection: "Connection") -> "None":
+        """The client must say its first message, read on, or close its side, from now on."""
+        until = self._loop.now.mono + PATIENCE
+        if not self._until:
+            self._loop.within(PATIENCE, self._close)
+        self._until.pop(connection, None)
+        self._until[connection] = until
+
+    def forget(self, connection: "Connection") -> "None":
+        """The client has done so, or has gone."""
+        self._until.pop(connection, None)
+
+    def _close(self):
+        """Closes those whose time is over."""
+        now = self._loop.now.mono
+        until = self._loop.running_since + PATIENCE
+        while now >= until and self._until:
+            connection, until = next(iter(self._until.items()))
+            if now >= until:
+                del self._until[connection]
+                with self._loop.guard():
+                    connection.close("silent")
+        if self._until:
+            self._loop.at(until, self._close)
 
 
 class Reporting:
@@ -4690,7 +4727,7 @@ class Reporting:
 class Connection:
     """One client."""
     __slots__ = ("connections", "socket", "is_open", "peer", "session", "certified", "surplus",
-                 "closing", "output", "_pieces", "_is_reporting", "_is_writing", "_is_expected")
+                 "closing", "output", "_pieces", "_is_reporting", "_is_writing")
     would_block: "tuple" = WOULD_BLOCK
 
     def __init__(self, connections: "Connections", accepted: "socket.socket", peer: "str"):
@@ -4706,7 +4743,6 @@ class Connection:
         self._pieces: "Iterator[str]" = NO_PIECES  # of a report, that follow the output
         self._is_reporting = False
         self._is_writing = False  # the loop tells when it can be written
-        self._is_expected = False  # to say or to take something, within PATIENCE s
 
     # Reading.
 
@@ -4726,11 +4762,11 @@ class Connection:
         data = self._receive()
         if not data or self.closing:
             return
-        calls = self.connections.calls
+        connections = self.connections
+        calls = connections.calls
         try:
             for call, detail in self.session.calls(data):
-                if self._is_expected:
-                    self._expect_nothing()
+                connections.silent.forget(self)
                 calls[call](self, detail)
                 if self.closing or not self.is_open:
                     return
@@ -4748,24 +4784,6 @@ class Connection:
         if not data:
             self.close()
         return data
-
-    def expect(self) -> "None":
-        """The client must say its first message, read on, or close its side, within PATIENCE s."""
-        self._is_expected = True
-        loop = self.connections.loop
-        loop.at(loop.now.mono + PATIENCE, self._close_if_silent)
-
-    def _expect_nothing(self):
-        self._is_expected = False
-        self.connections.loop.cancel(self._close_if_silent)
-
-    def _close_if_silent(self):
-        loop = self.connections.loop
-        until = loop.running_since + PATIENCE
-        if loop.now.mono < until:
-            loop.at(until, self._close_if_silent)
-        else:
-            self.close("silent")
 
     # Writing.
 
@@ -4800,7 +4818,7 @@ class Connection:
         """Half-closes when everything is written."""
         if self.is_open and not self.closing:
             self.closing = True
-            self.expect()
+            self.connections.silent.expect(self)
             self._write()
 
     def finish_with(self, pieces: "Iterator[str]") -> "None":
@@ -4812,7 +4830,7 @@ class Connection:
 
     def _go_on_writing(self):
         if self.closing:
-            self.expect()  # it has taken a part of the report
+            self.connections.silent.expect(self)  # it has taken a part of the report
         self._write()
 
     def _write(self):
@@ -4876,8 +4894,6 @@ class Connection:
         self.is_open = False
         if reason:
             self.connections.log.limited(f"{self.peer}: {reason}; connection closed")
-        if self._is_expected:
-            self._expect_nothing()
         self.connections.loop.forget(self.socket)
         with contextlib.suppress(OSError):
             self.socket.close()
