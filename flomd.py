@@ -4324,7 +4324,7 @@ def creating(mode):
 # left are the first of the next turn, and the system is asked again only when none is left: so
 # everybody is served in turn.
 #
-# A bug costs one connection.  Each handler and each act is called through a Guard, which logs the
+# A bug costs one connection.  Each handler and each act is called by guarded(), which logs the
 # traceback and closes what the handler was for.  What cannot be closed, such as a listener, rests
 # for PAUSE s: its event would come again at once.
 
@@ -4359,41 +4359,17 @@ class Moment:
             return ""
 
 
-class Guard:
-    """`with guard:` one step of the daemon.  A bug in it is logged, and close() is called to end
-    what the step was for; whatever else is to be done goes on."""
-    __slots__ = ("log", "close", "failed")
-
-    def __init__(self, log: "Log", close: "Act"):
-        self.log = log
-        self.close = close
-        self.failed = False
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if kind is None or not issubclass(kind, Exception):
-            return False
-        self.failed = True
-        import traceback
-        self.log.limited("".join(traceback.format_exception(kind, error, trace)), "error")
-        with Guard(self.log, nothing):
-            self.close()
-        return True
-
-
 def nothing():
-    """For a Guard of what cannot be closed."""
+    """To close what cannot be closed."""
 
 
-class Watched(Guard):
-    """What a loop watches: handler(events) is called under this guard."""
-    __slots__ = ("handler",)
+class Watched:
+    """What a loop watches: handler(events) is called, and close() when that fails."""
+    __slots__ = ("handler", "close")
 
-    def __init__(self, log: "Log", close: "Act", handler: "Handler"):
-        super().__init__(log, close)
+    def __init__(self, handler: "Handler", close: "Act"):
         self.handler = handler
+        self.close = close
 
 
 class Loop:
@@ -4427,9 +4403,17 @@ class Loop:
         """From now on no handler is called; run() comes to its end."""
         self._stopped = True
 
-    def guard(self, close: "Act" = nothing) -> "Guard":
-        """A Guard for a step that ends, when it fails, by close()."""
-        return Guard(self._log, close)
+    def guarded(self, close: "Act", act: "Callable", *arguments) -> "bool":
+        """Calls act(*arguments), and returns whether it came to its end.  A bug in it is logged,
+        and close() is called to end what it was for; whatever else is to be done goes on."""
+        try:
+            act(*arguments)
+        except Exception:
+            import traceback
+            self._log.limited(traceback.format_exc(), "error")
+            self.guarded(nothing, close)
+            return False
+        return True
 
     # Sockets.
 
@@ -4438,7 +4422,7 @@ class Loop:
         """handler(events) is called when the descriptor (a number, or what has a fileno()) can be
         read; close() when the handler fails.  Raises OSError, and then watches nothing."""
         number = number_of(descriptor)
-        watched = Watched(self._log, close, handler)
+        watched = Watched(handler, close)
         self._selector.register(number, EVENT_READ, watched)
         self._watched[number] = watched
 
@@ -4523,9 +4507,9 @@ class Loop:
     def _handle(self, number: "int", watched: "Watched", events: "int") -> "None":
         if self._watched.get(number) is not watched:
             return  # an event before this one had it forgotten
-        with watched:
-            watched.handler(events)
-        if watched.failed and self._watched.get(number) is watched:  # it could not be closed
+        if self.guarded(watched.close, watched.handler, events):
+            return
+        if self._watched.get(number) is watched:  # it could not be closed
             self._selector.unregister(number)
             del self._watched[number]
             self._rest(number, watched)
@@ -4542,7 +4526,6 @@ class Loop:
         except OSError:
             self._rest(number, watched)
         else:
-            watched.failed = False
             self._watched[number] = self._resting.pop(number)
 
     def _catch_up(self, date):
@@ -4561,8 +4544,7 @@ class Loop:
         for when, act in self._due():
             if self._dates.get(act) == when:  # none before it has cancelled or moved it
                 del self._dates[act]
-                with self.guard():
-                    act()
+                self.guarded(nothing, act)
 
     def _due(self):
         """[(date, act)] of what was due before any of it is done."""
@@ -4697,8 +4679,7 @@ class Silent:
             connection, until = next(iter(self._until.items()))
             if now >= until:
                 del self._until[connection]
-                with self._loop.guard():
-                    connection.close("silent")
+                self._loop.guarded(nothing, connection.close, "silent")
         if self._until:
             self._loop.at(until, self._close)
 
@@ -4720,8 +4701,7 @@ class Reporting:
         connection = self._waiting.popleft()
         if self._waiting:
             self._loop.after(0, self._next)
-        with self._loop.guard(connection.close):
-            connection.send_portion()
+        self._loop.guarded(connection.close, connection.send_portion)
 
 
 class Connection:
@@ -5872,10 +5852,13 @@ class Server:
         while self._decisions:
             decision = self._decisions.popleft()
             connection = decision.session.connection
-            with self.loop.guard(connection.close):
-                connection.tell(self._prepared(decision))
+            self.loop.guarded(connection.close, self._tell, connection, decision)
         self._is_delivering = False
         self._plan()
+
+    def _tell(self, connection, decision):
+        prepared = self._prepared(decision)
+        connection.tell(prepared)
 
     def _prepared(self, decision):
         """Sees to what comes before the decision is told; returns it with what is to be added."""
@@ -6316,8 +6299,7 @@ class Signals:
         """Acts on the signals that have come; one that fails does not keep the next back."""
         for number in self._reader.recv(64):
             action = self._actions.get(number, nothing)
-            with self._loop.guard():
-                action()
+            self._loop.guarded(nothing, action)
 
 
 # --- Publishing ---------------------------------------------------------------------------------
