@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from io import FileIO
     from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, OrderedDict, Tuple,
                         Union)
-    Descriptor = Union[int, socket.socket, FileIO]
+    Watchable = Union[socket.socket, FileIO]
     Act = Callable[[], object]
     Handler = Callable[[int], object]
 
@@ -4417,29 +4417,29 @@ class Loop:
 
     # Sockets.
 
-    def watch(self, descriptor: "Descriptor", handler: "Handler",
+    def watch(self, source: "Watchable", handler: "Handler",
               close: "Act" = nothing) -> "None":
-        """handler(events) is called when the descriptor (a number, or what has a fileno()) can be
-        read; close() when the handler fails.  Raises OSError, and then watches nothing."""
-        number = number_of(descriptor)
+        """handler(events) is called when the source can be read; close() when the handler fails.
+        Raises OSError, and then watches nothing."""
+        number = source.fileno()
         watched = Watched(handler, close)
         self._selector.register(number, EVENT_READ, watched)
         self._watched[number] = watched
 
-    def watch_writing(self, descriptor: "Descriptor", wanted: "bool") -> "None":
+    def watch_writing(self, source: "Watchable", wanted: "bool") -> "None":
         """Its handler is called when it can be written, too, or not any more.  Raises OSError, and
         then watches it no more."""
         events = EVENT_READ
         if wanted:
             events |= EVENT_WRITE
-        number = number_of(descriptor)
+        number = source.fileno()
         watched = self._watched.pop(number)
         self._selector.modify(number, events, watched)
         self._watched[number] = watched
 
-    def forget(self, descriptor: "Descriptor") -> "None":
-        """To be called before the descriptor is closed."""
-        number = number_of(descriptor)
+    def forget(self, source: "Watchable") -> "None":
+        """To be called before the source is closed."""
+        number = source.fileno()
         if self._watched.pop(number, None) is None:
             self._resting.pop(number, None)
         else:
@@ -4489,7 +4489,8 @@ class Loop:
     def _turn(self, timeout):
         """Waits for events, `timeout` s at most, and handles them; returns whether any came."""
         if not self._events:
-            self._wait(timeout)
+            found = self._selector.select(min(timeout, LONGEST_WAIT))
+            self._events.extend(found)
         any_came = len(self._events) > 0
         self.now = Moment()
         until = self.now.mono + TURN
@@ -4499,10 +4500,6 @@ class Loop:
             if time.monotonic() >= until:
                 break
         return any_came
-
-    def _wait(self, timeout):
-        found = self._selector.select(min(timeout, LONGEST_WAIT))
-        self._events.extend(found)
 
     def _handle(self, number: "int", watched: "Watched", events: "int") -> "None":
         if self._watched.get(number) is not watched:
@@ -4556,13 +4553,6 @@ class Loop:
             heapq.heappop(self._heap)
             found.append((when, act))
         return found
-
-
-def number_of(descriptor: "Descriptor") -> "int":
-    """The number of a descriptor that is one, or has a fileno()."""
-    if isinstance(descriptor, int):
-        return descriptor
-    return descriptor.fileno()
 
 
 # --- Connections --------------------------------------------------------------------------------
@@ -4732,16 +4722,23 @@ class Connection:
             self._go_on_writing()
         if events & EVENT_READ and self.is_open:
             self._read()
-            if self.session.state is FREE and not self.closing:
+            if self.session.state is FREE and self.is_open and not self.closing:
                 self._read()  # after an unlock the end is likely to be there
 
     def _read(self):
-        """Reads once, and has done what the client wants."""
-        if not self.is_open:
+        """Reads once, and does what the client wants; the end of the connection is its end."""
+        try:
+            data = self.socket.recv(MOST_READ)
+        except self.would_block:
             return
-        data = self._receive()
-        if not data or self.closing:
-            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+        elif not self.closing:
+            self._obey(data)
+
+    def _obey(self, data):
         connections = self.connections
         calls = connections.calls
         try:
@@ -4752,18 +4749,6 @@ class Connection:
                     return
         except ProtocolError as error:
             self.close(str(error))
-
-    def _receive(self):
-        """Some bytes that have come; the end of the connection is seen to."""
-        try:
-            data = self.socket.recv(MOST_READ)
-        except self.would_block:
-            return b""
-        except OSError:
-            data = b""
-        if not data:
-            self.close()
-        return data
 
     # Writing.
 
@@ -4875,8 +4860,10 @@ class Connection:
         if reason:
             self.connections.log.limited(f"{self.peer}: {reason}; connection closed")
         self.connections.loop.forget(self.socket)
-        with contextlib.suppress(OSError):
+        try:
             self.socket.close()
+        except OSError:
+            pass  # it is gone in any case
         self.connections.closed(self)
 
     # Who the client is.
@@ -5158,9 +5145,11 @@ class Listener:
                 self._pause()
                 return
             connection.setblocking(False)
-            with contextlib.suppress(OSError):  # it has gone already
-                peer = LOCAL if self.local else show_address(address)
+            peer = LOCAL if self.local else show_address(address)
+            try:
                 self._welcome(connection, peer)
+            except OSError:
+                pass  # it has gone already
 
     def _pause(self):
         """Does not accept for PAUSE s: a client that cannot be accepted stays in the backlog, and
@@ -5791,7 +5780,7 @@ class Server:
         if self.draining and session.holds is None:
             connection.close()
             return
-        if self._connections.refuses(connection):
+        if connection.surplus and self._connections.refuses(connection):
             self._reject(connection, "the daemon has too many clients")
             return
         request.origin = connection.host()
@@ -5857,21 +5846,16 @@ class Server:
         self._plan()
 
     def _tell(self, connection, decision):
-        prepared = self._prepared(decision)
-        connection.tell(prepared)
-
-    def _prepared(self, decision):
-        """Sees to what comes before the decision is told; returns it with what is to be added."""
+        """Sees to what comes before the decision is told, and tells it."""
         verdict = decision.verdict
         if verdict == OK:
             self._prepare_state(decision.token)
         if self.publisher is not None:
             self.publisher.note(decision)
-        if verdict not in (ENQUEUED, BUSY) or decision.reason is not None:
-            return decision
-        if "progress" in decision.session.about:
-            return self._progress.explained(decision)
-        return decision
+        if verdict in (ENQUEUED, BUSY) and decision.reason is None:
+            if "progress" in decision.session.about:
+                decision = self._progress.explained(decision)
+        connection.tell(decision)
 
     def _prepare_state(self, token):
         """What must be on disk before a grant is told."""
@@ -5931,7 +5915,7 @@ class Server:
         if self.publisher is not None:
             self.publisher.changed()
         table = self.table
-        if table.holding > 0 or not self.state.marked:
+        if not self.state.marked or table.holding > 0:
             return
         since = self.loop.now.mono
         if table.window_until is not None:
