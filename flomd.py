@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     Watchable = Union[socket.socket, FileIO]
     Act = Callable[[], object]
     Handler = Callable[[int], object]
+    Watched = Tuple[Handler, Act]
 
 
 # --- Shared with flom.py ------------------------------------------------------------------------
@@ -2822,6 +2823,7 @@ class Calendar:
     """What is to be done at which time."""
 
     def __init__(self):
+        self.first = None  # the first date (s, monotonic), or None
         self._heap = []  # (s, number, act, subject)
         self._numbers = itertools.count()  # so that nothing else is compared
 
@@ -2831,18 +2833,16 @@ class Calendar:
     def at(self, when, act, subject=None):
         """At `when` (s, monotonic) act(subject, now) is due; it returns decisions."""
         heapq.heappush(self._heap, (when, next(self._numbers), act, subject))
-
-    def first(self):
-        """The first date (s, monotonic), or None."""
-        if not self._heap:
-            return None
-        return self._heap[0][0]
+        self.first = self._heap[0][0]
 
     def act(self, now):
         """Does what is due; returns the decisions."""
         decisions = []
         while self._heap and self._heap[0][0] <= now.mono:
             _, _, act, subject = heapq.heappop(self._heap)
+            self.first = None
+            if self._heap:
+                self.first = self._heap[0][0]
             decisions += act(subject, now)
         return decisions
 
@@ -3429,7 +3429,7 @@ class LockTable:
 
     def next_date(self):
         """The monotonic time (s) at which expire() is to be called, or None."""
-        return self._dates.first()
+        return self._dates.first
 
     # What others want to know.
 
@@ -4363,15 +4363,6 @@ def nothing():
     """To close what cannot be closed."""
 
 
-class Watched:
-    """What a loop watches: handler(events) is called, and close() when that fails."""
-    __slots__ = ("handler", "close")
-
-    def __init__(self, handler: "Handler", close: "Act"):
-        self.handler = handler
-        self.close = close
-
-
 class Loop:
     """Sockets and dates.  `now` is the Moment of this turn."""
 
@@ -4381,7 +4372,8 @@ class Loop:
         self._log = log
         self._stopped = False
         self._selector = selectors.DefaultSelector()
-        self._watched: "Dict[int, Watched]" = {}  # by the number of the descriptor
+        # what is watched, as a pair (handler, close), by the number of the descriptor
+        self._watched: "Dict[int, Watched]" = {}
         self._resting: "Dict[int, Watched]" = {}
         self._events: "Deque[tuple]" = collections.deque()  # that have come and wait for a turn
         self._dates: "Dict[Act, float]" = {}
@@ -4422,7 +4414,7 @@ class Loop:
         """handler(events) is called when the source can be read; close() when the handler fails.
         Raises OSError, and then watches nothing."""
         number = source.fileno()
-        watched = Watched(handler, close)
+        watched = handler, close
         self._selector.register(number, EVENT_READ, watched)
         self._watched[number] = watched
 
@@ -4504,7 +4496,8 @@ class Loop:
     def _handle(self, number: "int", watched: "Watched", events: "int") -> "None":
         if self._watched.get(number) is not watched:
             return  # an event before this one had it forgotten
-        if self.guarded(watched.close, watched.handler, events):
+        handler, close = watched
+        if self.guarded(close, handler, events):
             return
         if self._watched.get(number) is watched:  # it could not be closed
             self._selector.unregister(number)
@@ -4735,10 +4728,8 @@ class Connection:
             data = b""
         if not data:
             self.close()
-        elif not self.closing:
-            self._obey(data)
-
-    def _obey(self, data):
+        if not data or self.closing:
+            return
         connections = self.connections
         calls = connections.calls
         try:
@@ -5728,7 +5719,7 @@ class Server:
         self.checks_ids = bool(connections.tls and settings["TlsCheckPeerId"])
         self._decisions: "Deque[Decision]" = collections.deque()  # not told yet
         self._is_delivering = False
-        self._next_date = NEVER  # of the table
+        self._next_date: "float | None" = None  # of the table
         self._progress = Progress(self)
         self.orders = Orders(self, settings, log, connections, life)
         connections.serve(self._calls(), self.gone)
@@ -5843,7 +5834,8 @@ class Server:
             connection = decision.session.connection
             self.loop.guarded(connection.close, self._tell, connection, decision)
         self._is_delivering = False
-        self._plan()
+        if self.table.next_date() != self._next_date:
+            self._plan()
 
     def _tell(self, connection, decision):
         """Sees to what comes before the decision is told, and tells it."""
@@ -5869,16 +5861,17 @@ class Server:
     def _plan(self):
         """Sets a date for what the table has to do next."""
         date = self.table.next_date()
+        self._next_date = date
         if date is None:
-            date = NEVER
-        if date != self._next_date:
-            self._next_date = date
+            self.loop.cancel(self._expire)
+        else:
             self.loop.at(date, self._expire)
 
     def _expire(self):
         now = self.loop.now
-        self._next_date = now.mono + PAUSE  # to be tried again where it fails
-        self.loop.at(self._next_date, self._expire)
+        again = now.mono + PAUSE  # to be tried again where it fails
+        self._next_date = again
+        self.loop.at(again, self._expire)
         decisions = self.table.expire(now)
         self.deliver(decisions)
         self._life.rest()
