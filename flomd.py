@@ -5102,6 +5102,20 @@ FIRST_GIVEN = 3  # the first descriptor of LISTEN_FDS
 FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 
 
+class Accepting(socket.socket):
+    """A socket whose accept() is fast.  That asks itself for family and type, to give them to the
+    new socket, and Python would make an enum of each, which takes longer than all the rest."""
+    family: "Any" = 0
+    type: "Any" = 0
+
+    def __init__(self, bound: "socket.socket"):
+        family = int(bound.family)
+        kind = int(bound.type)
+        super().__init__(family, kind, bound.proto, fileno=bound.detach())
+        self.family = family
+        self.type = kind
+
+
 class Listener:
     """A listening socket.  `label` is how the status report names it, `address` its address;
     welcome(socket, peer) is called for each client that arrives.  Raises CannotServe."""
@@ -5118,11 +5132,12 @@ class Listener:
         self._listen(bound)
 
     def _listen(self, bound):
-        with serving(f"cannot listen on {self.label}", bound):
-            bound.setblocking(False)
-            bound.listen(BACKLOG)
-            self._loop.watch(bound, self.handle)
-        self._socket = bound
+        accepting = Accepting(bound)
+        with serving(f"cannot listen on {self.label}", accepting):
+            accepting.setblocking(False)
+            accepting.listen(BACKLOG)
+            self._loop.watch(accepting, self.handle)
+        self._socket = accepting
 
     def handle(self, events: "int") -> "None":
         """Accepts those that have come, a batch at a time."""
@@ -5675,7 +5690,8 @@ def _is_named(connection, peer_id):
 # that can be told something: a Connection.  It knows no descriptor.
 #
 # The way of a request.  From the bytes to the answer it passes nine functions; each calls the next
-# one, but that calls() hands what it has read back to _read():
+# one, but that calls() hands what it has read back to _read(), and that deliver() has its _tell()
+# called by the loop, which catches what fails:
 #
 #     Connection._read     takes the bytes from the socket
 #     Session.calls        cuts them into messages
