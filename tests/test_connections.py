@@ -2,6 +2,7 @@
 import signal
 import socket
 import types
+from unittest import mock
 
 import flomd
 import pytest
@@ -174,6 +175,46 @@ def test_who_is_silent_is_closed_but_a_stall_does_not_count(links, monkeypatch):
     links.loop.after(0.2, links.loop.stop)
     links.loop.run()
     assert not connection.is_open and "silent" in links.log.lines[0]
+
+
+def test_one_date_serves_all_that_are_silent(links, monkeypatch):
+    """They are closed in order, those that have spoken are not, and a bug in one keeps none."""
+    monkeypatch.setattr(flomd, "PATIENCE", 0.05)
+    made = [links.connect()[0] for _ in range(4)]
+    assert len(links.loop._dates) == 1
+    links.connections.silent.forget(made[1])
+    with_a_bug = mock.Mock(side_effect=[RuntimeError("a bug"), None, None])
+    monkeypatch.setattr(links.connections, "gone", with_a_bug)
+    links.loop.after(0.04, lambda: links.connections.silent.expect(made[2]))
+    links.loop.after(0.07, links.loop.stop)
+    links.loop.run()
+    assert with_a_bug.mock_calls == [mock.call(made[0]), mock.call(made[3])]
+    links.loop._stopped = False
+    links.loop.after(0.06, links.loop.stop)
+    links.loop.run()
+    assert with_a_bug.mock_calls[2:] == [mock.call(made[2])] and made[1].is_open
+    assert "a bug" in "".join(links.log.lines)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("family", ["AF_UNIX", "AF_INET"])
+def test_a_fast_accept_gives_what_an_accept_of_python_gives(family, tmp_path):
+    bound = socket.socket(getattr(socket, family))
+    bound.bind(str(tmp_path / "s") if family == "AF_UNIX" else ("127.0.0.1", 0))
+    accepting = flomd.Accepting(bound)
+    accepting.setblocking(False)
+    accepting.listen(1)
+    with accepting, socket.socket(getattr(socket, family)) as client:
+        client.connect(accepting.getsockname())
+        accepted, _ = accepting.accept()
+        with accepted:
+            assert type(accepted) is socket.socket
+            assert (accepted.family, accepted.type) == (getattr(socket, family),
+                                                        socket.SOCK_STREAM)
+            client.send(b"x")
+            assert accepted.recv(1) == b"x"
+        with pytest.raises(BlockingIOError):
+            accepting.accept()
 
 
 def test_a_connection_beyond_the_limit_is_refused_until_there_is_room(links):
