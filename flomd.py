@@ -2265,7 +2265,7 @@ KINDS = {
 # So one of those ahead waits for the ancestor when there is a circle through both, and all
 # questions of this sort have one answer: the circles of the graph, its strongly connected
 # components, found in one search.  The answers stay true while nobody comes or goes; when some of
-# those that pass are granted, they stay true as far as no way led over these (see Ways).
+# those that pass are granted, they stay true as far as no path led over these (see WaitPaths).
 #
 # The second question is answered by reduction: who waits for nobody ends, what waited for it waits
 # for it no more, and so on.  When all have ended that can, nested requests pass those ahead of
@@ -2618,9 +2618,9 @@ class Waits:
         return not ahead & ~circle
 
 
-class Ways:
+class WaitPaths:
     """Which nested waiters pass those ahead of them, at the time of a search and after some of
-    them have been granted since.  Then the ways that led over those are closed; what leads over
+    them have been granted since.  Then the paths that led over those are closed; what leads over
     none of all that pass stays true."""
 
     def __init__(self, nesting, resources, newcomer=None):
@@ -2684,15 +2684,15 @@ class Reduction(Waits):
     def reason(self, waiter):
         """Why the waiter, which is left, is refused, in one line: the resources and holders for
         which it waits."""
-        way = [self.requests[point] for point in self._way(self.points[waiter])]
-        links = [f"{one.name} is held by {one.session}" for one in way if one.state is HELD]
+        path = [self.requests[point] for point in self._path(self.points[waiter])]
+        links = [f"{one.name} is held by {one.session}" for one in path if one.state is HELD]
         if not links:
             return "those ahead wait for each other"
         return ", which waits: ".join(links) + (
             ", under which this command runs; a command in the background may use --deadlock wait")
 
-    def _way(self, waiter):
-        """The points on the shortest way on which the waiter waits for an ancestor, which is the
+    def _path(self, waiter):
+        """The points on the shortest path on which the waiter waits for an ancestor, which is the
         last one; empty when there is none."""
         came_from = {waiter: None}
         seen = 1 << waiter
@@ -2700,7 +2700,7 @@ class Reduction(Waits):
         while todo:
             point = todo.popleft()
             if self.above[waiter] >> point & 1:
-                return self._way_to(point, came_from)
+                return self._path_to(point, came_from)
             further = self.waits_for(point) & ~seen
             seen |= further
             for other in members(further):
@@ -2709,13 +2709,13 @@ class Reduction(Waits):
         return []
 
     @staticmethod
-    def _way_to(point, came_from):
-        way = []
+    def _path_to(point, came_from):
+        path = []
         while point is not None:
-            way.append(point)
+            path.append(point)
             point = came_from[point]
-        way.reverse()
-        return way
+        path.reverse()
+        return path
 
     def _known_circles(self):
         if self._circles is None:
@@ -3020,9 +3020,9 @@ class Passing:
         self.nesting = books.nesting
         self.searches = 0  # in the graph of nested requests, in this call
         self.unfinished = False  # more were wanted
-        self._ways: "Any" = None  # found by the last search
+        self._paths: "Any" = None  # found by the last search
         self._changes = -1  # the state of the books for which they are true
-        self._granted = False  # to some that pass; ways over these are closed
+        self._granted = False  # to some that pass; paths over these are closed
 
     def may_search(self):
         """Whether this call may begin another search."""
@@ -3050,7 +3050,7 @@ class Passing:
         if len(first) <= MOST_AHEAD and all(waits_directly(one, ancestors) for one in first):
             return True
         if request.state is QUEUED and self._changes == self.books.changes:
-            if not self._ways.passes(request):
+            if not self._paths.passes(request):
                 return False
             if not self._granted or self._still_passes(request):
                 return True
@@ -3061,30 +3061,30 @@ class Passing:
 
     def _still_passes(self, request):
         """Whether it passes although others were granted, as far as that can be told."""
-        if not self._ways.is_known(request):
+        if not self._paths.is_known(request):
             if not self.may_search():
                 return False
             self.searches += 1
-        return self._ways.still_passes(request)
+        return self._paths.still_passes(request)
 
     def _search(self, request):
-        """The ways of all nested requests, this one among them."""
+        """The paths of waits of all nested requests, this one among them."""
         self.searches += 1
         nesting = self.nesting
         resources = [waiter.resource for waiter in nesting.waiters()]
         around = nesting.around(resources + [request.resource])
         if request.state is not QUEUED:
-            return Ways(nesting, around, request)
-        self._ways = Ways(nesting, around)
+            return WaitPaths(nesting, around, request)
+        self._paths = WaitPaths(nesting, around)
         self._changes = self.books.changes
         self._granted = False
-        return self._ways
+        return self._paths
 
     def grant(self, waiter, now):
         """Grants a nested waiter that is next.  If it is one of those that pass and nobody is
         nested in its lock, nothing else has changed."""
         books = self.books
-        known = self._changes == books.changes and self._ways.passes(waiter)
+        known = self._changes == books.changes and self._paths.passes(waiter)
         decision = books.grant(waiter, books.next_token(), now)
         if known and not books.new_waits:
             self._changes = books.changes
@@ -3690,7 +3690,7 @@ class Session:
         if "client" in about:
             self._read_additions(request, wanted, about)
         self.request = request
-        self.state = self._ASKED[self.state]
+        self.state = self._AFTER_LOCK[self.state]
         return "lock", request
 
     def _read_additions(self, request, wanted, about):
@@ -3736,8 +3736,9 @@ class Session:
     _HOLDERS = {(UNLOCK, 8): _unlock, **_ANYBODYS}
     _MESSAGES = {FREE: _ANYBODYS, ASKING: _ANYBODYS, WAITING: _ANYBODYS, HOLDING: _HOLDERS,
                  HOLDER_ASKS: _HOLDERS}
-    _ASKED = {FREE: ASKING, ASKING: ASKING, WAITING: ASKING, HOLDING: HOLDER_ASKS,
-              HOLDER_ASKS: HOLDER_ASKS}
+    # The state after a lock 8.
+    _AFTER_LOCK = {FREE: ASKING, ASKING: ASKING, WAITING: ASKING, HOLDING: HOLDER_ASKS,
+                   HOLDER_ASKS: HOLDER_ASKS}
 
     # What goes out.
 
@@ -3940,7 +3941,7 @@ def _ident(request):
 
 # Figures.
 
-WAITS = (0.001, 0.01, 0.1, 1, 10, 60, 600)  # s, the upper bounds of the histogram
+WAIT_BOUNDS = (0.001, 0.01, 0.1, 1, 10, 60, 600)  # s, the upper bounds of the histogram
 REFUSED = {BUSY: "busy", CANT_WAIT: "cannot_wait", IMPOSSIBLE: "impossible", DEADLOCK: "deadlock",
            LIMIT: "limit", INVALID_NAME: "invalid_name"}
 
@@ -3951,7 +3952,8 @@ class Counts:
     def __init__(self):
         self.verdicts: "Dict[int, int]" = collections.Counter()
         self.lost = 0  # sessions that ended while they held a lock
-        self.waits = [0] * (len(WAITS) + 1)  # grants by the time from the request: a histogram
+        # a histogram: grants by the time from the request
+        self.waits = [0] * (len(WAIT_BOUNDS) + 1)
         self.waited = 0.0  # s, the sum of these times
 
     def note(self, verdict: "int", request: "Request | None", now: "Moment") -> "None":
@@ -3959,7 +3961,7 @@ class Counts:
         self.verdicts[verdict] += 1
         if verdict == OK and request is not None:
             waited = max(0.0, now.wall - request.since)
-            self.waits[bisect.bisect_left(WAITS, waited)] += 1
+            self.waits[bisect.bisect_left(WAIT_BOUNDS, waited)] += 1
             self.waited += waited
 
 
@@ -4004,7 +4006,7 @@ def _refusals(counts):
 def _histogram(counts):
     """The values of the histogram; a bucket counts all waits up to its bound."""
     values = {}
-    bounds = [f"{bound:g}" for bound in WAITS] + ["+Inf"]
+    bounds = [f"{bound:g}" for bound in WAIT_BOUNDS] + ["+Inf"]
     for bound, total in zip(bounds, itertools.accumulate(counts.waits)):
         values[f'_bucket{{le="{bound}"}}'] = total
     values["_sum"] = f"{counts.waited:.6f}"
@@ -6130,8 +6132,8 @@ class Orders:
 # restarts the daemon, or from the end of a session, so the clients see what they see when a daemon
 # crashes, and go on.
 #
-# The process ends before any of its connections does, since whoever sees the end of one may start
-# a daemon.
+# A client that sees the end of its connection may start a daemon at once.  So the connections are
+# closed by the end of the process, after all else that the daemon has to do.
 
 SERVING, QUIESCING, DRAINING, ENDING = "serving", "quiescing", "draining", "ending"
 
@@ -6173,7 +6175,8 @@ class Daemon:
     # Nobody needs it.
 
     def was_used(self) -> "None":
-        """A client has gone; its lifespan begins when nothing is left of all clients."""
+        """The last client has gone: the lifespan is counted anew, from the end of the last
+        resource."""
         self.loop.cancel(self._end_of_life)
         self.rest()
 
