@@ -1843,7 +1843,7 @@ def told_addresses(message, source):
 CANNOT_SERVE = 1
 AGAIN = 0.02  # s between two looks, two tries
 RECOVERY_WINDOW = 2000  # ms in which a new daemon grants only to those who held before
-RESTART = 1  # s between two starts of a daemon
+RESTART = 1  # s at most between two starts of a daemon
 LATECOMER = 5  # s for another's daemon to listen, when ours came too late or cannot serve
 
 
@@ -2052,6 +2052,7 @@ class Starter:
         self._start: "Start | None" = None
         self._given_up: "list[Start]" = []  # starts that nobody waits for any more
         self._next_start = 0.0
+        self._pause = AGAIN  # s before the next start
         self._complaint = ""  # what the last process had to say
         self._argv = []
         self._missing = None
@@ -2069,6 +2070,7 @@ class Starter:
         self.until = clock() + seconds
         self._recovering = recovering
         self._another_may_come = False
+        self._pause = AGAIN
 
     def expect_another(self):
         """A daemon has ended: another may come, also where none may be started here."""
@@ -2097,10 +2099,14 @@ class Starter:
         if start.status is None:
             return
         self.close()
-        self._next_start = clock() + RESTART
+        # A daemon that has come may have ended already: -d may be short.  One that ends again and
+        # again is started ever more seldom.
+        self._pause = min(2 * self._pause, RESTART)
         if start.status == CANNOT_SERVE:
             # Mostly another client's daemon came first: it will listen in a moment.
+            self._pause = RESTART
             self.until = min(self.until, clock() + LATECOMER)
+        self._next_start = clock() + self._pause
 
     def _check(self):
         """Raises DaemonUnavailable when it is of no use to look for a daemon any longer."""
