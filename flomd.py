@@ -4581,7 +4581,7 @@ class Connections:
 
     def __init__(self, loop: "Loop", log: "Log", settings: "Settings", most: "int | None"):
         if most is None:
-            most = most_files() - RESERVE
+            most = max(1, most_files() - RESERVE)
         self.loop = loop
         self.log = log
         self.most = most

@@ -380,6 +380,11 @@ def test_a_bug_costs_one_connection(box, place):
     assert holder.end() == (0, "", "")
 
 
+def test_one_client_is_served_however_few_files_there_may_be(box):
+    box.daemon(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24)))
+    assert box.run("-d", "0", "--", "echo", "x") == (0, "x\n", "")
+
+
 def test_max_clients(box):
     """One more is refused with the reason; FLoM's client is closed."""
     box.daemon("--max-clients", "3")
