@@ -1276,7 +1276,7 @@ def secured(connection: "socket.socket", context, **options: "object"):
 # --- Errors and exit statuses --------------------------------------------------------------------
 # Each way to fail is a class: its `status` is flom's exit status, its `prefix` opens the line on
 # stderr (FLoM's own messages have none).  What the daemon refuses is a row of REFUSALS.
-NOT_RUN, WRONG = 97, 99
+NOT_HELD, NOT_RUN, WRONG = 1, 97, 99
 
 
 class LockError(Exception):
@@ -2160,6 +2160,7 @@ _OUTCOMES = {OK: HOLDING, ENQUEUED: WAITING, WAIT_RESOURCE: WAITING,
              **dict.fromkeys(REFUSALS, REFUSED)}
 NEXT = {  # (state, step): {rc: next state}
     (ASKING, 16): _OUTCOMES, (WAITING, 24): _OUTCOMES, (WAITING, 32): _OUTCOMES,
+    (ASKING, 24): {STOPPED: REFUSED},  # the daemon ends before it could answer
     (HOLDING, 24): {STOPPED: ENDING, EVICTED: TAKEN_AWAY}}
 LONGEST = 511  # bytes of a message that FLoM's daemon reads
 ENDLESS = 65536  # bytes of a message that flomd and flom read: more is no message
@@ -4111,7 +4112,7 @@ def entry_line(entry, name, holds):
 
 
 def show_status(options, settings):
-    """--status, with --json or --watch."""
+    """--status, with --json or --watch; 0, for a name that nobody holds NOT_HELD."""
     terminal = bool(sys.stdout) and sys.stdout.isatty()
     while True:
         report = finish(fetch_report(settings, Diary(settings)))
@@ -4126,8 +4127,12 @@ def show_status(options, settings):
         else:
             show(report_table(report, screen_width()))
         if not options.watch:
-            return 0
+            break
         time.sleep(1)
+    holders = [holder for resource in report["resources"] for holder in resource["holders"]]
+    if "Name" in settings.values and not holders:
+        return NOT_HELD
+    return 0
 
 
 def screen_width():

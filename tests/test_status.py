@@ -82,7 +82,10 @@ def test_the_table_and_json(box, busy):
     assert table(box, "-r", "pool[5]", address=address)[0][0] == "pool[5]"
     assert len(table(box, "-r", "R1", address=address)) == 3
     nothing = box.run("--status", "-r", "other", address=address)
-    assert nothing == (0, "nobody holds or awaits a lock\n", "")
+    assert nothing == (1, "nobody holds or awaits a lock\n", "")
+    awaited = box.run("--status", "-r", "R9", address=address)
+    assert awaited.status == 1
+    assert "waits for it" in awaited.out
     check_report(report(box, address=address), busy)
     assert [resource["name"] for resource in
             report(box, "-r", "R1", address=address)["resources"]] == ["R1"]

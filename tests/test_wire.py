@@ -671,6 +671,14 @@ def test_an_end_before_the_first_answer_is_no_answer(box):
     assert len(seen) == 3
 
 
+def test_an_order_to_end_comes_before_the_first_answer(box):
+    """It is told as a later answer, whatever the request has been told before."""
+    ending = message(LOCK, 24, '<answer rc="8" reason="somebody wants it"/>')
+    with serving(box, ending):
+        done = box.run("-o", "0", "--", "echo", "hello")
+    assert done == (99, "", "flom: the daemon is ending: somebody wants it\n")
+
+
 BROKEN = {"garbage": b"hello" + END, "no end": b"<msg" * 300, "an unlock": UNLOCK_R1,
           "a grant for a question not asked": message(LOCK, 8),
           "a page": b"HTTP/1.0 400 Bad\r\n\r\n"}
