@@ -6201,9 +6201,9 @@ class Daemon:
 
     def stop_by_order(self, connection: "Connection") -> "None":
         """Ends by the order that came on this connection, which ends with the process."""
-        reason = f"its order to end came from {connection.peer}"
+        reason = f"the order came from {connection.peer}"
         connection.closing = True
-        self.server.say_farewell(f"the daemon ends: {reason}")
+        self.server.say_farewell(reason)
         self.stop(reason)
 
     def stop(self, reason: "str") -> "None":
