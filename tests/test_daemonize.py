@@ -133,10 +133,13 @@ def test_the_pid_file_of_another_daemon_stays(box):
     path = box.path("pid")
     first = box.daemon("--pid-file", path)
     other = box.daemon("--pid-file", path, address=("-s", box.path("t")))
+    wait_until(lambda: read(path) == f"{other.pid}\n")  # it accepts before it writes its pid
     first.send_signal(signal.SIGTERM)
-    assert first.end().status == 0 and read(path) == f"{other.pid}\n"
+    assert first.end().status == 0
+    assert read(path) == f"{other.pid}\n"
     other.send_signal(signal.SIGTERM)
-    assert other.end().status == 0 and not os.path.exists(path)
+    assert other.end().status == 0
+    assert not os.path.exists(path)
 
 
 def test_no_pid_file_is_left_by_one_that_does_not_begin(box):
