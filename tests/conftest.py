@@ -45,9 +45,11 @@ def has_child():
 @pytest.fixture(autouse=True)
 def nothing_left():
     """Fails a test after which a child, a thread or a socket of this process is still there; what
-    runs in boxes they look after themselves."""
+    runs in boxes they look after themselves.  SIGPIPE, to which flom gives its default action
+    before it prints what was asked for, would end pytest in a later test: it is ignored again."""
     before, had_child, threads = sockets(), has_child(), threading.active_count()
     yield
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     wait_until(lambda: threading.active_count() <= threads, seconds=5)
     assert had_child or not has_child(), "a process was left behind"
     assert sockets() <= before, "a socket was left open"

@@ -34,7 +34,7 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     name, mask = comm(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
     handlers = {number: signal.getsignal(number) for number in signal.Signals}
-    monkeypatch.setattr(flom, "Lock", no_lock)
+    monkeypatch.setattr(flom, "Claim", no_lock)
 
     def run(*argv):
         monkeypatch.setattr(sys, "argv", ["flom"] + list(argv))
