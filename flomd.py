@@ -3024,6 +3024,11 @@ class Passing:
         self._changes = -1  # the state of the books for which they are true
         self._granted = False  # to some that pass; paths over these are closed
 
+    def forget(self):
+        """Drops the paths of the last search, which keep all its requests."""
+        self._paths = None
+        self._changes = -1
+
     def may_search(self):
         """Whether this call may begin another search."""
         return self.searches < MOST_SEARCHES
@@ -3168,6 +3173,8 @@ class Queues:
         if self.passing.unfinished:
             self.passing.unfinished = False
             self.dates.at(now.mono + NEXT_CALL, self._go_on)
+        if not books.nesting.named:
+            self.passing.forget()
         return decisions
 
     def _go_on(self, _, now):

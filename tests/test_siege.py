@@ -135,6 +135,7 @@ def test_a_daemon_under_siege(hosts):
     assert min(made) > 30
 
 
+@pytest.mark.in_time
 def test_nothing_is_left_of_hostile_connections(hosts):
     """By tracemalloc, less what is cached; the first make the tables as large as they get."""
     one, two = hosts(2)
