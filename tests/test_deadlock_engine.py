@@ -1,4 +1,7 @@
 """Nested requests in the engine: whom they pass, and which of them can never be granted."""
+import gc
+
+import flomd
 import pytest
 from engine_world import World
 
@@ -363,3 +366,21 @@ def test_the_reason_is_one_line_and_names_the_way_out(world):
     world.ask("A", "/t/a b\xe9")
     world.ask("N", "/t/a b\xe9", under="A")
     assert "\n" not in reason(world) and "--deadlock wait" in reason(world)
+
+
+# Memory
+
+def kept_paths():
+    gc.collect()
+    return sum(isinstance(one, flomd.WaitPaths) for one in gc.get_objects())
+
+
+def test_the_paths_of_waits_are_forgotten_when_nobody_is_nested():
+    """They keep all requests of the search, and their sessions."""
+    world = World("fair")
+    before = kept_paths()
+    nest(world, "A R PR", "B Q PR", "a Q EX", "V R EX", "b R PR B", "n R PR A")
+    assert kept_paths() == before + 1
+    for session in ("n", "b", "V", "a", "B", "A"):
+        world.leave(session)
+    assert kept_paths() == before
