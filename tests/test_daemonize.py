@@ -96,6 +96,7 @@ def test_a_starter_that_is_killed_takes_no_daemon_with_it(box):
         wait_until(lambda: [pid for pid in box.daemons() if pid != starter.pid
                             and box.socket + ".lock" in files(pid).values()])
         box.kill(starter.pid)
+    wait_until(lambda: can_connect(box.address))
     assert box.run("-d", "0", "--", "echo", "x") == (0, "x\n", "")
     os.kill(box.the_daemon(), signal.SIGTERM)
     wait_until(lambda: not box.daemons())
