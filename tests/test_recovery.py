@@ -3,8 +3,6 @@
 Every holder has its lock back, under its token and its element, before anybody new is granted; and
 the long test: daemons killed again and again under many clients, and a checker of what they did.
 """
-import collections
-import itertools
 import json
 import os
 import re
@@ -13,8 +11,8 @@ import time
 
 import flomd
 import pytest
-from fakes import COMPATIBLE
-from world import COUNT, FLOMD, PYTHON, chance, free_port, read, wait_until
+from crowd import Crowd
+from world import COUNT, FLOMD, PYTHON, free_port, read, wait_until
 
 NAMES = ("R1", "pool[2]", "red.green", "/a/b", "_s_seq[1]", "_S_seq[1]", "_t_%S#fff[1]")
 ALONE = [name for name in NAMES if name != "red.green"]  # one holder leaves no room
@@ -225,117 +223,36 @@ def test_a_second_daemon_names_the_first(box, where):
     assert done.err == f"flomd: another daemon (pid {daemon.pid}) serves {box.socket}\n"
 
 
-# The long test.  Clients of two boxes, one local, one over TCP, hold and wait for five resources.
-# Each command logs that it enters and that it exits, in between it works for a moment.
+# The long test: crowds of two boxes, one local, one over TCP.
 
-WORK = """\
-echo "enter $0 $FLOM_TOKEN ${3:--}" >>"$1"
-sleep "$2"
-echo "exit $0" >>"$1"
-exit "${0##*.}"
-"""
-WISHES = [  # what clients ask for
-    ("R", "-l", "EX"), ("R", "-l", "PR"), ("R", "-l", "PR"), ("pool[3]", "-q", "1"),
-    ("pool[3]", "-q", "2"), ("/a/b", "-l", "EX"), ("/a/c", "-l", "PW"), ("/a", "-l", "CR"),
-    ("one.two",), ("_S_n[2]",)]
 GONE = {"-1": "the daemon is ending: ", "0": "the daemon is ending: |no daemon at .*-d 0 forbids"}
-Run = collections.namedtuple("Run", "name wish flom")
 
 
-class Crowd:
-    """Ten clients of a box, replaced by others when they have ended, and the check of them."""
-
-    def __init__(self, box, seed, lifespan):
-        self.box, self.chance, self.lifespan = box, chance(f"crowd {seed}"), lifespan
-        self.numbers, self.wishes = itertools.count(), itertools.cycle(WISHES)
-        self.running, self.over = [], []
-
-    def fill(self, most):
-        """Starts at most so many clients, until there are as many as there are wishes."""
-        ended = [run for run in self.running if run.flom.poll() is not None]
-        self.over += ended
-        self.running = [run for run in self.running if run not in ended]
-        for _ in range(min(most, len(WISHES) - len(self.running))):
-            self.running.append(self._client(next(self.wishes)))
-
-    def _client(self, wish):
-        name = f"{next(self.numbers)}.{self.chance.choice('0003')}"
-        return Run(name, wish, self.box.flom(
-            "-d", self.lifespan, *QUICK, "-r", *wish, "--", "/bin/sh", "-c", WORK, name,
-            self.box.log, f"{self.chance.uniform(0.05, 0.5):.2f}"))
-
-    def entered(self):
-        """How many commands have begun so far."""
-        if all(run.flom.poll() is not None for run in self.running):
-            self.fill(4)
-        return sum(line.startswith("enter") for line in self.box.events())
-
-    def end(self):
-        """Nobody is forgotten: everyone ends."""
-        for run in self.running:
-            run.flom.wait(timeout=60)
-        self.over += self.running
-
-    def check(self, stops):
-        """Checks what the clients of the box have done; `stops`: how many daemons were stopped by
-        order, after which a waiter ends."""
-        entered = self.check_order()
-        stopped = 0
-        for run in self.over:
-            status, expected, err = run.flom.poll(), int(run.name[-1]), run.flom.err
-            if run.name not in entered:
-                assert status == 99 and re.search(GONE[self.lifespan], err), (run.name, status, err)
-                stopped += "ending" in err
-            elif status == 95:  # its daemon did not come back before the command ended
-                assert expected == 0 and " is lost: " in err, (run.name, err)
-                assert "granted" not in err and "held by" not in err, (run.name, err)
-            else:
-                assert status == expected, (run.name, status, err)
-        assert stops or not stopped
-
-    def check_order(self):
-        """No two incompatible commands overlap, and of two of them the later has the greater
-        token; returns the names of those that have run."""
-        wishes, inside, entered, last = {run.name: run.wish for run in self.over}, {}, set(), {}
-        for line in self.box.events():
-            what, name, *rest = line.split()
-            if what == "exit":
-                wish, token, element = inside.pop(name)
-                last[wish, element] = max(token, last.get((wish, element), 0))
-                continue
-            entered.add(name)
-            inside[name] = wish, token, element = wishes[name], int(rest[0]), rest[1]
-            assert fits(list(inside.values())), (line, inside)
-            for (other, label), earlier in last.items():
-                assert earlier < token or fits([(wish, 0, element), (other, 1, label)]), line
-        assert not inside
-        return entered
-
-
-def fits(commands):
-    """Whether these [(wish, token, element)] may run at the same time."""
-    assert len({token for _, token, _ in commands}) == len(commands)
-    units = sum(int(wish[2]) for wish, _, _ in commands if wish[0] == "pool[3]")
-    labels = [wish[:1] + (element,) for wish, _, element in commands
-              if wish[0] in ("one.two", "_S_n[2]")]
-    numbers = [wish for wish, _, _ in commands if wish[0] == "_S_n[2]"]
-    modes = [wish for wish, _, _ in commands if wish[0] == "R" or wish[0][0] == "/"]
-    return units <= 3 and len(set(labels)) == len(labels) and len(numbers) <= 2 and all(
-        agree(*pair) for pair in itertools.combinations(modes, 2))
-
-
-def agree(one, other):
-    """Whether two locks with modes do: the one not above the other, or of compatible modes."""
-    (name, _, mode), (other_name, _, other_mode) = sorted([one, other])
-    related = name == other_name or other_name.startswith(name + "/")
-    return not related or other_mode in COMPATIBLE[mode].split()
+def check(crowd, lifespan, stops):
+    """Checks what the clients of a crowd have done; `stops`: how many daemons were stopped by
+    order, after which a waiter ends."""
+    entered = crowd.check_order()
+    stopped = 0
+    for run in crowd.over:
+        status, expected, err = run.flom.poll(), int(run.name[-1]), run.flom.err
+        if run.name not in entered:
+            assert status == 99 and re.search(GONE[lifespan], err), (run.name, status, err)
+            stopped += "ending" in err
+        elif status == 95:  # its daemon did not come back before the command ended
+            assert expected == 0 and " is lost: " in err, (run.name, err)
+            assert "granted" not in err and "held by" not in err, (run.name, err)
+        else:
+            assert status == expected, (run.name, status, err)
+    assert stops or not stopped
 
 
 def test_daemons_killed_under_many_clients(boxes):
     """By KILL, by TERM and by order, started again by clients or by an init script."""
     local, network = boxes.make(), boxes.make()
     network.address = ("-a", "127.0.0.1", "-p", str(free_port()), "--state-dir", network.folder)
-    crowds = [Crowd(local, 1, "-1"), Crowd(network, 2, "0")]
+    lifespans = {local: "-1", network: "0"}
+    crowds = [Crowd(box, number, ("-d", lifespan, *QUICK), "0003")
+              for number, (box, lifespan) in enumerate(lifespans.items())]
     stops = [0, 0]
     for crowd in crowds:
         start(crowd.box, "-d", "-1")
@@ -351,11 +268,11 @@ def test_daemons_killed_under_many_clients(boxes):
             wait_until(lambda: pid not in crowd.box.running())
         else:
             crowd.box.kill(pid, signal.Signals["SIG" + end])
-        if end == "order" or crowd.lifespan == "0":
+        if end == "order" or lifespans[crowd.box] == "0":
             crowd.box.flomd("--no-files", *crowd.box.address, "-d", "-1", *QUICK).end()
         wait_until(lambda: crowd.box.daemons(), 30)
         for each in crowds:
             each.fill(4)
     for crowd, ordered in zip(crowds, stops):
         crowd.end()
-        crowd.check(ordered)
+        check(crowd, lifespans[crowd.box], ordered)
