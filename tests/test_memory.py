@@ -67,6 +67,12 @@ def holders(box, name):
     return found[0] if found else []
 
 
+def known(box):
+    """{resource: [(id, token, element) of its holders]}"""
+    return {entry["name"]: [(holder["id"], holder["token"], holder.get("element"))
+                            for holder in entry["holders"]] for entry in report(box)["resources"]}
+
+
 def is_absent(box, name):
     """Whether the only holder of a resource is absent."""
     found = holders(box, name)
@@ -150,14 +156,11 @@ def test_nobody_notices_an_end_and_a_start(place):
     held = [place.hold(f"h{n}", "-r", name, "-q", "2", *ALONE) for n, name in enumerate(names)]
     waiters = [place.waiter("-r", name, *ALONE, "--", *place.note(f"late {name}"))
                for name in names[:2]]
-    before = [(entry["name"], [(holder["id"], holder["token"]) for holder in entry["holders"]])
-              for entry in report(place)["resources"]]
+    before = known(place)
     for number in (signal.SIGTERM, signal.SIGKILL):
         restart(place, end=number)
         wait_until(lambda: "absent" not in json.dumps(report(place)["resources"]))
-        after = [(entry["name"], [(holder["id"], holder["token"]) for holder in entry["holders"]])
-                 for entry in report(place)["resources"]]
-        assert after == before
+        assert known(place) == before
     wait_until(lambda: len([1 for entry in report(place)["resources"] if entry["waiters"]]) == 2)
     assert not [line for line in place.events() if line.startswith("late")]
     for _, gate in held:
@@ -254,10 +257,10 @@ def test_what_was_told_is_known(box, store):
         asking = [Own(box, f"asked{n}", life=n % 2) for n in range(20)]
         told, ended = killed_amid(box, daemon, holding, asking, draw)
         box.daemon()
-        known = {entry["name"] for entry in report(box)["resources"] if entry["holders"]}
-        assert {client.name for client in told} <= known
-        assert known <= {client.name for client in holding[:10] + told + asking}
-        assert not {client.name for client in ended} & known
+        held = {name for name, found in known(box).items() if found}
+        assert {client.name for client in told} <= held
+        assert held <= {client.name for client in holding[:10] + told + asking}
+        assert not {client.name for client in ended} & held
         for client in told:
             before = client.token
             assert client.again(box).ask(reclaim=before).answer()["rc"] == "0"
