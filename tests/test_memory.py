@@ -7,7 +7,6 @@ import glob
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -19,8 +18,8 @@ import pytest
 from commands import state
 from crowd import WISHES, Crowd
 from fakes import LOCK, PEER, PING, UNLOCK, FlomClient, b64, message, parse
-from world import (COUNT, FLOMD, PYTHON, ROOT, SOAK, chance, endpoint,
-                   free_port, has_ended, patched, pass_time, read, wait_until)
+from world import (COUNT, FLOMD, PYTHON, ROOT, SOAK, chance, endpoint, free_port, has_ended,
+                   limit_files, patched, pass_time, read, wait_until)
 
 ALONE = ("-d", "0")  # no client starts a daemon
 LONG = ("-i", "1h")  # a resource that stays
@@ -703,11 +702,6 @@ def test_a_journal_of_a_newer_layout_is_put_aside(box):
 
 # Failures: it cannot be written
 
-def limit_files(size):
-    """For preexec_fn: no file of the process grows beyond this."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
 def test_a_journal_that_cannot_grow(box):
     """Grants go on under the mark, and the reports say it; the successor leaves former holders the
     time to come."""
@@ -738,12 +732,6 @@ def test_with_a_state_dir_nothing_is_told_that_is_not_stored(box):
     wait_until(lambda: "waiting for R2" in waiter.err)
     assert memory(box) == "failing"
     box.kill(waiter.pid)
-
-
-def test_who_can_write_nothing_grants_nothing(box):
-    box.daemon(preexec_fn=limit_files(0))
-    done = box.run("-r", "R1", *ALONE, "--", "echo", "wrong")
-    assert (done.status, done.out) == (99, "") and "the daemon refuses" in done.err
 
 
 # What a client is told

@@ -10,6 +10,7 @@ import marshal
 import os
 import random
 import re
+import resource
 import select
 import shutil
 import signal
@@ -95,6 +96,11 @@ def pass_time(seconds):
     """Lets a lifespan pass; not for the order of processes."""
     end = time.monotonic() + seconds
     wait_until(lambda: time.monotonic() >= end, seconds + 10)
+
+
+def limit_files(size):
+    """For preexec_fn: no file of the process grows beyond this."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def chance(name):
