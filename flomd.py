@@ -4104,6 +4104,7 @@ class State:
         self.marked = False  # as the file says, or should say
         self.unclean = False  # the predecessor ended while somebody held a lock
         self.kept = False  # the record is in the file
+        self.kind = "none"  # no records of holders are kept
         self.number = self._open()
 
     def _open(self):
@@ -4202,9 +4203,9 @@ class State:
             return False
         return True
 
-    def mark(self, held: "bool") -> "None":
-        """Somebody is about to hold a lock, or nobody has held one for a while.  What cannot be
-        written is tried again with the next grant."""
+    def mark(self, held: "bool") -> "bool":
+        """Somebody is about to hold a lock, or nobody has held one for a while.  Returns whether
+        it is written; what cannot be written is tried again with the next grant."""
         before, self.marked = self.marked, held
         if self.kept:
             mark = b"1" if held else b"0"
@@ -4213,6 +4214,11 @@ class State:
             written = self._write_record()
         if not written:
             self.marked = before
+        return written
+
+    def commit(self, records: "list", done: "Act") -> "None":
+        """Nothing is kept."""
+        done()
 
     def cover(self, token: "int") -> "None":
         """The record's epoch becomes that of a token which is to be told: of one reclaimed that
@@ -4328,6 +4334,11 @@ def creating(mode):
 # Words.  An event: a socket can be read or written.  A handler is called with the events of one
 # descriptor.  An act is called at its date.  A turn: to wait once, and to handle what has come.
 #
+# What a turn has changed can be written at once, however many clients have changed it: whoever
+# wants to do so asks for an act at the end of the turn, after its events and what was due.  What
+# such an act asks for in turn is done at the end of the next turn, which waits for nothing then:
+# so nobody waits for a long row of such acts.
+#
 # What has come is read before what is due is done: the process, or the host, may have been stopped
 # over the end of a recovery window while the reclaims lay in the sockets.  To accept and to read
 # are two turns, so the loop turns until nothing comes any more.  But a flood has no end: it turns
@@ -4393,19 +4404,24 @@ class Loop:
         # (date, serial, act); an entry is stale when the act has another date now, or none
         self._heap: "List[Tuple[float, int, Act]]" = []
         self._serial = itertools.count()
+        self._last: "List[Act]" = []  # to be called at the end of this turn
 
     def run(self):
         """Handles what comes and calls what is due, until stop()."""
         while not self._stopped:
             date = self._first_date()
             seconds = date - time.monotonic()
+            if self._last:
+                seconds = 0
             self._turn(max(0, seconds))
             if date <= self.now.mono:
                 self._catch_up(date)
                 self._do_what_is_due()
+            if self._last:
+                self._end_turn()
 
     def stop(self):
-        """From now on no handler is called; run() comes to its end."""
+        """From now on no handler is called; run() comes to its end with this turn."""
         self._stopped = True
 
     def guarded(self, close: "Act", act: "Callable", *arguments) -> "bool":
@@ -4481,6 +4497,11 @@ class Loop:
         """act() is not called, if it has a date."""
         self._dates.pop(act, None)
 
+    def at_end_of_turn(self, act: "Act") -> "None":
+        """act() is called once when all else that belongs to this turn is done."""
+        if act not in self._last:
+            self._last.append(act)
+
     # A turn.
 
     def _first_date(self):
@@ -4549,6 +4570,11 @@ class Loop:
                 del self._dates[act]
                 self.guarded(nothing, act)
 
+    def _end_turn(self):
+        acts, self._last = self._last, []
+        for act in acts:
+            self.guarded(nothing, act)
+
     def _due(self):
         """[(date, act)] of what was due before any of it is done."""
         found = []
@@ -4567,8 +4593,15 @@ class Loop:
 # given: a table of what can be done for a client, and whom to tell of its end.
 #
 # Words.  Closing: the last word was said; when it is written the daemon half-closes, and what
-# comes no longer counts.  Closed: the socket is gone.  Surplus: beyond the limit of clients; a
-# surplus client is served as far as to be told so.
+# comes no longer counts.  Closed: the client is served no more; its socket is closed, at once or
+# when the end of its lock is stored.  Surplus: beyond the limit of clients; a surplus client is
+# served as far as to be told so.
+#
+# A client for which something has been decided waits until that is stored, see Server: its
+# connection has a batch.  Nothing of it is read meanwhile, so that what it says next finds the
+# lock, and the session, as the answer will have left them: the messages that have come already
+# stay in the iterator that was reading them, and its socket is watched no more as soon as it has
+# something to read.  When the batch is stored resume() goes on with both.
 #
 # A client that is silent is closed after PATIENCE s: one that has not said its first message, does
 # not close its side after the last word, or takes no part of its report.  A stall of the daemon
@@ -4579,6 +4612,7 @@ MOST_READ = 4096  # bytes, at once
 PATIENCE = 10  # s
 PIECES, LARGEST = 300, 256 * 1024  # of a report in one turn of the loop, pieces and bytes
 NO_PIECES: "Iterator[str]" = iter(())
+NO_CALLS: "Iterator[tuple]" = iter(())
 LOCAL = "local"  # the peer on a UNIX socket
 RESERVE = 32  # files that are not for clients: listeners, log, state, a few to refuse clients
 
@@ -4703,7 +4737,8 @@ class Reporting:
 class Connection:
     """One client."""
     __slots__ = ("connections", "socket", "is_open", "peer", "session", "certified", "surplus",
-                 "closing", "output", "_pieces", "_is_reporting", "_is_writing")
+                 "closing", "output", "batch", "_wanted", "_is_paused", "_pieces",
+                 "_is_reporting", "_is_writing", "_credentials")
     would_block: "tuple" = WOULD_BLOCK
 
     def __init__(self, connections: "Connections", accepted: "socket.socket", peer: "str"):
@@ -4716,9 +4751,13 @@ class Connection:
         self.surplus = False
         self.closing = False
         self.output: "bytes | memoryview" = b""  # what the client has not taken yet
+        self.batch: "object | None" = None  # until it is stored nothing is read
+        self._wanted = NO_CALLS  # what the client has said, and was not done yet
+        self._is_paused = False  # the loop does not watch it
         self._pieces: "Iterator[str]" = NO_PIECES  # of a report, that follow the output
         self._is_reporting = False
         self._is_writing = False  # the loop tells when it can be written
+        self._credentials: "tuple | None" = None  # not asked for yet
 
     # Reading.
 
@@ -4726,10 +4765,49 @@ class Connection:
         """What the loop has seen."""
         if events & EVENT_WRITE:
             self._go_on_writing()
-        if events & EVENT_READ and self.is_open:
-            self._read()
-            if self.session.state is FREE and self.is_open and not self.closing:
-                self._read()  # after an unlock the end is likely to be there
+        if not events & EVENT_READ or not self.is_open:
+            return
+        if self.batch is not None:
+            self._pause()
+            return
+        self._read()
+        self._read_end()
+
+    def _read_end(self):
+        """After an unlock the end of the connection is likely to be there."""
+        if self.session.state is FREE and self.batch is None and not self.closing:
+            if self.is_open:
+                self._read()
+
+    def _pause(self):
+        """Does not read what has come, of which the loop would tell again and again."""
+        self.connections.loop.forget(self.socket)
+        self._is_paused = True
+
+    def resume(self) -> "None":
+        """The batch is stored, and what waited for it was said: goes on reading, or closes."""
+        if self.batch is not None:
+            return  # something else was decided meanwhile
+        if not self.is_open:
+            self._close_socket()
+            return
+        if self._is_paused:
+            self._watch_again()
+        if self._wanted is not NO_CALLS:
+            wanted, self._wanted = self._wanted, NO_CALLS
+            if self.is_open and not self.closing:
+                self._do(wanted)
+        self._read_end()
+
+    def _watch_again(self):
+        try:
+            self.connections.loop.watch(self.socket, self.handle, self.close)
+        except OSError as error:
+            self.close(f"cannot be watched: {error.strerror}")
+            return
+        self._is_paused = False
+        if self._is_writing:
+            self._watch_writing(True)
 
     def _read(self):
         """Reads once, and does what the client wants; the end of the connection is its end."""
@@ -4743,13 +4821,20 @@ class Connection:
             self.close()
         if not data or self.closing:
             return
+        self._do(self.session.calls(data))
+
+    def _do(self, wanted):
+        """Does what the client wants; the rest of it later, as soon as it waits for a batch."""
         connections = self.connections
         calls = connections.calls
         try:
-            for call, detail in self.session.calls(data):
+            for call, detail in wanted:
                 connections.silent.forget(self)
                 calls[call](self, detail)
                 if self.closing or not self.is_open:
+                    return
+                if self.batch is not None:
+                    self._wanted = wanted
                     return
         except ProtocolError as error:
             self.close(str(error))
@@ -4850,14 +4935,17 @@ class Connection:
         return pieces
 
     def _watch_writing(self, wanted):
+        self._is_writing = wanted
+        if self._is_paused:
+            return  # until it is watched again
         try:
             self.connections.loop.watch_writing(self.socket, wanted)
-            self._is_writing = wanted
         except OSError as error:
             self.close(f"cannot be watched: {error.strerror}")
 
     def close(self, reason: "str" = "") -> "None":
-        """Ends the connection, for a reason to be logged; what it held goes on to others."""
+        """Ends the connection, for a reason to be logged; what it held goes on to others.  The
+        client does not see the end before the end of its lock is stored."""
         if not self.is_open:
             return
         self.is_open = False
@@ -4865,10 +4953,16 @@ class Connection:
             self.connections.log.limited(f"{self.peer}: {reason}; connection closed")
         self.connections.loop.forget(self.socket)
         try:
+            self.connections.closed(self)
+        finally:
+            if self.batch is None:
+                self._close_socket()
+
+    def _close_socket(self):
+        try:
             self.socket.close()
         except OSError:
             pass  # it is gone in any case
-        self.connections.closed(self)
 
     # Who the client is.
 
@@ -4891,9 +4985,13 @@ class Connection:
 
     def credentials(self) -> "tuple":
         """(pid, uid) of the peer on a local socket; None where the system does not tell."""
-        if not self.is_open:
-            return None, None
-        return credentials(self.socket)
+        found = self._credentials
+        if found is None:
+            found = (None, None)
+            if self.is_open and self.peer == LOCAL:
+                found = credentials(self.socket)
+            self._credentials = found
+        return found
 
 
 # TLS.  The handshake is steps of the loop as everything else is; `ssl` is loaded only where it is
@@ -4929,7 +5027,16 @@ class TlsConnection(Connection):
         if self._is_shaking:
             return
         super().handle(events | EVENT_READ)
-        while self.is_open and self.socket.pending():  # of which the loop does not know
+        self._read_pending()
+
+    def resume(self) -> "None":
+        """As above; what TLS has read already counts, too."""
+        super().resume()
+        self._read_pending()
+
+    def _read_pending(self):
+        """Reads what TLS has read, of which the loop does not know."""
+        while self.is_open and self.batch is None and self.socket.pending():
             self._read()
 
     def _shake_hands(self):
@@ -5704,7 +5811,7 @@ def _is_named(connection, peer_id):
 #
 # The way of a request.  From the bytes to the answer it passes nine functions; each calls the next
 # one, but that calls() hands what it has read back to _read(), and that deliver() has its _tell()
-# called by the loop, which catches what fails:
+# called by its batch, through the loop, which catches what fails:
 #
 #     Connection._read     takes the bytes from the socket
 #     Session.calls        cuts them into messages
@@ -5717,13 +5824,201 @@ def _is_named(connection, peer_id):
 #     Session.answer       makes the bytes, which are sent
 #
 # Whatever the table decides goes to deliver(), in the statement after the call: the one place
-# where decisions are told, and where is done what they bring: what must be on disk before a grant
-# is told, figures, the next date of the table.  No decision waits when deliver() ends.  So the
-# answer is made before the next message of its client is read, and finds its session as the
-# request has left it, however many messages come at once.
+# where it is decided what is told at once and what has to wait.
 #
-# Not here on purpose: when the daemon ends.  That is the section Life, of which an object is
-# handed in.
+# The problem.  What is told must have been stored: a daemon may be killed between any two of its
+# instructions, and its successor must know every holder that was told so.  And nobody may be told
+# that he has what another one has released before that end is stored.  But each time something is
+# stored it costs as much as the rest of a request, and a disk may need milliseconds.
+#
+# The solution.  All that a turn of the loop has changed is one batch, which is stored at the end
+# of the turn.  Grants, evictions and the ends of connections that held something wait for it.
+# What only refuses, queues or reports waits for nothing.  A connection of which a batch has
+# something knows the batch (the newest, if there are several): whatever else is to be said to its
+# client is said behind that, and it is not read until the batch is stored.  So a client hears
+# everything in order, the answer finds its session as the request has left it, and an unlock
+# followed by a ping is answered when the end of the lock is stored.  Where a disk stores later,
+# batches wait for their turn, and each is told when all before it were.
+#
+# What cannot be stored.  Nobody loses a lock because a disk fails.  A store that does not sync
+# has the mark in place of the record (see State on disk); where even that cannot be written,
+# what was granted is given back and refused.  One that syncs is waited for: but after LATE s who
+# does not want to wait is refused, who would wait is told to wait, and who ends is let go: that a
+# successor may know a holder too much does no harm.
+#
+# A bug costs one connection, and no decision is lost: each is told under a guard of its own.
+#
+# Not here on purpose: how changes become records, and where they are kept; when the daemon ends.
+# That is the section Life, of which an object is handed in.
+
+
+LATE = 5  # s after which nobody waits any more for a batch to be stored, but for a grant
+SYNCED, NOT_KEPT = "synced", "none"  # kinds of stores; see State on disk
+LOOK_AT_STORE = 0.2  # s between two looks at batches that are not stored yet
+UNSAVED = 1  # s at most until a change is stored that nobody waits for
+WAITS_FOR_STORE = (OK, EVICTED)  # verdicts
+CANNOT_STORE = "the daemon cannot store it now"
+
+
+class Batch:
+    """What is stored together, and what waits for that."""
+    __slots__ = ("said", "connections", "token", "until", "is_stored")
+
+    def __init__(self):
+        # act(connection, detail) is called for each, when it is stored
+        self.said: "List[Tuple[Callable, Connection, object]]" = []
+        self.connections: "List[Connection]" = []  # that are not read until then
+        self.token = 0  # the greatest that will be told
+        self.until = NEVER  # s, monotonic: when it is late
+        self.is_stored = False
+
+
+class Batches:
+    """Has the changes of each turn stored, and what waits for them said, in this order.
+
+    take_records() returns what has changed since the last call, as a store wants it;
+    give_back(decision) ends what was granted and not told.
+    """
+
+    def __init__(self, loop: "Loop", disk: "State", take_records: "Callable[[], list]",
+                 give_back: "Callable[[Decision], object]"):
+        self.disk = disk
+        self.stored: "Act" = nothing  # called when a batch was stored, and was told
+        self._loop = loop
+        self._take_records = take_records
+        self._give_back = give_back
+        self._open = Batch()  # of this turn
+        self._pending: "Deque[Batch]" = collections.deque()
+
+    def __len__(self):
+        """The number of batches that somebody waits for."""
+        number = len(self._pending)
+        if self._open.connections:
+            number += 1
+        return number
+
+    def join(self, connection: "Connection") -> "Batch":
+        """The connection waits until the changes of this turn are stored."""
+        batch = self._open
+        if connection.batch is not batch:
+            if not batch.connections:
+                self._loop.at_end_of_turn(self.commit)
+            batch.connections.append(connection)
+            connection.batch = batch
+        return batch
+
+    def changed(self) -> "None":
+        """Something may have changed that nobody waits for."""
+        if not self._open.connections:
+            self._loop.within(UNSAVED, self.commit)
+
+    def commit(self) -> "None":
+        """Has everything stored that has changed by now."""
+        batch = self._open
+        self._open = Batch()
+        self._pending.append(batch)
+        was_handed_over = self._loop.guarded(nothing, self._store, batch)
+        if batch.is_stored:
+            return
+        if was_handed_over and self.disk.kind == SYNCED:
+            batch.until = self._loop.now.mono + LATE
+            self._loop.within(LOOK_AT_STORE, self._look)
+        else:
+            self._go_without(batch)
+
+    def _store(self, batch):
+        disk = self.disk
+        records = self._take_records()
+        if batch.token >> 32 > disk.epoch:
+            disk.cover(batch.token)
+        if disk.kind == NOT_KEPT:
+            if batch.token and not disk.marked:
+                disk.mark(True)
+            self._is_stored(batch)
+        elif records:
+            disk.commit(records, functools.partial(self._is_stored, batch))
+        else:
+            self._is_stored(batch)
+
+    def _is_stored(self, batch):
+        batch.is_stored = True
+        pending = self._pending
+        while pending and pending[0].is_stored:
+            first = pending.popleft()
+            self._say(first)
+        self.stored()
+
+    def _say(self, batch):
+        guarded = self._loop.guarded
+        for act, connection, detail in batch.said:  # which may grow meanwhile
+            guarded(connection.close, act, connection, detail)
+        waiting = [one for one in batch.connections if one.batch is batch]
+        for connection in waiting:
+            connection.batch = None
+        for connection in waiting:
+            guarded(connection.close, connection.resume)
+
+    # What cannot be stored.
+
+    def _go_without(self, batch):
+        """The mark stands for what is not stored; without it nothing is granted."""
+        if batch.token and not self.disk.marked and not self.disk.mark(True):
+            said = []
+            for act, connection, detail in batch.said:
+                if self._is_new_grant(detail):
+                    self._give_back(detail)
+                    detail = Decision(detail.session, LIMIT, reason=CANNOT_STORE)
+                said.append((act, connection, detail))
+            batch.said = said
+        self._is_stored(batch)
+
+    @staticmethod
+    def _is_new_grant(detail):
+        """Whether it is a grant that gives the session what it did not have."""
+        if not isinstance(detail, Decision) or detail.verdict != OK:
+            return False
+        session = detail.session
+        return session.holds is None and session.request.reclaim is None
+
+    def _look(self):
+        """Nobody waits for ever for a disk that does not store."""
+        now = self._loop.now.mono
+        for batch in list(self._pending):
+            if now >= batch.until:
+                batch.until = NEVER
+                self._let_go(batch)
+        self.stored()
+        if self._pending:
+            self._loop.after(LOOK_AT_STORE, self._look)
+
+    def _let_go(self, batch):
+        """Says what need not wait for the disk; new grants alone go on waiting."""
+        said, batch.said = batch.said, []
+        heard = set()  # those to whom something is said now
+        for act, connection, detail in said:
+            if isinstance(detail, Decision) and detail.verdict == OK:
+                detail = self._late_grant(batch, act, connection, detail)
+            if detail is not None:
+                heard.add(connection)
+                self._loop.guarded(connection.close, act, connection, detail)
+        waiting = {connection for _, connection, _ in batch.said}
+        for connection in batch.connections:
+            if connection.batch is batch and connection not in waiting:
+                connection.batch = None
+                if connection not in heard:
+                    connection.close()
+                self._loop.guarded(connection.close, connection.resume)
+
+    def _late_grant(self, batch, act, connection, grant):
+        """What is said now in place of the grant, None for nothing; it may wait on."""
+        session = grant.session
+        if self._is_new_grant(grant) and not session.request.wait:
+            self._give_back(grant)
+            return Decision(session, BUSY, reason=CANNOT_STORE)
+        batch.said.append((act, connection, grant))
+        if session.request.wait and session.state is ASKING:
+            return Decision(session, ENQUEUED, reason=CANNOT_STORE)
+        return None
 
 
 class Server:
@@ -5734,9 +6029,9 @@ class Server:
     """
 
     def __init__(self, settings: "Settings", log: "Log", connections: "Connections",
-                 table: "LockTable", state: "State", life: "Daemon"):
+                 table: "LockTable", disk: "State", life: "Daemon"):
         self.table = table
-        self.state = state
+        self.disk = disk
         self.draining = False  # the clients are left to another daemon
         self.publisher: "Publisher | None" = None
         self.loop = connections.loop
@@ -5746,7 +6041,9 @@ class Server:
         self._life = life
         # whether a client's id is to be the name in its certificate
         self.checks_ids = bool(connections.tls and settings["TlsCheckPeerId"])
-        self._decisions: "Deque[Decision]" = collections.deque()  # not told yet
+        self.batches = Batches(self.loop, disk, self._take_records, self._give_back)
+        self.batches.stored = self._was_stored
+        self._decisions: "Deque[Decision]" = collections.deque()  # to be told at once
         self._is_delivering = False
         self._next_date: "float | None" = None  # of the table
         self._progress = Progress(self)
@@ -5823,10 +6120,11 @@ class Server:
     def _unlock(self, connection, committed):
         session, now = connection.session, self.loop.now
         decisions = self.table.release(session, committed, now)
+        self.batches.join(connection)
         self.deliver(decisions)
         self.released()
         if self.draining:  # it would be kept alive by a client that stays
-            connection.finish()
+            self.when_stored(connection, self._finish)
 
     def _status(self, connection, client):
         if client.startswith("flomd.py"):  # see daemon_at()
@@ -5851,26 +6149,41 @@ class Server:
     # Decisions.
 
     def deliver(self, decisions: "List[Decision]") -> "None":
-        """Tells the sessions what was decided.  To tell one may end its connection, which brings
-        more decisions: they are told by the same loop, after those that are here already.  A bug
-        costs the connection of the session that was to be told, and no other decision."""
-        self._decisions.extend(decisions)
-        if self._is_delivering:
-            return
+        """Has the sessions told what was decided, now or when it is stored.  To tell one may end
+        its connection, which brings more decisions: those to be told now are told by the same
+        loop, after those that are here already."""
+        for decision in decisions:
+            connection = decision.session.connection
+            if connection is None:
+                continue  # an absent holder
+            verdict = decision.verdict
+            if verdict in WAITS_FOR_STORE:
+                batch = self.batches.join(connection)
+                if verdict == OK and decision.token > batch.token:
+                    batch.token = decision.token
+            batch = connection.batch
+            if batch is None:
+                self._decisions.append(decision)
+            else:
+                batch.said.append((self._tell, connection, decision))
+        self.batches.changed()
+        if self._decisions and not self._is_delivering:
+            self._tell_now()
+        if self.table.next_date() != self._next_date:
+            self._plan()
+
+    def _tell_now(self):
+        """A bug costs the connection of the session that was to be told, and no other decision."""
         self._is_delivering = True
         while self._decisions:
             decision = self._decisions.popleft()
             connection = decision.session.connection
             self.loop.guarded(connection.close, self._tell, connection, decision)
         self._is_delivering = False
-        if self.table.next_date() != self._next_date:
-            self._plan()
 
     def _tell(self, connection, decision):
         """Sees to what comes before the decision is told, and tells it."""
         verdict = decision.verdict
-        if verdict == OK:
-            self._prepare_state(decision.token)
         if self.publisher is not None:
             self.publisher.note(decision)
         if verdict in (ENQUEUED, BUSY) and decision.reason is None:
@@ -5878,14 +6191,30 @@ class Server:
                 decision = self._progress.explained(decision)
         connection.tell(decision)
 
-    def _prepare_state(self, token):
-        """What must be on disk before a grant is told."""
-        state = self.state
-        epoch = token >> 32
-        if epoch > state.epoch:
-            state.cover(token)
-        if not state.marked:
-            state.mark(True)
+    def when_stored(self, connection: "Connection", act: "Callable",
+                    detail: "object" = None) -> "None":
+        """act(connection, detail) is called when what this turn has changed is stored."""
+        batch = self.batches.join(connection)
+        batch.said.append((act, connection, detail))
+
+    @staticmethod
+    def _finish(connection, _):
+        connection.finish()
+
+    def _take_records(self):
+        """What has changed, as a store wants it."""
+        return []
+
+    def _give_back(self, grant):
+        """Ends what was granted, and was not told because it cannot be stored."""
+        decisions = self.table.gone(grant.session, self.loop.now)
+        self.deliver(decisions)
+        self.released()
+
+    def _was_stored(self):
+        """Nobody may be left who needs the daemon."""
+        if not self._connections.open:
+            self._life.rest()
 
     def _plan(self):
         """Sets a date for what the table has to do next."""
@@ -5912,11 +6241,17 @@ class Server:
         session = connection.session
         request = self.table.requests.get(session)
         if request is not None:
-            if self.publisher is not None and request.state is HELD:
-                self.publisher.counts.lost += 1
+            if request.state is HELD:
+                self._is_lost(connection)
             self._free(session)
         if not self._connections.open:
             self._life.was_used()
+
+    def _is_lost(self, connection):
+        """Its client sees the end when the end of the lock is stored."""
+        self.batches.join(connection)
+        if self.publisher is not None:
+            self.publisher.counts.lost += 1
 
     def _free(self, session):
         decisions = self.table.gone(session, self.loop.now)
@@ -5937,7 +6272,7 @@ class Server:
         if self.publisher is not None:
             self.publisher.changed()
         table = self.table
-        if not self.state.marked or table.holding > 0:
+        if not self.disk.marked or table.holding > 0:
             return
         since = self.loop.now.mono
         if table.window_until is not None:
@@ -5949,8 +6284,8 @@ class Server:
         table = self.table
         if table.holding > 0 or table.window_until is not None:
             return
-        if self.state.marked:
-            self.state.mark(False)
+        if self.disk.marked:
+            self.disk.mark(False)
 
     # The end of the daemon.
 
@@ -5962,7 +6297,9 @@ class Server:
                 connection.close()
 
     def say_farewell(self, reason: "str") -> "None":
-        """Tells all clients of ours that nobody should start another daemon."""
+        """Tells all clients of ours that nobody should start another daemon; what was decided
+        before is told before, where it is stored at once."""
+        self.batches.commit()
         for connection in list(self._connections.open):
             session = connection.session
             if session.ours:
@@ -6075,15 +6412,15 @@ class Orders:
         done = f"taken away by {giver}"
         self._log.limited(f"{request.name!r}, of {session}: {done}", "info")
         self._server.evict(session, done)
-        self._last_word(connection, ("rc", OK))
+        self._server.when_stored(connection, self._last_word, element("answer", ("rc", OK)))
 
     def refuse(self, connection: "Connection", reason: "str") -> "None":
         """Does not obey."""
-        self._last_word(connection, ("rc", -1), ("reason", plain(reason)))
+        answer = element("answer", ("rc", -1), ("reason", plain(reason)))
+        self._last_word(connection, answer)
 
     @staticmethod
-    def _last_word(connection, *attributes):
-        answer = element("answer", *attributes)
+    def _last_word(connection, answer):
         data = encode(MANAGEMENT, 16, answer)
         connection.send(data)
         connection.finish()
@@ -6192,8 +6529,9 @@ class Daemon:
         self.rest()
 
     def rest(self) -> "None":
-        """Looks whether the daemon is still needed."""
-        if self.connections.open:
+        """Looks whether the daemon is still needed: a client that has gone is served until the
+        end of its lock is stored."""
+        if self.connections.open or len(self.server.batches) > 0:
             return
         if self.phase != SERVING:
             self.loop.stop()

@@ -6,6 +6,7 @@ from unittest import mock
 
 import flomd
 import pytest
+from fakes import PING, message
 
 
 class Log:
@@ -57,6 +58,7 @@ def links():
     made = Links()
     yield made
     for connection in list(made.connections.open):
+        connection.batch = None
         connection.close()
     for client in made.clients:
         client.close()
@@ -89,8 +91,8 @@ def read_all(links, client):
 def test_what_is_taken_in_parts_arrives_whole(links):
     connection, client = links.connect()
     told = [bytes([65 + number % 26]) * 3000 for number in range(40)]
-    for message in told:
-        connection.send(message)
+    for part in told:
+        connection.send(part)
     assert 0 < len(connection.output) < flomd.MOST_UNREAD
     assert read_all(links, client) == b"".join(told)
     assert not connection.output and connection.is_open
@@ -260,3 +262,126 @@ def test_a_look_at_another_daemon_ends(links, monkeypatch):
     flomd.Child(links.loop, lambda: flomd._is_there(SETTINGS, answer), heard.append)
     run_until(links.loop, lambda: heard)
     assert heard == [""]
+
+
+# While a connection has a batch
+
+def ping(number=8):
+    return message(PING, number)
+
+
+class Waiting:
+    """The calls of a server which has each connection wait at a ping 8."""
+
+    def __init__(self, links):
+        self.links, self.seen = links, []
+        links.connections.serve({"send": self.send}, self.gone)
+
+    def send(self, connection, data):
+        self.seen.append(data)
+        if data:
+            connection.batch = self
+
+    def gone(self, connection):
+        self.seen.append("end")
+
+    def store(self, connection):
+        connection.batch = None
+        connection.resume()
+
+
+@pytest.fixture
+def waiting(links):
+    return Waiting(links)
+
+
+PONG = flomd.encode(flomd.PING, 16)
+
+
+def test_messages_that_came_together_wait_for_each_other(links, waiting):
+    connection, client = links.connect()
+    client.send(ping() + ping(16) + ping())
+    links.turn()
+    assert waiting.seen == [PONG]
+    waiting.store(connection)
+    assert waiting.seen == [PONG, b"", PONG]
+
+
+def test_who_waits_is_not_read_and_the_loop_does_not_spin(links, waiting, monkeypatch):
+    connection, client = links.connect()
+    client.send(ping())
+    links.turn()
+    called = []
+    real = flomd.Connection.handle
+    monkeypatch.setattr(flomd.Connection, "handle",
+                        lambda self, events: called.append(events) or real(self, events))
+    client.send(ping(16))
+    client.shutdown(socket.SHUT_WR)
+    for _ in range(5):
+        links.turn()
+    assert waiting.seen == [PONG] and len(called) <= 1
+    waiting.store(connection)
+    for _ in range(3):
+        links.turn()
+    assert waiting.seen == [PONG, b"", "end"] and not connection.is_open
+
+
+def test_the_end_is_seen_when_it_is_stored(links, waiting):
+    connection, client = links.connect()
+    client.send(ping())
+    links.turn()
+    connection.close("why")
+    assert waiting.seen == [PONG, "end"] and connection not in links.connections.open
+    with pytest.raises(BlockingIOError):
+        client.recv(1)
+    waiting.store(connection)
+    assert client.recv(1) == b""
+    waiting.store(connection)  # nothing happens any more
+
+
+def test_what_has_gone_wrong_ends_the_connection_when_it_goes_on(links, waiting):
+    connection, client = links.connect()
+    client.send(ping() + b"rubbish</msg>" + ping())
+    links.turn()
+    assert connection.is_open
+    waiting.store(connection)
+    assert not connection.is_open and waiting.seen == [PONG, "end"]
+
+
+def test_who_waits_again_is_not_read(links, waiting):
+    connection, client = links.connect()
+    client.send(ping() + ping() + ping(16))
+    links.turn()
+    connection.resume()  # another batch has something of it
+    assert waiting.seen == [PONG]
+    waiting.store(connection)
+    assert waiting.seen == [PONG, PONG] and connection.batch is waiting
+    waiting.store(connection)
+    assert waiting.seen == [PONG, PONG, b""]
+
+
+def test_what_a_slow_reader_did_not_take_before_it_waited_is_not_lost(links, waiting):
+    connection, client = links.connect()
+    client.send(ping())
+    links.turn()
+    client.send(ping(16))
+    links.turn()  # it is watched no more
+    told = b"x" * 100000
+    connection.send(told[:50000])
+    connection.send(told[50000:])
+    assert connection.output
+    links.turn()
+    waiting.store(connection)
+    assert read_all(links, client) == told and waiting.seen == [PONG, b""]
+
+
+def test_one_that_cannot_be_watched_again_is_closed(links, waiting, monkeypatch):
+    connection, client = links.connect()
+    client.send(ping())
+    links.turn()
+    client.send(ping(16))
+    links.turn()
+    monkeypatch.setattr(links.loop, "watch", mock.Mock(side_effect=OSError(12, "No memory")))
+    waiting.store(connection)
+    assert not connection.is_open and "No memory" in links.log.lines[0]
+    assert connection.socket.fileno() == -1

@@ -259,3 +259,40 @@ def test_a_date_may_be_further_away_than_a_selector_can_wait(pairs):
     pairs.call(0)
     pairs.loop.run()
     assert pairs.called == [0]
+
+
+def test_what_belongs_to_a_turn_is_done_at_its_end_once(pairs):
+    """What it asks for in turn is done a turn later, without waiting; and a bug keeps none."""
+    loop, called = pairs.loop, []
+
+    def end():
+        called.append("end")
+        if called.count("end") < 3:
+            loop.at_end_of_turn(end)
+
+    def due():
+        called.append("due")
+        loop.at_end_of_turn(broken)
+        loop.at_end_of_turn(end)
+        loop.at_end_of_turn(end)
+    for _ in range(2):
+        pairs.add(lambda events: called.append("read"))
+        pairs.call(len(pairs.pairs) - 1)
+    loop.after(0, due)
+    loop.after(100, flomd.nothing)
+    begun = flomd.Moment().mono
+    pairs.run(0.05)
+    ends = [place for place, name in enumerate(called) if name == "end"]
+    assert len(ends) == 3 and called.index("due") < ends[0] and called.index("read") < ends[0]
+    assert flomd.Moment().mono - begun < 10 and len(pairs.log.lines) == 1
+
+
+def test_the_turn_in_which_the_loop_is_stopped_comes_to_its_end(pairs):
+    called = []
+
+    def stop():
+        pairs.loop.at_end_of_turn(lambda: called.append("end"))
+        pairs.loop.stop()
+    pairs.loop.after(0, stop)
+    pairs.loop.run()
+    assert called == ["end"]

@@ -1,4 +1,5 @@
-"""What the server tells its clients, with a real table and clients without sockets."""
+"""What the server tells its clients, and when, with a real table, a store that stores when the
+test says so, and clients without sockets."""
 import types
 
 import flomd
@@ -20,10 +21,12 @@ class Client:
     surplus = False
     on_grant = None  # what a grant is to do to it
     finished = False
+    batch = None
 
     def __init__(self, world):
         self.world, self.told, self.is_open = world, [], True
         self.session = Told(self, self.peer, str)
+        self.resumed = 0
         world.connections.open.add(self)
 
     def host(self):
@@ -48,33 +51,88 @@ class Client:
     def finish(self):
         self.finished = True
 
-    def lock(self, name="R", mode=5, wait=1):
+    def send(self, data):
+        self.told.append(data)
+
+    def resume(self):
+        if self.batch is None:
+            self.resumed += 1
+
+    def ask(self, name="R", mode=5, wait=1, **more):
         request = flomd.Request(self.session, name, mode=mode, wait=wait, create=1)
+        for key, value in more.items():
+            setattr(request, key, value)
         self.session.request, self.session.state = request, flomd.ASKING
         self.world.connections.calls["lock"](self, request)
+        return request
+
+    def lock(self, name="R", mode=5, wait=1):
+        """Asks, and ends the turn."""
+        self.ask(name, mode, wait)
+        self.world.turn()
         return self
 
-    def unlock(self):
+    def release(self):
         self.session.holds = None
+        self.session.state = flomd.FREE
         self.world.connections.calls["unlock"](self, True)
+
+    def unlock(self):
+        """Releases, and ends the turn, and those that follow from it."""
+        self.release()
+        self.world.turn()
+
+
+class Disk:
+    """A store: what it was given counts when the test calls store(), at once where it is no
+    `later`; `marks` has what became of the mark."""
+
+    def __init__(self, later=False):
+        self.kind = "synced" if later else "file"
+        self.epoch, self.marked, self.failing = 0, False, ""
+        self.given, self.marks = [], []  # batches: (records, done)
+        self.can_mark = True
+
+    def commit(self, records, done):
+        self.given.append((records, done))
+        if self.kind == "file" and not self.failing:
+            self.store()
+
+    def store(self, number=0):
+        _, done = self.given.pop(number)
+        done()
+
+    def mark(self, held):
+        self.marks.append(held)
+        if self.can_mark:
+            self.marked = held
+        return self.can_mark
+
+    def cover(self, token):
+        self.epoch = token >> 32
 
 
 class World:
-    """A server with its table; what is due is done by turn()."""
+    """A server with its table; turn() ends the turns of the loop until nothing follows."""
 
-    def __init__(self):
+    def __init__(self, later=False):
         self.log = Log()
         self.loop = flomd.Loop(self.log)
         settings = dict(SETTINGS, TlsCheckPeerId=False, Policy="fair", AllowRemoteShutdown=False)
         self.connections = flomd.Connections(self.loop, self.log, settings, 10 ** 6)
         self.table = flomd.LockTable()
-        state = types.SimpleNamespace(epoch=0, marked=True, mark=lambda held: None)
+        self.disk = Disk(later)
         self.used = []
         life = types.SimpleNamespace(was_used=lambda: self.used.append(1), rest=lambda: None)
-        self.server = flomd.Server(settings, self.log, self.connections, self.table, state, life)
+        self.server = flomd.Server(settings, self.log, self.connections, self.table, self.disk,
+                                   life)
 
     def client(self):
         return Client(self)
+
+    def turn(self):
+        while self.loop._last:
+            self.loop._end_turn()
 
 
 @pytest.fixture
@@ -103,6 +161,7 @@ def test_a_long_row_of_connections_that_end_when_they_are_told(world):
     for one in waiters[:-1]:
         one.on_grant = one.close
     holder.unlock()
+    world.turn()
     assert not any(one.is_open for one in waiters[:-1])
     assert waiters[-1].told == [1, 0] and world.table.holding == 1 and not world.log.lines
 
@@ -120,6 +179,7 @@ def test_a_draining_server_grants_nothing(world):
     holder.lock()  # a holder may ask again
     assert holder.told == [0, 0]
     holder.close()
+    world.turn()
     assert world.used == [1] and world.table.holding == 0
 
 
@@ -137,17 +197,13 @@ def test_a_lock_that_has_moved_to_another_connection_is_not_lost(world):
         counts=counts, note=lambda decision: None, changed=lambda: None)
 
     def ask(client, **more):
-        request = flomd.Request(client.session, "R", mode=5, create=1)
-        request.ident, request.key = "aa", "bb"
-        for name, value in more.items():
-            setattr(request, name, value)
-        client.session.request, client.session.state = request, flomd.ASKING
-        world.connections.calls["lock"](client, request)
-        return request
+        return client.ask(ident="aa", key="bb", **more)
     before, after = world.client(), world.client()
     token = ask(before).token
+    world.turn()
     before.tell = lambda decision: before.close()  # as Connection does: it cannot be told
     ask(after, reclaim=token)
+    world.turn()
     assert after.told == [0] and not before.is_open and counts.lost == 0
     after.close()
     assert counts.lost == 1 and world.table.holding == 0
@@ -157,6 +213,7 @@ def test_what_is_due_is_done_again_where_it_has_failed(world, monkeypatch):
     monkeypatch.setattr(flomd, "PAUSE", 0.02)
     monkeypatch.setattr(flomd, "LEAST_LIFESPAN", 10)
     world.client().lock().unlock()
+    world.turn()
     real, calls = world.table.expire, []
 
     def expire(now):
@@ -177,9 +234,228 @@ def test_who_awaits_progress_is_told_of_the_holder_and_of_a_new_place(world, mon
     second.session.ours, second.session.about = True, {"progress": "1"}
     said = []
     second.tell = said.append
-    second.lock()
+    second.ask()
     assert (said[0].verdict, said[0].position) == (1, 2) and "held by 10.77" in said[0].reason
     first.close()
+    world.turn()
     world.loop.after(1.2, world.loop.stop)
     world.loop.run()
     assert [one.position for one in said] == [2, 1] and holder.is_open
+
+
+# What waits until it is stored
+
+@pytest.fixture
+def slow():
+    """A world whose disk stores later."""
+    made = World(later=True)
+    made.server.batches._take_records = lambda: [("d", "x")]
+    return made
+
+
+def test_a_grant_is_told_when_it_is_stored_and_a_refusal_at_once(slow):
+    holder, waiter, busy = [slow.client() for _ in range(3)]
+    holder.ask()
+    waiter.ask()
+    busy.ask(wait=0)
+    assert (holder.told, waiter.told, busy.told) == ([], [1], [4])
+    slow.turn()
+    assert holder.told == [] and len(slow.disk.given) == 1 and holder.resumed == 0
+    slow.disk.store()
+    assert holder.told == [0] and holder.resumed == 1 and holder.batch is None
+    assert waiter.resumed == busy.resumed == 0
+
+
+def test_nobody_is_told_that_he_has_what_was_released_before_that_is_stored(slow):
+    holder, waiter = slow.client().lock(), slow.client().lock()
+    slow.disk.store()
+    holder.release()
+    assert waiter.told == [1] and holder.batch is waiter.batch is not None
+    slow.turn()
+    assert waiter.told == [1] and holder.resumed == 1
+    slow.disk.store()
+    assert waiter.told == [1, 0] and holder.resumed == 2
+
+
+def test_all_of_a_turn_is_one_batch_told_in_order(slow):
+    told = []
+    for number in range(64):
+        client = slow.client()
+        client.on_grant = lambda number=number: told.append(number)
+        client.ask(f"R{number}")
+    slow.turn()
+    assert len(slow.disk.given) == 1 and told == []
+    slow.disk.store()
+    assert told == list(range(64))
+
+
+def test_whatever_is_said_to_who_waits_is_said_behind(slow):
+    """A newer batch that has something of it counts, and what is left to be told is told in order
+    even where a store says so in another one."""
+    first, second, other = [slow.client() for _ in range(3)]
+    first.session.ours = True
+    first.ask()
+    slow.turn()
+    slow.server.deliver([flomd.Decision(first.session, flomd.STOPPED)])
+    slow.server.evict(first.session, "why")
+    second.ask()
+    slow.turn()
+    slow.server.deliver([flomd.Decision(first.session, flomd.LIMIT)])
+    other.ask("Q")
+    slow.turn()
+    slow.disk.store(2)
+    slow.disk.store(1)
+    assert first.told == second.told == other.told == []
+    slow.disk.store()
+    assert first.told == [0, 8, 10, 9] and second.told == other.told == [0]
+    assert [one.resumed for one in (first, second, other)] == [1, 1, 1]
+
+
+def test_who_is_told_before_others_of_its_batch_may_act_on_it(slow):
+    """What is then decided for one that is told later belongs to a batch of its own."""
+    one, other = slow.client(), slow.client()
+    one.ask()
+    other.ask("Q")
+    slow.turn()
+    one.resume = one.release
+
+    def ask_again():
+        slow.server.deliver([flomd.Decision(other.session, flomd.BUSY)])
+    other.resume = ask_again
+    slow.disk.store()
+    assert other.told == [0, 4] and one.batch is not None
+    slow.turn()
+    assert len(slow.disk.given) == 1
+
+
+def test_a_change_that_nobody_waits_for_is_stored_within_a_second(slow, monkeypatch):
+    monkeypatch.setattr(flomd, "UNSAVED", 0.02)
+    slow.client().ask(flomd.STATUS_RESOURCE)
+    assert not slow.disk.given
+    slow.loop.after(0.1, slow.loop.stop)
+    slow.loop.run()
+    assert len(slow.disk.given) == 1
+
+
+def test_the_daemon_is_needed_until_the_end_of_the_last_lock_is_stored(slow):
+    rested = []
+    slow.server._life.rest = lambda: rested.append(len(slow.server.batches))
+    holder = slow.client().lock()
+    slow.disk.store()
+    holder.close()
+    assert len(slow.server.batches) == 1
+    slow.turn()
+    assert len(slow.server.batches) == 1 and rested == []
+    slow.disk.store()
+    assert rested == [0]
+
+
+def test_what_is_said_to_a_client_that_is_gone_harms_nobody(slow):
+    holder = slow.client()
+    holder.ask()
+    slow.turn()
+    waiter = slow.client().lock()
+    holder.close()
+    slow.turn()
+    while slow.disk.given:
+        slow.disk.store()
+    assert holder.told == [] and waiter.told == [1, 0] and slow.table.holding == 1
+
+
+def test_the_evicted_and_who_has_evicted_are_told_when_it_is_stored(slow):
+    holder, giver = slow.client(), slow.client()
+    holder.session.ours = True
+    holder.ask(ident="aa")
+    slow.turn()
+    slow.disk.store()
+    giver.is_from_this_host = lambda: True
+    slow.server.orders.evict(giver, ("aa", {}))
+    slow.turn()
+    assert holder.told == [0] and giver.told == [] and not giver.finished
+    slow.disk.store()
+    assert holder.told == [0, 10] and b'rc="0"' in giver.told[0] and giver.finished
+
+
+# What cannot be stored
+
+def fail(world):
+    world.disk.failing = "no space"
+    world.server.batches._take_records = lambda: [("d", "x")]
+
+
+def test_a_store_that_fails_has_the_mark_and_the_grant_is_told(world):
+    fail(world)
+    assert world.client().lock().told == [0] and world.disk.marks == [True]
+    assert world.client().lock("Q").told == [0] and world.disk.marks == [True]
+
+
+def test_who_can_keep_nothing_at_all_grants_nothing(world):
+    fail(world)
+    world.disk.can_mark = False
+    first, second = world.client(), world.client()
+    first.session.ours = second.session.ours = True
+    first.ask()
+    second.ask()
+    world.turn()
+    assert first.told == [9] and second.told == [1, 9] and world.table.holding == 0
+    assert not world.disk.marked
+    world.disk.can_mark = True
+    assert world.client().lock().told == [0]
+
+
+def test_a_holder_keeps_its_lock_where_nothing_can_be_stored(world):
+    holder = world.client().lock()
+    fail(world)
+    world.disk.can_mark = False
+    holder.ask()
+    world.turn()
+    assert holder.told == [0, 0]
+    holder.unlock()
+    assert world.table.holding == 0
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_bug_in_making_records_costs_no_decision(later):
+    world = World(later)
+    world.server.batches._take_records = broken
+    assert world.client().lock().told == [0]
+    assert world.disk.marked and "a bug" in world.log.lines[0]
+
+
+def late(world, clients):
+    """Until the batches of these clients are late."""
+    world.turn()
+    for batch in world.server.batches._pending:
+        batch.until = 0
+    world.loop.after(2 * flomd.LOOK_AT_STORE, world.loop.stop)
+    world.loop.run()
+    world.loop._stopped = False
+
+
+def test_nobody_waits_for_ever_for_a_disk(slow, monkeypatch):
+    monkeypatch.setattr(flomd, "LOOK_AT_STORE", 0.01)
+    ends = slow.client().lock("E")
+    slow.disk.store()
+    patient, impatient = slow.client(), slow.client()
+    patient.ask("P")
+    impatient.ask("I", wait=0)
+    ends.release()
+    late(slow, [patient])
+    assert (patient.told, impatient.told) == ([1], [4])
+    assert not ends.is_open and patient.is_open and impatient.resumed == 1
+    assert patient.resumed == 0 and slow.table.holding == 1
+    while slow.disk.given:
+        slow.disk.store()
+    assert (patient.told, impatient.told) == ([1, 0], [4]) and patient.resumed == 1
+
+
+def test_who_has_been_told_to_wait_waits_on(slow, monkeypatch):
+    monkeypatch.setattr(flomd, "LOOK_AT_STORE", 0.01)
+    holder = slow.client().lock()
+    slow.disk.store()
+    waiter = slow.client().lock()
+    holder.close()
+    late(slow, [waiter])
+    assert waiter.told == [1] and waiter.is_open
+    slow.disk.store()
+    assert waiter.told == [1, 0]
