@@ -2657,7 +2657,7 @@ def starting_race(settings: "Settings", diary: "Diary", make=Connection):
 #
 # A report is {"daemon": entry, "resources": [entry], "parked": [entry]}; the entry of a resource
 # has "holders" and "waiters", lists of entries again.  An entry is a dictionary of attributes.
-INTEGERS = ("pid", "since", "position", "quantity", "idle")
+INTEGERS = ("pid", "since", "position", "quantity", "idle", "absent", "window")
 
 
 def fetch_report(settings: "Settings", diary: "Diary", make=Connection):
@@ -4031,8 +4031,10 @@ SHOWN_ID = 8  # digits of an id in the table
 def report_table(report: "dict", width: "int | None") -> "str":
     """The table of who holds, who waits in which order, who is parked, what is idle.
 
-    Its columns are aligned, its lines cut to `width` (None: not cut).
+    Above it stands what the daemon tells of its memory.  Its columns are aligned, its lines cut to
+    `width` (None: not cut).
     """
+    head = report_head(report["daemon"])
     rows = [COLUMNS]
     now = int(time.time())
     parked = [dict(entry, holders=[], waiters=[entry]) for entry in report["parked"]]
@@ -4040,18 +4042,34 @@ def report_table(report: "dict", width: "int | None") -> "str":
         for state, entry in states_of(resource):
             rows.append(table_row(resource, state, entry, now))
     if len(rows) == 1:
-        return "nobody holds or awaits a lock"
+        return "\n".join(head + ["nobody holds or awaits a lock"])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
+    lines = head
     for row in rows:
         line = "  ".join(map(str.ljust, row, widths))
         lines.append(line.rstrip()[:width])
     return "\n".join(lines)
 
 
+def report_head(daemon: "dict") -> "list[str]":
+    """[line] on the daemon's memory and its recovery window, [] of one that tells nothing."""
+    if "memory" not in daemon:
+        return []
+    line = f"memory: {daemon['memory']}"
+    window = daemon.get("window")
+    if isinstance(window, int) and window > 0:
+        line += f", recovery window: {window} ms"
+    return [visible(line)]
+
+
 def states_of(resource: "dict"):
     """[(state, entry)] of all that hold or await a resource, one without an entry for none."""
-    found = [("holds", entry) for entry in resource["holders"]]
+    found = []
+    for entry in resource["holders"]:
+        state = "holds"
+        if "absent" in entry:
+            state = "absent"
+        found.append((state, entry))
     for entry in resource["waiters"]:
         found.append((f"waits {entry.get('position', 'for it')}", entry))
     return found or [("idle", {})]

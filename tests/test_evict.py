@@ -72,7 +72,7 @@ def test_what_a_holder_does_is_said_by_on_lock_loss(box, loss, status):
 def test_the_first_digits_do_when_they_are_unique(place):
     holder, gate = place.hold("a")
     ident, = ids(place)
-    shown = place.run("--status").out.splitlines()[1].split()[3]
+    shown = place.run("--status").out.splitlines()[-1].split()[3]
     assert shown == ident[:8]
     assert place.run("--evict", shown).status == 0
     gate.open()

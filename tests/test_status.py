@@ -33,6 +33,8 @@ def table(box, *options, address=None):
     done = box.run("--status", *options, address=address or box.address)
     assert (done.status, done.err) == (0, "")
     lines = done.out.splitlines()
+    if lines[0].startswith("memory: "):
+        del lines[0]
     starts = [found.start() for found in re.finditer(r"\S+", lines[0])]
     assert lines[0].split() == HEAD
     ends = starts[1:] + [None]
@@ -81,8 +83,8 @@ def test_the_table_and_json(box, busy):
     assert all(re.fullmatch("[0-9a-f]{8}", row[3]) for row in rows)
     assert table(box, "-r", "pool[5]", address=address)[0][0] == "pool[5]"
     assert len(table(box, "-r", "R1", address=address)) == 3
-    nothing = box.run("--status", "-r", "other", address=address)
-    assert nothing == (1, "nobody holds or awaits a lock\n", "")
+    status, out, err = box.run("--status", "-r", "other", address=address)
+    assert (status, err) == (1, "") and out.endswith("nobody holds or awaits a lock\n")
     awaited = box.run("--status", "-r", "R9", address=address)
     assert awaited.status == 1
     assert "waits for it" in awaited.out
@@ -116,6 +118,27 @@ def check_report(found, busy):
         assert re.fullmatch("[0-9a-f]{16}", entry["id"]) and entry["host"] == HOST
         assert isinstance(entry["since"], int)
         assert (entry["peer"] == "local") == (address[0] == "-s")
+
+
+def test_an_absent_holder_and_the_memory():
+    """The daemon that was before has granted it, and nobody has reclaimed it."""
+    data = message(LOCK, 16, '<daemon version="1" memory="failing" window="1500"/>'
+                   f'<resource name="{b64("R1")}" kind="simple"><holder id="a" absent="1"/>'
+                   '<holder id="b"/></resource>')
+    report = flom.arrange_report(data)
+    assert report["daemon"]["memory"] == "failing" and report["daemon"]["window"] == 1500
+    assert [holder.get("absent") for holder in report["resources"][0]["holders"]] == [1, None]
+    head, _, *rows = flom.report_table(report, None).splitlines()
+    assert head == "memory: failing, recovery window: 1500 ms"
+    assert [row.split() for row in rows] == [["R1", "simple", "absent", "a"],
+                                             ["R1", "simple", "holds", "b"]]
+
+
+def test_a_memory_and_nobody_in_it():
+    for window in ("", ' window="0"'):
+        data = message(LOCK, 16, f'<daemon version="1" memory="file"{window}/>')
+        table = flom.report_table(flom.arrange_report(data), None)
+        assert table == "memory: file\nnobody holds or awaits a lock"
 
 
 def test_the_kinds_that_have_elements_and_nodes(box):
