@@ -34,6 +34,8 @@ Exit status: that of COMMAND, 128 + n when signal n killed it; of flom, with a l
 #   claim            one request here, with all that comes of it until the lock is released
 #   chain            the id of a claim, and those of the claims that its process runs under
 #   loss             the time from the end of the daemon until the lock is held again, or given up
+#   grace            how long a daemon, or the next one, keeps a lock for a holder that has no
+#                    connection
 #   reclaim          a holder's request to the next daemon for the lock that it has lost
 #   recovery window  the time in which a new daemon grants to those alone who reclaim
 #   obstacle         what keeps a reclaim, or the start of a daemon, from succeeding at present
@@ -1332,11 +1334,15 @@ class Useless(DaemonUnavailable):
 
 
 class Gone(Exception):
-    """The connection ended: the daemon at `where` has ended, has crashed, or is about to end."""
+    """The connection ended: the daemon at `where` has ended, has crashed, or cannot be reached.
 
-    def __init__(self, text, where):
+    `code`: the errno of that end, 0 for EOF.
+    """
+
+    def __init__(self, text, where, code=0):
         super().__init__(text)
         self.where = where
+        self.code = code
 
 
 class LeftQueue(Gone):
@@ -2043,7 +2049,8 @@ class Starter:
     """Says for one claim how long a daemon is looked for, and starts one where that is allowed.
 
     `launch` is fork_daemon or spawn_daemon.  `until`: when nobody looks for a daemon any more
-    (monotonic s).  `order`: in words, whose order ended the last daemon, so that none is started.
+    (monotonic s).  `order`: in words, what forbids from now on to start one, "" for nothing; a
+    start that has begun is waited for.
     """
 
     def __init__(self, settings: "Settings", launch, allowed: "bool" = True):
@@ -2076,6 +2083,11 @@ class Starter:
         self._another_may_come = False
         self._pause = AGAIN
 
+    @property
+    def is_starting(self) -> "bool":
+        """Whether a start has begun and not ended."""
+        return self._start is not None
+
     def expect_another(self):
         """A daemon has ended: another may come, also where none may be started here."""
         self._another_may_come = True
@@ -2088,10 +2100,10 @@ class Starter:
         next call goes on with it.
         """
         self._check()
-        if self._obstacle() or clock() < self._next_start:
-            yield pause(AGAIN)
-            return
         if not self._start:
+            if self._obstacle() or clock() < self._next_start:
+                yield pause(AGAIN)
+                return
             self._start = Start(self._command_line(), self._launch)
         start = self._start
         while start.status is None and clock() < self.until:
@@ -2115,7 +2127,8 @@ class Starter:
     def _check(self):
         """Raises DaemonUnavailable when it is of no use to look for a daemon any longer."""
         obstacle = self._obstacle()
-        if clock() < self.until and (self._another_may_come or not obstacle):
+        one_may_come = self._another_may_come or self.is_starting or not obstacle
+        if clock() < self.until and one_may_come:
             return
         why = ""
         if self._complaint:
@@ -2155,23 +2168,31 @@ class Starter:
 # out.  It is ASKING until the step 16, WAITING while it is queued, HOLDING after rc 0, whatever
 # the step.  What is not in NEXT is illegal.
 #
+# A FLoM daemon does not answer an unlock.  A daemon of ours stores it in its memory, and one that
+# ends before that has not unlocked.  So it is sent a ping together with the unlock (LEAVING), and
+# answers that when the unlock is stored (LEFT).  A FLoM daemon would die of the ping.
+#
 # Additions of ours travel as attributes that FLoM ignores.  A FLoM daemon drops a message longer
 # than 511 bytes, and dies of a byte that is not UTF-8: so ours are ASCII, and are left out when
 # the message grows too long, those first that matter least.
 ASKING, WAITING, HOLDING, REFUSED, ENDING = "asking", "waiting", "holding", "refused", "ending"
-TAKEN_AWAY = "taken away"
+TAKEN_AWAY, LEAVING, LEFT = "taken away", "leaving", "left"
 _OUTCOMES = {OK: HOLDING, ENQUEUED: WAITING, WAIT_RESOURCE: WAITING,
              **dict.fromkeys(REFUSALS, REFUSED)}
-NEXT = {  # (state, step): {rc: next state}
-    (ASKING, 16): _OUTCOMES, (WAITING, 24): _OUTCOMES, (WAITING, 32): _OUTCOMES,
-    (ASKING, 24): {STOPPED: REFUSED},  # the daemon ends before it could answer
-    (HOLDING, 24): {STOPPED: ENDING, EVICTED: TAKEN_AWAY}}
+NEXT = {  # (state, verb, step): {rc, None of a ping: next state}
+    (ASKING, LOCK, 16): _OUTCOMES,
+    (WAITING, LOCK, 24): _OUTCOMES,
+    (WAITING, LOCK, 32): _OUTCOMES,
+    (ASKING, LOCK, 24): {STOPPED: REFUSED},  # the daemon ends before it could answer
+    (HOLDING, LOCK, 24): {STOPPED: ENDING, EVICTED: TAKEN_AWAY},
+    (LEAVING, LOCK, 24): {STOPPED: LEAVING, EVICTED: LEAVING},
+    (LEAVING, PING, 16): {None: LEFT}}
 LONGEST = 511  # bytes of a message that FLoM's daemon reads
 ENDLESS = 65536  # bytes of a message that flomd and flom read: more is no message
 CHAIN = 8  # ids of FLOM_SESSION that are told and handed on
 COVERED = [{0}, {0, 1}, {0, 1, 2}, {0, 1, 3}, {0, 1, 2, 3, 4}, {0, 1, 2, 3, 4, 5}]  # by a mode
 WITH_MODE, WITH_ELEMENT = ("simple", "hierarchical"), ("set", "sequence", "timestamp")
-FIELDS = ("rc", "element", "token", "position", "reason", "daemon", "peerid")  # of an answer
+FIELDS = ("rc", "element", "token", "position", "reason", "peerid")  # of an answer
 
 
 def lock_message(settings: "Settings", about, wait: "bool", reclaim=None, held=None) -> "bytes":
@@ -2253,11 +2274,26 @@ def check_element(name: "str", text: "str | None"):
 
 
 class Session:
-    """A request's life: `receive` takes bytes, returns answers, keeps `state`."""
+    """A request's life: `receive` takes bytes, returns answers, keeps `state`.
+
+    `daemon`: the id of a daemon of ours, None before the first answer and of FLoM's.  `grace`: ms
+    for which it keeps the lock of a holder that is not connected, -1: as long as the holder's
+    process lives, None: it tells nothing.
+    """
 
     def __init__(self):
         self.state = ASKING
+        self.daemon: "str | None" = None
+        self.grace: "int | None" = None
         self._buffer = b""
+
+    def leave(self, name: "str", rollback: "bool") -> "bytes":
+        """The last message of a holder, to be followed by a half-close."""
+        self.state = LEAVING
+        message = unlock_message(name, rollback)
+        if self.daemon:
+            message += encode(PING, 8)
+        return message
 
     def receive(self, data: "bytes") -> "list[types.SimpleNamespace]":
         """The answers that are complete with `data`.  ProtocolError."""
@@ -2283,11 +2319,20 @@ class Session:
         if (verb, step) == (PING, 8):  # no daemon asks so; harmless
             return []
         answer = message.get("answer")
-        outcomes: "Any" = NEXT.get((self.state, step), {})
-        if verb != LOCK or answer is None or answer.setdefault("rc", OK) not in outcomes:
+        rc = None
+        if answer is not None:
+            rc = answer.setdefault("rc", OK)
+        outcomes: "Any" = NEXT.get((self.state, verb, step), {})
+        if rc not in outcomes:
             raise ProtocolError(f"verb {verb} step {step} {str(answer)[:99]} while {self.state}")
-        self.state = outcomes[answer["rc"]]
-        found = {**message.get("session", {}), **answer}
+        self.state = outcomes[rc]
+        if answer is None:
+            return []
+        about = message.get("session", {})
+        if step == 16:
+            self.daemon = about.get("daemon")
+            self.grace = about.get("grace")
+        found = {**about, **answer}
         if "reason" in found:
             found["reason"] = visible(found["reason"][:500])
         return [types.SimpleNamespace(**{name: found.get(name) for name in FIELDS})]
@@ -2424,7 +2469,7 @@ class Connection:
         text = explain(error)
         if text.startswith("TLS: it refuses"):  # TLS 1.3 tells it after the handshake
             return Useless(f"{self.where}: {text}")
-        return Gone(text, self.where)
+        return Gone(text, self.where, error.errno)
 
     def receive(self):
         """The answers in what has come, None when nothing has; raises Gone, ProtocolError.
@@ -2461,6 +2506,29 @@ class Connection:
             return data or None
         except Gone:
             return data
+        finally:
+            self.close()
+
+    def unlocking(self, name: "str", rollback: "bool", until: "float"):
+        """Steps that unlock, half-close, and wait until that counts, but no longer than `until`
+        (monotonic s).
+
+        The result is False when a daemon that would have acknowledged it has ended before.  The
+        connection is closed in any case, and nothing that is wrong with it is an error.
+        """
+        message = self.session.leave(name, rollback)
+        try:
+            if not self.session.daemon:
+                yield from self.parting(message, until - clock())
+                return True
+            self.send(message)
+            self._half_close(goodbye=False)  # that of TLS would lose the answer
+            while self.session.state != LEFT and clock() < until:
+                yield input_of(self.sock, until)
+                self.receive()
+            return True
+        except (Gone, ProtocolError, DaemonUnavailable):  # or an alert of TLS
+            return not self.session.daemon
         finally:
             self.close()
 
@@ -2795,6 +2863,12 @@ def covers(holder: "dict", settings: "Settings") -> "bool":
 # after which a daemon may be started; rc STOPPED means that somebody wanted it to end: then flom
 # starts none, and looks for one of somebody else.
 #
+# A daemon of ours has a memory: the next one knows who held what, and keeps it for him.  For how
+# long, the first answer says (`grace`).  Within that time nobody else has the lock, though it is
+# lost here.  And so at its end somebody has to tell the memory: an unlock that was not stored is
+# repeated, after a reclaim, as long as a goodbye may take (HURRY).  Only where the daemon sees the
+# end of this process (grace -1) nothing has to be told, but a rollback, which it does not see.
+#
 # The life of a Claim: asking (`connection` is None), held (`connection` is that of the grant),
 # lost (`loss` says why, until it is held again), released.  One that counts a lock of the command
 # above as its own (--deadlock reuse) is held without a connection.
@@ -2806,6 +2880,10 @@ def covers(holder: "dict", settings: "Settings") -> "bool":
 HURRY = 2  # s: how long to try every AGAIN
 SELDOM = 0.5  # s between two tries after that
 HAS_OTHER_HOLDER = "it was granted to somebody else"
+STOPPED_IT = "it was stopped"
+OUT_OF_REACH = {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN,
+                errno.ENETDOWN}  # so the kernel's keepalive ends a connection
+UNANSWERED = KEEPALIVE[0] + KEEPALIVE[1] * KEEPALIVE[2]  # s for which it has had no answer then
 DURATION = " for ([0-9]+):([0-9]{2}):([0-9]{2})"  # in a reason, as old as the answer
 
 
@@ -2866,19 +2944,41 @@ def longer_by(seconds: "float", text: "str") -> "str":
     return re.sub(DURATION, add, text)
 
 
+def promised_until(grace: "int | None", code: "int") -> "float":
+    """Until when a lock is kept for a holder whose connection has ended (monotonic s); 0: it is
+    not, as far as is known.
+
+    `grace`: as in Session; `code`: as in Gone.  It counts from when the daemon was last known to
+    be there, since it can have ended, and the next one begun, soon after.  What has ended with
+    another error the daemon may have seen end, too: then it has freed the lock.
+    """
+    if grace is None:
+        return 0.0
+    if grace < 0:
+        return FOREVER
+    if code == 0:
+        return clock() + grace / 1000
+    if code in OUT_OF_REACH:
+        return clock() - UNANSWERED + grace / 1000
+    return 0.0
+
+
 class Claim:
     """One request for the lock that the settings name: it asks, waits, reclaims, releases.
 
     `element`, `token`: those of the grant, None before; `mode`: the name of the mode that is held,
     None for a kind without modes.  `chain`: the id of this claim and those of the claims it is
     made under.  `connection`: that of the grant, None when nothing is held.  `loss`: the LockLost,
-    None while the lock is held.  `unread`: more may have come in on the connection.  `resolving`:
-    how hosts are resolved, resolving_here or resolving_apart.
+    None while the lock is held.  `kept_until`: when others may be granted the lost lock (monotonic
+    s), 0 where no daemon has promised anything.  `unread`: more may have come in on the
+    connection.  `resolving`: how hosts are resolved, resolving_here or resolving_apart.
     """
 
     def __init__(self, settings: "Settings", diary: "Diary", command: "str", starter: "Starter",
-                 progress: "Progress", make=Connection):
-        """`command`: its name in reports; `make`: makes a Connection."""
+                 progress: "Progress", make=Connection, life: "bool" = False):
+        """`command`: its name in reports; `make`: makes a Connection; `life`: the lock is to end
+        with this process.
+        """
         self.settings, self.diary = settings, diary
         self.name = settings["Name"]
         self.element: "str | None" = None
@@ -2890,13 +2990,17 @@ class Claim:
         self.chain = [os.urandom(8).hex()] + above[:CHAIN - 1]
         self.connection: "Any" = None
         self.loss: "Any" = None
+        self.kept_until = 0.0
         self.unread = False
         self.resolving: "Any" = resolving_here
         self._command, self._progress = command, progress
         self._starter, self._make = starter, make
+        self._key, self._life = os.urandom(8).hex(), life
         self._owner = 0  # the pid of the process that holds it
+        self._keeper = 0  # the pid of the process for which a daemon may keep it
         self._reused = False
-        self._evicted = False
+        self._is_final = False  # it was taken away, or granted to somebody else
+        self._reclaim: "Any" = None  # the steps that reclaim it
         self._patience = PATIENCE  # s for finding a daemon that serves
         if "," in (settings["UnicastAddress"] or ""):
             self._patience = SEVERAL
@@ -2924,7 +3028,7 @@ class Claim:
                 self._check_length()
                 self.connection, answer = finish(self._asking())
                 self.element, self.token = answer.element, answer.token
-            self._owner = os.getpid()
+            self._owner = self._keeper = os.getpid()
         finally:
             self._starter.close()
             if not self._owner:  # a signal handler may raise after the grant, too
@@ -2952,10 +3056,14 @@ class Claim:
         progress = None
         if self.diary.verbose or self._progress.wanted or self.settings["Timeout"] == 0:
             progress = 1
+        life = None
+        if self._life:
+            life = 1
         return {
             "client": f"flom.py/{VERSION}",
             "id": self.chain[0],
-            "key": os.urandom(8).hex(),
+            "key": self._key,
+            "life": life,
             "parent": ",".join(self.chain[1:]) or None,
             "pid": os.getpid(),
             "user": plain(login(), 32),
@@ -2979,26 +3087,83 @@ class Claim:
         """Whether this process, no parent of it, has acquired the lock and not released it."""
         return self._owner == os.getpid()
 
-    def release(self, rollback: "bool"):
-        """Releases the lock; takes at most 5 s.  A lost lock is forgotten, without an error.
+    def release(self, rollback: "bool") -> "bool":
+        """Releases the lock; takes at most 5 s.  False when it had been lost and is refused now.
 
-        Nothing that is wrong with the connection is an error either: its end frees the lock, and
-        what the lock was held for is done.
+        Nothing that is wrong with the connection is an error: its end frees the lock, and what
+        the lock was held for is done.
         """
-        connection, self.connection = self.connection, None
         ours = self.is_ours()
         self._owner = 0
         self._reused = False
-        self._starter.close()
-        if not connection:
-            return
         try:
-            if ours:
-                message = unlock_message(self.name, rollback)
-                with contextlib.suppress(DaemonUnavailable):  # an alert of TLS
-                    finish(connection.parting(message, GOODBYE))
+            return not ours or self._part(rollback)
         finally:
+            self.forget()
+
+    def _part(self, rollback):
+        """Unlocks, until a daemon has acknowledged it, or need not be told; result as `release`.
+
+        A refusal after an unlock says that the unlock is stored.
+        """
+        until = clock() + GOODBYE
+        self._starter.order = "the lock is released"
+        unlocked = False
+        while self.connection or self._is_kept_longer(rollback):
+            if self.connection:
+                unlocked = True
+                if self._unlock(rollback, until):
+                    break
+                continue
+            limit = until
+            if not self._starter.is_starting:
+                limit = min(until, clock() + HURRY)
+            held = finish(self.reclaiming(), limit)
+            if not held:
+                return unlocked or held is None
+        return True
+
+    def _unlock(self, rollback, until):
+        """True when that is stored; otherwise the lock is lost, and may be kept."""
+        connection = self.connection
+        if finish(connection.unlocking(self.name, rollback, until)):
+            self.connection = None
+            self._keeper = 0
+            return True
+        self._lose(f"{connection.where}: it has ended")
+        self.kept_until = promised_until(connection.session.grace, 0)
+        return False
+
+    def _is_kept_longer(self, rollback):
+        """Whether a lost lock would be kept after the end of this process, or its value be spent
+        although that of a transactional sequence is to be granted again.
+        """
+        if self.kept_until == FOREVER:
+            return rollback and self.name.startswith("_S_")
+        return clock() < self.kept_until
+
+    def forget(self):
+        """Closes what is open, without a goodbye."""
+        connection, self.connection = self.connection, None
+        self.kept_until = 0.0
+        if self._reclaim:
+            self._reclaim.close()
+        self._starter.close()
+        if connection:
             connection.close()
+
+    def succeed(self, previous: "Claim"):
+        """Takes the place of a claim of the same lock that has ended, or is lost.
+
+        A daemon may keep that one's lock for it, and so for this one too, which asks with the same
+        id and key.  Not so a number, which is to be granted once: there it is released first.
+        """
+        if kind_of(self.name) in ("sequence", "timestamp"):
+            previous.release(rollback=False)
+        elif previous._keeper == os.getpid():
+            self.chain = previous.chain
+            self._key, self._keeper = previous._key, previous._keeper
+        previous.forget()
 
     # Ask and wait
 
@@ -3081,6 +3246,8 @@ class Claim:
         except ProtocolError as error:
             raise Useless(f"{connection.where} is no lock daemon: {error}")
         rc = answer.rc
+        if rc == STOPPED:
+            self._starter.order = STOPPED_IT
         if rc == BUSY and self.settings["Timeout"] > 0:
             rc = LATE
         raise refusal(rc, answer.reason, self.settings)
@@ -3133,42 +3300,63 @@ class Claim:
         """
         if self.connection is None:
             return self._reused
-        where = self.connection.where
+        connection = self.connection
+        where = connection.where
         try:
-            answers = self.connection.receive()
+            answers = connection.receive()
             self._check_state(answers)
-        except (Gone, ProtocolError, DaemonUnavailable) as error:
-            self.connection.close()
+        except (ProtocolError, DaemonUnavailable) as error:
             self._lose(f"{where}: {error}")
+            return False
+        except Gone as gone:
+            self._lose(f"{where}: {self._starter.order or gone}")
+            if not self._is_final:
+                self.kept_until = promised_until(connection.session.grace, gone.code)
             return False
         self.unread = answers is not None
         return True
 
     def _check_state(self, answers):
-        """Raises Gone when the daemon has said that the lock is not held any more."""
-        state, where = self.connection.session.state, self.connection.where
+        """Notes what the daemon has said about the lock; raises Gone when it has taken it away."""
+        state = self.connection.session.state
         if state == TAKEN_AWAY:
-            self._evicted = True
-            raise Gone(answers[-1].reason or TAKEN_AWAY, where)
-        if state == ENDING:  # its EOF may come after the command's end
-            self._starter.order = "it was stopped"
-            raise Gone(self._starter.order, where)
+            self._is_final = True
+            raise Gone(answers[-1].reason or TAKEN_AWAY, self.connection.where)
+        if state == ENDING:  # the lock is held until its EOF
+            self._starter.order = STOPPED_IT
 
     def _lose(self, reason):
+        if self.connection:
+            self.connection.close()
         self.connection = None
         self.unread = False
         self._deadline = 0.0  # a reclaim does not wait
+        self.kept_until = 0.0
         self.loss = LockLost(f"the lock on {self.name} is lost: {reason}")
         self.loss.reason = reason
+
+    def _lose_for_good(self, reason):
+        self._lose(reason)
+        self._is_final = True
+        self._keeper = 0
 
     def reclaiming(self):
         """Steps that try to reclaim a lost lock, to True when it is held again, False: refused.
 
-        What the system fails to do is an obstacle, and may be none a moment later: a folder is
-        gone, an interface down, no descriptor or process is to be had.  A lock that was taken away
-        by order is not asked for again.
+        Those that are under way, if any: a daemon may have granted already what they ask for, and
+        their end would end that, too.
         """
-        if self._evicted:
+        if self._reclaim is None or self._reclaim.gi_frame is None:  # None: they have ended
+            self._reclaim = self._reclaiming()
+        return self._reclaim
+
+    def _reclaiming(self):
+        """As reclaiming.  A lock that was refused or taken away is not asked for again.
+
+        What the system fails to do is an obstacle, and may be none a moment later: a folder is
+        gone, an interface down, no descriptor or process is to be had.
+        """
+        if self._is_final:
             return False
         hurry = clock() + HURRY
         while True:
@@ -3181,7 +3369,7 @@ class Claim:
             except (DaemonUnavailable, UsageError) as error:
                 obstacle = str(error)
             except LockError as error:
-                self._lose(error.reason or HAS_OTHER_HOLDER)
+                self._lose_for_good(error.reason or HAS_OTHER_HOLDER)
                 return False
             self.diary.say(f"reclaiming {self.name}: {obstacle}")
             if clock() < hurry:
@@ -3192,14 +3380,15 @@ class Claim:
     def _reclaiming_once(self):
         """Steps to True when the lock is held again, False when others had it meanwhile."""
         connection, answer = yield from self._asking()
-        known = answer.daemon and answer.element == self.element
+        known = connection.session.daemon and answer.element == self.element
         if known or kind_of(self.name) not in WITH_ELEMENT:
             self.connection = connection
             self.loss = None
-            self._starter.order = ""
+            if self.is_ours():
+                self._starter.order = ""
             return True
-        yield from connection.parting(unlock_message(self.name, True), GOODBYE)
-        self._lose(HAS_OTHER_HOLDER)
+        yield from connection.unlocking(self.name, True, clock() + GOODBYE)
+        self._lose_for_good(HAS_OTHER_HOLDER)
         return False
 
 
@@ -3263,10 +3452,10 @@ class Lock:
         """
         if self._claim.is_ours() and self._claim.look():
             raise RuntimeError(f"{self.name} is held already")
-        settings = self._request_settings(blocking, timeout)
-        self.release()  # of what is lost, or the parent's: only forgets
-        self._claim = self._new_claim(settings)
-        self._claim.acquire()
+        claim = self._new_claim(self._request_settings(blocking, timeout))
+        claim.succeed(self._claim)
+        self._claim = claim
+        claim.acquire()
         return self
 
     def _request_settings(self, blocking, timeout):
@@ -3288,7 +3477,9 @@ class Lock:
         return settings
 
     def release(self, rollback: "bool" = False):
-        """Releases the lock; takes at most 5 s.  A lost lock is forgotten, without an error."""
+        """Releases the lock; takes at most 5 s, 2 s of them to get a lost lock back, if a daemon
+        keeps it.  One that remains lost is forgotten, without an error.
+        """
         self._claim.release(rollback)
 
     def rollback(self):
@@ -3587,12 +3778,15 @@ def exit_status(status: "int") -> "int":
 # The daemon vanishes while a command runs.  Mostly another one serves within a moment and gives
 # the lock back; or somebody else is granted it; or nothing is heard for as long as the command
 # takes.  Nobody can know which it will be, and meanwhile the command runs as if it had the lock.
+# Where the daemon has promised a grace, it has the lock as long as that lasts, also when it ends
+# meanwhile: then the loss changes no status.
 #
 # So a loss is a list of stages, each with a date at which its action is due (STAGES, `dates`).
 #
 #   reclaim    at once, and again from step to step, until it says held or refused
 #   tell       after NOTICE: that there is trouble.  What is mended sooner is not worth a mail
-#   terminate  with --on-lock-loss term, when it is refused, or after the recovery window, since
+#   terminate  with --on-lock-loss term, when it is refused, or so early that KILL comes BEFORE s
+#              before the grace is over; where none is promised, after the recovery window, since
 #              from then on a new daemon may grant it to others: TERM
 #   kill       KillAfter later: KILL, again and again, since who is killed may have just forked
 #
@@ -3602,6 +3796,7 @@ def exit_status(status: "int") -> "int":
 # Absent on purpose: a number of tries after which flom gives up.  With `warn` the lock is worth
 # having back at any time; with `term` the date decides.
 NOTICE, KILL_AGAIN = 1, 1  # s: until a loss is told; between two KILLs
+BEFORE = 1  # s
 
 
 class Loss:
@@ -3620,7 +3815,18 @@ class Loss:
         now = clock()
         self.dates = {"reclaim": now, "tell": now + NOTICE}
         if self._is_to_end:
-            self.dates["terminate"] = now + RECOVERY_WINDOW / 1000
+            self.dates["terminate"] = self._last_moment(now)
+
+    def _last_moment(self, now):
+        """When the command has to be told to end, if the lock is not held again by then."""
+        if not self._claim.kept_until:
+            return now + RECOVERY_WINDOW / 1000
+        return self._claim.kept_until - self._claim.settings["KillAfter"] / 1000 - BEFORE
+
+    @property
+    def is_harmless(self) -> "bool":
+        """Whether the command has had the lock up to now, as far as is known."""
+        return not self.terminated and clock() < self._claim.kept_until
 
     @property
     def is_final(self) -> "bool":
@@ -4015,6 +4221,10 @@ class Command:
             return NOT_RUN
         if not self._loss:
             return self.status
+        if self._loss.is_harmless:
+            self.claim.diary.say(f"the lock on {self.claim.name} was held to the end: it is kept, "
+                                 f"though {self.claim.loss.reason}")
+            return self.status
         self._loss.give_up()
         if self.status and not self._loss.terminated:
             return self.status
@@ -4315,14 +4525,17 @@ def run_command(options, settings):
     diary = Diary(settings)
     name = os.path.basename(options.command[0])
     progress = Progress(wants_progress(settings))
-    claim = Claim(settings, diary, name, Starter(settings, fork_daemon), progress)
+    claim = Claim(settings, diary, name, Starter(settings, fork_daemon), progress, life=True)
     tell_ignored(settings, diary)
     claim.acquire(options.started)
     if claim.element is not None:
         diary.say(f"Locked element is '{claim.element}'", sys.stdout)
     command = Command(options.command, claim, signals)
     status = command.run()
-    claim.release(rollback=command.status != 0)
+    was_held = claim.release(rollback=command.status != 0)
+    if not was_held and status == 0:
+        put(f"flom: {claim.loss}", sys.stderr)
+        status = LockLost.status
     if command.killed_by == signal.SIGINT and status == command.status:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's loop is to end, too
         os.kill(os.getpid(), signal.SIGINT)

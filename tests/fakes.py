@@ -2,6 +2,8 @@
 
 Both send exactly the bytes of FLoM 1.7.2 (data/vectors.json) and fail where it fails: the client
 by raising Died, the daemon by noting the reason in `deaths` and closing everything.
+
+OurDaemon is a daemon of ours that does what a test wants of it.
 """
 import base64
 import os
@@ -12,6 +14,7 @@ import socket
 import threading
 import time
 import xml.parsers.expat
+from contextlib import suppress
 
 PEER = "0123456789abcdef0123456789abcdef"
 HEADER = '<?xml version="1.0" encoding="UTF-8" ?>'
@@ -415,6 +418,177 @@ class FlomDaemon:
             self.stopping = True
         else:
             self.quiescing = True
+
+
+LINGER = b"\1\0\0\0\0\0\0\0"  # a close resets the connection
+
+
+class OurDaemon:
+    """A daemon of ours in threads, whose memory outlives its ends by `die`, to the next `begin`.
+
+    `grace`: what it tells (ms), None: nothing.  `element`: that of each grant.  `does`: what it
+    does about a message in place of its work, {"lock", "reclaim", "unlock" or "ping": an rc to
+    refuse with, "close", "reset", "die", "hang", or a function that is called before the work}.
+    `holders`: {name: (id, key, token)}, names in base64; `messages`: [(kind, {tag: attributes})];
+    `rolled_back`: the tokens that were.
+    """
+
+    def __init__(self, family, address, grace=None, element=None, **does):
+        self.family, self.address, self.grace, self.does = family, address, grace, does
+        self.element = element
+        self.holders, self.messages, self.rolled_back, self.runs = {}, [], [], 0
+        self.changed, self.connections, self.threads = threading.Condition(), set(), []
+        self.carriers = {}  # {name: the connection of its holder}
+        self.listener = None
+        self.begin()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.die()
+        for thread in self.threads:
+            thread.join(10)
+            assert not thread.is_alive()
+        if self.family == socket.AF_UNIX and os.path.exists(self.address):
+            os.unlink(self.address)
+
+    def begin(self):
+        """It serves from now on, as the next run of itself."""
+        self.runs += 1
+        if self.family == socket.AF_UNIX and os.path.exists(self.address):
+            os.unlink(self.address)
+        self.listener = socket.socket(self.family, socket.SOCK_STREAM)
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.listener.bind(self.address)
+        self.listener.listen(100)
+        self._start(self._accept, self.listener)
+
+    def die(self):
+        """It ends, as by KILL."""
+        if self.listener:
+            self.listener.shutdown(socket.SHUT_RDWR)
+            self.listener.close()
+        self.listener = None
+        with self.changed:
+            for connection in self.connections:
+                with suppress(OSError):  # it has ended
+                    connection.shutdown(socket.SHUT_RDWR)
+            self.connections.clear()
+            self.changed.notify_all()
+
+    def reset(self):
+        """It ends, and resets its connections."""
+        with self.changed:
+            for connection in self.connections:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER)
+                connection.shutdown(socket.SHUT_RD)
+            self.connections.clear()
+        self.die()
+
+    def count(self, kind):
+        """How many messages of a kind it has had."""
+        return sum(one == kind for one, _ in list(self.messages))
+
+    def _start(self, function, *some):
+        thread = threading.Thread(target=function, args=some)
+        self.threads.append(thread)
+        thread.start()
+
+    def _accept(self, listener):
+        with suppress(OSError):  # it has died
+            while True:
+                connection = listener.accept()[0]
+                self.connections.add(connection)
+                self._start(self._serve, connection)
+
+    def _serve(self, connection):
+        held = None
+        with connection, suppress(OSError):
+            while connection in self.connections:
+                data = read_message(connection)
+                if not data:
+                    break
+                held = self._obey(connection, parse(data), held)
+        with self.changed:
+            if connection in self.connections and self.carriers.get(held) is connection:
+                self.holders.pop(held, None)  # the client has closed it
+            self.connections.discard(connection)
+            self.changed.notify_all()
+
+    def _obey(self, connection, found, held):
+        """Does what a message wants; returns the name of what the connection holds then."""
+        kind = {LOCK: "lock", UNLOCK: "unlock", PING: "ping"}[number(found["msg"], "verb")]
+        resource = found.get("resource", {})
+        if "reclaim" in resource:
+            kind = "reclaim"
+        self.messages.append((kind, found))
+        action = self.does.get(kind)
+        if isinstance(action, str):
+            getattr(self, f"_{action}")(connection)
+            return held
+        if callable(action):
+            action()
+        if kind == "ping":
+            connection.sendall(message(PING, 16))
+        elif kind == "unlock":
+            with self.changed:
+                _, _, token = self.holders.pop(held, (None,) * 3)
+                if resource["rollback"] == "1":
+                    self.rolled_back.append(token)
+                self.changed.notify_all()
+            return None
+        elif isinstance(action, int):
+            self._answer(connection, 16, action)
+        else:
+            return self._grant(connection, kind, found["session"], resource)
+        return held
+
+    def _grant(self, connection, kind, session, resource):
+        name, asker = resource["name"], (session["id"], session["key"])
+        step = 16
+        with self.changed:
+            while name in self.holders and self.holders[name][:2] != asker:
+                if kind == "reclaim" or resource["wait"] == "0":
+                    self._answer(connection, step, 4)
+                    return None
+                if step == 16:
+                    self._answer(connection, step, 1)
+                    step = 24
+                self.changed.wait(10)
+                if connection not in self.connections:
+                    raise OSError("it has died")
+            if name not in self.holders:
+                self.holders[name] = (*asker, resource.get("reclaim", str(2 ** 32 + self.runs)))
+            self.carriers[name] = connection
+            self._answer(connection, step, 0, self.holders[name][2], self.element)
+        return name
+
+    def _answer(self, connection, step, rc, token=None, element=None):
+        about = ""
+        if step == 16:
+            grace = "" if self.grace is None else f' grace="{self.grace}"'
+            about = f'<session peerid="{PEER}" daemon="{self.runs:016x}"{grace}/>'
+        told = "" if token is None else f' token="{token}"'
+        told += "" if element is None else f' element="{element}"'
+        connection.sendall(message(LOCK, step, f'{about}<answer rc="{rc}"{told}/>'))
+
+    # What it does in place of its work
+
+    def _close(self, _):
+        raise OSError("it closes the connection")
+
+    def _reset(self, connection):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER)
+        raise OSError("it resets the connection")
+
+    def _die(self, _):
+        self.die()
+
+    def _hang(self, connection):
+        connection.settimeout(None)
+        while connection.recv(4096):
+            pass
 
 
 class Scripted:
