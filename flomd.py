@@ -1497,9 +1497,9 @@ class Log:
 
 # --- Requests and resources ---------------------------------------------------------------------
 # What is asked for, what it is asked of, and the queue policy.  Pure, as the three sections below:
-# no socket, no clock, no log.  Every call is given `now`, an object with mono (s, monotonic), wall
-# (s since 1970), local() (µs of local time) and format(text) (strftime of that moment), and what
-# follows comes back as decisions.
+# no socket, no clock, no log.  Every call is given `now`, an object with mono (s, monotonic), boot
+# (s since the boot of the system), wall (s since 1970), local() (µs of local time) and
+# format(text) (strftime of that moment), and what follows comes back as decisions.
 #
 # The problem.  Under `first-fit`, FLoM's rule, a waiter is granted as soon as it is compatible
 # with the holders.  Then a writer waits for ever while readers come and go, and so does a request
@@ -1547,8 +1547,12 @@ class Request:
     """What a session asks for: a waiter while it is queued, a holder once it is granted."""
     # What was asked, beside the arguments of __init__.
     ident = None  # of the client's lock, for nested requests and reclaims
-    key = None  # a secret of the client: who knows it may reclaim the lock
+    proof = None  # see proof_of(): who knows the client's key may reclaim the lock
     origin = None  # the process or host that asks: a lock without a key comes back only there
+    life = 0  # 1: the lock ends with the process that asks
+    local = False  # it was asked for on a local socket
+    pid = None  # of the process that asks, as the system tells
+    uid = None  # of its user, as the system tells
     parents = ()  # ids of the locks it is nested in
     patient = False  # it ends by itself, or its user says so: never a deadlock
     reclaim = None  # the token of a lock that the session says it has
@@ -1563,7 +1567,10 @@ class Request:
     # What was granted.
     element = None
     token = None
-    held_since = 0  # s since 1970
+    slot: "int | None" = None  # in a set: its index
+    held_since = 0.0  # s since 1970
+    held_boot = 0.0  # s since the boot of the system, suspended time included
+    grace = None  # ms that it is kept without its client, as promised; -1: while its process lives
 
     def __init__(self, session, name, mode=0, quantity=1, wait=0, create=0, lifespan=0):
         self.session = session
@@ -1579,17 +1586,16 @@ class Request:
         own = (self.name, self.mode, self.quantity)
         return own == (other.name, other.mode, other.quantity)
 
-    def is_reclaimed_by(self, other):
-        """Whether `other` is this holder, coming back on a new connection.
+    def is_of_client(self, other):
+        """Whether `other`, a request with the id of this holder, is made by the holder's client.
 
         Anybody on the holder's host may read id and token in a report, so a key decides; a client
-        that sends none is told by its origin alone.
+        that sends none is told by its origin alone.  It may ask without a token: it was granted
+        the lock and never told.
         """
-        if not self.same(other) or self.token != other.reclaim:
-            return False
-        if self.key is not None:
-            return self.key == other.key
-        return self.origin == other.origin
+        if self.proof is None:
+            return self.token == other.reclaim and self.origin == other.origin
+        return self.proof == other.proof and other.reclaim in (None, self.token)
 
 
 def discard(groups, key, member):
@@ -1632,6 +1638,12 @@ class Resource:
     timed = False  # a grant may have to wait for the clock
     most = MOST  # quantity that can be granted at all
     elements = "(?s).*"  # what the elements look like
+    has_memory = False  # its next element depends on those before
+    is_unique = False  # no element is granted twice
+    stalled = False  # nothing is granted at the moment, see LockTable.stall()
+    # of a sequence, see there
+    returned: "dict" = {}
+    moved: "dict" = {}
 
     def __init__(self, name, first_fit):
         self.name = name
@@ -1644,6 +1656,8 @@ class Resource:
         self.nested: "dict" = collections.defaultdict(dict)
         self.lifespan = LEAST_LIFESPAN  # ms
         self.idle_since = None  # s, monotonic; None while somebody holds or waits
+        self.idle_boot = 0.0  # the same moment, s since the boot of the system
+        self.idle_wall = 0.0  # and s since 1970
         self.dates = []  # at which the table will look at it, the next one last
         self.tokens = {}  # lane: token of the last grant in it
         self.weight = bytes_of(name)  # of the names that it keeps
@@ -1669,6 +1683,32 @@ class Resource:
     def could_have(self, element):
         """Whether the element of a reclaim may be one of this resource."""
         return re.fullmatch(self.elements, element or "") is not None
+
+    @classmethod
+    def could_exist(cls, name):
+        """Whether a daemon may have served the name, at any time."""
+        return cls.serves(name, None)
+
+    def take_again(self, holder):
+        """Books a holder of the daemon before, which has its element; ValueError where it cannot
+        have held that."""
+        if holder.element is not None:
+            raise ValueError("an element where there are none")
+        self.take(holder, None)
+
+    def memory(self):
+        """What is to be known of it when the daemon has ended, beside its lifespan: {name: text
+        or number}."""
+        return {}
+
+    def recall(self, memory):
+        """Brings back what memory() has said, as texts; ValueError where it cannot be true."""
+        if memory:
+            raise ValueError("a memory of something else")
+
+    def is_remembered(self):
+        """Whether more is to be known of it, when the daemon has ended, than its holders."""
+        return self.has_memory or self.lifespan > LEAST_LIFESPAN
 
     def count(self, request, difference):
         """Told of each waiter that comes (1) or goes (-1)."""
@@ -1710,11 +1750,6 @@ class Resource:
         """A waiter that the policy puts before the request, or None."""
         return next(self.ahead(request), None)
 
-    def prolong(self, lifespan):
-        """The idle life will be this long (ms) at least."""
-        if lifespan > self.lifespan:
-            self.lifespan = lifespan
-
     def nest(self, request):
         """Notes that the waiter, the last of those that are alike, has living ancestors."""
         alike = self.nested[request.lane, request.quantity]
@@ -1733,6 +1768,7 @@ class Resource:
         request.resource = self
         request.state = HELD
         request.held_since = now.wall
+        request.held_boot = now.boot
         self.holders[request.session] = request
 
     def let_go(self, holder, committed):
@@ -2032,6 +2068,7 @@ class Numeric(Counted):
 
 class Set(Counted):
     """Slots with labels; each grant takes one, the search beginning one further each time."""
+    has_memory = True
     next = 0  # the index at which the search begins
 
     def __init__(self, name, first_fit):
@@ -2039,11 +2076,10 @@ class Set(Counted):
         self.labels = name.split(".")
         self.weight += SLOT * len(self.labels)
         self.free = [True] * len(self.labels)
-        self.slots = {}  # session: index of its slot
 
     def room(self):
         """The number of free slots."""
-        return len(self.free) - len(self.slots)
+        return len(self.free) - len(self.holders)
 
     def could_have(self, element):
         """It is the label of a free slot, or any slot will do."""
@@ -2058,8 +2094,27 @@ class Set(Counted):
         if request.reclaim is None:
             self.next = (self.next + 1) % len(self.free)
         self.free[slot] = False
-        self.slots[request.session] = slot
+        request.slot = slot
         return self.labels[slot]
+
+    def memory(self):
+        """The index at which the search begins."""
+        return {"next": self.next}
+
+    def recall(self, memory):
+        """See memory()."""
+        self.next = int(memory["next"])
+        if self.next not in range(len(self.free)):
+            raise ValueError("an index of no slot")
+
+    def take_again(self, holder):
+        """Takes the slot that it had."""
+        slot = holder.slot
+        if slot not in range(len(self.free)) or not self.free[slot]:
+            raise ValueError("a slot that is not free")
+        if self.labels[slot] != holder.element:
+            raise ValueError("a slot of another label")
+        self.free[slot] = False
 
     def _free_slot(self, label):
         """The first free slot from the index on that has the label; None stands for any label."""
@@ -2072,16 +2127,24 @@ class Set(Counted):
 
     def give_back(self, request, committed):
         """Its slot is free again."""
-        slot = self.slots.pop(request.session)
-        self.free[slot] = True
+        self.free[request.slot] = True
 
 
 class Pool(Counted):
-    """Places for a number of holders."""
+    """Places for a number of holders, of which each has an element of its own."""
+    has_memory = True
+    is_unique = True
 
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
         self.places = size_of(name)
+
+    def fits(self, request, now=None):
+        """There is a place, and with `now` elements may be granted."""
+        if now is not None and self.stalled:
+            return False
+        return len(self.holders) < self.places
+
 
     def room(self):
         """The number of free places."""
@@ -2100,8 +2163,11 @@ class Sequence(Pool):
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
         self.next = 1
-        # values that were not committed, in their order
-        self.returned: "Deque" = collections.deque()
+        # value that was not committed: its place in their order
+        self.returned: "OrderedDict" = collections.OrderedDict()
+        self.last_place = 0
+        # value that came into `returned` or left it, since somebody has looked: its place, or None
+        self.moved: "dict" = {}
 
     def take(self, request, now):
         """The value that was returned first, or the next one; that of a reclaim is used."""
@@ -2109,7 +2175,9 @@ class Sequence(Pool):
             self._use(request.claimed)
             return request.claimed
         if self.returned:
-            return self.returned.popleft()
+            value, _ = self.returned.popitem(last=False)
+            self.moved[value] = None
+            return value
         value = self.next
         self.next = value % self.GREATEST + 1
         return str(value)
@@ -2118,18 +2186,49 @@ class Sequence(Pool):
         """The next value will be one behind this."""
         self.next = max(self.next, int(value) % self.GREATEST + 1)
         if value in self.returned:
-            self.returned.remove(value)
+            del self.returned[value]
+            self.moved[value] = None
 
     def give_back(self, request, committed):
         """A transactional value that was not committed comes back."""
         if self.name.startswith("_S_") and not committed:
-            self.returned.append(request.element)
+            self._come_back(request.element)
+
+    def _come_back(self, value):
+        """The value is the last of those that have come back."""
+        if value not in self.returned:
+            self.last_place += 1
+            self.returned[value] = self.moved[value] = self.last_place
+
+    def memory(self):
+        """The next value; those that have come back are kept one by one."""
+        return {"next": self.next}
+
+    def recall(self, memory):
+        """See memory()."""
+        self.next = int(memory["next"])
+        if not 0 < self.next <= self.GREATEST:
+            raise ValueError("a value that is none")
+
+    def bring_back(self, places):
+        """These values came back to the daemon before; places: {value: place}."""
+        for value in sorted(places, key=places.__getitem__):
+            if not self._is_value(value) or not self.name.startswith("_S_"):
+                raise ValueError("a value that cannot come back")
+            self.returned[value] = self.last_place = places[value]
+
+    def take_again(self, holder):
+        """It has a value that has not come back."""
+        if not self._is_value(holder.element) or holder.element in self.returned:
+            raise ValueError("a value that cannot be held")
+
+    def _is_value(self, text):
+        """Whether it may be one of this sequence at any time."""
+        return super().could_have(text) and int(text) <= self.GREATEST
 
     def could_have(self, element):
         """It is a value that nobody has."""
-        if not super().could_have(element) or int(element) > self.GREATEST:
-            return False
-        return not self.is_held(element)
+        return self._is_value(element) and not self.is_held(element)
 
 
 # By what the format contains, the length of an interval in µs; the first that is found counts.
@@ -2196,9 +2295,14 @@ class Timestamp(Pool):
         three = {stamp(name, now, number * length) for number in range(3)}
         return len(three) > 1
 
+    @classmethod
+    def could_exist(cls, name):
+        """The format tells intervals apart; whether all its texts serve depends on the place."""
+        return resolution(name) is not None
+
     def fits(self, request, now=None):
         """There is a place, and with `now` the interval of the last grant is over."""
-        if not super().fits(request):
+        if not super().fits(request, now):
             return False
         if now is None or request.reclaim is not None:
             return True
@@ -2213,6 +2317,24 @@ class Timestamp(Pool):
             return stamp(self.name, now)
         self.reclaimed.add(request.claimed)
         return request.claimed
+
+    def memory(self):
+        """The end of the last interval, and the texts that have been reclaimed."""
+        memory: "dict" = {"opens": self.opens}
+        if self.reclaimed:
+            memory["reclaimed"] = ",".join(map(encode_name, sorted(self.reclaimed)))
+        return memory
+
+    def recall(self, memory):
+        """See memory()."""
+        self.opens = int(memory["opens"])
+        if "reclaimed" in memory:
+            self.reclaimed.update(map(decode_name, memory["reclaimed"].split(",")))
+
+    def take_again(self, holder):
+        """It has a text; what comes next is known already."""
+        if not super().could_have(holder.element):
+            raise ValueError("a text of another form")
 
     def give_back(self, request, committed):
         """The place is free again; the interval stays used."""
@@ -2229,7 +2351,7 @@ class Timestamp(Pool):
     def retry_at(self, now):
         """The time (monotonic) at which a waiter may fit without any release, or None: the start
         of the next interval, but a second from now at the latest, since clocks are set."""
-        if not self.waiting or not self.room():
+        if not self.waiting or not self.room() or self.stalled:
             return None
         local = now.local()
         opens = self.opens
@@ -2813,6 +2935,7 @@ LAST_EPOCH = 2 ** 31 - 2 ** 20  # tokens are below 2 ** 63, and a million starts
 MOST_SEARCHES = 8  # that one call may begin
 MOST_REFUSED = 8  # nested requests that one call refuses when the window has ended
 MOST_AHEAD = 8  # lanes that are looked at one by one before a search
+STALLED = "the daemon can store nothing at the moment"  # and its elements must not come twice
 NEXT_CALL = 0.001  # s until a call goes on with what the last one has left
 
 
@@ -2851,6 +2974,29 @@ class Calendar:
         return decisions
 
 
+class Changes:
+    """What is different since somebody has looked, as far as it outlives the daemon."""
+    __slots__ = ("holders", "resources", "values")
+
+    def __init__(self):
+        self.holders: "Dict[int, Request | None]" = {}  # token: the holder, None when it is none
+        # name: the resource, None when it has ended
+        self.resources: "Dict[str, Resource | None]" = {}
+        # (name of a sequence, value that it got back): its place, None when it is there no more
+        self.values: "Dict[tuple, int | None]" = {}
+
+    def __bool__(self):
+        return bool(self.holders or self.resources)
+
+    def see_values(self):
+        """Notes the values that came back to the sequences, or went."""
+        for name, resource in self.resources.items():
+            if resource is not None and resource.moved:
+                for value, place in resource.moved.items():
+                    self.values[name, value] = place
+                resource.moved = {}
+
+
 class Catalogue:
     """The resources, and what is left of those that have ended: the greatest of their tokens."""
 
@@ -2860,6 +3006,8 @@ class Catalogue:
         self.resources = {}  # name, of a tree that of its first level: Resource
         self.names = 0  # bytes of the names that they keep
         self.forgotten = 0  # the greatest token of grants of which nothing else is known any more
+        self.stalled = False  # kinds whose elements are unique grant nothing
+        self.changed = Changes()
 
     def has_room(self, resource, times):
         """Whether there is room for a new resource in so many times the limits: many resources
@@ -2872,6 +3020,8 @@ class Catalogue:
         """The resource exists from now on."""
         self.resources[resource.name] = resource
         self.names += resource.weight
+        resource.stalled = self.stalled and resource.is_unique
+        self.note(resource)
         if self.forgotten:  # perhaps of a resource of this name
             self.remember(resource, (resource.name, EX), self.forgotten)
 
@@ -2881,6 +3031,39 @@ class Catalogue:
         self.names -= resource.weight
         for token in resource.tokens.values():
             self.forgotten = max(self.forgotten, token)
+        if resource.is_remembered():
+            self._note_end(resource)
+
+    def _note_end(self, resource):
+        changed = self.changed
+        changed.resources[resource.name] = None
+        for value in itertools.chain(resource.moved, resource.returned):
+            changed.values[resource.name, value] = None
+
+    def note(self, resource):
+        """Notes that the resource has changed, if more of it is remembered than its holders."""
+        if resource.has_memory or resource.lifespan > LEAST_LIFESPAN:
+            self.changed.resources[resource.name] = resource
+
+    def prolong(self, resource, lifespan):
+        """The idle life of the resource will be this long (ms) at least."""
+        if lifespan > resource.lifespan:
+            resource.lifespan = lifespan
+            self.note(resource)
+
+    def set_used(self, resource):
+        """Somebody holds or awaits the resource."""
+        if resource.idle_since is not None:
+            resource.idle_since = None
+            self.note(resource)
+
+    def set_idle(self, resource, now):
+        """Nobody holds or awaits the resource, from now on if that is new."""
+        if resource.idle_since is None:
+            resource.idle_since = now.mono
+            resource.idle_boot = now.boot
+            resource.idle_wall = now.wall
+            self.note(resource)
 
     def has(self, resource):
         """Whether the resource exists; one of its name may have come after it."""
@@ -2902,12 +3085,15 @@ class Books:
         self.catalogue = catalogue
         self.window_until = window_until  # s, monotonic; None when there is no recovery window
         self.requests = {}  # session: Request
+        self.holders = {}  # token: Request
+        self.absent = {}  # session: Request of a holder whose client is not there
         # name: {session: Request} as they arrived
         self.parked: "dict" = collections.defaultdict(dict)
         self.nesting = Nesting()
-        self.holding = 0  # the number of holders
         self.waiting = 0  # of waiters and parked requests
+        self.epoch = 0  # of the tokens that this daemon gives; 0 in a world without daemons
         self.last_token = 0
+        self.covered = 0  # no daemon will give a token up to this one, see LockTable.cover()
         self.last_serial = 0
         self.changes = 0  # of those who hold or are queued
         self.new_waits = False  # some may wait for others that they did not wait for before
@@ -2928,11 +3114,15 @@ class Books:
         if request.state is QUEUED:
             self.unqueue(request)
         resource = request.resource
+        catalogue = self.catalogue
         resource.hold(request, now)
-        resource.idle_since = None
         request.token = token
-        self.catalogue.remember(resource, request.lane, token)
-        self.holding += 1
+        self.holders[token] = request
+        catalogue.changed.holders[token] = request
+        if resource.has_memory or resource.idle_since is not None:
+            resource.idle_since = None
+            catalogue.note(resource)
+        catalogue.remember(resource, request.lane, token)
         self.changes += 1
         nested = self.nesting.hold(request)
         if nested:
@@ -2951,8 +3141,12 @@ class Books:
 
     def end(self, holder, committed):
         """The holder holds no longer; committed: its command succeeded."""
-        holder.resource.let_go(holder, committed)
-        self.holding -= 1
+        resource = holder.resource
+        resource.let_go(holder, committed)
+        if resource.moved:
+            self.catalogue.note(resource)
+        del self.holders[holder.token]
+        self.catalogue.changed.holders[holder.token] = None
         self.changes += 1
         self.nesting.release(holder)
 
@@ -2999,10 +3193,39 @@ class Books:
         self.waiting -= 1
         discard(self.parked, key_of(request.name), request.session)
 
+    def hold_again(self, holder):
+        """Enters a holder of the daemon before."""
+        token = holder.token
+        holder.state = HELD
+        self.arrive(holder)
+        self.absent[holder.session] = holder
+        self.holders[token] = holder
+        self.last_token = max(self.last_token, token)
+        self.catalogue.remember(holder.resource, holder.lane, token)
+        self.nesting.hold(holder)
+
+    def move(self, holder, request):
+        """The holder has a new session, that of the request."""
+        del self.requests[holder.session]
+        del holder.resource.holders[holder.session]
+        self.absent.pop(holder.session, None)
+        if (holder.pid, holder.local) != (request.pid, request.local):
+            self.catalogue.changed.holders[holder.token] = holder
+        holder.session = request.session
+        holder.origin = request.origin
+        holder.local = request.local
+        holder.pid = request.pid
+        holder.uid = request.uid
+        holder.life = request.life
+        holder.since = request.since
+        self.requests[holder.session] = holder
+        holder.resource.holders[holder.session] = holder
+
     def remove(self, request, committed=False):
         """The request is no more; committed: the command of a holder succeeded."""
         del self.requests[request.session]
         if request.state is HELD:
+            self.absent.pop(request.session, None)
             self.end(request, committed)
         elif request.state is QUEUED:
             self.unqueue(request)
@@ -3196,14 +3419,13 @@ class Queues:
     def look_again(self, resource, now):
         """Ends the resource if its idle life is over, or sets a date for the next look."""
         if resource.holders or resource.lanes:
-            resource.idle_since = None
+            self.catalogue.set_used(resource)
             if resource.timed and self.books.window_until is None:
                 when = resource.retry_at(now)
                 if when is not None:
                     self._look_at(when, resource)
             return
-        if resource.idle_since is None:
-            resource.idle_since = now.mono
+        self.catalogue.set_idle(resource, now)
         end = resource.idle_since + resource.lifespan / 1000
         if end > now.mono:
             self._look_at(end, resource)
@@ -3237,11 +3459,39 @@ class Recovery:
         if books.window_until is not None:
             dates.at(books.window_until, self._end_window)
 
+    def come_back(self, request, now):
+        """Whether the new request is made by the client of a holder, and what comes of it: the
+        decisions if it is that holder, None if it is to be looked at like any other.
+
+        The client may have lost its connection before it was told of the grant: then it asks
+        without a token.  When the client of an absent holder asks for something else, it has no
+        use for what it held.
+        """
+        holder = self.nesting.holders.get(request.ident)
+        if holder is None or not holder.is_of_client(request):
+            return None
+        if holder.same(request):
+            return self._hand_over(holder, request)
+        if holder.session not in self.books.absent:
+            return None
+        decisions = self.queues.leave(holder, now, committed=True)
+        return decisions + self._place(request, now)
+
+    def _hand_over(self, holder, request):
+        """The client of the holder has a new connection."""
+        books = self.books
+        before = holder.session
+        decisions = [Decision(request.session, OK, holder.element, holder.token)]
+        if before not in books.absent:
+            decisions.append(Decision(before, None))
+        books.move(holder, request)
+        self.catalogue.prolong(holder.resource, request.lifespan)
+        return decisions
+
     def reclaim(self, request, now):
-        """A session that lost its daemon, or its connection, asks for the lock that it has."""
-        before = self.nesting.holders.get(request.ident)
-        if before is not None and before.is_reclaimed_by(request):
-            return self._hand_over(before, request, now)
+        """A session that lost its daemon asks for the lock that it has."""
+        if request.resource.stalled:  # to be tried again
+            return self.books.refuse(request, LIMIT, STALLED)
         refusal = self._refusal(request, now)
         if refusal is not None:
             return self.books.refuse(request, BUSY, refusal)
@@ -3249,22 +3499,20 @@ class Recovery:
 
     def _refusal(self, request, now):
         """Why a reclaim is refused, None when it is not."""
+        books = self.books
         resource = request.resource
-        if request.reclaim > max(self.books.last_token, latest_token(now)):
+        token = request.reclaim
+        if token in books.holders:
+            return "another has its token"
+        if token > books.last_token and token >> 32 == books.epoch > 0:
+            return "its token was never given"
+        if token > max(books.last_token, books.covered, latest_token(now)):
             return "its token lies in the future"
-        if self.books.window_until is None and not resource.reclaimable(request):
+        if books.window_until is None and not resource.reclaimable(request):
             return "it was granted to others since"
         if not resource.could_have(request.claimed) or not resource.fits(request, now):
             return "it is held by others"
         return None
-
-    def _hand_over(self, before, request, now):
-        """The holder comes back before its old connection was seen to have ended."""
-        self.books.remove(before)
-        request.claimed = before.element
-        granted = self._grant_again(request, now)
-        request.held_since = before.held_since
-        return [granted, Decision(before.session, None)]
 
     def _grant_again(self, request, now):
         self.books.last_token = max(self.books.last_token, request.reclaim)
@@ -3321,6 +3569,81 @@ class Recovery:
         self.dates.at(when, self._after_window)
 
 
+class Restoration:
+    """Fills an empty table with what the daemon before knew; what cannot have been, or not at
+    once, is a ValueError.
+
+    First add_resource() and add_values() for each resource of which more is known than its
+    holders, then add_holder() for each holder, then finish().
+    """
+
+    def __init__(self, table, books, queues):
+        self.table = table
+        self.books = books
+        self.catalogue = books.catalogue
+        self.queues = queues
+        self._elements = set()  # (name of a resource, element that comes only once)
+        # what is not known of the past counts as grants of the whole, to other daemons' clients
+        self._forgotten = self.catalogue.forgotten
+        self.catalogue.forgotten = books.last_token
+
+    def add_resource(self, name):
+        """Makes a resource, returns it."""
+        kind = KINDS.get(kind_of(name))
+        if kind is None or key_of(name) != name or not kind.could_exist(name):
+            raise ValueError("a name of no resource")
+        if name in self.table.resources:
+            raise ValueError("a resource twice")
+        resource = kind(name, self.catalogue.first_fit)
+        self.catalogue.create(resource)
+        return resource
+
+    def add_values(self, name, places):
+        """Values that came back to a sequence, {value: its place in the order}."""
+        resource = self.table.resources.get(name)
+        if resource is None or kind_of(name) != "sequence":
+            raise ValueError("a value of no sequence")
+        resource.bring_back(places)
+
+    def add_holder(self, holder):
+        """Makes a holder, with its token and its element, of a request whose client is absent."""
+        resource = self._resource_of(holder)
+        holder.resource = resource
+        holder.lane = resource.lane(holder)
+        if holder.token in self.table.holders:
+            raise ValueError("a token twice")
+        if holder.quantity > resource.most or not resource.fits(holder):
+            raise ValueError("holders that exclude each other")
+        if resource.is_unique:
+            self._add_element(holder)
+        resource.take_again(holder)
+        resource.holders[holder.session] = holder
+        self.books.hold_again(holder)
+
+    def _resource_of(self, holder):
+        kind = KINDS.get(kind_of(holder.name))
+        resource = self.table.resource_of(holder.name)
+        if resource is not None and type(resource) is kind:
+            return resource
+        if kind is None or kind.has_memory or not kind.could_exist(holder.name):
+            raise ValueError("a holder of no resource")
+        return self.add_resource(key_of(holder.name))
+
+    def _add_element(self, holder):
+        pair = holder.resource.name, holder.element
+        if pair in self._elements:
+            raise ValueError("an element twice")
+        self._elements.add(pair)
+
+    def finish(self, now):
+        """Sees to the resources that nobody holds: they are idle."""
+        self.catalogue.forgotten = self._forgotten
+        self.catalogue.changed = Changes()
+        for resource in list(self.table.resources.values()):
+            if not resource.holders:
+                self.queues.look_again(resource, now)
+
+
 def latest_token(now):
     """The greatest token that a daemon of the same time may have given, clocks being wrong."""
     epoch = int(now.wall) - EPOCH
@@ -3329,7 +3652,7 @@ def latest_token(now):
 
 # The answer to a session that asks again and keeps its place; None when it does not.
 
-def repeat_parked(before, request):
+def repeat_parked(before, request, catalogue):
     """It may wait on, and its lifespan counts."""
     if request.create or not request.wait or not request.same(before):
         return None
@@ -3337,25 +3660,25 @@ def repeat_parked(before, request):
     return Decision(request.session, WAIT_RESOURCE)
 
 
-def repeat_queued(before, request):
+def repeat_queued(before, request, catalogue):
     """It may wait on, and its lifespan counts."""
     if not request.wait or not request.same(before):
         return None
-    before.resource.prolong(request.lifespan)
+    catalogue.prolong(before.resource, request.lifespan)
     return Decision(request.session, ENQUEUED)
 
 
-def repeat_held(before, request):
+def repeat_held(before, request, catalogue):
     """It has what it asks for, or is told that it holds something else."""
     session = request.session
     if request.name == before.name:
-        before.resource.prolong(request.lifespan)
+        catalogue.prolong(before.resource, request.lifespan)
         if request.mode == before.mode and request.quantity <= before.quantity:
             return Decision(session, OK, before.element, before.token)
     return Decision(session, BUSY)
 
 
-def repeat_deferred(before, request):
+def repeat_deferred(before, request, catalogue):
     """It has no place yet."""
     return None
 
@@ -3391,10 +3714,13 @@ class LockTable:
         # What others may look at, and must not change.
         self.resources = self._catalogue.resources  # name: Resource
         self.requests = books.requests  # session: Request
+        self.holders = books.holders  # token: Request
+        self.absent = books.absent  # session: Request, those holders whose clients are not there
         self.parked = books.parked  # name: {session: Request}
 
     def begin_with(self, epoch):
         """Before any request: all tokens will be of this epoch or later."""
+        self._books.epoch = epoch
         self._books.last_token = epoch << 32
         if self._books.window_until is None:
             self._catalogue.forgotten = self._books.last_token  # those of other daemons
@@ -3408,13 +3734,12 @@ class LockTable:
         decisions = []
         before = books.requests.get(request.session)
         if before is not None:
-            repeated = REPEATED[before.state](before, request)
+            repeated = REPEATED[before.state](before, request, self._catalogue)
             if repeated is not None:
                 return [repeated]
             decisions = self._queues.leave(before, now)
-        books.arrive(request)
         request.since = now.wall
-        decisions += self._place(request, now)
+        decisions += self._look_whether_known(request, now)
         decisions += self._queues.let_pass(now)
         return decisions
 
@@ -3442,12 +3767,51 @@ class LockTable:
         """The monotonic time (s) at which expire() is to be called, or None."""
         return self._dates.first
 
+    def stall(self, wanted: "bool", now):
+        """While it is wanted, sequences and timestamps grant nothing: their elements must not come
+        twice, so each grant is to be stored, which cannot be done at the moment."""
+        self._passing.searches = 0
+        self._catalogue.stalled = wanted
+        decisions = []
+        for resource in list(self.resources.values()):
+            resource.stalled = wanted and resource.is_unique
+            if resource.is_unique and resource.lanes and not wanted:
+                decisions += self._queues.settle(resource, resource.lanes, now)
+        if not wanted:  # those that waited for this may wait for the holders now
+            self._books.new_waits = True
+        decisions += self._queues.let_pass(now)
+        return decisions
+
+    def cover(self, token: "int"):
+        """It is known on disk that tokens up to this one may have been given."""
+        self._books.covered = max(self._books.covered, token)
+
+    # What is to be stored.
+
+    def take_changes(self) -> "Changes | None":
+        """What has changed since the last call, None where nothing has."""
+        changed = self._catalogue.changed
+        if not changed:
+            return None
+        self._catalogue.changed = Changes()
+        changed.see_values()
+        return changed
+
+    def note(self, session):
+        """Something that others know of the holder has changed."""
+        holder = self.requests[session]
+        self._catalogue.changed.holders[holder.token] = holder
+
+    def restoration(self):
+        """To fill the table, while it is empty, with what the daemon before knew."""
+        return Restoration(self, self._books, self._queues)
+
     # What others want to know.
 
     @property
     def holding(self):
         """The number of holders."""
-        return self._books.holding
+        return len(self.holders)
 
     @property
     def waiting(self):
@@ -3472,6 +3836,15 @@ class LockTable:
         return self.resources.get(key_of(name))
 
     # From the request to its place.
+
+    def _look_whether_known(self, request, now):
+        """Takes a new request to its place, unless its client holds the lock already."""
+        self._books.arrive(request)
+        if request.proof is not None or request.reclaim is not None:
+            decisions = self._recovery.come_back(request, now)
+            if decisions is not None:
+                return decisions
+        return self._place(request, now)
 
     def _place(self, request, now):
         """Finds or makes the resource of a new request and takes it there."""
@@ -3533,7 +3906,7 @@ class LockTable:
     def _admit(self, request, resource, now):
         """Grants, queues or refuses a request for a resource that exists."""
         books = self._books
-        resource.prolong(request.lifespan)
+        self._catalogue.prolong(resource, request.lifespan)
         if request.quantity > resource.most:
             return books.refuse(request, IMPOSSIBLE)
         request.resource = resource
@@ -3563,9 +3936,17 @@ class LockTable:
         if request.wait:
             return self._books.refuse(request, LIMIT)
         if self._books.window_until is None:
-            return self._books.refuse(request, verdict)
+            return self._books.refuse(request, verdict, self._why_not(request))
         self._recovery.defer(request, now)
         return []
+
+    @staticmethod
+    def _why_not(request):
+        """The reason for a refusal, where it is not in others that hold or wait."""
+        resource = request.resource
+        if resource is not None and resource.stalled:
+            return STALLED
+        return None
 
 
 # --- Session ------------------------------------------------------------------------------------
@@ -3595,6 +3976,7 @@ TLS_RECORD = b"\x16"  # the first byte of a handshake, never that of a message
 LONGEST = 65536  # bytes of a message; FLoM's own limits, 511 and 1023, are the client's care
 TOO_LONG = f"a message of more than {LONGEST} bytes"
 MOST_PARENTS = 8  # ids of locks around a nested one that count
+PROOF = 16  # hex digits
 KNOWN, SHORT = 256, 512  # messages that are kept as read, and bytes that one of them may have
 FINAL = {  # the daemon half-closes after these
     CANT_WAIT, INVALID_NAME, DEADLOCK, LIMIT, STOPPED, EVICTED}
@@ -3614,30 +3996,29 @@ def read_message(data: "bytes") -> "dict":
 read_known_message = functools.lru_cache(KNOWN)(read_message)
 
 
-class Session:
-    """The state of one connection in terms of the protocol.
+def proof_of(key: "str") -> "str":
+    """What is kept of the key that a client has made for its lock: enough to know it again."""
+    import hashlib
+    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:PROOF]
 
-    `connection` is whoever carries its bytes, `peer` the address of the client as people see it,
-    and name_of(uid) tells the name of a user of this system.
+
+class Identity:
+    """Who a client is, as people see it.
+
+    `peer` is its address, and name_of(uid) tells the name of a user of this system.
     """
-    __slots__ = ("connection", "peer", "state", "request", "holds", "ours", "about", "peer_id",
-                 "uid", "_name_of", "_unread")
+    __slots__ = ("peer", "ours", "about", "uid", "_name_of")
 
-    def __init__(self, connection, peer: "str", name_of: "Callable[[int], str]"):
-        self.connection = connection
+    def __init__(self, peer: "str", name_of: "Callable[[int], str]"):
         self.peer = peer
-        self.state = FREE
-        self.request: "Request | None" = None  # the last one
-        self.holds: "str | None" = None  # the name of the lock, as an unlock 8 has to say it
         self.ours = False  # a client of ours
         self.about: "dict" = {}  # what a client of ours says of itself
-        self.peer_id: "str | None" = None  # the id of its host
         self.uid: "int | None" = None  # the client's user, where the system tells it
         self._name_of = name_of
-        self._unread = b""
 
     def __str__(self):
-        """Who it is, as people see it."""
+        """Who it is."""
         if not self.ours:
             return self.peer
         host, pid, command = [self.about.get(key, "?") for key in ("host", "pid", "cmd")]
@@ -3648,6 +4029,24 @@ class Session:
         if self.uid is None:
             return self.about.get("user")
         return self._name_of(self.uid)
+
+
+class Session(Identity):
+    """The state of one connection in terms of the protocol.
+
+    `connection` is whoever carries its bytes.
+    """
+    __slots__ = ("connection", "state", "request", "holds", "peer_id", "_unread")
+    is_absent = False  # see Absent, which is like it for those who look
+
+    def __init__(self, connection, peer: "str", name_of: "Callable[[int], str]"):
+        super().__init__(peer, name_of)
+        self.connection = connection
+        self.state = FREE
+        self.request: "Request | None" = None  # the last one
+        self.holds: "str | None" = None  # the name of the lock, as an unlock 8 has to say it
+        self.peer_id: "str | None" = None  # the id of its host
+        self._unread = b""
 
     # What comes in.
 
@@ -3707,9 +4106,12 @@ class Session:
     def _read_additions(self, request, wanted, about):
         """What clients of ours say, and FLoM's do not."""
         self.about = dict(about)
-        request.key = self.about.pop("key", None)
+        key = self.about.pop("key", None)
+        if key:
+            request.proof = proof_of(key)
+        request.life = about.get("life", 0)
         request.ident = plain(about.get("id", ""))  # as reports show it
-        parents = about.get("parent", "").split(",")
+        parents = plain(about.get("parent", "")).split(",")
         request.parents = tuple(ident for ident in parents[:MOST_PARENTS] if ident)
         request.patient = wanted.get("deadlock") == "wait"
         request.reclaim = wanted.get("reclaim")
@@ -3925,7 +4327,7 @@ def _about(request, encoded):
     about = session.about
     texts = (
         ("id", _ident(request)),
-        ("peer", session.connection.peer),
+        ("peer", session.peer),
         ("host", about.get("host")),
         ("pid", about.get("pid")),
         ("user", session.user()),
@@ -4052,6 +4454,326 @@ def _requests_tree(folder, requests):
             yield f"{folder}/{place}/quantity", request.quantity
         elif request.element and kind in ("sequence", "timestamp"):
             yield f"{folder}/{place}/{kind}_value", request.element
+
+
+# --- Memory -------------------------------------------------------------------------------------
+# What a daemon's successor has to know, as records: a key and a text.  Pure: where the records are
+# kept is said elsewhere.
+#
+#     h/TOKEN        a holder; the token has 16 hex digits
+#     r/NAME         a resource of which more is to be known than its holders; the name in base64
+#     v/NAME/VALUE   a value that a transactional sequence got back, with its place in the order
+#     d              the daemon: its epoch, the boot of the system, the tokens that are covered
+#
+# A text is attributes as they are in a message, printable.  Those that would say the usual are
+# left out.
+#
+# What is told must have been stored; what is stored and was never told is found again by the id
+# and the key of the client that asks again.  So whenever a daemon ends, nobody loses what he was
+# told, and nobody has what he did not ask for.  The lock table only notes what it has touched; of
+# that, batch_of() makes the records that are to be stored together.  everything() makes those of
+# the whole table, for a new file.
+#
+# restore() is the way back: a table that is the one of which the records were made, but for those
+# who waited (they ask again) and for the grants of the past, which count as grants of the whole.
+# Its holders are absent: the session of each is an Absent, without a connection, until its client
+# comes back.  Records that cannot all be true are not believed at all.
+#
+# Ages are taken from the clock that counts since the boot, suspended time included; over a boot
+# from the clock on the wall, and then they are not below 0.
+
+LAYOUT = 1  # of the records
+OF_HOLDER, OF_RESOURCE, OF_VALUE, OF_DAEMON = "h/", "r/", "v/", "d"  # how keys begin
+TOLD = ("host", "user", "cmd")  # what clients of ours say of themselves
+MOST_SET_BACK = 100 * 365 * 86400  # s; moments that are less are moments
+QUOTED = 256  # texts that are kept as they are written
+
+DaemonRecord = collections.namedtuple("DaemonRecord", "layout epoch boot pidns covers")
+
+
+class BrokenMemory(Exception):
+    """Records that cannot have been made by a daemon, or not by one."""
+
+
+class Absent(Identity):
+    """The session of a holder whose client is not there."""
+    __slots__ = ()
+    is_absent = True
+    connection = None
+    peer_id = None
+    holds = None  # nothing that it could unlock
+
+
+# Records.
+
+_encoded = functools.lru_cache(QUOTED)(encode_name)
+
+
+@functools.lru_cache(QUOTED)
+def _quoted(text):
+    """The text as the value of an attribute."""
+    text = plain(text, len(text))
+    whole = element("x", ("x", text))
+    return whole[len('<x x="'):-len('"/>')]
+
+
+def batch_of(changes: "Changes") -> "List[Tuple[str, str | None]]":
+    """The records that are to be stored together: (key, text, or None where there is none)."""
+    batch: "List[Tuple[str, str | None]]" = []
+    for token, holder in changes.holders.items():
+        text = None
+        if holder is not None:
+            text = _holder_text(holder)
+        batch.append((f"{OF_HOLDER}{token:016x}", text))
+    for name, resource in changes.resources.items():
+        text = None
+        if resource is not None:
+            text = _resource_text(resource)
+        batch.append((f"{OF_RESOURCE}{_encoded(name)}", text))
+    for (name, value), place in changes.values.items():
+        text = None
+        if place is not None:
+            text = f'place="{place}"'
+        batch.append((f"{OF_VALUE}{_encoded(name)}/{value}", text))
+    return batch
+
+
+def everything(table: "LockTable") -> "Iterator[Tuple[str, str]]":
+    """Yields the records of the whole table, that of the daemon aside.
+
+    The table may change in between: what is gone when its turn has come is left out, and what
+    comes late is in the batches of that time.
+    """
+    for name in list(table.resources):
+        resource = table.resources.get(name)
+        if resource is not None and resource.is_remembered():
+            yield f"{OF_RESOURCE}{_encoded(name)}", _resource_text(resource)
+            yield from _values(table, name, list(resource.returned))
+    for token in list(table.holders):
+        holder = table.holders.get(token)
+        if holder is not None:
+            yield f"{OF_HOLDER}{token:016x}", _holder_text(holder)
+
+
+def _values(table, name, values):
+    """The records of these values of a sequence, as far as they are still there."""
+    for value in values:
+        resource = table.resources.get(name)
+        if resource is not None and value in resource.returned:
+            place = resource.returned[value]
+            yield f"{OF_VALUE}{_encoded(name)}/{value}", f'place="{place}"'
+
+
+def _holder_text(holder):
+    session = holder.session
+    text = (f'name="{_encoded(holder.name)}" boot="{holder.held_boot:.6f}" '
+            f'since="{holder.held_since:.6f}" peer="{_quoted(session.peer)}"')
+    if holder.mode:
+        text += f' mode="{holder.mode}"'
+    if holder.quantity != 1:
+        text += f' quantity="{holder.quantity}"'
+    if holder.element is not None:
+        text += f' element="{_quoted(holder.element)}"'
+    if holder.slot is not None:
+        text += f' slot="{holder.slot}"'
+    if holder.local:
+        text += ' local="1"'
+    if holder.pid is not None:
+        text += f' pid="{holder.pid}"'
+    if holder.uid is not None:
+        text += f' uid="{holder.uid}"'
+    if holder.grace is not None:
+        text += f' grace="{holder.grace}"'
+    if session.ours:
+        text += _additions(holder, session.about)
+    return text
+
+
+def _additions(holder, about):
+    """What clients of ours say, and FLoM's do not."""
+    text = ' client="1"'
+    if holder.ident:
+        text += f' id="{_quoted(holder.ident)}"'
+    if holder.proof is not None:
+        text += f' proof="{holder.proof}"'
+    if holder.parents:
+        parents = ",".join(holder.parents)
+        text += f' parents="{_quoted(parents)}"'
+    if holder.life:
+        text += ' life="1"'
+    for name in TOLD:
+        if name in about:
+            text += f' {name}="{_quoted(about[name])}"'
+    said = about.get("pid")
+    if said is not None and said != str(holder.pid):
+        text += f' said="{_quoted(said)}"'
+    return text
+
+
+def _resource_text(resource):
+    text = f'lifespan="{resource.lifespan}"'
+    if resource.idle_since is not None:
+        text += f' boot="{resource.idle_boot:.6f}" since="{resource.idle_wall:.6f}"'
+    for name, value in resource.memory().items():
+        text += f' {name}="{value}"'
+    return text
+
+
+def daemon_record(epoch: "int", boot: "str", pidns: "str", covers: "int") -> "Tuple[str, str]":
+    """The record of the daemon: `boot` and `pidns` are the ids of the boot of the system and of
+    the pid namespace, `covers` is the token up to which tokens may have been told."""
+    text = (f'layout="{LAYOUT}" epoch="{epoch}" boot="{_quoted(boot)}" pidns="{_quoted(pidns)}" '
+            f'covers="{covers}"')
+    return OF_DAEMON, text
+
+
+def read_daemon(text: "str") -> "DaemonRecord":
+    """The record of a daemon, which may be of another layout; raises BrokenMemory."""
+    with _believing():
+        found = _attributes_of(text)
+        numbers = [int(found[name]) for name in ("layout", "epoch", "covers")]
+        layout, epoch, covers = numbers
+        return DaemonRecord(layout, epoch, found["boot"], found["pidns"], covers)
+
+
+# The way back.
+
+@contextlib.contextmanager
+def _believing():
+    """Whatever a record says that cannot be is a BrokenMemory."""
+    try:
+        yield
+    except (KeyError, ValueError, ProtocolError) as error:
+        raise BrokenMemory(f"{type(error).__name__}: {error}")
+
+
+def _attributes_of(text):
+    """{name: text} of the attributes; raises ProtocolError."""
+    found = list(tags(f"<x {text}/>".encode("utf-8", "surrogatepass")))
+    if len(found) != 1:
+        raise ValueError("more than attributes")
+    return found[0][2]
+
+
+def restore(records: "Dict[str, str]", make_table: "Callable[[], LockTable]", now: "Moment",
+            rebooted: "bool", name_of: "Callable[[int], str]") -> "LockTable":
+    """The table of which the records were made, and that make_table() has made empty.
+
+    rebooted: the system was booted since; who was on it then holds no longer, and has committed.
+    name_of(uid) tells the name of a user of this system.  Raises BrokenMemory where the records
+    cannot all be true.
+    """
+    table = make_table()
+    reader = _Reader(table, now, rebooted, name_of)
+    with _believing():
+        reader.read(records)
+    if rebooted:
+        for session, holder in list(table.absent.items()):
+            if holder.local:
+                table.release(session, True, now)
+    return table
+
+
+class _Reader:
+    """Takes records into an empty table."""
+
+    def __init__(self, table, now, rebooted, name_of):
+        self._restoration = table.restoration()
+        self._now = now
+        self._rebooted = rebooted
+        self._name_of = name_of
+
+    def read(self, records):
+        """Takes all records of the predecessor in their order: resources, values, holders."""
+        places: "dict" = collections.defaultdict(dict)
+        holders = []
+        for key, text in records.items():
+            if key.startswith(OF_RESOURCE):
+                self._resource(key, text)
+            elif key.startswith(OF_VALUE):
+                name, _, value = key[len(OF_VALUE):].rpartition("/")
+                places[name][value] = int(_attributes_of(text)["place"])
+            elif key.startswith(OF_HOLDER):
+                holders.append((int(key[len(OF_HOLDER):], 16), text))
+            elif key != OF_DAEMON:
+                raise ValueError("an unknown key")
+        for name, values in places.items():
+            self._restoration.add_values(decode_name(name), values)
+        holders.sort()
+        for token, text in holders:
+            self._restoration.add_holder(self._holder(token, text))
+        self._restoration.finish(self._now)
+
+    def _age(self, boot, wall):
+        """The s since a moment of the one clock and of the other."""
+        age = self._now.boot - boot
+        if self._rebooted:
+            age = self._now.wall - wall
+        if age < -MOST_SET_BACK or age != age:
+            raise ValueError("no moment")
+        return max(0.0, age)
+
+    def _resource(self, key, text):
+        found = _attributes_of(text)
+        name = decode_name(key[len(OF_RESOURCE):])
+        resource = self._restoration.add_resource(name)
+        lifespan = int(found.pop("lifespan"))
+        if lifespan < LEAST_LIFESPAN:
+            raise ValueError("a lifespan that is too short")
+        resource.lifespan = lifespan
+        if "boot" in found:
+            age = self._age(float(found.pop("boot")), float(found.pop("since")))
+            resource.idle_since = self._now.mono - age
+            resource.idle_boot = self._now.boot - age
+            resource.idle_wall = self._now.wall - age
+        resource.recall(found)
+
+    def _holder(self, token, text):
+        """The request of a holder that is absent."""
+        found = _attributes_of(text)
+        get = found.get
+        session = Absent(found["peer"], self._name_of)
+        holder = Request(session, decode_name(found["name"]), int(get("mode", 0)),
+                         int(get("quantity", 1)), 1, 1)
+        if holder.mode not in range(len(MODES)) or holder.quantity < 1 or not 0 < token < 1 << 63:
+            raise ValueError("a number out of its range")
+        holder.token = token
+        holder.element = get("element")
+        if "slot" in found:
+            holder.slot = int(found["slot"])
+        self._identify(holder, found)
+        age = self._age(float(found["boot"]), float(found["since"]))
+        holder.held_boot = self._now.boot - age
+        holder.held_since = holder.since = float(found["since"])
+        return holder
+
+    def _identify(self, holder, found):
+        session = holder.session
+        holder.local = "local" in found
+        for name in ("pid", "uid", "grace"):
+            if name in found:
+                setattr(holder, name, int(found[name]))
+        session.uid = holder.uid
+        holder.origin = holder.pid
+        if holder.pid is None:
+            holder.origin = session.peer.rpartition(":")[0]
+        if "client" in found:
+            self._add_additions(holder, found)
+
+    @staticmethod
+    def _add_additions(holder, found):
+        session = holder.session
+        session.ours = True
+        session.about = {name: found[name] for name in TOLD if name in found}
+        if "said" in found:
+            session.about["pid"] = found["said"]
+        elif holder.pid is not None:
+            session.about["pid"] = str(holder.pid)
+        holder.ident = found.get("id")
+        holder.proof = found.get("proof")
+        holder.life = int("life" in found)
+        if "parents" in found:
+            holder.parents = tuple(found["parents"].split(","))
 
 
 # --- State on disk ------------------------------------------------------------------------------
@@ -4361,6 +5083,9 @@ MOST_STALE = 64  # entries without a date that the heap of dates keeps in any ca
 EVENT_READ, EVENT_WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
+BOOT_TIME = 7  # CLOCK_BOOTTIME of Linux; Python has the name from 3.7 on
+
+
 class Moment:
     """A point in time, as the engine wants it: `mono`, s of the monotonic clock; `wall`, s since
     1970."""
@@ -4369,6 +5094,14 @@ class Moment:
     def __init__(self):
         self.mono = time.monotonic()
         self.wall = time.time()
+
+    @property
+    def boot(self):
+        """s since the boot of the system, time in which it was suspended included."""
+        try:
+            return time.clock_gettime(BOOT_TIME)
+        except OSError:  # another system than Linux
+            return self.mono
 
     def local(self):
         """µs since 1970 of local time, as a clock on the wall shows it."""
@@ -6203,7 +6936,10 @@ class Server:
 
     def _take_records(self):
         """What has changed, as a store wants it."""
-        return []
+        changes = self.table.take_changes()
+        if changes is None:
+            return []
+        return batch_of(changes)
 
     def _give_back(self, grant):
         """Ends what was granted, and was not told because it cannot be stored."""

@@ -17,6 +17,7 @@ from fakes import COMPATIBLE, MODES
 VERDICTS = {0: "granted", 1: "queued", 2: "parked", 4: "busy", 5: "absent", 6: "impossible",
             7: "deadlock", 9: "limit", -14: "invalid", None: "closed"}
 NOON = calendar.timegm((2026, 9, 21, 12, 0, 0))  # of local time
+BOOT = 500  # s for which the system was suspended
 EAST = 2 * 3600  # s, local time minus UTC
 MICRO = 10 ** 6
 
@@ -31,6 +32,10 @@ class Clock:
     @property
     def mono(self):
         return self.micros / MICRO
+
+    @property
+    def boot(self):
+        return self.micros / MICRO + BOOT
 
     @property
     def wall(self):
@@ -65,7 +70,7 @@ def make_request(session, name, mode="EX", quantity=1, wait=1, create=1, lifespa
     request = flomd.Request(session, name, MODES.index(mode), quantity, wait, create, lifespan)
     request.ident, request.parents = ident or session, tuple(under.split())
     request.patient, request.reclaim, request.claimed = patient, reclaim, held
-    request.key = key
+    request.proof = key
     return request
 
 

@@ -1,5 +1,6 @@
 """What the engine's work costs, counted in lines that are run: the same for few and for many."""
 import collections
+import itertools
 
 import pytest
 from engine_world import VERDICTS, World, belongs_to, lines, make_request
@@ -191,9 +192,10 @@ class Shape:
 
     def __init__(self):
         self.world, self.dearest, self.what = World(window=3), 0, None
+        self.tokens = itertools.count(9)
 
     def hold(self, session, name, mode="EX", **details):
-        self.ask(session, name, mode, wait=0, reclaim=9, **details)
+        self.ask(session, name, mode, wait=0, reclaim=next(self.tokens), **details)
 
     def ask(self, session, name, mode="EX", **details):
         request = make_request(session, name, mode, **details)

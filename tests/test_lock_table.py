@@ -591,14 +591,15 @@ def test_units_are_reclaimed_as_far_as_they_go(window):
 def test_words_are_reclaimed_by_label(window):
     for session, held, answer in (("A", "A", "granted A"), ("B", "A", "granted A"),
                                   ("C", "A", "busy"), ("D", "X", "busy"), ("E", "B", "granted B")):
-        assert reclaim(window, session, "A.B.A", reclaim=9, held=held) == f"{session} {answer}"
+        told = reclaim(window, session, "A.B.A", reclaim=ord(session), held=held)
+        assert told == f"{session} {answer}"
     window.later(3)
     assert window.ask("F", "A.B.A", wait=0) == "F busy"
 
 
 def test_a_sequence_goes_on_behind_the_values_reclaimed(window):
     for session, held in (("A", "7"), ("B", "5")):
-        answer = reclaim(window, session, "_S_x[9]", reclaim=9, held=held)
+        answer = reclaim(window, session, "_S_x[9]", reclaim=ord(session), held=held)
         assert answer == f"{session} granted {held}"
     window.later(3)
     assert window.ask("C", "_S_x[9]") == "C granted 8"

@@ -197,7 +197,7 @@ def test_a_lock_that_has_moved_to_another_connection_is_not_lost(world):
         counts=counts, note=lambda decision: None, changed=lambda: None)
 
     def ask(client, **more):
-        return client.ask(ident="aa", key="bb", **more)
+        return client.ask(ident="aa", proof="bb", **more)
     before, after = world.client(), world.client()
     token = ask(before).token
     world.turn()
