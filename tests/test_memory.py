@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import statistics
+import subprocess
 import sys
 import time
 
@@ -732,6 +733,100 @@ def test_with_a_state_dir_nothing_is_told_that_is_not_stored(box):
     wait_until(lambda: "waiting for R2" in waiter.err)
     assert memory(box) == "failing"
     box.kill(waiter.pid)
+
+
+class Disk:
+    """A small disk in a place of its own, as the folder `disk` of a box; whatever is to see it is
+    started behind `enter`."""
+
+    SCRIPT = 'mount -t tmpfs -o size=64k none "$0" && echo && exec cat'
+
+    def __init__(self, box):
+        self.folder = box.path("disk")
+        os.mkdir(self.folder)
+        words = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-Urm"]
+        self.keeper = box.start(*words, "sh", "-c", self.SCRIPT, self.folder,
+                                stdin=subprocess.PIPE)
+        wait_until(lambda: self.keeper.out or self.keeper.poll() is not None)
+        self.enter = ["nsenter", "-t", str(self.keeper.pid), "-m"]
+        if os.geteuid():
+            self.enter += ["-U", "--preserve-credentials"]
+        self.ballast = f"/proc/{self.keeper.pid}/root{self.folder}/ballast"
+
+    def fill(self):
+        """Leaves no room."""
+        with open(self.ballast, "wb", buffering=0) as file, pytest.raises(OSError):
+            while True:
+                file.write(b"x" * 512)
+
+    def empty(self):
+        os.unlink(self.ballast)
+
+    def close(self):
+        self.keeper.communicate()  # closes its standard input
+
+
+@pytest.fixture
+def disk(box):
+    if not shutil.which("unshare"):
+        pytest.skip("no unshare")
+    disk = Disk(box)
+    if disk.keeper.poll() is not None:
+        pytest.skip(f"no mount namespace: {disk.keeper.err}")
+    yield disk
+    disk.close()
+
+
+SOON = "flomd.REWRITE = 0.2"  # s until a failed journal is made anew
+
+
+def on_disk(box, disk, *options):
+    """A daemon that keeps its state on the small disk."""
+    prefix, box.prefix = box.prefix, disk.enter
+    daemon = box.daemon("--state-dir", disk.folder, *options, program=patched(SOON))
+    box.prefix = prefix
+    return daemon
+
+
+def test_a_full_disk(box, disk):
+    """Nobody is told what is not on it; as soon as there is room whoever waits is granted."""
+    daemon = on_disk(box, disk)
+    holder, gate = box.hold("a", "-r", "R1", *ALONE)
+    disk.fill()
+    waiter = box.flom("-r", "R2", *ALONE, "--", *box.note("R2"))
+    assert grants(box, "_s_n[1]") == 98
+    assert memory(box) == "failing" and box.events() == ["a start"]
+    assert daemon.err.count("No space left on device") == 1
+    disk.empty()
+    assert waiter.end() == (0, "", "")
+    wait_until(lambda: memory(box) == "synced")
+    os.kill(holder.pid, signal.SIGSTOP)
+    box.kill(box.the_daemon())
+    on_disk(box, disk)
+    assert is_absent(box, "R1") and grants(box, "R1") == 98
+    os.kill(holder.pid, signal.SIGCONT)
+    gate.open()
+    assert holder.end() == (0, "", "")
+
+
+def test_a_group_without_an_address_has_no_journal(hosts):
+    """Another host may have served in between: only the window protects who held a lock."""
+    one, = hosts(1)
+    group = ("-A", "239.255.77.1")
+    daemon = one.flomd("-f", "--no-files", *one.address, *group)
+    one.foreground.append(daemon)
+    wait_until(lambda: one.run(*group, *ALONE, "--", "true").status == 0)
+    assert json.loads(one.run(*group, "--status", "--json").out)["daemon"]["memory"] == "none"
+    holder, gate = one.hold("a", *group, *ALONE)
+    one.kill(daemon.pid)
+    assert glob.glob(glob.escape(one.folder) + "/*.journal") == []
+    daemon = one.flomd("-f", "--no-files", *one.address, *group)
+    one.foreground.append(daemon)
+    wait_until(lambda: one.run(*group, "--status", "--json").status == 0)
+    told = json.loads(one.run(*group, "--status", "--json").out)
+    assert 0 < told["daemon"]["window"] <= 2000
+    gate.open()
+    assert holder.end().status == 0
 
 
 # What a client is told
