@@ -285,17 +285,19 @@ def test_moving_over_from_flom(box, texts):
     assert box.daemons() == []
 
 
-@runs("flom --status ", "RESOURCE ", "flom --evict ")
+@runs("flom --status ", "memory: file\nRESOURCE ", "flom --evict ")
 def test_the_status(box, texts):
     furnish(box, f"SocketName={box.socket}")
     holder, gate = box.hold("a", "-r", "backup")
     units, other = box.hold("b", "-r", "licence[5]", "-q", "2")
     waiter = box.waiter("-r", "backup", "--", "true")
-    *table, line = done(box, block(texts[0]).text).out.splitlines()
-    shape = [[line.split()[n] for n in (0, 1, 2, -2)] for line in block(texts[1]).text.split("\n")]
+    head, *table, line = done(box, block(texts[0]).text).out.splitlines()
+    told_head, *told_table = block(texts[1]).text.splitlines()
+    assert head.replace("synced", "file") == told_head  # the box has a StateDir
+    shape = [[line.split()[n] for n in (0, 1, 2, -2)] for line in told_table]
     assert [[line.split()[n] for n in (0, 1, 2, -2)] for line in table] == shape
     assert [entry["name"] for entry in json.loads(line)["resources"]] == ["backup"]
-    told, shown = block(texts[1]).text.split("\n")[1].split()[3], table[1].split()[3]
+    told, shown = told_table[1].split()[3], table[1].split()[3]
     assert re.fullmatch("[0-9a-f]{8}", told)
     done(box, block(texts[2]).text.replace(told, shown))
     assert waiter.end().status == 0
