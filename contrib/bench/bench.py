@@ -3,10 +3,10 @@
 
     bench.py [--quick] [--python PATH]... [--only NAME]...
 
-Names: cycle waiters hold start discovery idle others.  A thing and its yardstick are measured in
-turn, A B A B; a ratio is the median of those of the pairs, so that it means something on a busy
-machine, where the absolute figures mean little.  Everything is kept in a folder of its own below
-/tmp and has ended and gone when the table is complete.
+Names: cycle waiters hold memory start discovery idle others.  A thing and its yardstick are
+measured in turn, A B A B; a ratio is the median of those of the pairs, so that it means something
+on a busy machine, where the absolute figures mean little.  Everything is kept in a folder of its
+own below /tmp and has ended and gone when the table is complete.
 """
 import argparse
 import atexit
@@ -29,6 +29,48 @@ GROUP, ADDRESS, PORT = "239.255.0.9", "10.77.0.1", "28015"
 NETWORK = ("ip link set lo up && ip link add d0 type veth peer d1 && "
            f"ip addr add {ADDRESS}/24 dev d0 && ip link set d0 up && ip link set d1 up && "
            "ip route add 224.0.0.0/4 dev d0 && echo && exec cat")
+
+CHANGED = """
+import sys
+sys.path.insert(0, {root!r})
+import flomd
+{change}
+sys.exit(flomd.main())
+"""
+NO_JOURNAL = """
+def flock(*_):
+    raise OSError(37, "No locks available")
+flomd.fcntl.flock = flock
+"""  # as on a file system without locks
+JOURNAL = """
+import os, sys
+sys.path.insert(0, {root!r})
+import flomd
+now = flomd.Moment()
+covers = flomd.epoch_of_the_clock() - 10 << 32
+records = [flomd.daemon_record(covers >> 32, flomd.boot_id(), "", covers + 2 ** 32 - 1)]
+for number in range({size}):
+    name = flomd.encode_name(f"held{{number}}")
+    records.append((f"h/{{covers + number + 1:016x}}", (
+        f'name="{{name}}" boot="{{now.boot:.6f}}" since="{{now.wall:.6f}}" '
+        f'peer="10.0.0.1/5{{number}}" mode="5" client="1" id="{{number:016x}}" '
+        f'proof="{{number:016x}}" host="db1" user="joe" cmd="dump" said="{{number}}"')))
+os.umask(0o077)
+with open({path!r}, "xb") as file:
+    file.write(flomd.JOURNAL_HEAD)
+    for first in range(0, len(records), 1000):
+        file.write(flomd.encode_batch(records[first:first + 1000]))
+"""  # of so many holders on other hosts
+SYNC = 0.002  # s, of a disk
+SLOW_DISK = f"""
+import os, time
+syncs = os.open({{path!r}}, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+def sync(_):
+    time.sleep({SYNC})
+    os.write(syncs, b".")
+os.fdatasync = os.fsync = sync
+"""  # and the file at the path has a byte for each sync
+NAMES = "cycle waiters hold memory start discovery idle others".split()
 
 Row = collections.namedtuple("Row", "what value yardstick ratio target ok")
 
@@ -85,11 +127,13 @@ class Bench:
         finally:
             killer.cancel()
 
-    def daemon(self, python, bare=False):
-        """A flomd, or the yardstick, that accepts connections: (process, path of its socket)."""
-        path = os.path.join(tempfile.mkdtemp(dir=self.folder), "s")  # nothing to be recovered
+    def daemon(self, python, bare=False, change="", options=(), path=""):
+        """A flomd, or the yardstick, that accepts connections: (process, path of its socket).
+        `change`: statements that change the module flomd first; `path`: where there is a journal
+        to be read."""
+        path = path or os.path.join(tempfile.mkdtemp(dir=self.folder), "s")
         argv = [os.path.join(HERE, "bare.py"), path] if bare else [
-            os.path.join(ROOT, "flomd.py"), "-f", "--no-files", "-s", path]
+            *flomd_after(change), "-f", "--no-files", "-s", path, *options]
         process = self.start([python] + argv)
         until(lambda: process.poll() is not None or accepts(path))
         if process.poll() is not None:
@@ -148,6 +192,13 @@ class Bench:
 
 # Small things
 
+def flomd_after(change):
+    """The words behind Python that start a flomd, after statements that change the module."""
+    if not change:
+        return [os.path.join(ROOT, "flomd.py")]
+    return ["-B", "-c", CHANGED.format(root=ROOT, change=change)]
+
+
 def until(predicate, seconds=30):
     deadline = time.monotonic() + seconds
     while not predicate():
@@ -170,12 +221,16 @@ def most_files():
 
 
 def processor_time(pid):
-    """The seconds that a process has computed; None where the system does not tell exactly."""
+    """The seconds that a process, all its threads, has computed; None where the system does not
+    tell exactly."""
+    spent = 0
     try:
-        with open(f"/proc/{pid}/schedstat") as file:
-            return int(file.read().split()[0]) / 1e9
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/schedstat") as file:
+                spent += int(file.read().split()[0]) / 1e9
     except OSError:
         return None
+    return spent
 
 
 def status_of(pid, *keys):
@@ -261,6 +316,102 @@ def measure_hold(bench, python):
     if memory:
         most = statistics.median(memory)
         bench.note(f"MB resident with {size} held", f"{most:.0f}", "", "", "≤ 60", most <= 60)
+
+
+def measure_memory(bench, python):
+    """What it costs that the next daemon knows everything."""
+    measure_journal(bench, python)
+    measure_sync(bench, python)
+    measure_size(bench, python)
+    measure_restore(bench, python)
+
+
+
+def measure_journal(bench, python):
+    """The processor time of a cycle, with a journal and without one."""
+    if processor_time(os.getpid()) is None:
+        return bench.skip("processor time of a cycle with the journal", "the system does not tell")
+    without = bench.daemon(python, change=NO_JOURNAL)
+    kept = {"journal": bench.daemon(python, change="pass"), "--state-dir": bench.daemon(
+        python, change="pass", options=("--state-dir", tempfile.mkdtemp(dir=bench.folder)))}
+
+    def run(process, path):
+        before = processor_time(process.pid)
+        figures = bench.figures("cycle", path, clients, bench.seconds, whose)
+        return (processor_time(process.pid) - before) / int(figures["cycles"]) * 1e6
+
+    for clients, whose, target in ((1, "own", 1.35), (64, "own", 1.2), (64, "same", 1.35)):
+        title = "1 client" if clients == 1 else f"{clients} clients {whose}"
+        for what, daemon in kept.items():
+            bench.compare(f"{title}: µs computed in a cycle, {what} against none",
+                          in_turn(bench.rounds, lambda: run(*daemon), lambda: run(*without)),
+                          target if what == "journal" else None, "{:.1f}")
+    for process, _ in (without, *kept.values()):
+        bench.end(process)
+
+
+def measure_sync(bench, python):
+    """How many cycles share one sync of a slow disk."""
+    found = []
+    for _ in range(bench.rounds):
+        folder = tempfile.mkdtemp(dir=bench.folder)
+        counted = os.path.join(folder, "syncs")
+        process, path = bench.daemon(python, change=SLOW_DISK.format(path=counted),
+                                     options=("--state-dir", folder))
+        before = os.path.getsize(counted)
+        figures = bench.figures("cycle", path, 64, bench.seconds, "own")
+        found.append(int(figures["cycles"]) / (os.path.getsize(counted) - before))
+        bench.end(process)
+    cycles = statistics.median(found)
+    bench.note(f"64 clients own: cycles a sync of {1000 * SYNC:.0f} ms", f"{cycles:.0f}", "", "",
+               "≥ 10", cycles >= 10)
+
+
+def measure_size(bench, python):
+    """The memory that a held lock takes, with a journal and without one."""
+    if not os.path.exists("/proc/self/status"):
+        return bench.skip("bytes for each held lock", "no /proc")
+    size = min(10000, bench.files - 100)
+
+    def taken(change):
+        process, path = bench.daemon(python, change=change)
+        empty = status_of(process.pid, "VmRSS")
+        holder = bench.holding(path, size, 0.1)[0]
+        full = status_of(process.pid, "VmRSS")
+        bench.end(holder)
+        bench.end(process)
+        return (full - empty) * 1024 / size
+
+    bench.compare(f"bytes for each of {size} held locks, journal against none", in_turn(
+        bench.rounds, lambda: taken("pass"), lambda: taken(NO_JOURNAL)), 1.1)
+
+
+def measure_restore(bench, python):
+    """The processor time of a start with many holders in the journal."""
+    if processor_time(os.getpid()) is None:
+        return bench.skip("restoring holders", "the system does not tell")
+
+    def start(size):
+        path = os.path.join(tempfile.mkdtemp(dir=bench.folder), "s")
+        if size:
+            made = JOURNAL.format(root=ROOT, size=size, path=f"{path}.journal")
+            subprocess.check_call([python, "-B", "-c", made], env=bench.environment)
+        process = bench.daemon(python, change="pass", path=path)[0]
+        spent = processor_time(process.pid)
+        if size:
+            report = subprocess.check_output(
+                [python, os.path.join(ROOT, "flom.py"), "-s", path, "-r", f"held{size - 1}",
+                 "--status", "--json"], env=bench.environment)
+            if b"absent" not in report:
+                sys.exit(f"bench.py: the journal of {size} holders is not believed")
+        bench.end(process)
+        return spent
+
+    for size, target in ((10000, 0.4), (100000, 4)):
+        pairs = in_turn(bench.rounds, lambda: start(size), lambda: start(0))
+        spent = statistics.median(value - nothing for value, nothing in pairs)
+        bench.note(f"{size} holders restored: s computed", f"{spent:.2f}", "", "", f"≤ {target}",
+                   spent <= target)
 
 
 def install(bench, python):
@@ -397,8 +548,7 @@ def print_table(rows):
                   *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:])))
 
 
-MEASUREMENTS = {name[len("measure_"):]: function for name, function in list(globals().items())
-                if name.startswith("measure_") and name != "measure_flom"}
+MEASUREMENTS = {name: globals()[f"measure_{name}"] for name in NAMES}
 
 
 def main():
