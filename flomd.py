@@ -4777,56 +4777,181 @@ class _Reader:
 
 
 # --- State on disk ------------------------------------------------------------------------------
-# What a daemon must know of the one before it, however that one ended:
+# What a daemon leaves for its successor, in two files: the state and the journal.
+#
+# The state is one record of fixed length, which is changed in place:
 #
 #     epoch   the upper half of its tokens, a number that grows with every daemon
 #     boot    the id of the boot of the system: what was held before another boot is held no more
-#     mark    whether somebody held a lock
-#     pid     who it was, for the messages of daemons that find the file locked
+#     mark    somebody may hold a lock that the journal does not know
+#     pid     whose it is, for the messages of daemons that find the file locked
 #
-# One record of fixed length.  The mark alone changes while the daemon serves: it is set before the
-# first grant is told, and cleared when nobody has held a lock for QUIET s.
+# A second line says that a journal is kept, so that a journal which is lost is missed.
 #
 # The file is a lock, too.  Its flock keeps a second daemon from the same socket (see Listeners),
 # or from the state of the same address; the end of the process releases it.  A cleaner of /tmp may
 # remove the file; then it keeps nobody away, so the daemon looks every LOOK s, makes it anew and
-# locks it.
+# locks it.  The journal beside it is read and written under this lock alone.
 #
-# A state that cannot be written costs no service: the log says so, and nothing is remembered.
+# The journal has what the memory (see there) wants to be kept: records in batches, each appended
+# in one write, and now and then a new file with what is alive.
+#
+#     to count     a batch counts when a successor would find it: when it is written, or with a
+#                  `synced` journal (--state-dir) when fdatasync has returned
+#     whole        the journal knows everybody who can hold a lock, the mark is clear
+#     to rewrite   to write all records into a new file, which then takes the path
+#     covered      up to there tokens may have been told: the record `d` of the journal says so
+#
+# The problem: a successor must believe what it reads, whatever has happened to disk, files and
+# clocks.  So whatever does not check makes the journal worthless, and nothing is known; then the
+# recovery window lets former holders come back.  A journal counts only when its epoch is at least
+# that of the state: the epoch goes into the journal first, and a daemon that keeps none (an older
+# version, another user's) leaves a journal behind that does not count.  And whoever puts a new
+# journal in place of one of which not all was known sets the mark before, and clears it when the
+# window is over and all who hold a lock are in the journal.
+#
+# A journal that cannot be written loses no decision.  Without sync the mark takes its place; with
+# sync nothing is told until a new file could be written.  A file on which a write or a sync has
+# failed gets no more batches: it lacks one.  A sync in particular is not tried again, since the
+# system may have forgotten what it could not write.
+#
+# Not here on purpose: what the records mean, and any copy of them; a rewrite asks for them.
 
 RECORD = "flomd {epoch:010d} {boot:36.36} {held:d} {pid:010d}\n"
 MARK_AT = len(RECORD.format(epoch=0, boot="", held=0, pid=0)) - len("0 0000000000\n")
+JOURNAL_LINE, OTHER_LINE = "journal\n", "nothing\n"  # behind the record, of one length
 QUIET = 1  # s without any holder before the mark is cleared
 HELD_FOR = 5  # s that a lock may be held by a daemon that does not answer any more
 AGAIN = 0.02  # s until a lock that is held is tried once more
+RETRY = 10  # s until a journal that cannot be written is tried again
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 STATE_FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 PRIVATE, SHARED = 0o600, 0o666  # permissions
+LAYOUT = 1  # of the journal
+IN_FILE, SYNCED, NOT_KEPT = "file", "synced", "none"  # kinds of stores
+JOURNAL_HEAD = f"flomd journal {LAYOUT}\n".encode()
+PORTION = 1000  # records that a rewrite takes from the table at once
+LEAST_REWRITTEN = 2 ** 20  # bytes of a journal that is never too long
+MOST_DEAD = 4  # times what is alive, from which on a journal is too long
+LAST_WORK = 2  # s that the end of the daemon waits for the disk
 
 _record = re.compile(rb"""
     flomd\ (\d{10})   # epoch
     \ (.{36})         # boot
     \ ([01])          # mark
     \ (\d{10})\n      # pid
+    (journal\n)?      # whether it kept a journal
     """, re.VERBOSE).match
 
+_journal_head = re.compile(rb"flomd journal (\d{1,9})\n").match
+
+_batch_head = re.compile(rb"""
+    \+([1-9]\d{0,9})  # the length of the batch, in bytes
+    \ ([0-9a-f]{8})\n  # its CRC32
+    """, re.VERBOSE).match
+
+_batch_head_cut = re.compile(rb"\+([1-9]\d{0,9}( [0-9a-f]{0,8})?)?\Z").match
+
+_attribute = re.compile(r'([a-z]+)="([^"]*)"').findall
+
+
+# The text of a journal.
+
+class Damage(Exception):
+    """What was found is no journal that can be believed."""
+
+
+class OtherLayout(Damage):
+    """It is the journal of another version.  The argument is the number of its layout."""
+
+
+def encode_batch(records: "Iterable[Tuple[str, str | None]]") -> "bytes":
+    """The bytes of a batch.  A record is (key, text), or (key, None) when it is to be forgotten;
+    neither has a line break, and a key has no blank.  Of no record b"" is made."""
+    lines = []
+    for key, text in records:
+        if text is None:
+            text = "-"
+        lines.append(f"{key} {text}\n")
+    body = "".join(lines).encode("utf-8", "surrogateescape")
+    assert body.count(b"\n") == len(lines)
+    if not lines:
+        return b""
+    return b"+%d %08x\n" % (len(body), binascii.crc32(body)) + body
+
+
+def read_journal(data: "bytes") -> "Tuple[Dict[str, str], int]":
+    """({key: text}, length) of a whole file: the length ends with its last whole batch.  What
+    follows there is the beginning of a batch that was cut off.  Raises Damage."""
+    head = _journal_head(data)
+    if head is None:
+        raise Damage("it does not begin as a journal does")
+    if head.group() != JOURNAL_HEAD:
+        raise OtherLayout(int(head.group(1)))
+    records: "Dict[str, str]" = {}
+    place = head.end()
+    while place < len(data):
+        body = _body_of_batch(data, place)
+        if body is None:
+            break
+        begin, end = body
+        _apply_batch(data[begin:end], records)
+        place = end
+    return records, place
+
+
+def _body_of_batch(data, place):
+    """(begin, end) of the body of a batch; None when it is cut off.  Raises Damage."""
+    head = _batch_head(data, place)
+    if head is None:
+        if _batch_head_cut(data, place):
+            return None
+        raise Damage(f"no batch begins at byte {place}")
+    begin = head.end()
+    end = begin + int(head.group(1))
+    body = data[begin:end]
+    checks = binascii.crc32(body) == int(head.group(2), 16)
+    if end <= len(data) and checks:
+        return begin, end
+    # The last batch may be cut off.  It is not when another one follows, or when it is whole but
+    # for its length.
+    if end <= len(data) or checks or b"\n+" in body:
+        raise Damage(f"the batch at byte {place} is not as it was written")
+    return None
+
+
+def _apply_batch(body, records):
+    lines = body.decode("utf-8", "surrogateescape").split("\n")
+    if lines.pop():
+        raise Damage("a batch does not end with a line")
+    for line in lines:
+        key, blank, text = line.partition(" ")
+        if not blank:
+            raise Damage("a line has no text")
+        if text == "-":
+            records.pop(key, None)
+        else:
+            records[key] = text
+
+
+# The lock, and the record that is changed in place.
 
 class State:
-    """The record in the file at `path` (None: nothing is remembered), which is made if it is not
-    there.  A `shared` file may belong to anybody; a `durable` record is on the disk, and not only
-    in the system's memory, when it counts as written.  Raises CannotServe."""
+    """The file at `path` (None: nothing is remembered), which is made if it is not there.  A
+    `shared` file may belong to anybody; a `durable` record is on the disk, and not only in the
+    system's memory, when it counts as written.  Raises CannotServe."""
 
     def __init__(self, log: "Log", path: "str | None" = None, shared: "bool" = False,
                  durable: "bool" = False):
         self.log, self.path = log, path or os.devnull
         self.durable = durable
         self.mode = SHARED if shared else PRIVATE
-        self.epoch = self.pid = 0  # of the predecessor, until begin()
+        # What the predecessor, or who has the lock, has left.
+        self.epoch = self.pid = 0
         self.boot = ""
-        self.marked = False  # as the file says, or should say
-        self.unclean = False  # the predecessor ended while somebody held a lock
-        self.kept = False  # the record is in the file
-        self.kind = "none"  # no records of holders are kept
+        self.marked = False
+        self.had_journal = False
+        self._text = b""  # the record of this daemon
         self.number = self._open()
 
     def _open(self):
@@ -4848,11 +4973,15 @@ class State:
 
     def _is_usable(self, found):
         """Whether it is a file that nobody else can have put in the way."""
-        if self.path == os.devnull:
+        if self.is_nowhere():
             return True
         if self.mode == PRIVATE and found.st_uid != os.getuid():
             return False
         return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+
+    def is_nowhere(self) -> "bool":
+        """Whether nothing is remembered, since no file can be had."""
+        return self.path == os.devnull
 
     def lock(self, wait: "bool" = False) -> "bool":
         """Takes the flock of the file; returns whether it could be had.  Raises OSError where
@@ -4871,15 +5000,15 @@ class State:
         """Reads what the predecessor, or who has the lock, has written."""
         found = _record(os.pread(self.number, 128, 0))
         if found:
-            epoch, boot, mark, pid = found.groups()
+            epoch, boot, mark, pid, journal = found.groups()
             self.epoch, self.pid = int(epoch), int(pid)
             self.boot = boot.decode("ascii", "replace").strip()
-            self.unclean = mark == b"1"
+            self.marked = mark == b"1"
+            self.had_journal = journal is not None
 
     def _accept(self):
         """The lock is taken, and what the file says is that of the predecessor."""
         self._read()
-        self.marked = self.unclean
         if self.epoch > LAST_EPOCH:
             self.log.error(f"{self.path} is damaged: its epoch, {self.epoch}, is ignored")
             self.epoch = 0
@@ -4888,65 +5017,26 @@ class State:
         """Whether the path still leads to the file."""
         return identity(self.path) == identity(self.number)
 
-    def begin(self) -> "bool":
-        """Writes this daemon's record; returns whether the system was booted since the last."""
-        before, self.boot = self.boot, _boot_id()
-        self.epoch = max(_epoch_of_the_clock(), self.epoch + 1)
-        self._write_record()
-        return self.boot != before
+    def write(self, epoch: "int", boot: "str", held: "bool", journal: "bool") -> "None":
+        """Writes the whole record.  Raises OSError."""
+        text = RECORD.format(epoch=epoch, boot=boot, held=held, pid=os.getpid())
+        if journal:
+            text += JOURNAL_LINE
+        elif self.had_journal:
+            text += OTHER_LINE
+        self._text = text.encode()
+        self._write_text()
 
-    def wait_for_epoch(self) -> "None":
-        """When the record could not be written: lets the second pass that the epoch names, so that
-        one who serves after this daemon, and must look at the clock alone, has a greater one.
-        Nobody else may serve already."""
-        self.epoch = max(_epoch_of_the_clock(), self.epoch)
-        time.sleep(1 - time.time() % 1)
+    def _write_text(self):
+        os.pwrite(self.number, self._text, 0)
+        if self.durable:
+            os.fsync(self.number)
 
-    def _write_record(self):
-        record = RECORD.format(
-            epoch=self.epoch,
-            boot=self.boot,
-            held=self.marked,
-            pid=os.getpid(),
-        )
-        written = self._write(record.encode(), 0)
-        self.kept = written and self.path != os.devnull
-        return written
-
-    def _write(self, data, place):
-        """Writes to the file; returns whether it could be written."""
-        try:
-            os.pwrite(self.number, data, place)
-            if self.durable and place == 0:
-                os.fsync(self.number)
-        except OSError as error:
-            self.log.limited(f"cannot write {self.path}: {error.strerror}; "
-                             "nothing will be remembered", "error")
-            return False
-        return True
-
-    def mark(self, held: "bool") -> "bool":
-        """Somebody is about to hold a lock, or nobody has held one for a while.  Returns whether
-        it is written; what cannot be written is tried again with the next grant."""
-        before, self.marked = self.marked, held
-        if self.kept:
-            mark = b"1" if held else b"0"
-            written = self._write(mark, MARK_AT)
-        else:
-            written = self._write_record()
-        if not written:
-            self.marked = before
-        return written
-
-    def commit(self, records: "list", done: "Act") -> "None":
-        """Nothing is kept."""
-        done()
-
-    def cover(self, token: "int") -> "None":
-        """The record's epoch becomes that of a token which is to be told: of one reclaimed that
-        lay ahead, or of the first after them.  Those of a successor must be greater."""
-        self.epoch = token >> 32
-        self._write_record()
+    def write_mark(self, held: "bool") -> "None":
+        """Changes the mark of the record that is there.  Raises OSError."""
+        mark = b"1" if held else b"0"
+        os.pwrite(self.number, mark, MARK_AT)
+        self._text = self._text[:MARK_AT] + mark + self._text[MARK_AT + 1:]
 
     def look(self) -> "bool":
         """Makes and locks the file anew where its path does not lead to it any more; returns
@@ -4968,7 +5058,10 @@ class State:
         os.close(self.number)
         self.number = number
         self.log.error(f"{self.path} was removed; it was made and locked anew")
-        self._write_record()
+        try:
+            self._write_text()
+        except OSError as error:
+            self.log.limited(f"cannot write {self.path}: {error.strerror}", "error")
         return True
 
 
@@ -5012,7 +5105,7 @@ def _flock(number, wait):
     return True
 
 
-def _boot_id():
+def boot_id() -> "str":
     """What tells this boot of the system from any other; "" where it cannot be had."""
     try:
         with open(BOOT_ID) as file:
@@ -5021,7 +5114,7 @@ def _boot_id():
         return ""
 
 
-def _epoch_of_the_clock():
+def epoch_of_the_clock() -> "int":
     """s since EPOCH; 0 when the clock is so wrong that it would use up all tokens."""
     seconds = int(time.time()) - EPOCH
     return seconds if seconds <= LAST_EPOCH else 0
@@ -5047,6 +5140,779 @@ def creating(mode):
         yield
     finally:
         os.umask(before)
+
+
+# The file of a journal.
+
+_sync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
+
+
+class JournalFile:
+    """One file: the one of the journal, or a new one that is to take its path.  Its length is what
+    was written by whole batches."""
+
+    def __init__(self, path: "str", synced: "bool"):
+        self.path, self.synced = path, synced
+        self.number = -1
+        self.length = 0
+        self.is_new = False  # it has not taken the path of the journal yet
+
+    def open(self) -> "bytes":
+        """Opens the file that is there, and reads it.  Raises OSError; Damage when it may be
+        another's."""
+        self.number = os.open(self.path, STATE_FLAGS | os.O_NONBLOCK)
+        found = os.fstat(self.number)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+            raise Damage("it is no file of its own")
+        if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & ~PRIVATE:
+            raise Damage(f"it is no file of {login()} alone")
+        with open(self.number, "rb", 0, closefd=False) as file:
+            return file.read()
+
+    def cut(self, length: "int") -> "None":
+        """Whatever follows there is removed.  Raises OSError."""
+        os.ftruncate(self.number, length)
+        self.length = length
+
+    def create(self) -> "None":
+        """Makes a new file, with its head.  Raises OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+        self.number = os.open(self.path, STATE_FLAGS | os.O_CREAT | os.O_EXCL, PRIVATE)
+        self.is_new = True
+        self.append(JOURNAL_HEAD)
+
+    def append(self, data: "bytes") -> "None":
+        """Writes at the end; of what fails nothing is left.  Raises OSError."""
+        try:
+            written = os.pwrite(self.number, data, self.length)
+            if written < len(data):
+                os.pwrite(self.number, data[written:], self.length + written)  # says why
+                raise OSError(errno.EIO, "a write was not whole")
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.number, self.length)
+            raise
+        self.length += len(data)
+
+    def sync(self) -> "None":
+        """With a synced journal: what was written is on the disk.  Raises OSError."""
+        if self.synced:
+            _sync(self.number)
+
+    def take_path(self, path: "str") -> "None":
+        """From now on it is the file at this path.  Raises OSError."""
+        self.sync()
+        os.rename(self.path, path)
+        self.path, self.is_new = path, False
+        if self.synced:
+            folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+    def is_at_its_path(self) -> "bool":
+        """Whether the path still leads to it."""
+        return identity(self.path) == identity(self.number)
+
+    def close(self) -> "None":
+        """No more is written."""
+        if self.number >= 0:
+            os.close(self.number)
+        self.number = -1
+
+    def discard(self) -> "None":
+        """Removes a new file that did not become whole."""
+        self.close()
+        if self.is_new:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+
+
+class Work:
+    """What is to be done with the files of a journal at one time: to append a batch to the file
+    that counts, and the same and a portion of all records to the new one."""
+
+    def __init__(self, path: "str", file: "JournalFile | None"):
+        self.path = path
+        self.file = file  # None when no file counts
+        self.new: "JournalFile | None" = None
+        self.batch = b""
+        self.portion = b""
+        self.is_last = False  # then the new file takes the path
+        self.looks = False  # whether the path still leads to the file
+        self.drop = ""  # why neither file is to be written any more
+        self.dones: "List[Act]" = []
+        # What has come of it.
+        self.failure = ""  # why the file does not count any more
+        self.failure_of_new = ""
+
+    def has_to_be_done(self) -> "bool":
+        """Whether there is anything to be done."""
+        return bool(self.batch or self.portion or self.is_last or self.looks or self.drop
+                    or self.dones)
+
+    def do(self) -> "None":
+        """Does it; raises nothing.  With a synced journal this is called in the thread."""
+        file, new = self.file, self.new
+        if file is not None:
+            self.failure = failure_of(functools.partial(self._append, file))
+        if new is not None:
+            self.failure_of_new = failure_of(functools.partial(self._rewrite, new))
+            if self.failure_of_new:
+                self._discard(new)
+        if file is not None and self._file_is_over():
+            file.close()
+
+    def _discard(self, new):
+        """Nobody is to believe a new file that is not whole.  One that is whole, and has the path,
+        but whose name may not be on the disk, leaves no file that counts."""
+        if not new.is_new and new.number >= 0:
+            self.failure = self.failure_of_new
+        new.discard()
+
+    def _append(self, file):
+        self._refuse_if_dropped()
+        if self.batch:
+            file.append(self.batch)
+            file.sync()
+        if self.looks and not file.is_at_its_path():
+            raise OSError(errno.ENOENT, "it was removed")
+
+    def _refuse_if_dropped(self):
+        if self.drop:
+            raise OSError(errno.ENOLCK, self.drop)
+
+    def _rewrite(self, new):
+        self._refuse_if_dropped()
+        if new.number < 0:
+            new.create()
+        data = self.batch + self.portion
+        if data:
+            new.append(data)
+        if self.is_last:
+            new.take_path(self.path)
+
+    def _file_is_over(self):
+        return bool(self.failure) or self.was_replaced()
+
+    def was_replaced(self) -> "bool":
+        """Whether the new file has taken the path."""
+        return self.new is not None and self.is_last and not self.failure_of_new
+
+    def is_stored(self) -> "bool":
+        """Whether its batch counts."""
+        return self.was_replaced() or (self.file is not None and not self.failure)
+
+
+def failure_of(act: "Act") -> "str":
+    """Calls act(); returns why it has failed, "" when it has not."""
+    try:
+        act()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+class Task:
+    """Anything else that waits for a disk: act() is called, and may raise OSError."""
+
+    def __init__(self, act: "Act"):
+        self.act = act
+
+    def do(self) -> "None":
+        """Does it; raises nothing."""
+        failure_of(self.act)
+
+
+def ignore(_: "object" = None) -> "None":
+    """To call where there is nothing to be done."""
+
+
+def iter_nothing() -> "Iterator[Tuple[str, str]]":
+    """The records of a table that is not there yet."""
+    return iter(())
+
+
+# Who does it: the loop itself, or a thread.
+
+class AtOnce:
+    """Does what is to be done, before the call returns."""
+
+    def do(self, work: "Work | Task", hear: "Callable[[Any], object]") -> "None":
+        """Calls work.do(), and then hear(work)."""
+        work.do()
+        hear(work)
+
+    def finish(self, seconds: "float") -> "None":
+        """All is done."""
+
+
+class Thread:
+    """Does in a thread what waits for a disk, one work after the other.
+
+    A byte in a socket wakes the thread, and one wakes the loop when the work is done.  There is
+    nothing else that both use: no lock, so that a process forked meanwhile finds none taken.
+    """
+
+    def __init__(self, loop: "Loop"):
+        import threading
+        self._todo: "Deque[Work | Task]" = collections.deque()
+        self._done: "Deque[Work | Task]" = collections.deque()
+        self._hears: "Deque[Callable[[Any], object]]" = collections.deque()
+        self._ours, self._theirs = socket.socketpair()
+        self._ours.setblocking(False)
+        loop.watch(self._ours, self._handle)
+        thread = threading.Thread(target=self._run, name="disk", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # there are too many
+            raise OSError(errno.EAGAIN, str(error))
+
+    def _run(self):
+        """In the thread.  Signals are the main thread's."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
+        while self._theirs.recv(1):
+            work = self._todo.popleft()
+            work.do()
+            self._done.append(work)
+            self._theirs.send(b".")
+
+    def do(self, work: "Work | Task", hear: "Callable[[Any], object]") -> "None":
+        """Has work.do() called in the thread, and then hear(work) by the loop."""
+        self._todo.append(work)
+        self._hears.append(hear)
+        self._ours.send(b".")
+
+    def _handle(self, events):
+        self._ours.recv(64)
+        self._hear()
+
+    def _hear(self):
+        while self._done:
+            work = self._done.popleft()
+            hear = self._hears.popleft()
+            hear(work)
+
+    def finish(self, seconds: "float") -> "None":
+        """Waits so many s, at most, until all is done."""
+        until = time.monotonic() + seconds
+        while self._hears and time.monotonic() < until:
+            select.select([self._ours], [], [], until - time.monotonic())
+            with contextlib.suppress(BlockingIOError):
+                self._ours.recv(64)
+            self._hear()
+
+
+# The store.
+
+class Journal:
+    """Keeps the records of the memory in the file at `path`.
+
+    Records come in by commit().  While a work is under way they gather, and are one batch: with a
+    synced journal the clients of one sync share the next.  While the journal is rewritten each
+    batch goes to both files; a portion is read from the table in the moment in which the batches
+    before it are written, so it is never older than they are.
+
+    `failing` says why what is committed does not count now, "" when it does.  heed(journal) is
+    called when that has changed, and when the journal was rewritten; may_rewrite() tells whether
+    a new file may count.
+    """
+
+    def __init__(self, path: "str", synced: "bool", heed: "Callable[[Journal], object]",
+                 may_rewrite: "Callable[[], bool]"):
+        self.path, self.synced = path, synced
+        self.failing = ""
+        self.rewritten = 0  # times that the file was
+        self._heed = heed
+        self._may_rewrite = may_rewrite
+        self._hand: "AtOnce | Thread" = AtOnce()
+        self._loop: "Any" = None
+        self._file: "JournalFile | None" = None  # that counts
+        self._new: "JournalFile | None" = None  # that is to take its path
+        self._alive = 0  # bytes of the file when it was new
+        self._is_busy = False
+        self._rests = False  # until a rewrite is tried again
+        self._gathered: "List[Tuple[str, str | None]]" = []  # records that are not written yet
+        self._dones: "List[Act]" = []  # what is to be called when they count
+        self._late: "List[Act]" = []  # and what when a rewrite has stored what could not be
+        self._portions: "Iterator[Tuple[str, str]]" = iter(())
+        self._portion_is_due = False
+        self._last_is_due = False
+        self._look_is_due = False
+        self._dropped = ""  # why the file is to count no more
+        self._everything: "Callable[[], Iterator[Tuple[str, str]]]" = iter_nothing
+        self._settle: "Act" = ignore
+
+    # The start.
+
+    def load(self) -> "Dict[str, str]":
+        """The records of the file that is there; {} when there is none.  What was cut off is not
+        read.  Raises OSError and Damage."""
+        file = JournalFile(self.path, self.synced)
+        try:
+            data = file.open()
+            records, file.length = read_journal(data)
+        except FileNotFoundError:
+            return {}
+        except (OSError, Damage):
+            file.close()
+            raise
+        self._file = file
+        return records
+
+    def forget(self) -> "None":
+        """What was loaded does not count."""
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+    def begin(self, records: "List[Tuple[str, str | None]]") -> "None":
+        """Stores the first batch, behind what was loaded, or in a new file.  See `failing`."""
+        work = Work(self.path, self._file)
+        work.batch = encode_batch(records)
+        if self._file is None:
+            work.new = self._new = self._make_new()
+            work.is_last = True
+        else:
+            work.failure = failure_of(functools.partial(self._file.cut, self._file.length))
+        if not work.failure:
+            work.do()
+        self._heard(work)
+
+    def _make_new(self):
+        return JournalFile(f"{self.path}.new", self.synced)
+
+    def start(self, loop: "Loop", everything: "Callable[[], Iterator[Tuple[str, str]]]",
+              settle: "Act") -> "None":
+        """Serves from now on, with a thread if it is synced.  everything() yields all records, for
+        a rewrite; while it is asked the table may change.  settle() commits what has changed until
+        now.  Begins to rewrite.  Raises OSError."""
+        if self.synced:
+            self._hand = Thread(loop)
+        self._loop = loop
+        self._everything, self._settle = everything, settle
+        self.rewrite()
+
+    # While it serves.
+
+    def commit(self, records: "Iterable[Tuple[str, str | None]]", done: "Act") -> "bool":
+        """Stores the records; done() is called when they count.  Returns False when it never is:
+        without sync, while it fails."""
+        self._gathered += records
+        self._dones.append(done)
+        self._next()
+        return self.synced or not self.failing
+
+    def look(self) -> "None":
+        """Looks whether the path still leads to the file, and rewrites it if not."""
+        self._look_is_due = True
+        self._next()
+
+    def rewrite(self) -> "None":
+        """Writes a new file, in portions."""
+        self._rests = False
+        if self._new is not None or self._loop is None:
+            return
+        if not self._may_rewrite():
+            self._rest()
+            return
+        for act in (self.rewrite, self._go_on, self._come_to_the_end):
+            self._loop.cancel(act)  # they may belong to one that has failed
+        self._new = self._make_new()
+        self._portions = self._everything()
+        self._portion_is_due = True
+        self._next()
+
+    def drop(self, reason: "str") -> "None":
+        """The file does not count any more; a rewrite is tried later."""
+        self._dropped = reason
+        self._next()
+
+    def run(self, act: "Act") -> "None":
+        """Calls act() where the files are written, behind what is to be written there already.
+        What fails is of no consequence."""
+        self._hand.do(Task(act), ignore)
+
+    def close(self) -> "None":
+        """Waits until all is written, for LAST_WORK s at most."""
+        self._hand.finish(LAST_WORK)
+
+    def _next(self):
+        """Has the next work done, unless one is under way."""
+        if self._is_busy:
+            return
+        work = Work(self.path, self._file)
+        work.dones = self._take_gathered(work)
+        if self._new is not None:
+            self._take_portion(work)
+        work.looks, self._look_is_due = self._look_is_due, False
+        work.drop, self._dropped = self._dropped, ""
+        if work.has_to_be_done():
+            self._is_busy = True
+            self._hand.do(work, self._heard)
+
+    def _take_gathered(self, work):
+        work.batch = encode_batch(self._gathered)
+        dones = self._dones
+        self._gathered, self._dones = [], []
+        return dones
+
+    def _take_portion(self, work):
+        """The next portion of a rewrite, if it is due."""
+        work.new = self._new
+        work.is_last = self._last_is_due
+        if not self._portion_is_due:
+            return
+        self._portion_is_due = False
+        work.portion = encode_batch(itertools.islice(self._portions, PORTION))
+        self._loop.after(0, self._go_on if work.portion else self._come_to_the_end)
+
+    def _go_on(self):
+        """One portion in each turn of the loop."""
+        if self._new is not None:
+            self._portion_is_due = True
+            self._next()
+
+    def _come_to_the_end(self):
+        """All portions are written.  They may have a part of what has changed since the last
+        batch: so the rest of it comes before the new file counts."""
+        new = self._new
+        if new is None:
+            return
+        self._settle()
+        if self._new is new:  # it may have failed by that
+            self._last_is_due = True
+            self._next()
+
+    def _heard(self, work):
+        """A work is done."""
+        self._is_busy = False
+        before, times = self.failing, self.rewritten
+        if work.failure or work.drop:
+            self._file = None
+            self.failing = work.failure or work.drop
+        if work.new is not None:
+            self._hear_of_new(work)
+        self._call_dones(work)
+        if self.failing != before or self.rewritten != times:
+            self._heed(self)
+        self._plan_rewrite(work)
+        self._next()
+
+    def _hear_of_new(self, work):
+        """What has become of the new file."""
+        if not work.failure_of_new and not work.is_last:
+            return
+        self._new, self._last_is_due = None, False
+        if work.was_replaced():
+            self._file = work.new
+            self._alive = work.new.length
+            self.failing = ""
+            self.rewritten += 1
+        elif self._file is None:
+            self.failing = work.failure_of_new
+
+    def _call_dones(self, work):
+        dones = work.dones
+        if work.was_replaced():
+            dones = self._late + dones
+            self._late = []
+        if work.is_stored():
+            for done in dones:
+                done()
+        elif self.synced:
+            self._late += dones
+
+    def _plan_rewrite(self, work):
+        """A rewrite is tried at once when a file has failed, and again and again while none can be
+        written; and when the file is too long."""
+        if self._loop is None or self._new is not None:
+            return
+        if work.failure_of_new:
+            self._rest()
+        elif work.failure or work.drop:
+            self.rewrite()
+        elif self._is_too_long() and not self._rests:
+            self.rewrite()
+
+    def _rest(self):
+        self._rests = True
+        self._loop.after(RETRY, self.rewrite)
+
+    def _is_too_long(self):
+        if self._file is None:
+            return False
+        return self._file.length >= max(LEAST_REWRITTEN, MOST_DEAD * self._alive)
+
+
+# State and journal together.
+
+Known = collections.namedtuple("Known", "records whole unclean rebooted")
+Known.__doc__ = """What is known of the predecessor: records, {key: text}, and whether they are
+whole, nobody else can hold a lock; unclean: somebody may hold one that they do not have; rebooted:
+the system was booted since."""
+
+
+class Disk:
+    """What this daemon leaves for its successor.
+
+    `state` is locked; `journal_path` is None when no journal is kept; `network`: clients on other
+    hosts may have outlived this host's boot.  The order of calls: recall(), perhaps disown(),
+    begin(), start(), and then the rest.
+
+    kind       "file", "synced" or "none": how batches are stored
+    failing    why no batch can be stored now, "" when it can
+    epoch      the upper half of the greatest token that may be told before cover() is called
+    marked     the mark is set
+    """
+
+    def __init__(self, log: "Log", state: "State", journal_path: "str | None" = None,
+                 network: "bool" = False):
+        self.log, self.state = log, state
+        self.kind = NOT_KEPT
+        if journal_path is not None:
+            self.kind = SYNCED if state.durable else IN_FILE
+        self.epoch = 0
+        self.marked = False
+        self.unknown_until = 0.0  # s, monotonic: the end of the window for those not known
+        self._network = network
+        self._journal = Journal(journal_path or os.devnull, state.durable, self._heed,
+                                self._may_rewrite)
+        self._boot = boot_id()
+        self._old = {"epoch": "0", "covers": "0", "boot": ""}  # the record `d` that was found
+        self._loop: "Any" = None
+        self._has_state = False  # the record of this daemon is in the state
+        self._has_begun = False  # and in the journal
+        self._has_lock = True
+        self._complains = False
+        self._changed: "Act" = ignore
+
+    @property
+    def failing(self) -> "str":
+        """Why batches are not stored."""
+        return self._journal.failing
+
+    @property
+    def kept(self) -> "bool":
+        """Whether a successor finds this daemon's epoch."""
+        return self._has_state or self._has_begun
+
+    # What the predecessor has left.
+
+    def recall(self) -> "Known":
+        """Reads what is there, and changes nothing but the name of another version's journal."""
+        state = self.state
+        self.marked = state.marked
+        if self.kind == NOT_KEPT:
+            return self._finish_recall({}, False)
+        try:
+            records = self._journal.load()
+            if records or state.had_journal:
+                self._check(records)
+        except OtherLayout as error:
+            self._put_aside(error.args[0])
+            return self.disown("it is of another version")
+        except (OSError, Damage) as error:
+            return self.disown(getattr(error, "strerror", None) or error)
+        return self._finish_recall(records, bool(records))
+
+    def _check(self, records):
+        """Raises Damage where the journal does not count."""
+        if not records:
+            raise Damage("it is not there, and there was one")
+        self._old.update(_attribute(records.get("d", "")))
+        covered = self._old["covers"]
+        if not covered.isdigit() or "d" not in records:
+            raise Damage("it does not say up to where it counts")
+        if int(covered) >> 32 < self.state.epoch:
+            raise Damage("it is older than the state")
+        if int(covered) >> 32 > LAST_EPOCH:
+            raise Damage("its epoch is none")
+
+    def _put_aside(self, version):
+        path = self._journal.path
+        with contextlib.suppress(OSError):
+            os.rename(path, f"{path}.{version}")
+
+    def disown(self, reason: "object") -> "Known":
+        """What was found in the journal cannot be believed: nothing is known."""
+        self.log.error(f"{self._journal.path} does not count: {reason}; "
+                       "of the daemon before nothing is known")
+        self._journal.forget()
+        return self._finish_recall({}, False, True)
+
+    def _finish_recall(self, records, counts, lost=False):
+        before = self.state.boot
+        if counts:
+            before = self._old["boot"]
+        rebooted = before != self._boot
+        unclean = self.state.marked or lost
+        if counts and rebooted and self._network and not self.state.durable:
+            unclean = True  # the end of the journal may have been lost with the system
+        covered = 0
+        if counts:
+            covered = int(self._old["covers"]) >> 32
+        self.epoch = max(epoch_of_the_clock(), self.state.epoch + 1, covered + 1)
+        return Known(records, counts and not unclean, unclean, rebooted)
+
+    # The beginning.
+
+    def begin(self) -> "None":
+        """Writes this daemon's epoch, into the journal first."""
+        if self.kind != NOT_KEPT:
+            if self._may_rewrite():
+                self._journal.begin([("d", self._record())])
+            else:
+                self._journal.drop("the mark could not be set")
+            self._has_begun = not self.failing
+        self._write_state()
+
+    def _record(self):
+        """The text of the record `d`."""
+        covers = (self.epoch + 1 << 32) - 1
+        return f'layout="{LAYOUT}" epoch="{self.epoch}" boot="{self._boot}" covers="{covers}"'
+
+    def _write_state(self):
+        """Writes the record of this daemon; returns whether it could be written."""
+        state = self.state
+        written = self._try(state.write, self.epoch, self._boot, self.marked, self.kind != NOT_KEPT)
+        self._has_state = written and not state.is_nowhere()
+        return written
+
+    def _try(self, write, *arguments):
+        """Writes to the state; returns whether it could be written."""
+        reason = failure_of(functools.partial(write, *arguments))
+        if reason:
+            self._complain(self.state.path, reason)
+        return not reason
+
+    def _complain(self, path, reason):
+        """Logs, once, that something cannot be written."""
+        if not self._complains:
+            self.log.error(f"cannot write {path}: {reason}")
+        self._complains = True
+
+    def wait_for_epoch(self) -> "None":
+        """When the epoch could be written nowhere: lets the second pass that it names, so that one
+        who serves after this daemon, and must look at the clock alone, has a greater one.  Nobody
+        else may serve already."""
+        self.epoch = max(epoch_of_the_clock(), self.epoch)
+        time.sleep(1 - time.time() % 1)
+
+    def start(self, loop: "Loop", everything: "Callable[[], Iterator[Tuple[str, str]]]",
+              settle: "Act", changed: "Act") -> "None":
+        """Serves from now on; after detaching.  everything() yields the records of the table;
+        settle() commits what has changed in it until now; changed() is called when `failing` has
+        changed.  Raises OSError."""
+        self._loop = loop
+        self._changed = changed
+        if self.kind != NOT_KEPT:
+            self._journal.start(loop, functools.partial(self._everything, everything), settle)
+
+    def _everything(self, everything):
+        return itertools.chain([("d", self._record())], everything())
+
+    # While it serves.
+
+    def commit(self, records: "Iterable[Tuple[str, str | None]]", done: "Act") -> "bool":
+        """Stores a batch of records, (key, text) or (key, None).  done() is called when it counts:
+        at once, where nothing is kept, too, or later by the loop.  Returns False when it is never
+        called, and the mark is to take the place of the batch: see mark()."""
+        if self.kind == NOT_KEPT:
+            done()
+            return True
+        return self._journal.commit(records, done)
+
+    def mark(self, held: "bool") -> "bool":
+        """Somebody is about to hold a lock that the journal does not know, or nobody does any
+        more.  Returns False when that could not be written; it may be tried again."""
+        state = self.state
+        if self._has_state and held == self.marked:
+            return True
+        before, self.marked = self.marked, held
+        if not self._has_state:
+            written = self._write_state()
+        elif self.kind == SYNCED and not held:
+            self._journal.run(functools.partial(state.write_mark, held))
+            written = True
+        else:
+            written = self._try(state.write_mark, held)
+        if not written:
+            self.marked = before
+        return written
+
+    def cover(self, token: "int") -> "bool":
+        """The epoch becomes that of a token which is to be told: of one reclaimed that lay ahead,
+        or of the first after them.  Those of a successor must be greater.  Returns False when that
+        could not be written."""
+        self.epoch = token >> 32
+        record = [("d", self._record())]
+        if self.kind != NOT_KEPT and self._journal.commit(record, self._cover_in_state):
+            return True
+        return self._write_state()
+
+    def _cover_in_state(self):
+        """The journal covers it, and then the state."""
+        if self.kind == SYNCED and self._has_state:
+            state = self.state
+            write = functools.partial(state.write, self.epoch, self._boot, self.marked, True)
+            self._journal.run(write)
+        else:
+            self._write_state()
+
+    def look(self) -> "None":
+        """Makes what was removed anew: the state, under its lock, and then the journal."""
+        had_lock, self._has_lock = self._has_lock, self.state.look()
+        if self.kind == NOT_KEPT:
+            return
+        if self._has_lock:
+            self._journal.look()
+        elif had_lock:
+            self._journal.drop("another daemon has the lock")
+
+    def close(self) -> "None":
+        """Before the end: what was committed is stored."""
+        if self.kind != NOT_KEPT:
+            self._journal.close()
+
+    def _may_rewrite(self):
+        """Whether a new journal may count.  Nobody else may have the lock; and in the window of
+        those who are not known the mark is set before."""
+        if not self._has_lock:
+            return False
+        state = self.state
+        if self.marked or time.monotonic() >= self.unknown_until:
+            return True
+        if self._has_state:
+            self.marked = self._try(state.write_mark, True)
+        else:  # the epoch goes into the journal first
+            self.marked = self._try(state.write, state.epoch, state.boot, True, state.had_journal)
+        return self.marked
+
+    def _heed(self, journal):
+        """The journal fails, or not any more, or was rewritten."""
+        if journal.failing:
+            self._complain(journal.path, journal.failing)
+        else:
+            if self._complains:
+                self.log.info(f"{journal.path} is written again")
+            self._complains = False
+            self._has_begun = True
+        if self._loop is not None:
+            self._clear_mark()
+            self._changed()
+
+    def _clear_mark(self):
+        """The mark is cleared when the journal knows all who can hold a lock."""
+        if not self.marked or self.failing:
+            return
+        left = self.unknown_until - time.monotonic()
+        if left > 0:
+            self._loop.after(left, self._journal.rewrite)
+        else:
+            self.mark(False)
 
 
 # --- Loop ---------------------------------------------------------------------------------------
@@ -6586,7 +7452,6 @@ def _is_named(connection, peer_id):
 
 
 LATE = 5  # s after which nobody waits any more for a batch to be stored, but for a grant
-SYNCED, NOT_KEPT = "synced", "none"  # kinds of stores; see State on disk
 LOOK_AT_STORE = 0.2  # s between two looks at batches that are not stored yet
 UNSAVED = 1  # s at most until a change is stored that nobody waits for
 WAITS_FOR_STORE = (OK, EVICTED)  # verdicts
@@ -6613,7 +7478,7 @@ class Batches:
     give_back(decision) ends what was granted and not told.
     """
 
-    def __init__(self, loop: "Loop", disk: "State", take_records: "Callable[[], list]",
+    def __init__(self, loop: "Loop", disk: "Disk", take_records: "Callable[[], list]",
                  give_back: "Callable[[Decision], object]"):
         self.disk = disk
         self.stored: "Act" = nothing  # called when a batch was stored, and was told
@@ -6762,7 +7627,7 @@ class Server:
     """
 
     def __init__(self, settings: "Settings", log: "Log", connections: "Connections",
-                 table: "LockTable", disk: "State", life: "Daemon"):
+                 table: "LockTable", disk: "Disk", life: "Daemon"):
         self.table = table
         self.disk = disk
         self.draining = False  # the clients are left to another daemon
@@ -7225,21 +8090,21 @@ SERVING, QUIESCING, DRAINING, ENDING = "serving", "quiescing", "draining", "endi
 class Daemon:
     """The parts of the daemon, and its life.
 
-    `pair` is (ms since 1970 at which it began, its id); `state` is locked, and has begun.
+    `pair` is (ms since 1970 at which it began, its id); `disk` has begun.
     Raises CannotServe.
     """
 
-    def __init__(self, settings: "Settings", options, log: "Log", pair: "tuple", state: "State",
+    def __init__(self, settings: "Settings", options, log: "Log", pair: "tuple", disk: "Disk",
                  table: "LockTable"):
         self.settings = settings
         self.log = log
         self.pair = pair
-        self.state = state
+        self.disk = disk
         self.table = table
         self.phase = SERVING
         self.loop = Loop(log)
         self.connections = Connections(self.loop, log, settings, options.max_clients)
-        self.server = Server(settings, log, self.connections, table, state, self)
+        self.server = Server(settings, log, self.connections, table, disk, self)
         self.ways: "list" = []  # how clients find it: listeners and the group
         self._parts: "list" = []  # what has a path that may be lost
 
@@ -7875,31 +8740,46 @@ def state_name(folder: "str", name: "str") -> "str":
     return f"{stem}-{digest[:16]}.lock"
 
 
-def open_states(settings, options, log, group):
-    """(the State of the local socket's lock, or None; the State that holds the record), locked.
-    Raises CannotServe or SteppedBack when another daemon serves already."""
+def open_disk(settings, options, log, group):
+    """(the State with the lock of the local socket, or None; the Disk), locked.  Raises
+    CannotServe or SteppedBack when another daemon serves already."""
     beside, path = state_paths(settings)
-    shared, durable = bool(settings["SocketName"]), bool(settings["StateDir"])
-    guard = None
+    guard: "Any" = None
     if beside is not None:
-        own = path == beside
-        guard = State(log, beside, shared=shared, durable=durable and own)
+        durable = bool(settings["StateDir"]) and path == beside
+        guard = State(log, beside, shared=bool(settings["SocketName"]), durable=durable)
         guard = _locked(guard, settings, options, group)
-        if own:
-            return guard, guard
-        guard.begin()  # for the pid
+    state = guard
+    if path != beside:
+        if guard is not None:
+            name_owner(guard)
+        state = open_state(settings, options, log, group, path)
+    return guard, Disk(log, state)
+
+
+def open_state(settings, options, log, group, path):
+    """The State at a path that is not beside the socket, locked."""
+    shared, durable = bool(settings["SocketName"]), bool(settings["StateDir"])
     try:
         state = State(log, path, shared=shared and not durable, durable=durable)
     except CannotServe as error:
         if durable:
             raise
         log.error(f"{error}; nothing will be remembered")
-        return guard, State(log)
-    return guard, _locked(state, settings, options, group)
+        return State(log)
+    return _locked(state, settings, options, group)
+
+
+def name_owner(guard):
+    """Writes into a file that is a lock alone who has it, for the messages of others."""
+    epoch = max(epoch_of_the_clock(), guard.epoch + 1)
+    reason = failure_of(lambda: guard.write(epoch, boot_id(), guard.marked, guard.had_journal))
+    if reason:
+        guard.log.error(f"cannot write {guard.path}: {reason}")
 
 
 def _locked(state, settings, options, group):
-    """The State, its lock taken; where there are no locks one that remembers nothing."""
+    """The State, its lock taken; where there are no locks, one that remembers nothing."""
     def answers():
         return _somebody_answers(settings, group)
     try:
@@ -7928,26 +8808,29 @@ def _somebody_answers(settings, group):
     return False
 
 
-def make_table(settings, options, state, rebooted):
-    """An empty lock table, for tokens of this state's epoch."""
-    window = recovery_window(settings, state, rebooted)
+def make_table(settings, options, disk, known):
+    """A lock table, for tokens of this daemon's epoch."""
+    window = recovery_window(settings, known)
     window_until = None
     if window:  # it begins when the daemon serves
         window_until = time.monotonic() + window
-        if not state.kept:
-            window_until += 1  # see State.wait_for_epoch()
+        if disk.state.is_nowhere():
+            window_until += 1  # see Disk.wait_for_epoch()
+        disk.unknown_until = window_until
     first_fit = settings["Policy"] == "first-fit"
-    return LockTable(first_fit, state.epoch, window_until, options.max_waiters,
+    return LockTable(first_fit, disk.epoch, window_until, options.max_waiters,
                      settings["MaxResources"])
 
 
-def recovery_window(settings, state, rebooted):
+def recovery_window(settings, known):
     """How long, in s, only former holders are granted; 0 for no window."""
+    if known.whole:
+        return 0
     if settings["RecoveryWindow"] is not None:
         return settings["RecoveryWindow"] / 1000
-    if not state.unclean:
+    if not known.unclean:
         return 0
-    if not rebooted:
+    if not known.rebooted:
         return SHORT_WINDOW
     if _address(settings):  # clients on other hosts may not know yet that this one was booted
         return settings["TcpKeepaliveTime"] + settings["TcpKeepaliveIntvl"]
@@ -8004,7 +8887,7 @@ def make_publisher(settings, options, daemon):
     table, counts = daemon.table, Counts()
 
     def figures():
-        return metrics(table, counts, len(daemon.connections), daemon.state.epoch)
+        return metrics(table, counts, len(daemon.connections), daemon.disk.epoch)
     outputs: "List[Any]" = []
     if settings["MountPointVFS"]:
         outputs.append(Tree(settings["MountPointVFS"], table))
@@ -8039,11 +8922,12 @@ def prepare(settings, options, log):
     pair = (int(time.time() * 1000), os.urandom(8).hex())
     with contextlib.ExitStack() as undo:  # what is open is closed when a later step fails
         group = join_group(settings, pair, undo)
-        guard, state = open_states(settings, options, log, group)
-        rebooted = state.begin()
-        table = make_table(settings, options, state, rebooted)
+        guard, disk = open_disk(settings, options, log, group)
+        known = disk.recall()
+        table = make_table(settings, options, disk, known)
+        disk.begin()
         Session.introduce(machine_id(), pair[1])
-        daemon = Daemon(settings, options, log, pair, state, table)
+        daemon = Daemon(settings, options, log, pair, disk, table)
         undo.callback(daemon.hide)
         Signals(daemon)  # before it listens: TERM then removes the socket
         publisher = make_publisher(settings, options, daemon)
@@ -8051,9 +8935,9 @@ def prepare(settings, options, log):
         if options.pid_file:
             undo.callback(remove_pid, options.pid_file)
             write_pid(options.pid_file)
-        if not state.kept:
-            state.wait_for_epoch()
-            table.begin_with(state.epoch)
+        if not disk.kept:
+            disk.wait_for_epoch()
+            table.begin_with(disk.epoch)
         begin(daemon, group, guard, publisher)
         undo.pop_all()
     return daemon
@@ -8078,8 +8962,8 @@ def join_group(settings, pair, undo):
 def begin(daemon, group, guard, publisher):
     """From now on the daemon is found, looks after its paths and publishes its state."""
     daemon.server.released()
-    parts = [daemon.state, *daemon.ways]
-    if guard is not None and guard is not daemon.state:
+    parts = [daemon.disk, *daemon.ways]
+    if guard is not None and guard is not daemon.disk.state:
         parts.append(guard)
     daemon.watch(parts)
     if group is not None:

@@ -38,15 +38,22 @@ def write(path, text):
         file.write(text)
 
 
-def begun(path, said=()):
-    """The State of a daemon that has begun, and has logged these lines."""
+def disk_at(path):
+    """The Disk of a daemon that has locked the state at the path, and has read it."""
     state = flomd.State(Lines(), path)
     assert state.lock()
-    state.begin()
-    os.close(state.number)
-    assert len(state.log.lines) == len(said)
-    assert all(part in line for part, line in zip(said, state.log.lines))
-    return state
+    return flomd.Disk(state.log, state)
+
+
+def begun(path, said=()):
+    """(the Disk, Known) of a daemon that has begun, has logged these lines and ended."""
+    disk = disk_at(path)
+    known = disk.recall()
+    disk.begin()
+    os.close(disk.state.number)
+    assert len(disk.log.lines) == len(said)
+    assert all(part in line for part, line in zip(said, disk.log.lines))
+    return disk, known
 
 
 def seconds():
@@ -54,32 +61,33 @@ def seconds():
 
 
 def test_epochs_rise_with_each_daemon(path):
-    first = begun(path).epoch
+    first = begun(path)[0].epoch
     assert seconds() - 1 <= first <= seconds()
-    assert begun(path).epoch > first
+    assert begun(path)[0].epoch > first
     write(path, record(first + 86400))
-    assert begun(path).epoch == first + 86401
+    assert begun(path)[0].epoch == first + 86401
 
 
 @pytest.mark.parametrize("epoch", [2 ** 31 - 2 ** 20 + 1, 2147483647, 9999999999])
 def test_an_epoch_that_leaves_no_room_is_damage(path, epoch):
     write(path, record(epoch, held=1))
-    state = begun(path, [f"epoch, {epoch}, is ignored"])
-    assert state.epoch <= seconds() and state.unclean
+    disk, known = begun(path, [f"epoch, {epoch}, is ignored"])
+    assert disk.epoch <= seconds() and known.unclean
 
 
 def test_a_clock_that_would_use_up_all_epochs_is_ignored(path, monkeypatch):
     write(path, record(5000))
     monkeypatch.setattr(flomd.time, "time", lambda: 2.0 ** 32)
-    assert begun(path).epoch == 5001
+    assert begun(path)[0].epoch == 5001
 
 
 def test_a_token_that_lies_ahead_is_covered(path):
-    state = begun(path)
-    state.number = state._open()
-    state.cover((state.epoch + 70000 << 32) + 5)
-    os.close(state.number)
-    assert begun(path).epoch > state.epoch
+    disk = disk_at(path)
+    disk.recall()
+    disk.begin()
+    assert disk.cover((disk.epoch + 70000 << 32) + 5)
+    os.close(disk.state.number)
+    assert begun(path)[0].epoch > disk.epoch
 
 
 def fail(*_):
@@ -87,29 +95,29 @@ def fail(*_):
 
 
 def test_a_mark_that_could_not_be_set_is_set_by_the_next_grant(path, monkeypatch):
-    state = flomd.State(Lines(), path)
-    assert state.lock()
-    state.begin()
+    disk = disk_at(path)
+    disk.recall()
+    disk.begin()
     with monkeypatch.context() as patch:
         patch.setattr(flomd.os, "pwrite", fail)
-        state.mark(True)
-    assert not state.marked and read(path).split()[3] == "0"
-    state.mark(True)
-    assert state.marked and read(path).split()[3] == "1"
-    os.close(state.number)
-    assert len(state.log.lines) == 1 and path in state.log.lines[0]
+        assert not disk.mark(True)
+    assert not disk.marked and read(path).split()[3] == "0"
+    assert disk.mark(True)
+    assert disk.marked and read(path).split()[3] == "1"
+    os.close(disk.state.number)
+    assert len(disk.log.lines) == 1 and path in disk.log.lines[0]
 
 
 def test_a_record_that_could_not_be_written_is_written_with_the_mark(path, monkeypatch):
-    state = flomd.State(Lines(), path)
-    assert state.lock()
+    disk = disk_at(path)
+    disk.recall()
     with monkeypatch.context() as patch:
         patch.setattr(flomd.os, "pwrite", fail)
-        state.begin()
-        assert not state.kept
-    state.mark(True)
-    os.close(state.number)
-    assert state.kept and read(path).split()[1] == f"{state.epoch:010d}"
+        disk.begin()
+        assert not disk.kept
+    assert disk.mark(True)
+    os.close(disk.state.number)
+    assert disk.kept and read(path).split()[1] == f"{disk.epoch:010d}"
 
 
 def test_the_lock_is_that_of_the_file_at_the_path(path):

@@ -1,0 +1,364 @@
+"""The journal: what a file says after it was cut off or damaged, and how it is written."""
+import os
+import random
+import time
+
+import flomd
+import pytest
+from world import SEED, read
+
+RECORDS = [("d", 'epoch="7" covers="34359738367"'), ("h/00000000000000a1", 'name="R" user="jö"')]
+BATCHES = [
+    RECORDS,
+    [("h/00000000000000a2", 'name="S" cmd="-"'), ("r/X3NfbnVt", 'next="2"')],
+    [("h/00000000000000a1", None)],
+    [("h/00000000000000a1", 'name="R"'), ("h/00000000000000a2", None), ("v/X3NfbnVt/1", 'n="0"')],
+]
+
+
+def states_of(batches):
+    """What was known before and after each batch."""
+    known = {}
+    states = [dict(known)]
+    for batch in batches:
+        for key, text in batch:
+            if text is None:
+                known.pop(key, None)
+            else:
+                known[key] = text
+        states.append(dict(known))
+    return states
+
+
+def file_of(batches):
+    return flomd.JOURNAL_HEAD + b"".join(map(flomd.encode_batch, batches))
+
+
+def known_from(data):
+    """What a file says, None when it says nothing."""
+    try:
+        return flomd.read_journal(data)[0]
+    except flomd.Damage:
+        return None
+
+
+# The text
+
+def test_a_file_says_what_was_written():
+    data = file_of(BATCHES)
+    assert flomd.read_journal(data) == (states_of(BATCHES)[-1], len(data))
+    assert flomd.read_journal(flomd.JOURNAL_HEAD) == ({}, len(flomd.JOURNAL_HEAD))
+    assert flomd.encode_batch([]) == b""
+
+
+def test_a_file_that_is_cut_off_says_what_was_known_before():
+    data, states = file_of(BATCHES), states_of(BATCHES)
+    ends = [len(file_of(BATCHES[:number])) for number in range(len(BATCHES) + 1)]
+    for length in range(len(data) + 1):
+        known = known_from(data[:length])
+        if length < ends[0]:
+            assert known is None
+            continue
+        whole = sum(end <= length for end in ends) - 1
+        assert known == states[whole]
+        assert flomd.read_journal(data[:length])[1] == ends[whole]
+
+
+def test_a_file_with_a_changed_bit_says_all_or_nothing():
+    data = file_of(BATCHES)
+    for place in range(len(data)):
+        for bit in range(8):
+            changed = bytearray(data)
+            changed[place] ^= 1 << bit
+            assert known_from(bytes(changed)) is None, (place, bit)
+
+
+def test_a_file_with_a_changed_byte_says_all_or_nothing():
+    data = file_of(BATCHES)
+    for place in range(len(data)):
+        for byte in b"0123456789abcdef+- \n\0\xff":
+            changed = data[:place] + bytes([byte]) + data[place + 1:]
+            if changed != data:
+                assert known_from(changed) is None, (place, byte)
+
+
+def test_lines_that_are_lost_twice_or_in_another_order_are_damage():
+    parts = [flomd.encode_batch(batch) for batch in BATCHES]
+    for number, part in enumerate(parts):
+        body = part.index(b"\n") + 1
+        for cut in range(1, len(part) - body):  # bytes in the middle of the file are missing
+            if number + 1 < len(parts):
+                rest = parts[:number] + [part[:-cut]] + parts[number + 1:]
+                assert known_from(flomd.JOURNAL_HEAD + b"".join(rest)) is None
+    assert known_from(file_of(BATCHES) + b"\0" * 4096) is None
+    assert known_from(b"\0" * 4096) is None
+
+
+def test_the_layout_of_another_version_is_told():
+    data = file_of(BATCHES).replace(b"journal 1\n", b"journal 12\n", 1)
+    with pytest.raises(flomd.OtherLayout) as error:
+        flomd.read_journal(data)
+    assert error.value.args == (12,)
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+def test_a_large_file_is_read_soon(size):
+    text = ('name="X3Jlc291cmNl" mode="5" id="0123456789abcdef" proof="0123456789abcdef" '
+            'host="db1.example.org" user="joe" cmd="vacuum" since="1790000000"')
+    records = [(f"h/{number:016x}", text) for number in range(100000)]
+    data = file_of([records[at:at + size] for at in range(0, len(records), size)])
+    began = time.process_time()
+    assert len(flomd.read_journal(data)[0]) == 100000
+    assert time.process_time() - began < 1
+
+
+# The store.  A table of its own, that is changed at random; disks that fail at any write.
+
+class Now:
+    """A loop for tests: its turns are taken by hand."""
+
+    def __init__(self):
+        self.acts, self.later, self.watched = [], {}, {}
+
+    def after(self, seconds, act):
+        if seconds:
+            self.later[act] = seconds
+        else:
+            self.acts.append(act)
+
+    def cancel(self, act):
+        self.later.pop(act, None)
+        self.acts = [other for other in self.acts if other != act]
+
+    def watch(self, source, handler, close=None):
+        self.watched[source] = handler
+
+    def turn(self):
+        for act in list(self.acts):
+            if act in self.acts:
+                self.acts.remove(act)
+                act()
+
+    def rest(self):
+        """Turns until there is nothing to do, and lets RETRY pass if something is planned."""
+        while self.acts:
+            self.turn()
+
+    def wait(self):
+        later, self.later = self.later, {}
+        for act in later:
+            act()
+        self.rest()
+
+
+class Disk:
+    """The calls of os that the journal makes, and the one of them that fails."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.failing, self.short = 0, set(), False
+        self.made = []
+        for name in ("pwrite", "rename", "fsync", "ftruncate", "open"):
+            monkeypatch.setattr(flomd.os, name, self._counted(name, getattr(os, name)))
+        monkeypatch.setattr(flomd, "_sync", self._counted("sync", os.fsync))
+
+    def _counted(self, name, real):
+        def call(*arguments):
+            if name == "open" and not str(arguments[0]).endswith(".new"):
+                return real(*arguments)
+            self.calls += 1
+            self.made.append(name)
+            if self.calls in self.failing:
+                if name == "pwrite" and self.short:
+                    real(arguments[0], arguments[1][:len(arguments[1]) // 2], arguments[2])
+                raise OSError(28, "No space left on device")
+            return real(*arguments)
+        return call
+
+
+class Table:
+    """Records that change at random, as a daemon's would; and what of it was told."""
+
+    def __init__(self, journal, loop, seed):
+        self.journal, self.loop, self.chance = journal, loop, random.Random(seed)
+        self.records = {"d": "n=0"}
+        self.states = [dict(self.records)]  # after each batch
+        self.told = 0  # the index of the last state that counts
+        self.changes = {}
+
+    def start(self):
+        self.journal.start(self.loop, self.everything, self.settle)
+
+    def everything(self):
+        for key in sorted(self.records):
+            if key in self.records:
+                yield key, self.records[key]
+
+    def change(self):
+        key = f"h/{self.chance.randrange(40)}"
+        text = None
+        if key in self.records and self.chance.random() < 0.5:
+            del self.records[key]
+        else:
+            text = self.records[key] = f"n={self.chance.randrange(10 ** 6)}"
+        self.changes[key] = text
+
+    def settle(self):
+        if not self.changes:
+            return
+        changes, self.changes = self.changes, {}
+        self.states.append(dict(self.records))
+        number = len(self.states) - 1
+
+        def done():
+            self.told = max(self.told, number)
+        self.journal.commit(list(changes.items()), done)
+
+    def check(self, path):
+        """What a successor would read is a state at which it was told, or a later one."""
+        known = flomd.read_journal(read(path).encode())[0]
+        assert known in self.states[self.told:]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "s.journal")
+
+
+def journal_at(path, synced=False, heed=lambda journal: None):
+    return flomd.Journal(path, synced, heed, lambda: True)
+
+
+def begun(path, synced=False):
+    """(journal, loop, table) of a journal that was made."""
+    journal, loop = journal_at(path, synced), Now()
+    table = Table(journal, loop, SEED)
+    journal.begin(list(table.records.items()))
+    return journal, loop, table
+
+
+def test_what_is_committed_is_in_the_file(path):
+    journal, loop, table = begun(path)
+    table.start()
+    told = []
+    assert journal.commit([("h/1", "a=1"), ("h/2", "a=2")], lambda: told.append(1))
+    assert told == [1] and journal_at(path).load() == {"d": "n=0", "h/1": "a=1", "h/2": "a=2"}
+    assert os.stat(path).st_mode & 0o777 == 0o600
+
+
+def test_a_batch_that_was_cut_off_is_cut_away(path):
+    begun(path)[0].commit([("h/1", "a=1")], flomd.ignore)
+    with open(path, "ab") as file:
+        file.write(flomd.encode_batch([("h/2", "a=2")])[:-3])
+    journal = journal_at(path)
+    assert journal.load() == {"d": "n=0", "h/1": "a=1"}
+    journal.begin([("d", "n=1")])
+    assert journal_at(path).load() == {"d": "n=1", "h/1": "a=1"}
+
+
+@pytest.mark.parametrize("change", ["link", "second link", "mode"])
+def test_only_a_file_of_ones_own_is_read(path, change):
+    begun(path)
+    if change == "link":
+        os.rename(path, path + "2")
+        os.symlink(path + "2", path)
+    elif change == "second link":
+        os.link(path, path + "2")
+    else:
+        os.chmod(path, 0o622)
+    with pytest.raises((OSError, flomd.Damage)):
+        journal_at(path).load()
+
+
+def test_a_journal_is_rewritten_when_most_of_it_is_dead(path, monkeypatch):
+    monkeypatch.setattr(flomd, "LEAST_REWRITTEN", 10000)
+    monkeypatch.setattr(flomd, "PORTION", 7)
+    journal, loop, table = begun(path)
+    table.start()
+    largest = 0
+    for _ in range(3000):
+        for _ in range(table.chance.randrange(3)):
+            table.change()
+        table.settle()
+        loop.turn()
+        largest = max(largest, os.path.getsize(path))
+    assert 10000 <= largest < 12000
+    assert journal.rewritten > 3
+    assert journal_at(path).load() == table.records
+    assert os.listdir(os.path.dirname(path)) == ["s.journal"]
+
+
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("synced", [False, True])
+def test_whatever_fails_a_successor_knows_what_was_told(path, monkeypatch, synced, short):
+    """Each call fails in its turn, once, or with those that follow."""
+    monkeypatch.setattr(flomd, "PORTION", 3)
+    monkeypatch.setattr(flomd, "LEAST_REWRITTEN", 800)
+    monkeypatch.setattr(flomd, "Thread", lambda loop: flomd.AtOnce())
+    disk = Disk(monkeypatch)
+    disk.short = short
+    for first in range(1, 100, 5):
+        for number in (1, 7):
+            if os.path.exists(path):
+                os.unlink(path)
+            disk.failing = set()
+            journal, loop, table = begun(path, synced)
+            disk.calls, disk.failing = 0, set(range(first, first + number))
+            table.start()
+            for _ in range(40):
+                table.change()
+                table.change()
+                if table.chance.random() < 0.3:
+                    loop.turn()
+                table.settle()
+                table.check(path)
+                if journal.failing and table.chance.random() < 0.1:
+                    loop.wait()
+            loop.rest()
+            for _ in range(number):
+                loop.wait()
+            assert not journal.failing
+            assert journal_at(path).load() == table.records
+            assert table.told == len(table.states) - 1 or not synced
+
+
+def test_a_sync_that_failed_is_not_tried_again_on_the_same_file(path, monkeypatch):
+    monkeypatch.setattr(flomd, "Thread", lambda loop: flomd.AtOnce())
+    journal, loop, table = begun(path, True)
+    table.start()
+    loop.rest()
+    files = []
+
+    def fail(file):
+        files.append(file)
+        raise OSError(5, "Input/output error")
+    with monkeypatch.context() as patch:
+        patch.setattr(flomd.JournalFile, "sync", fail)
+        told = []
+        assert journal.commit([("h/1", "a=1")], lambda: told.append(1))
+        loop.rest()
+        loop.wait()
+        assert journal.failing == "Input/output error" and not told
+    assert len(set(files)) == len(files) > 1
+    loop.wait()
+    assert not journal.failing and told == [1]
+
+
+def test_a_file_that_was_removed_is_made_anew(path):
+    journal, loop, table = begun(path)
+    table.start()
+    loop.rest()
+    os.unlink(path)
+    journal.look()
+    loop.rest()
+    assert not journal.failing
+    assert journal_at(path).load() == table.records
+
+
+def test_a_file_that_is_anothers_is_left_alone(path):
+    journal, loop, table = begun(path)
+    table.start()
+    loop.rest()
+    journal.drop("another daemon has it")
+    before = read(path)
+    assert not journal.commit([("h/1", "a=1")], flomd.ignore)
+    assert journal.failing and read(path) == before
