@@ -3806,6 +3806,12 @@ class LockTable:
         """To fill the table, while it is empty, with what the daemon before knew."""
         return Restoration(self, self._books, self._queues)
 
+    def forget_what_nobody_holds(self):
+        """Before the end: resources without holders are gone, whoever waits for them."""
+        for resource in list(self.resources.values()):
+            if not resource.holders:
+                self._catalogue.end(resource)
+
     # What others want to know.
 
     @property
@@ -4187,6 +4193,8 @@ class Session(Identity):
         head = self.heads[step]
         if step == 16:
             head = self.first_to_ours
+            if self.request is not None and self.request.grace is not None:
+                head = f'{head[:-len("/>")]} grace="{self.request.grace}"/>'
         reason = decision.reason
         if reason is not None:
             reason = plain(reason)
@@ -4338,6 +4346,8 @@ def _about(request, encoded):
     asked = _ASKED.get(kind)
     if asked is not None:
         attributes.append((asked, getattr(request, asked)))
+    if session.is_absent:
+        attributes.append(("absent", 1))
     since = request.held_since or request.since
     attributes.append(("since", int(since)))
     if kind == "hierarchical":
@@ -4378,28 +4388,33 @@ class Counts:
             self.waited += waited
 
 
-def metrics(table: "LockTable", counts: "Counts", sessions: "int",
-            epoch: "int") -> "Iterator[str]":
-    """Yields the lines of the figures in Prometheus' text format, version 0.0.4."""
-    for name, form, meaning, values in _families(table, counts, sessions, epoch):
+def metrics(table: "LockTable", counts: "Counts", sessions: "int", epoch: "int",
+            failing: "bool") -> "Iterator[str]":
+    """Yields the lines of the figures in Prometheus' text format, version 0.0.4; `failing`: the
+    memory cannot be written."""
+    for name, form, meaning, values in _families(table, counts, sessions, epoch, failing):
         yield f"# HELP flomd_{name} {meaning}\n# TYPE flomd_{name} {form}\n"
         for labels, value in values.items():
             yield f"flomd_{name}{labels} {value}\n"
 
 
-def _families(table, counts, sessions, epoch):
+def _families(table, counts, sessions, epoch, failing):
     """The metrics as rows: name, form, what it means, {what follows the name: value}."""
     granted = counts.verdicts[OK]
     return [
         ("sessions", "gauge", "Open connections.", {"": sessions}),
         ("resources", "gauge", "Resources by kind.", _resources_by_kind(table)),
         ("holders", "gauge", "Sessions that hold a lock.", {"": table.holding}),
+        ("absent_holders", "gauge", "Holders that have not come back since the daemon started.",
+         {"": len(table.absent)}),
         ("waiters", "gauge", "Sessions that wait for a lock.", {"": table.waiting}),
         ("grants_total", "counter", "Locks granted.", {"": granted}),
         ("refusals_total", "counter", "Requests refused, by reason.", _refusals(counts)),
         ("lost_sessions_total", "counter", "Sessions that ended while they held a lock.",
          {"": counts.lost}),
         ("epoch", "gauge", "Upper half of the tokens.", {"": epoch}),
+        ("memory_failing", "gauge", "1 while what is decided cannot be stored.",
+         {"": int(failing)}),
         ("wait_seconds", "histogram", "Time from the request to the grant.", _histogram(counts)),
     ]
 
@@ -4454,6 +4469,8 @@ def _requests_tree(folder, requests):
             yield f"{folder}/{place}/quantity", request.quantity
         elif request.element and kind in ("sequence", "timestamp"):
             yield f"{folder}/{place}/{kind}_value", request.element
+        if request.session.is_absent:
+            yield f"{folder}/{place}/absent", 1
 
 
 # --- Memory -------------------------------------------------------------------------------------
@@ -7460,7 +7477,7 @@ CANNOT_STORE = "the daemon cannot store it now"
 
 class Batch:
     """What is stored together, and what waits for that."""
-    __slots__ = ("said", "connections", "token", "until", "is_stored")
+    __slots__ = ("said", "connections", "token", "until", "is_accepted", "is_stored")
 
     def __init__(self):
         # act(connection, detail) is called for each, when it is stored
@@ -7468,6 +7485,7 @@ class Batch:
         self.connections: "List[Connection]" = []  # that are not read until then
         self.token = 0  # the greatest that will be told
         self.until = NEVER  # s, monotonic: when it is late
+        self.is_accepted = False  # the store will say when it counts
         self.is_stored = False
 
 
@@ -7515,10 +7533,10 @@ class Batches:
         batch = self._open
         self._open = Batch()
         self._pending.append(batch)
-        was_handed_over = self._loop.guarded(nothing, self._store, batch)
+        self._loop.guarded(nothing, self._store, batch)
         if batch.is_stored:
             return
-        if was_handed_over and self.disk.kind == SYNCED:
+        if batch.is_accepted:
             batch.until = self._loop.now.mono + LATE
             self._loop.within(LOOK_AT_STORE, self._look)
         else:
@@ -7527,15 +7545,12 @@ class Batches:
     def _store(self, batch):
         disk = self.disk
         records = self._take_records()
-        if batch.token >> 32 > disk.epoch:
-            disk.cover(batch.token)
-        if disk.kind == NOT_KEPT:
-            if batch.token and not disk.marked:
-                disk.mark(True)
-            self._is_stored(batch)
-        elif records:
-            disk.commit(records, functools.partial(self._is_stored, batch))
-        else:
+        if batch.token >> 32 > disk.epoch and not disk.cover(batch.token):
+            return
+        if records:
+            done = functools.partial(self._is_stored, batch)
+            batch.is_accepted = disk.commit(records, done)
+        elif not batch.token or disk.kind != NOT_KEPT:
             self._is_stored(batch)
 
     def _is_stored(self, batch):
@@ -7559,8 +7574,11 @@ class Batches:
     # What cannot be stored.
 
     def _go_without(self, batch):
-        """The mark stands for what is not stored; without it nothing is granted."""
-        if batch.token and not self.disk.marked and not self.disk.mark(True):
+        """The mark stands for what is not stored; without it nothing is granted, unless there is
+        no memory at all and nobody was promised one."""
+        disk = self.disk
+        is_marked = not batch.token or disk.marked or disk.mark(True)
+        if not is_marked and disk.kind != NOT_KEPT:
             said = []
             for act, connection, detail in batch.said:
                 if self._is_new_grant(detail):
@@ -7646,6 +7664,7 @@ class Server:
         self._next_date: "float | None" = None  # of the table
         self._progress = Progress(self)
         self.orders = Orders(self, settings, log, connections, life)
+        self.absences = Absences(self, settings, log)
         connections.serve(self._calls(), self.gone)
         self._plan()
 
@@ -7695,25 +7714,52 @@ class Server:
         if self.draining and session.holds is None:
             connection.close()
             return
-        if connection.surplus and self._connections.refuses(connection):
+        is_surplus = connection.surplus and self._connections.refuses(connection)
+        if is_surplus and request.reclaim is None:
             self._reject(connection, "the daemon has too many clients")
             return
         request.origin = connection.host()
-        if session.ours:
+        if connection.peer == LOCAL:
             self._identify(connection, request)
+        if session.ours:
+            request.grace = self._grace(request)
         decisions = self.table.request(request, self.loop.now)
+        if request.reclaim is not None:
+            self._promise(session, request.grace)
         self.deliver(decisions)
+        if is_surplus and session not in self.table.requests:
+            connection.finish()
+
+    def _promise(self, session, grace):
+        """A holder that has come back is told the grace that is set now."""
+        holder = self.table.requests.get(session)
+        if holder is not None and holder.state is HELD and holder.grace != grace:
+            holder.grace = grace
+            self.table.note(session)
 
     def _identify(self, connection, request):
         """On a local socket the system knows best who asks."""
+        request.local = True
         pid, uid = connection.credentials()
-        if not pid:  # it may be 0: of a process that this one cannot see
-            return
+        request.pid = pid
+        request.uid = uid
         session = connection.session
+        if not pid or not session.ours:  # 0 is a process that this one cannot see
+            return
         session.about["pid"] = str(pid)
         session.uid = uid
         request.origin = pid
         self._connections.users.name(uid)  # to be known when somebody asks for a report
+
+    def _grace(self, request):
+        """ms for which the lock will be kept when its client has lost this daemon, -1: as long as
+        its process lives; None where nobody would know of it."""
+        disk = self.disk
+        if disk.kind == NOT_KEPT or disk.failing:
+            return None
+        if self.absences.can_watch(request) and request.life:
+            return AS_LONG_AS_ITS_PROCESS
+        return self.absences.grace
 
     def _unlock(self, connection, committed):
         session, now = connection.session, self.loop.now
@@ -7735,10 +7781,26 @@ class Server:
             ("since", since),
             ("policy", self._settings["Policy"]),
             ("listening", plain(listening)),
+            ("memory", self._memory()),
+            ("window", self._window()),
         )
         introduction = f'{Session.first_to_ours}<answer rc="0"/>{about}'
         pieces = report(self.table, introduction, self.loop.now)
         connection.finish_with(pieces)
+
+    def _memory(self):
+        """How what is decided is stored, as the status report says it."""
+        if self.disk.failing:
+            return "failing"
+        return self.disk.kind
+
+    def _window(self):
+        """The ms that are left of the recovery window, None when there is none."""
+        until = self.table.window_until
+        if until is None:
+            return None
+        left = until - self.loop.now.mono
+        return max(0, round(left * 1000))
 
     @staticmethod
     def _send(connection, data):
@@ -7802,9 +7864,16 @@ class Server:
     def _take_records(self):
         """What has changed, as a store wants it."""
         changes = self.table.take_changes()
-        if changes is None:
+        if changes is None or self.disk.kind == NOT_KEPT:
             return []
         return batch_of(changes)
+
+    def store_changed(self) -> "None":
+        """The store cannot write, or can again.  Numbers that must not come twice are not given
+        while it cannot, where it would sync them."""
+        if self.disk.kind == SYNCED:
+            decisions = self.table.stall(bool(self.disk.failing), self.loop.now)
+            self.deliver(decisions)
 
     def _give_back(self, grant):
         """Ends what was granted, and was not told because it cannot be stored."""
@@ -7863,8 +7932,18 @@ class Server:
 
     def evict(self, session: "Session", reason: "str") -> "None":
         """Takes a lock away from its holder, or a waiter out of its queue."""
+        if session.is_absent:
+            self.end_absent(session)
+            return
         decisions = [Decision(session, EVICTED, reason=reason)]
         decisions += self.table.gone(session, self.loop.now)
+        self.deliver(decisions)
+        self.released()
+
+    def end_absent(self, session: "Identity") -> "None":
+        """An absent holder ends, and has committed: a gap is better than a number that comes
+        twice."""
+        decisions = self.table.release(session, True, self.loop.now)
         self.deliver(decisions)
         self.released()
 
@@ -7890,6 +7969,12 @@ class Server:
 
     # The end of the daemon.
 
+    def forget(self) -> "None":
+        """A successor will know of no resource that nobody holds: FLoM's users set numbers back by
+        ending the daemon."""
+        self.table.forget_what_nobody_holds()
+        self.batches.commit()
+
     def drain(self) -> "None":
         """Ends the connections of all who hold no lock; those who do may finish."""
         self.draining = True
@@ -7906,6 +7991,149 @@ class Server:
             if session.ours:
                 farewell = Decision(session, STOPPED, reason=reason)
                 connection.tell(farewell)
+
+
+# Absent holders.
+
+AS_LONG_AS_ITS_PROCESS = -1  # a grace
+LEAST_GRACE = 30  # s
+LOOK_AT_PROCESSES = 0.2  # s between two looks at the processes of all absent holders
+MOST_LOOKED_AT = 1000  # absent holders, in one turn of the loop
+FLOM = b"flom"  # the name of the processes of FLoM's command
+ENDED, LIVES, UNCERTAIN = "ended", "lives", "uncertain"
+
+
+def _exists(pid):
+    """Whether any process has the pid."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # it is another user's
+    return True
+
+
+def look_at_process(pid: "int", moment: "float") -> "Tuple[str, bytes]":
+    """What has become of the process that had this pid at the moment (s since the boot), and the
+    name of its program: a later process may have got its pid, and a zombie has ended."""
+    if not _exists(pid):
+        return ENDED, b""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            text = file.read()
+    except OSError:  # it has just ended, or the system does not show it
+        return UNCERTAIN if _exists(pid) else ENDED, b""
+    head, _, fields = text.rpartition(b")")
+    state, *others = fields.split()
+    _, _, name = head.partition(b"(")
+    begun = int(others[18]) / os.sysconf("SC_CLK_TCK")
+    if state in (b"Z", b"X") or begun > moment:
+        return ENDED, name
+    return LIVES, name
+
+
+class Absences:
+    """Ends the absent holders whose clients do not come back.
+
+    A command on this host holds its lock as long as its process lives, which is looked at.
+    Everybody else has the grace, from the start of this daemon on.  `grace` (ms) is what is
+    promised now; an earlier daemon may have promised more.
+    """
+
+    def __init__(self, server: "Server", settings: "Settings", log: "Log"):
+        self._server = server
+        self._table = server.table
+        self._loop = server.loop
+        self._log = log
+        idle, interval, probes = [settings[f"TcpKeepalive{name}"]
+                                  for name in ("Time", "Intvl", "Probes")]
+        seconds = max(LEAST_GRACE, idle + interval * probes)
+        self.grace = seconds * 1000
+        self._sees_processes = os.path.exists(BOOT_ID) and self._can_look()
+        self._begun = self._loop.now.mono
+        self._watched: "List[Request]" = []  # whose processes are looked at
+        self._round: "List[Request]" = []  # those that are left of the look that has begun
+        self._graces: "List[Tuple[float, int, Request]]" = []  # a heap, by the end of the grace
+
+    @staticmethod
+    def _can_look():
+        state, _ = look_at_process(os.getpid(), NEVER)
+        return state == LIVES
+
+    def can_watch(self, holder: "Request") -> "bool":
+        """Whether the end of the process that holds it can be seen."""
+        return holder.local and bool(holder.pid) and self._sees_processes
+
+    def begin(self, same_processes: "bool") -> "None":
+        """The daemon serves, and knows the holders of its predecessor; same_processes: their pids
+        are those of processes that this daemon sees, of the same boot."""
+        self._begun = self._loop.now.mono
+        for holder in list(self._table.absent.values()):
+            is_command = holder.life or not holder.session.ours
+            if same_processes and is_command and self.can_watch(holder):
+                self._watched.append(holder)
+            else:
+                self._give_grace(holder)
+        if self._watched:
+            self._loop.after(0, self._look)
+
+    # Their processes.
+
+    def _look(self):
+        """Looks at a part of them; at all, once in LOOK_AT_PROCESSES s."""
+        if not self._round:
+            self._round, self._watched = self._watched, []
+        part = self._round[-MOST_LOOKED_AT:]
+        del self._round[-MOST_LOOKED_AT:]
+        for holder in part:
+            if self._is_absent(holder):
+                self._loop.guarded(nothing, self._look_at, holder)
+        if self._round:
+            self._loop.after(0, self._look)
+        elif self._watched:
+            self._loop.after(LOOK_AT_PROCESSES, self._look)
+
+    def _is_absent(self, holder):
+        """Whether it has not come back, nor was it evicted."""
+        return self._table.absent.get(holder.session) is holder
+
+    def _look_at(self, holder):
+        state, name = look_at_process(holder.pid, holder.held_boot)
+        if state == ENDED:
+            self._end(holder, f"process {holder.pid} has ended")
+        elif state == UNCERTAIN or not holder.life and name != FLOM:
+            self._give_grace(holder)
+        else:
+            self._watched.append(holder)
+
+    # Their graces.
+
+    def _give_grace(self, holder):
+        promised = holder.grace or 0
+        until = self._begun + max(promised, self.grace) / 1000
+        heapq.heappush(self._graces, (until, holder.token, holder))
+        self._plan()
+
+    def _plan(self):
+        if self._graces:
+            self._loop.at(self._graces[0][0], self._end_graces)
+
+    def _end_graces(self):
+        """Ends those whose grace is over, a part of them in this turn."""
+        now = self._loop.now.mono
+        for _ in range(MOST_LOOKED_AT):
+            if not self._graces or self._graces[0][0] > now:
+                break
+            _, _, holder = heapq.heappop(self._graces)
+            if self._is_absent(holder):
+                self._loop.guarded(nothing, self._end, holder, "its grace is over")
+        self._plan()
+
+    def _end(self, holder, reason):
+        session = holder.session
+        self._log.info(f"{holder.name!r}, of {session}, which was absent, is free: {reason}")
+        self._server.end_absent(session)
 
 
 class Progress:
@@ -8004,7 +8232,7 @@ class Orders:
             return
         request = found[0]
         session = request.session
-        reason = self._may_not_evict(connection, session)
+        reason = self._may_not_evict(connection, request)
         if reason:
             self._log.limited(f"{connection.peer}: may not evict {session}: {reason}")
             self.refuse(connection, reason)
@@ -8036,14 +8264,13 @@ class Orders:
             user = self._users.name(uid)
         return f"{user}@{os.uname().nodename}"
 
-    def _may_not_evict(self, connection, session):
+    def _may_not_evict(self, connection, request):
         """Whose lock it is, and who may stop the daemon, may."""
         reason = self._may_not_stop(connection)
         _, uid = connection.credentials()
         if not reason or uid is None:
             return reason
-        _, owner_uid = session.connection.credentials()
-        if uid == owner_uid:
+        if uid == request.uid:
             return ""
         return f"{self._users.name(uid)} is neither its user, nor the daemon's, nor root"
 
@@ -8106,6 +8333,7 @@ class Daemon:
         self.connections = Connections(self.loop, log, settings, options.max_clients)
         self.server = Server(settings, log, self.connections, table, disk, self)
         self.ways: "list" = []  # how clients find it: listeners and the group
+        self._forgets = False  # a successor is to know no resource that nobody holds
         self._parts: "list" = []  # what has a path that may be lost
 
     def run(self) -> "None":
@@ -8134,6 +8362,8 @@ class Daemon:
         end of its lock is stored."""
         if self.connections.open or len(self.server.batches) > 0:
             return
+        if self.phase == QUIESCING:
+            self._forgets = True
         if self.phase != SERVING:
             self.loop.stop()
         lifespan = self.settings["Lifespan"]
@@ -8154,6 +8384,7 @@ class Daemon:
         reason = f"the order came from {connection.peer}"
         connection.closing = True
         self.server.say_farewell(reason)
+        self._forgets = True
         self.stop(reason)
 
     def stop(self, reason: "str") -> "None":
@@ -8195,6 +8426,8 @@ class Daemon:
             publisher.close()
         users = self.connections.users
         users.close()
+        if self._forgets:
+            self.server.forget()
         self.server.clear_mark()
 
     # Its paths.
@@ -8887,7 +9120,8 @@ def make_publisher(settings, options, daemon):
     table, counts = daemon.table, Counts()
 
     def figures():
-        return metrics(table, counts, len(daemon.connections), daemon.disk.epoch)
+        disk = daemon.disk
+        return metrics(table, counts, len(daemon.connections), disk.epoch, bool(disk.failing))
     outputs: "List[Any]" = []
     if settings["MountPointVFS"]:
         outputs.append(Tree(settings["MountPointVFS"], table))

@@ -13,10 +13,13 @@ class Log:
     """What a loop and its connections would write."""
 
     def __init__(self):
-        self.lines = []
+        self.lines, self.told = [], []
 
     def limited(self, text, level="warning"):
         self.lines.append(text)
+
+    def info(self, text):
+        self.told.append(text)
 
 
 SETTINGS = {"TcpKeepaliveTime": 60, "TcpKeepaliveIntvl": 10, "TcpKeepaliveProbes": 6,

@@ -91,12 +91,17 @@ class Disk:
         self.kind = "synced" if later else "file"
         self.epoch, self.marked, self.failing = 0, False, ""
         self.given, self.marks = [], []  # batches: (records, done)
+        self.taken = []  # all of them
         self.can_mark = True
 
     def commit(self, records, done):
+        self.taken.append((records, done))
+        if self.kind == "file" and self.failing:
+            return False
         self.given.append((records, done))
-        if self.kind == "file" and not self.failing:
+        if self.kind == "file":
             self.store()
+        return True
 
     def store(self, number=0):
         _, done = self.given.pop(number)
@@ -110,6 +115,7 @@ class Disk:
 
     def cover(self, token):
         self.epoch = token >> 32
+        return True
 
 
 class World:
@@ -120,12 +126,16 @@ class World:
         self.loop = flomd.Loop(self.log)
         settings = dict(SETTINGS, TlsCheckPeerId=False, Policy="fair", AllowRemoteShutdown=False)
         self.connections = flomd.Connections(self.loop, self.log, settings, 10 ** 6)
-        self.table = flomd.LockTable()
+        self.table = self.make_table()
         self.disk = Disk(later)
         self.used = []
         life = types.SimpleNamespace(was_used=lambda: self.used.append(1), rest=lambda: None)
         self.server = flomd.Server(settings, self.log, self.connections, self.table, self.disk,
                                    life)
+
+    @staticmethod
+    def make_table():
+        return flomd.LockTable()
 
     def client(self):
         return Client(self)

@@ -97,7 +97,7 @@ def check_report(found, busy):
     """Exactly the fields that README documents."""
     address, pids = busy
     assert set(found) == {"daemon", "resources", "parked"}
-    assert set(found["daemon"]) == {"version", "since", "policy", "listening"}
+    assert set(found["daemon"]) == {"version", "since", "policy", "listening", "memory"}
     assert found["daemon"]["policy"] == "fair" and found["daemon"]["since"] <= time.time()
     where = f"unix:{address[1]}" if address[0] == "-s" else f"tcp:127.0.0.1:{address[3]}"
     assert found["daemon"]["listening"].split() == [where]
@@ -534,7 +534,7 @@ def test_the_metrics(box):
                 ("flomd_wait_seconds_count", None): 2}
     assert {key: found[key] for key in expected} == expected
     assert found["flomd_sessions", None] >= 3 and found["flomd_epoch", None] > 10 ** 8
-    assert read(path).count("# HELP ") == 9 and os.stat(path).st_mode & 0o777 == 0o644
+    assert read(path).count("# HELP ") == 11 and os.stat(path).st_mode & 0o777 == 0o644
     box.kill(holder.pid)  # the command keeps the lock, until it has ended
     gate.open()
     assert waiter.end().status == 0
