@@ -1562,7 +1562,7 @@ class Request:
     resource = None
     lane = None
     serial = 0  # order of arrival
-    since = 0  # s since 1970
+    since = 0.0  # s since 1970
     behind = None  # the waiter that was found to be in its way
     # What was granted.
     element = None
@@ -1639,7 +1639,7 @@ class Resource:
     most = MOST  # quantity that can be granted at all
     elements = "(?s).*"  # what the elements look like
     has_memory = False  # its next element depends on those before
-    is_unique = False  # no element is granted twice
+    is_unique = False  # an element is not granted again, unless that cannot be helped
     stalled = False  # nothing is granted at the moment, see LockTable.stall()
     # of a sequence, see there
     returned: "dict" = {}
@@ -1703,8 +1703,6 @@ class Resource:
 
     def recall(self, memory):
         """Brings back what memory() has said, as texts; ValueError where it cannot be true."""
-        if memory:
-            raise ValueError("a memory of something else")
 
     def is_remembered(self):
         """Whether more is to be known of it, when the daemon has ended, than its holders."""
@@ -3467,7 +3465,7 @@ class Recovery:
         without a token.  When the client of an absent holder asks for something else, it has no
         use for what it held.
         """
-        holder = self.nesting.holders.get(request.ident)
+        holder = self._holder_like(request)
         if holder is None or not holder.is_of_client(request):
             return None
         if holder.same(request):
@@ -3476,6 +3474,14 @@ class Recovery:
             return None
         decisions = self.queues.leave(holder, now, committed=True)
         return decisions + self._place(request, now)
+
+    def _holder_like(self, request):
+        """The holder with the id of the request, None where there is none.  Another client may
+        have taken the same id for itself; the token tells them apart."""
+        holder = self.books.holders.get(request.reclaim)
+        if holder is not None and holder.proof is not None and holder.ident == request.ident:
+            return holder
+        return self.nesting.holders.get(request.ident)
 
     def _hand_over(self, holder, request):
         """The client of the holder has a new connection."""
@@ -3582,7 +3588,7 @@ class Restoration:
         self.books = books
         self.catalogue = books.catalogue
         self.queues = queues
-        self._elements = set()  # (name of a resource, element that comes only once)
+        self._values = set()  # (name of a sequence, value that is held)
         # what is not known of the past counts as grants of the whole, to other daemons' clients
         self._forgotten = self.catalogue.forgotten
         self.catalogue.forgotten = books.last_token
@@ -3614,8 +3620,8 @@ class Restoration:
             raise ValueError("a token twice")
         if holder.quantity > resource.most or not resource.fits(holder):
             raise ValueError("holders that exclude each other")
-        if resource.is_unique:
-            self._add_element(holder)
+        if isinstance(resource, Sequence):
+            self._add_value(holder)
         resource.take_again(holder)
         resource.holders[holder.session] = holder
         self.books.hold_again(holder)
@@ -3629,11 +3635,11 @@ class Restoration:
             raise ValueError("a holder of no resource")
         return self.add_resource(key_of(holder.name))
 
-    def _add_element(self, holder):
+    def _add_value(self, holder):
         pair = holder.resource.name, holder.element
-        if pair in self._elements:
-            raise ValueError("an element twice")
-        self._elements.add(pair)
+        if pair in self._values:
+            raise ValueError("a value twice")
+        self._values.add(pair)
 
     def finish(self, now):
         """Sees to the resources that nobody holds: they are idle."""
@@ -3739,7 +3745,13 @@ class LockTable:
                 return [repeated]
             decisions = self._queues.leave(before, now)
         request.since = now.wall
-        decisions += self._look_whether_known(request, now)
+        books.arrive(request)
+        known = None
+        if request.reclaim is not None or request.ident in books.nesting.holders:
+            known = self._recovery.come_back(request, now)
+        if known is None:
+            known = self._place(request, now)
+        decisions += known
         decisions += self._queues.let_pass(now)
         return decisions
 
@@ -3842,15 +3854,6 @@ class LockTable:
         return self.resources.get(key_of(name))
 
     # From the request to its place.
-
-    def _look_whether_known(self, request, now):
-        """Takes a new request to its place, unless its client holds the lock already."""
-        self._books.arrive(request)
-        if request.proof is not None or request.reclaim is not None:
-            decisions = self._recovery.come_back(request, now)
-            if decisions is not None:
-                return decisions
-        return self._place(request, now)
 
     def _place(self, request, now):
         """Finds or makes the resource of a new request and takes it there."""
@@ -4497,12 +4500,11 @@ def _requests_tree(folder, requests):
 # comes back.  Records that cannot all be true are not believed at all.
 #
 # Ages are taken from the clock that counts since the boot, suspended time included; over a boot
-# from the clock on the wall, and then they are not below 0.
+# from the clock on the wall.  They are never below 0.
 
 LAYOUT = 1  # of the records
 OF_HOLDER, OF_RESOURCE, OF_VALUE, OF_DAEMON = "h/", "r/", "v/", "d"  # how keys begin
 TOLD = ("host", "user", "cmd")  # what clients of ours say of themselves
-MOST_SET_BACK = 100 * 365 * 86400  # s; moments that are less are moments
 QUOTED = 256  # texts that are kept as they are written
 
 DaemonRecord = collections.namedtuple("DaemonRecord", "layout epoch boot pidns covers")
@@ -4721,28 +4723,30 @@ class _Reader:
             self._restoration.add_holder(self._holder(token, text))
         self._restoration.finish(self._now)
 
-    def _age(self, boot, wall):
-        """The s since a moment of the one clock and of the other."""
-        age = self._now.boot - boot
+    def _moment(self, found):
+        """(s since this boot, s since 1970) of the moment that a record names, never later than
+        now.  A boot before this one has begun at a time that nobody knows."""
+        boot = float(found["boot"])
+        wall = float(found["since"])
+        if boot - boot != 0 or wall - wall != 0:
+            raise ValueError("no moment")  # infinite, or no number
+        now = self._now
         if self._rebooted:
-            age = self._now.wall - wall
-        if age < -MOST_SET_BACK or age != age:
-            raise ValueError("no moment")
-        return max(0.0, age)
+            boot = now.boot - (now.wall - wall)
+        return min(boot, now.boot), wall
 
     def _resource(self, key, text):
         found = _attributes_of(text)
         name = decode_name(key[len(OF_RESOURCE):])
         resource = self._restoration.add_resource(name)
-        lifespan = int(found.pop("lifespan"))
+        lifespan = int(found["lifespan"])
         if lifespan < LEAST_LIFESPAN:
             raise ValueError("a lifespan that is too short")
         resource.lifespan = lifespan
         if "boot" in found:
-            age = self._age(float(found.pop("boot")), float(found.pop("since")))
+            resource.idle_boot, resource.idle_wall = self._moment(found)
+            age = self._now.boot - resource.idle_boot
             resource.idle_since = self._now.mono - age
-            resource.idle_boot = self._now.boot - age
-            resource.idle_wall = self._now.wall - age
         resource.recall(found)
 
     def _holder(self, token, text):
@@ -4759,9 +4763,8 @@ class _Reader:
         if "slot" in found:
             holder.slot = int(found["slot"])
         self._identify(holder, found)
-        age = self._age(float(found["boot"]), float(found["since"]))
-        holder.held_boot = self._now.boot - age
-        holder.held_since = holder.since = float(found["since"])
+        holder.held_boot, holder.held_since = self._moment(found)
+        holder.since = holder.held_since
         return holder
 
     def _identify(self, holder, found):

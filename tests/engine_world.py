@@ -64,10 +64,27 @@ class Clock:
         self.local_micros += int(seconds * MICRO)
 
 
+class Client(str):
+    """A session: a name, which is all that people see of it."""
+    ours, about, uid, is_absent, connection = True, {}, None, False, None
+
+    @property
+    def peer(self):
+        return str(self)
+
+
+class AbsentClient(Client):
+    """The session of a holder that a memory knows, with the name that the client had."""
+    is_absent = True
+
+    def __new__(cls, peer, name_of):
+        return super().__new__(cls, peer)
+
+
 def make_request(session, name, mode="EX", quantity=1, wait=1, create=1, lifespan=0, ident=None,
                  under="", patient=False, reclaim=None, held=None, key=None):
     """A request; `under` names the ids of the locks under which its command runs."""
-    request = flomd.Request(session, name, MODES.index(mode), quantity, wait, create, lifespan)
+    request = flomd.Request(Client(session), name, MODES.index(mode), quantity, wait, create, lifespan)
     request.ident, request.parents = ident or session, tuple(under.split())
     request.patient, request.reclaim, request.claimed = patient, reclaim, held
     request.proof = key
@@ -244,6 +261,7 @@ class World(Ledger):
         if window is not None:
             options["window_until"] = self.clock.mono + window
         self.table = flomd.LockTable(first_fit=policy == "first-fit", **options)
+        self.records = {}  # what is stored
         self.told, self.token = [], self.table._books.last_token
         self.granted = []  # (session, element) of all grants
 
@@ -261,6 +279,7 @@ class World(Ledger):
             self.silent[session] = request
         decisions = self.table.request(request, self.clock)
         if repeated:
+            self.keep()
             assert [decision.session for decision in decisions] == [session]
             return self._text(decisions)
         return self._note(decisions)
@@ -307,6 +326,69 @@ class World(Ledger):
         self.later(seconds)
         return self.table.empty()
 
+    # The memory
+
+    def keep(self):
+        """What has changed is stored."""
+        changes = self.table.take_changes()
+        if changes is not None:
+            keep(self.records, flomd.batch_of(changes))
+
+    def restored(self, rebooted=False, records=None):
+        """The table of the daemon that would come next."""
+        before, flomd.Absent = flomd.Absent, AbsentClient
+        try:
+            return flomd.restore(self.records if records is None else records, self._next_table,
+                                 self.clock, rebooted, str)
+        finally:
+            flomd.Absent = before
+
+    def _next_table(self):
+        return flomd.LockTable(self.policy == "first-fit", (self.token >> 32) + 1)
+
+    def check_memory(self):
+        """What is stored is all that there is to know, and enough to have the table again."""
+        assert dict(flomd.everything(self.table)) == self.records
+        table = self.restored()
+        assert picture(table, self.clock) == picture(self.table, self.clock)
+        records, changes = dict(self.records), table.take_changes()
+        if changes is not None:
+            keep(records, flomd.batch_of(changes))
+        assert dict(flomd.everything(table)) == records
+
+    def restart(self):
+        """The daemon is killed, and another one begins with what was stored."""
+        self.table = self.restored()
+        self.keep()
+        self.token = self.table._books.last_token
+        assert list(self.table.absent) == list(self.table.requests)
+        assert set(self.table.absent) == set(self.holders)
+        for place in (self.queue, self.parked, self.silent):
+            place.clear()
+        self.stamped = {name: last for name, last in self.stamped.items()
+                        if name in self.table.resources}
+
+    def come_back(self, session, other, was_told=True):
+        """The client of a holder asks again on another connection; returns what was told."""
+        holder = self.holders.pop(session)
+        token, element = holder.token, holder.element
+        request = make_request(other, holder.name, MODES[holder.mode], holder.quantity,
+                               ident=holder.ident, key=holder.proof)
+        if was_told:
+            request.wait, request.reclaim, request.claimed = 0, token, element
+        expected = [flomd.Decision(other, 0, element, token)]
+        if session not in self.table.absent:
+            expected.append(flomd.Decision(session, None))
+        stored = dict(self.records)
+        assert self.table.request(request, self.clock) == expected
+        self.keep()
+        assert self.records == stored, "a reclaim that is known stores nothing"
+        self.table.note(other)  # its name, which outside these tests is an address for people
+        self.keep()
+        holder.session = self.table.requests[other].session
+        self.holders[other] = holder
+        return self._text(expected)
+
     # The ledger
 
     def _is_repeated(self, request):
@@ -322,6 +404,7 @@ class World(Ledger):
 
     def _note(self, decisions):
         self.clock.looks = 0
+        self.keep()
         for decision in decisions:
             self._note_one(decision)
         return self._text(decisions)
@@ -351,6 +434,60 @@ class World(Ledger):
         return ", ".join(" ".join([decision.session, VERDICTS[decision.verdict]]
                                   + ([decision.element] if decision.element is not None else []))
                          for decision in decisions)
+
+
+# Pictures of tables
+
+def keep(records, batch):
+    """Stores a batch in a dict."""
+    for key, text in batch:
+        if text is None:
+            records.pop(key, None)
+        else:
+            records[key] = text
+
+
+OF_HOLDERS = ("session name mode quantity element slot ident parents proof life local pid uid "
+              "grace state lane").split()
+OF_RESOURCES = "free next held opens reclaimed returned most places first_fit".split()
+
+
+def picture(table, clock):
+    """What a table has to have in common with the one that is made of its records."""
+    found = {}
+    for name, resource in table.resources.items():
+        idle = idle_time(resource, clock)
+        if resource.holders or resource.is_remembered() and idle < resource.lifespan:
+            found[name] = picture_of(resource, idle)
+    named = {ident: holder.token for ident, holder in table._books.nesting.holders.items()}
+    return found, named, set(table.holders), table.holding
+
+
+def idle_time(resource, clock):
+    """In ms; -1 while somebody holds.  Those who wait are not remembered."""
+    if resource.holders:
+        return -1
+    if resource.idle_since is None:
+        return 0
+    return round((clock.mono - resource.idle_since) * 1000, 3)
+
+
+def picture_of(resource, idle):
+    holders = {}
+    for session, holder in resource.holders.items():
+        assert holder.session == session and holder.resource is resource
+        about = [getattr(holder, name) for name in OF_HOLDERS]
+        holders[holder.token] = about + [round(holder.held_boot, 6), round(holder.held_since, 6)]
+    rest = {name: plain_value(getattr(resource, name, None)) for name in OF_RESOURCES}
+    lifespan = resource.lifespan if resource.is_remembered() else None
+    return type(resource).__name__, holders, rest, lifespan, idle
+
+
+def plain_value(value):
+    if isinstance(value, flomd.Node):
+        children = {level: plain_value(node) for level, node in value.children.items()}
+        return children, value.here, value.below
+    return list(value.items()) if isinstance(value, dict) else value
 
 
 # Counting

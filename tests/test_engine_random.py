@@ -1,7 +1,9 @@
 """Random walks of twenty sessions over resources of all kinds, against a slow and obvious model.
 
 Whatever the model tells the sessions, the lock table must tell them, in the same order for each
-resource and at the same time.  FLOM_SEED determines it all.
+resource and at the same time; and at every step the table can be made again of what is stored.  In
+half of the walks daemons are killed, and the walk goes on with the table of the next one.
+FLOM_SEED determines it all.
 """
 import random
 
@@ -11,7 +13,7 @@ from engine_world import (MICRO, MODES, VERDICTS, Ledger, World, belongs_to, has
 from world import COUNT, SEED
 
 WALKS, STEPS = 100 * COUNT.rounds, 50
-SESSIONS = [f"S{number}" for number in range(20)]
+SESSIONS = 20
 GROUPS = [["R"], ["Q"], ["n[2]"], ["n[4]"], ["A.B.A"], ["/t", "/t/a", "/t/a/x", "/t/b"],
           ["/u", "/u/a"], ["_s_x[2]"], ["_S_x[2]"], ["_t_%S[2]"], ["_t_#f[9]"]]
 
@@ -123,6 +125,25 @@ class Model(Ledger):
                   for name, last in self.stamped.items() if self.queue_of(name)]
         return min((date for date in dates if date > self.clock.micros), default=None)
 
+    def restart(self):
+        """Those who wait ask again, and plain resources that nobody holds are forgotten."""
+        self.queue.clear()
+        self.parked.clear()
+        for name in list(self.resources):
+            plain = kind(name) not in ELEMENTS and self.resources[name].lifespan <= 2000
+            if not self.holders_of(name):
+                self.idle_since.setdefault(name, self.clock.micros)
+                if plain:
+                    del self.resources[name], self.idle_since[name]
+            elif plain:
+                self.resources[name].lifespan = 2000
+
+    def rename(self, session, other):
+        """The client of a holder has another connection."""
+        holder = self.holders[other] = self.holders.pop(session)
+        holder.session = other
+        self.resources[belongs_to(holder.name)].rename(session, other)
+
     # What comes of it
 
     def settle(self, name):
@@ -178,6 +199,9 @@ class Nothing:
     def give_back(self, session, committed):
         pass
 
+    def rename(self, session, other):
+        pass
+
 
 class Words(Nothing):
     """The slots of a set, each [label, session]; the index is the head of the list."""
@@ -193,9 +217,12 @@ class Words(Nothing):
         return slot[0]
 
     def give_back(self, session, committed):
+        self.rename(session, None)
+
+    def rename(self, session, other):
         for slot in self.slots:
             if slot[1] == session:
-                slot[1] = None
+                slot[1] = other
 
 
 class Values(Nothing):
@@ -217,6 +244,9 @@ class Values(Nothing):
         if self.name.startswith("_S_") and not committed:
             self.returned.append(value)
 
+    def rename(self, session, other):
+        self.held[other] = self.held.pop(session)
+
 
 class Texts(Nothing):
     """The two formats of GROUPS."""
@@ -237,19 +267,25 @@ class Walk:
         self.world = World(self.random.choice(["fair", "fair", "first-fit"]))
         self.model = Model(self.world.policy, self.world.clock)
         self.names = [name for group in self.random.sample(GROUPS, 4) for name in group]
+        self.sessions = [f"S{number}" for number in range(SESSIONS)]
         self.asked, self.log, self.asks = {}, [self.world.policy], 0
+        self.restarts = self.random.choice([0, 0.06])  # how many of the steps
 
     def go(self):
         for _ in range(STEPS):
             self.step()
-        for session in SESSIONS:
+        for session in self.sessions:
             self.leave(session)
         self.pass_time(5)
         assert self.world.table.empty() and not self.model.resources
 
     def step(self):
-        session, chance = self.random.choice(SESSIONS), self.random.random()
-        if chance < 0.1:
+        session, chance = self.random.choice(self.sessions), self.random.random()
+        if self.random.random() < self.restarts:
+            self.restart()
+        elif session in self.world.table.absent and chance < 0.9:
+            self.come_back(session)
+        elif chance < 0.1:
             self.pass_time(self.random.choice([0.04, 0.3, 1, 2.5]))
         elif chance < 0.12:
             self.world.set_clock(-self.random.choice([0.5, 2]))
@@ -261,16 +297,23 @@ class Walk:
             self.ask(session)
 
     def ask(self, session):
-        draw, name = self.random.random, self.random.choice(self.names)
-        if session in self.asked and draw() < 0.4:
+        name = self.random.choice(self.names)
+        if session in self.asked and self.random.random() < 0.4:
             name = self.asked[session]
         self.asks += 1
-        fields = {
+        self.ask_for(session, name, self.draw(name))
+
+    def draw(self, name):
+        """What is asked beside the name."""
+        draw = self.random.random
+        return {
             "mode": self.random.choice(MODES) if has_modes(name) else "EX",
             "quantity": self.random.choice([1, 1, 2, 3]) if kind(name) == "numeric" else 1,
             "wait": int(draw() < 0.85), "create": int(draw() < 0.8), "under": self.under(),
             "patient": draw() < 0.2, "lifespan": self.random.choice([0, 0, 3500]),
-            "ident": f"id{self.asks}"}
+            "ident": f"id{self.asks}", "key": f"key{self.asks}"}
+
+    def ask_for(self, session, name, fields):
         self.asked[session] = name
         self.log.append(("ask", session, name, fields))
         self.model.ask(Ask(dict(fields, session=session, name=name)))
@@ -284,11 +327,49 @@ class Walk:
         holder = self.random.choice(list(self.model.holders.values()))
         return " ".join(([holder.ident] + holder.parents)[:8])
 
-    def release(self, session):
-        committed = self.random.random() < 0.5
+    def release(self, session, committed=None):
+        if committed is None:
+            committed = self.random.random() < 0.5
         self.log.append(("release", session, committed))
         self.model.release(session, committed)
         self.world.release(session, committed)
+        self.compare()
+
+    def restart(self):
+        self.log.append("restart")
+        self.model.restart()
+        self.world.restart()
+        assert set(self.world.table.resources) == set(self.model.resources)
+        self.model.resources = {name: self.model.resources[name]
+                                for name in self.world.table.resources}
+        self.model.stamped = {name: last for name, last in self.model.stamped.items()
+                              if name in self.model.resources}
+        self.world.told = []
+        self.compare()
+
+    def come_back(self, session):
+        """The client of a holder asks again, or for something else, or will never come back."""
+        other = f"S{len(self.sessions) + len(self.asked)}"
+        holder, name = self.model.holders[session], self.random.choice(self.names)
+        fields = dict(self.draw(name), ident=holder.ident, key=holder.key, under=holder.under)
+        what = self.random.choice(["again", "untold", "anew", "never"])
+        asks = Ask(dict(fields, session=other, name=name))
+        useless = asks.same(holder) or any(holder.ident in one.parents
+                                           for one in self.model.holders.values())
+        if what == "never" or what == "anew" and useless:
+            self.release(session, True)
+            return
+        self.log.append((what, session, other))
+        self.sessions[self.sessions.index(session)] = other
+        if what == "anew":
+            del self.world.holders[session]
+            self.model.release(session, True)
+            self.ask_for(other, name, fields)
+            return
+        self.asked[other] = holder.name
+        self.model.rename(session, other)
+        self.world.come_back(session, other, what == "again")
+        self.world.told = []
         self.compare()
 
     def leave(self, session):
@@ -324,6 +405,7 @@ class Walk:
         assert set(self.world.holders) == set(self.model.holders)
         assert list(self.world.queue) == list(self.model.queue)
         assert list(self.world.table.resources) == list(self.model.resources)
+        self.world.check_memory()
 
 
 def test_random_walks():
