@@ -114,6 +114,7 @@ def check(world):
             one.session for one in world.queue_of(name)]
         CONSERVED.get(kind(name), lambda *_: None)(resource, world.holders_of(name))
     assert table.holding == len(holders) and table.waiting == len(waiters) + len(world.parked)
+    world.check_memory()
 
 
 def units_are_conserved(resource, holders):
