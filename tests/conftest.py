@@ -1,4 +1,6 @@
-"""Fixtures: `box`, one host's folder and processes; `hosts(n)`, several hosts; see world.py."""
+"""Fixtures: `box`, one host's folder and processes; `hosts(n)`, several hosts; see world.py.
+`fake`: a daemon of ours that does what a test wants; see fakes.py.
+"""
 import os
 import random
 import shutil
@@ -15,8 +17,9 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 os.environ.setdefault("FLOM_SEED", str(random.SystemRandom().randrange(10 ** 9)))
 
+from fakes import OurDaemon  # noqa: E402
 from network import Host, Network, Unavailable  # noqa: E402
-from world import AS_IS, FLOM, SEED, Boxes, wait_until  # noqa: E402
+from world import AS_IS, FLOM, SEED, Boxes, endpoint, free_port, wait_until  # noqa: E402
 
 MOST_SECOND_TRIES = 2  # in a run
 FIRST_FAILURES = []  # of the tests that were tried again: (name, text)
@@ -65,6 +68,21 @@ def boxes():
 @pytest.fixture
 def box(boxes):
     return boxes.make()
+
+
+@pytest.fixture
+def fake(box):
+    """Makes an OurDaemon at the box's address, or with tcp=True at a TCP address of the box."""
+    made = []
+
+    def make(tcp=False, **options):
+        if tcp:
+            box.address = ("-a", "127.0.0.1", "-p", str(free_port()))
+        made.append(OurDaemon(*endpoint(box.address), **options))
+        return made[0]
+    yield make
+    for daemon in made:
+        daemon.close()
 
 
 @pytest.fixture

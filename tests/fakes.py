@@ -442,10 +442,7 @@ class OurDaemon:
         self.listener = None
         self.begin()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
+    def close(self):
         self.die()
         for thread in self.threads:
             thread.join(10)

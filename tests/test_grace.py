@@ -9,27 +9,11 @@ import time
 import flom
 import pytest
 from commands import PATIENT, Counter, driven
-from fakes import OurDaemon
 from test_lock_loss import ALONE, is_in_trouble, is_told
-from world import endpoint, free_port, pass_time, read, wait_until
+from world import pass_time, read, wait_until
 
 NETWORK = {"grace": 60000}  # what a daemon tells a client over TCP
 LOCAL = {"grace": -1}  # the command line's on a local socket
-
-
-@pytest.fixture
-def fake(box):
-    """Makes a daemon at the box's address, or with tcp=True at a TCP address of the box."""
-    made = []
-
-    def make(tcp=False, **options):
-        if tcp:
-            box.address = ("-a", "127.0.0.1", "-p", str(free_port()))
-        made.append(OurDaemon(*endpoint(box.address), **options))
-        return made[0]
-    yield make
-    for daemon in made:
-        daemon.__exit__()
 
 
 def hold(box, code, *options, status=0):
