@@ -164,7 +164,7 @@ def test_a_terminal_that_does_not_know_its_width(box):
     assert os.get_terminal_size(terminal).columns == 0
     assert box.run("--status", stdout=terminal).status == 0
     os.close(terminal)
-    head, row = os.read(screen, 9999).decode().splitlines()
+    *_, head, row = os.read(screen, 9999).decode().splitlines()
     os.close(screen)
     assert head.split() == HEAD and row.split()[:3] == ["R1", "simple", "holds"]
     end([gate], [holder])
@@ -288,7 +288,7 @@ def test_ten_thousand_resources(box, address):
     begin = time.monotonic()
     done = box.run("--status", address=address)
     seconds = time.monotonic() - begin
-    assert len(done.out.splitlines()) == count + 1
+    assert done.out.count(" idle\n") == count
     assert seconds < 4
 
 
