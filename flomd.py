@@ -3041,7 +3041,8 @@ class Catalogue:
     def note(self, resource):
         """Notes that the resource has changed, if more of it is remembered than its holders."""
         if resource.has_memory or resource.lifespan > LEAST_LIFESPAN:
-            self.changed.resources[resource.name] = resource
+            if self.has(resource):  # it may have been forgotten under those who wait for it
+                self.changed.resources[resource.name] = resource
 
     def prolong(self, resource, lifespan):
         """The idle life of the resource will be this long (ms) at least."""
@@ -3207,7 +3208,8 @@ class Books:
         del self.requests[holder.session]
         del holder.resource.holders[holder.session]
         self.absent.pop(holder.session, None)
-        if (holder.pid, holder.local) != (request.pid, request.local):
+        before = (holder.pid, holder.local, holder.grace)
+        if before != (request.pid, request.local, request.grace):
             self.catalogue.changed.holders[holder.token] = holder
         holder.session = request.session
         holder.origin = request.origin
@@ -3215,6 +3217,7 @@ class Books:
         holder.pid = request.pid
         holder.uid = request.uid
         holder.life = request.life
+        holder.grace = request.grace
         holder.since = request.since
         self.requests[holder.session] = holder
         holder.resource.holders[holder.session] = holder

@@ -543,6 +543,172 @@ def test_a_token_far_ahead_of_the_clock_is_no_stranger_when_tokens_are_that_far(
     assert reclaim(world, "C", "R", "PR", reclaim=token + 1) == "C busy"
 
 
+def test_a_token_of_this_daemon_that_it_has_not_given_is_refused():
+    world = World(epoch=7, window=3)
+    assert reclaim(world, "A", "R", reclaim=(7 << 32) - 1) == "A granted"
+    assert reclaim(world, "B", "Q", reclaim=(7 << 32) + 1) == "B busy"
+    assert world.told[0].reason == "its token was never given"
+
+
+def test_a_token_that_another_has_is_refused(window):
+    reclaim(window, "A", "R", "PR", reclaim=9)
+    assert reclaim(window, "B", "R", "PR", reclaim=9) == "B busy"
+    assert window.told[0].reason == "another has its token"
+    window.release("A")
+    assert reclaim(window, "B", "R", "PR", reclaim=9) == "B granted"
+
+
+def test_a_token_from_the_future_that_is_covered_is_none(window):
+    token = (int(window.clock.wall) - 1577836800 << 32) + 2 * DAY
+    assert reclaim(window, "A", "R", reclaim=token) == "A busy"
+    window.table.cover(token)
+    assert reclaim(window, "A", "R", reclaim=token) == "A granted"
+    assert reclaim(window, "B", "Q", reclaim=token + 1) == "B busy"
+
+
+def test_those_who_come_back_do_not_count_as_waiters():
+    window = World(window=3, most_waiters=0)
+    assert window.ask("B", "R") == "B limit"
+    assert reclaim(window, "A", "R", reclaim=9) == "A granted"
+
+
+# Holders that are known
+
+NAMES = ["R", "n[3]", "A.B.A", "/t/a", "_s_x[2]", "_S_x[2]", "_t_%S[1]"]
+
+
+def known(name):
+    """A world after a restart: A is absent, and B, whose client is there, holds Q."""
+    world = World()
+    world.ask("A", name, key="k")
+    world.restart()
+    world.ask("B", "Q", key="l")
+    return world
+
+
+@pytest.mark.parametrize("was_told", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_who_was_absent_has_what_it_had(world, name, was_told):
+    world.ask("A", name, key="k", quantity=2 if "n" in name else 1)
+    world.later(1)
+    world.restart()
+    assert len(world.table.absent) == 1
+    assert world.come_back("A", "A2", was_told).startswith("A2 granted")
+    assert len(world.table.absent) == 0
+    world.check_memory()
+    world.release("A2")
+    assert world.empty_after(5)
+
+
+@pytest.mark.parametrize("was_told", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_who_asks_again_while_its_old_connection_stands_has_what_it_had(world, name, was_told):
+    world.ask("A", name, key="k")
+    assert world.come_back("A", "A2", was_told).endswith("A closed")
+    assert world.leave("A2") == ""
+    assert world.empty_after(5)
+
+
+def test_an_absent_holder_counts(world):
+    world.ask("A", "R", "PR", key="k")
+    world.restart()
+    assert world.ask("B", "R", wait=0) == "B busy"
+    assert world.ask("C", "R", "PR") == "C granted"
+    assert world.ask("D", "R") == "D queued"
+    world.release("C")
+    assert world.release("A") == "D granted"
+
+
+@pytest.mark.parametrize("asked, mode", [("Q2", "EX"), ("R", "PR")])
+def test_an_absent_holder_whose_client_asks_for_something_else_has_ended(asked, mode):
+    world = known("R")
+    assert world.ask("C", "R") == "C queued"
+    del world.holders["A"]
+    told = world.ask("A2", asked, mode, ident="A", key="k")
+    assert told == ("C granted, A2 granted" if asked == "Q2" else "C granted, A2 queued")
+    assert not world.table.absent
+
+
+def test_what_it_had_is_committed_then():
+    world = known("_S_x[1]")
+    del world.holders["A"]
+    world.ask("A2", "R", ident="A", key="k")
+    assert world.ask("C", "_S_x[1]") == "C granted 2"
+
+
+def test_a_holder_that_is_there_does_not_end_so():
+    world = known("R")
+    assert world.ask("B2", "P", ident="B", key="l") == "B2 granted"
+    assert set(world.holders) == {"A", "B", "B2"}
+
+
+@pytest.mark.parametrize("key, reclaimed", [("x", False), (None, False), ("x", True)])
+def test_without_its_key_nobody_is_an_absent_holder(key, reclaimed):
+    world = known("R")
+    token = world.holders["A"].token if reclaimed else None
+    assert world.ask("A2", "R", ident="A", key=key, wait=0, reclaim=token) == "A2 busy"
+    assert world.ask("A3", "P", ident="A", key=key) == "A3 granted"
+    assert set(world.table.absent) == {"A"}
+
+
+def test_with_another_token_it_is_a_reclaim_like_any_other():
+    world = known("R")
+    assert world.ask("A2", "R", ident="A", key="k", wait=0, reclaim=7) == "A2 busy"
+    assert set(world.table.absent) == {"A"}
+
+
+def test_a_client_that_uses_the_id_of_another_is_not_in_its_way(world):
+    world.ask("H", "Q")
+    world.ask("X", "P", ident="A", key="x")
+    world.ask("A", "R", key="k")
+    world.restart()
+    assert world.come_back("A", "A2").startswith("A2 granted")
+
+
+def test_what_is_not_in_a_whole_memory_is_refused(world):
+    world.ask("B", "R", "PR", key="k")
+    world.ask("C", "_s_x[2]")
+    world.release("C")
+    world.restart()
+    for name, mode, held in (("R", "PR", None), ("Q", "EX", None), ("_s_x[2]", "EX", "1")):
+        token = (1 << 32) - 1
+        assert reclaim(world, "A", name, mode, reclaim=token, held=held) == "A busy", name
+
+
+def test_tokens_go_on_behind_those_of_the_memory(window):
+    reclaim(window, "A", "R", reclaim=(90 << 32) + 7)
+    table = flomd.restore(window.records, lambda: flomd.LockTable(epoch=5), window.clock, False,
+                          str)
+    assert table.request(make_request("B", "Q"), window.clock)[0].token == (90 << 32) + 8
+
+
+# Nothing can be stored
+
+@pytest.mark.parametrize("name", ["_s_x[2]", "_S_x[2]", "_t_%S[2]"])
+def test_numbers_are_not_granted_while_nothing_can_be_stored(world, name):
+    world.ask("A", name, key="k")
+    world.later(1)
+    world.table.stall(True, world.clock)
+    for create in ("_s_new[1]", name):
+        assert world.ask("C", create, wait=0) == "C busy"
+        assert "store" in world.told[0].reason
+    assert world.ask("B", name) == "B queued"
+    assert world.ask("D", "R") == "D granted"
+    assert world.later(5) == ""
+    assert reclaim(world, "E", name, reclaim=1, held="9") == "E limit"
+    assert world.come_back("A", "A2").startswith("A2 granted")
+    assert world._note(world.table.stall(False, world.clock)).startswith("B granted")
+    assert world.ask("F", "_s_new[1]") == "F granted 1"
+
+
+def test_who_waits_for_the_store_waits_for_nobody(world):
+    """Its ancestor holds the one place that is taken: that is no deadlock."""
+    world.ask("A", "_s_x[2]")
+    world.table.stall(True, world.clock)
+    assert world.ask("B", "_s_x[2]", under="A") == "B queued"
+    assert world._note(world.table.stall(False, world.clock)) == "B granted 2"
+
+
 # The recovery window
 
 def test_in_the_window_only_reclaims_are_granted(window):
