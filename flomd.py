@@ -19,6 +19,7 @@ option or configuration file.
 #   request    what a session asks for; it is granted, queued, parked, deferred or refused
 #   resource   what is locked, by its name; a tree of nodes has the name of its first level
 #   holder     a request that was granted and not released yet
+#   absent     a holder whose client has not come back since its daemon ended
 #   waiter     a request in the queue of its resource
 #   ahead      a waiter is ahead of those that came later and are incompatible with it
 #   parked     waits for somebody to create the resource
@@ -31,6 +32,8 @@ option or configuration file.
 #   decision   what the lock table has to tell a session
 #   window     the recovery window: after a crash reclaims alone are granted for a while
 #   epoch      the upper half of the tokens; it grows from one daemon to the next
+#   record     a key and a text, by which a later daemon knows a holder or a resource
+#   batch      records that are stored together
 #   way        how clients find the daemon: a listener, or its membership of a multicast group
 #   pair       (start time, id) of a daemon, by which the candidates for a group are ordered
 #   drain      to leave the clients to another daemon, and to end with the last holder
@@ -2913,6 +2916,12 @@ def all_hopeless(nesting, most):
 # change, and ends resources that have been idle for long enough.  Recovery gives locks back to
 # those who lost their daemon or their connection.  LockTable takes requests to their places and is
 # all that other sections know.
+#
+# What outlives the daemon.  Books and Catalogue note in Changes which holders and which resources
+# they have touched; take_changes() hands that over.  A Restoration fills the table of the next
+# daemon.  Its holders are absent, and count like all others.  A holder is known by the id and the
+# key of its client: when that asks again for the same, on whatever connection, nothing is granted
+# but the session of the holder is another one.
 #
 # The recovery window.  A daemon that follows one that ended under its holders grants reclaims
 # alone for a while.  Others queue; one that would not wait is deferred, since neither "granted"
