@@ -4020,7 +4020,7 @@ read_known_message = functools.lru_cache(KNOWN)(read_message)
 def proof_of(key: "str") -> "str":
     """What is kept of the key that a client has made for its lock: enough to know it again."""
     import hashlib
-    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass"))
+    digest = hashlib.sha256(key.encode())
     return digest.hexdigest()[:PROOF]
 
 

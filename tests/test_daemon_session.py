@@ -1,4 +1,5 @@
 """The daemon's side of one connection, with a fake link: bytes in, answers out, no socket."""
+import hashlib
 import re
 import xml.etree.ElementTree
 
@@ -255,6 +256,29 @@ def test_a_reclaim_is_proved_by_a_key_that_no_report_shows(hub, link):
         again = hub.connect()
         told = again.lock("R", wait=0, about=ours("aa", key), more=' reclaim="1"')
         assert answer(told)["rc"] == rc and link.closed == (rc == "0")
+
+
+def test_of_a_key_no_more_is_kept_than_proves_it(hub, link):
+    key = "fedcba9876543210"
+    link.lock("R", about=ours("aa", f' key="{key}" life="1" parent="b,\u00e4"'))
+    request = hub.table.requests[link.session]
+    assert request.proof == hashlib.sha256(key.encode()).hexdigest()[:16]
+    assert (request.life, request.parents) == (1, ("b", "?"))
+    assert key not in str(vars(request)) + str(link.session.about)
+
+
+@pytest.mark.parametrize("key", ["", "\u00e4", "x" * 9000])
+def test_a_key_of_any_form_does_no_harm(hub, link, key):
+    assert answer(link.lock("R", about=ours("aa", f' key="{key}"')))["rc"] == "0"
+
+
+@pytest.mark.parametrize("reclaim", ["", ' reclaim="1"'])
+def test_one_that_was_not_told_of_its_grant_asks_again(hub, link, reclaim):
+    about = ours("aa", ' key="0123456789abcdef"')
+    link.lock("R", about=about)
+    again = hub.connect()
+    assert answer(again.lock("R", about=about, more=reclaim)) == {"rc": "0", "token": "1"}
+    assert link.closed and hub.table.holding == 1
 
 
 @pytest.mark.parametrize("name", ["R", "A.B", "_s_x[1]", "_t_%S[1]", "n[1]"])
