@@ -1333,6 +1333,10 @@ class Useless(DaemonUnavailable):
     """What listens there does not answer, is no lock daemon, or not the one that it says it is."""
 
 
+class Silent(Useless):
+    """It has not answered a reclaim in time, and may do so yet: the connection stays open."""
+
+
 class Gone(Exception):
     """The connection ended: the daemon at `where` has ended, has crashed, or cannot be reached.
 
@@ -2369,7 +2373,8 @@ def explain(error: "OSError") -> "str":
 
 
 class Connection:
-    """A stream to a daemon and the session on it; a `with` block closes it on an error only.
+    """A stream to a daemon and the session on it; a `with` block closes it on an error only, and
+    not when it is Silent.
 
     It is its maker's: a process made by fork closes its own copy, and does not end the stream.
     """
@@ -2388,8 +2393,13 @@ class Connection:
         return self
 
     def __exit__(self, error_class, error, traceback):
-        if error_class:
+        if error_class and not isinstance(error, Silent):
             self.close()
+
+    @property
+    def is_open(self) -> "bool":
+        """Whether this process has not closed it."""
+        return self.sock.fileno() >= 0
 
     def opening(self, address, until: "float", context):
         """Steps that connect, with TLS where there is a context; raises OSError."""
@@ -2869,6 +2879,12 @@ def covers(holder: "dict", settings: "Settings") -> "bool":
 # repeated, after a reclaim, as long as a goodbye may take (HURRY).  Only where the daemon sees the
 # end of this process (grace -1) nothing has to be told, but a rollback, which it does not see.
 #
+# A reclaim that was sent and not answered must not be dropped: a daemon that was busy would grant
+# it and then see the end of its connection, which frees the lock, and gives the value of an _S_
+# sequence back, although it may have been used.  So the connection of one that takes too long
+# stays open until another one is answered, to which the lock moves; and at the end of the claim an
+# unlock follows it.
+#
 # The life of a Claim: asking (`connection` is None), held (`connection` is that of the grant),
 # lost (`loss` says why, until it is held again), released.  One that counts a lock of the command
 # above as its own (--deadlock reuse) is held without a connection.
@@ -3001,6 +3017,8 @@ class Claim:
         self._reused = False
         self._is_final = False  # it was taken away, or granted to somebody else
         self._reclaim: "Any" = None  # the steps that reclaim it
+        self._silent: "list[Connection]" = []  # those on which a reclaim was not answered in time
+        self._farewell = b""  # the unlock, when the claim ends
         self._patience = PATIENCE  # s for finding a daemon that serves
         if "," in (settings["UnicastAddress"] or ""):
             self._patience = SEVERAL
@@ -3108,6 +3126,7 @@ class Claim:
         """
         until = clock() + GOODBYE
         self._starter.order = "the lock is released"
+        self._farewell = unlock_message(self.name, rollback)
         unlocked = False
         while self.connection or self._is_kept_longer(rollback):
             if self.connection:
@@ -3123,6 +3142,16 @@ class Claim:
                 return unlocked or held is None
         return True
 
+    def _is_asking(self):
+        """Whether a reclaim may be answered yet."""
+        return bool(self._silent) or self._latest.is_open
+
+    def _send_farewell(self, connection):
+        """Lets the unlock follow a reclaim that is not waited for any more."""
+        if self._farewell:
+            with contextlib.suppress(Gone, DaemonUnavailable):
+                connection.send(self._farewell)
+
     def _unlock(self, rollback, until):
         """True when that is stored; otherwise the lock is lost, and may be kept."""
         connection = self.connection
@@ -3135,11 +3164,13 @@ class Claim:
         return False
 
     def _is_kept_longer(self, rollback):
-        """Whether a lost lock would be kept after the end of this process, or its value be spent
-        although that of a transactional sequence is to be granted again.
+        """Whether a lost lock would be kept after the end of this process.
+
+        Or its value be taken for used, or for not used, against the truth: of a holder that is not
+        connected a daemon takes it for used, of one whose connection ends for not used.
         """
         if self.kept_until == FOREVER:
-            return rollback and self.name.startswith("_S_")
+            return self.name.startswith("_S_") and (rollback or self._is_asking())
         return clock() < self.kept_until
 
     def forget(self):
@@ -3148,9 +3179,17 @@ class Claim:
         self.kept_until = 0.0
         if self._reclaim:
             self._reclaim.close()
+        for silent in self._silent:
+            self._send_farewell(silent)
+        self._close_silent()
         self._starter.close()
         if connection:
             connection.close()
+
+    def _close_silent(self):
+        for connection in self._silent:
+            connection.close()
+        self._silent = []
 
     def succeed(self, previous: "Claim"):
         """Takes the place of a claim of the same lock that has ended, or is lost.
@@ -3202,6 +3241,8 @@ class Claim:
         """s in which the winner of a race must answer."""
         if race.left:
             return EACH
+        if self._silent:  # each takes a descriptor
+            return PATIENCE * 2 ** len(self._silent)
         if self._patience == PATIENCE:
             return PATIENCE
         return max(1, self._starter.until - clock())
@@ -3255,10 +3296,18 @@ class Claim:
     def _asking_first(self, connection, bare, patience):
         """Steps from the request to its first answer."""
         connection.send(self._message(bare))
-        answers = yield from connection.answering(clock() + patience)
+        try:
+            answers = yield from connection.answering(clock() + patience)
+        except GeneratorExit:
+            self._send_farewell(connection)
+            raise
         if not answers:
-            raise Useless(f"{connection.where} does not answer within {patience:.0f} s: "
-                          "stopped, or no lock daemon")
+            text = (f"{connection.where} does not answer within {patience:.0f} s: stopped, or no "
+                    "lock daemon")
+            if self.loss:
+                self._silent.append(connection)
+                raise Silent(text)
+            raise Useless(text)
         if self._context and self.settings["TlsCheckPeerId"]:
             connection.check_name(answers[0].peerid)
         return answers[-1]
@@ -3361,7 +3410,9 @@ class Claim:
         hurry = clock() + HURRY
         while True:
             try:
-                return (yield from self._reclaiming_once())
+                held = yield from self._reclaiming_once()
+                self._close_silent()
+                return held
             except OSError as error:
                 if error.errno is None:  # a signal handler's own, as TimeoutError
                     raise
@@ -3370,6 +3421,7 @@ class Claim:
                 obstacle = str(error)
             except LockError as error:
                 self._lose_for_good(error.reason or HAS_OTHER_HOLDER)
+                self._close_silent()
                 return False
             self.diary.say(f"reclaiming {self.name}: {obstacle}")
             if clock() < hurry:

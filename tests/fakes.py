@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import xml.parsers.expat
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 PEER = "0123456789abcdef0123456789abcdef"
 HEADER = '<?xml version="1.0" encoding="UTF-8" ?>'
@@ -428,7 +428,8 @@ class OurDaemon:
 
     `grace`: what it tells (ms), None: nothing.  `element`: that of each grant.  `does`: what it
     does about a message in place of its work, {"lock", "reclaim", "unlock" or "ping": an rc to
-    refuse with, "close", "reset", "die", "hang", or a function that is called before the work}.
+    refuse with, "close", "reset", "die", "hang", a function that is called before the work, or a
+    context in which it is done}.
     `holders`: {name: (id, key, token)}, names in base64; `messages`: [(kind, {tag: attributes})];
     `rolled_back`: the tokens that were.
     """
@@ -468,7 +469,7 @@ class OurDaemon:
             self.listener.close()
         self.listener = None
         with self.changed:
-            for connection in self.connections:
+            for connection in list(self.connections):
                 with suppress(OSError):  # it has ended
                     connection.shutdown(socket.SHUT_RDWR)
             self.connections.clear()
@@ -477,7 +478,7 @@ class OurDaemon:
     def reset(self):
         """It ends, and resets its connections."""
         with self.changed:
-            for connection in self.connections:
+            for connection in list(self.connections):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER)
                 connection.shutdown(socket.SHUT_RD)
             self.connections.clear()
@@ -496,7 +497,8 @@ class OurDaemon:
         with suppress(OSError):  # it has died
             while True:
                 connection = listener.accept()[0]
-                self.connections.add(connection)
+                with self.changed:
+                    self.connections.add(connection)
                 self._start(self._serve, connection)
 
     def _serve(self, connection):
@@ -524,6 +526,13 @@ class OurDaemon:
         if isinstance(action, str):
             getattr(self, f"_{action}")(connection)
             return held
+        with ExitStack() as stack:
+            if hasattr(action, "__enter__"):
+                stack.enter_context(action)
+            return self._work(connection, found, held, kind, action)
+
+    def _work(self, connection, found, held, kind, action):
+        resource = found.get("resource", {})
         if callable(action):
             action()
         if kind == "ping":

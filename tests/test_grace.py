@@ -4,6 +4,7 @@ reclaim at the end of the command, and what the grace means for the status and f
 import errno
 import os
 import signal
+import threading
 import time
 
 import flom
@@ -23,6 +24,28 @@ def hold(box, code, *options, status=0):
     holder = driven(box, code, *options, "--", *gate.command)
     gate.wait()
     return holder, gate
+
+
+class Turns:
+    """What a daemon does meanwhile: it obeys none, and then one message after the other."""
+
+    def __init__(self):
+        self.changed, self.came, self.done = threading.Condition(), 0, 0
+        self.begun = threading.Event()
+        self.begin = self.begun.set
+
+    def __enter__(self):
+        with self.changed:
+            self.came += 1
+            number = self.came
+        assert self.begun.wait(10)
+        with self.changed:
+            self.changed.wait_for(lambda: self.done == number - 1, 10)
+
+    def __exit__(self, *_):
+        with self.changed:
+            self.done += 1
+            self.changed.notify_all()
 
 
 def kinds(daemon):
@@ -193,6 +216,40 @@ def test_obstacles_of_a_reclaim(box, fake):
     gate.open()
     assert holder.end() == (0, "", "")
     assert daemon.messages[-3][1]["resource"]["reclaim"] == held[0][2]
+
+
+def test_a_reclaim_that_is_answered_late(box, fake):
+    """The lock moves to the connection that is answered; the end of the others frees nothing."""
+    daemon, turns = fake(**LOCAL), Turns()
+    holder, gate = hold(box, PATIENT + "flom.PATIENCE = 0.1", *ALONE)
+    daemon.die()
+    daemon.does = {"reclaim": turns}
+    daemon.begin()
+    wait_until(lambda: daemon.count("reclaim") == 3)
+    assert len(daemon.connections) == 3
+    turns.begin()
+    wait_until(lambda: len(daemon.connections) == 1)
+    assert len(daemon.holders) == 1
+    gate.open()
+    assert holder.end() == (0, "", "") and daemon.holders == {}
+
+
+@pytest.mark.parametrize("patience, status", [("10", 0), ("0.1", 0), ("10", 1)])
+def test_a_reclaim_that_is_answered_after_the_end(box, fake, patience, status):
+    """Whether the value of the sequence is to be granted again is said with it."""
+    daemon, turns = fake(True, element="1", **LOCAL), Turns()
+    code = PATIENT + f"flom.PATIENCE = {patience}; flom.HURRY = 0"
+    holder, gate = hold(box, code, *ALONE, "-r", "_S_n[1]", status=status)
+    daemon.die()
+    daemon.does = {"reclaim": turns}
+    daemon.begin()
+    wait_until(lambda: daemon.count("reclaim") > (patience != "10"))
+    gate.open()
+    assert holder.end() == (status, "", "")
+    turns.begin()
+    wait_until(lambda: daemon.count("unlock") and not daemon.connections)
+    assert {found["resource"]["rollback"] for kind, found in daemon.messages
+            if kind == "unlock"} == {str(status)}
 
 
 @pytest.mark.parametrize("rc", [4, 10])

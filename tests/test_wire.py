@@ -423,13 +423,13 @@ def test_who_asks_is_told_in_ascii_and_in_time(box, floms):
     assert 400 < len(floms.messages[0]) <= 511 and floms.messages[0].decode("ascii")
 
 
-ABOUT = {"client": "flom.py/1.0", "id": "a" * 16, "key": "b" * 16,
+ABOUT = {"client": "flom.py/1.0", "id": "a" * 16, "key": "b" * 16, "life": 1,
          "parent": ",".join(["c" * 16, "d" * 16, "e" * 16]),
          "pid": 4211, "user": "joe", "host": "db1.example.org", "cmd": "vacuum"}
 
 
 def test_what_gives_way_in_a_long_request():
-    """First what only people read, then what is old; id, key and one ancestor travel always."""
+    """First what only people read, then what is old; id, key, life and one ancestor travel always."""
     settings, left = flom.Settings(), [set(ABOUT) | {"peerid"}]
     for length in range(10, 400):
         settings.values["Name"] = "R" * length
@@ -438,6 +438,7 @@ def test_what_gives_way_in_a_long_request():
         if set(session) != left[-1]:
             left.append(set(session))
         assert session["id"] == ABOUT["id"] and session["key"] == ABOUT["key"]
+        assert session["life"] == 1
         assert session["client"] == "flom.py" or session["parent"] == ABOUT["parent"]
         assert len(data) <= 511 or session["parent"] == "c" * 16
     gone = [before - after for before, after in zip(left, left[1:])]
