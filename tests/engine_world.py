@@ -337,17 +337,18 @@ class World(Ledger):
         if changes is not None:
             keep(self.records, flomd.batch_of(changes))
 
-    def restored(self, rebooted=False, records=None):
-        """The table of the daemon that would come next."""
+    def restored(self, rebooted=False, records=None, window=None):
+        """The table of the daemon that would come next; window: s."""
         before, flomd.Absent = flomd.Absent, AbsentClient
         try:
-            return flomd.restore(self.records if records is None else records, self._next_table,
-                                 self.clock, rebooted, str)
+            return flomd.restore(self.records if records is None else records,
+                                 lambda: self._next_table(window), self.clock, rebooted, str)
         finally:
             flomd.Absent = before
 
-    def _next_table(self):
-        return flomd.LockTable(self.policy == "first-fit", (self.token >> 32) + 1)
+    def _next_table(self, window):
+        until = None if window is None else self.clock.mono + window
+        return flomd.LockTable(self.policy == "first-fit", (self.token >> 32) + 1, until)
 
     def check_memory(self):
         """What is stored is all that there is to know, and enough to have the table again."""
@@ -365,9 +366,9 @@ class World(Ledger):
             assert dict(flomd.everything(table)) == records
         assert picture(self.table, self.clock) == RESTORED[known]
 
-    def restart(self):
+    def restart(self, window=None):
         """The daemon is killed, and another one begins with what was stored."""
-        self.table = self.restored()
+        self.table = self.restored(window=window)
         self.keep()
         self.token = self.table._books.last_token
         assert list(self.table.absent) == list(self.table.requests)

@@ -675,6 +675,23 @@ def test_what_is_not_in_a_whole_memory_is_refused(world):
         assert reclaim(world, "A", name, mode, reclaim=token, held=held) == "A busy", name
 
 
+def test_with_a_memory_that_is_not_whole_there_is_a_window_too(world):
+    """Some hold locks of which it does not know."""
+    world.ask("A", "R", key="k")
+    world.ask("C", "A.B")
+    world.release("C")
+    world.restart(window=3)
+    assert world.ask("B", "Q") == "B queued"
+    assert reclaim(world, "D", "P", reclaim=5) == "D granted"
+    assert reclaim(world, "E", "R", reclaim=6) == "E busy"
+    assert world.come_back("A", "A2").startswith("A2 granted")
+    assert world.later(3) == "B granted"
+    for name, held in (("A.B", "A"), ("R", None), ("N", None)):
+        assert reclaim(world, "F", name, reclaim=7, held=held) == "F busy"
+    world.leave("D")
+    assert reclaim(world, "D2", "P", reclaim=5) == "D2 granted"
+
+
 def test_tokens_go_on_behind_those_of_the_memory(window):
     reclaim(window, "A", "R", reclaim=(90 << 32) + 7)
     table = flomd.restore(window.records, lambda: flomd.LockTable(epoch=5), window.clock, False,
