@@ -4857,9 +4857,9 @@ HELD_FOR = 5  # s that a lock may be held by a daemon that does not answer any m
 AGAIN = 0.02  # s until a lock that is held is tried once more
 RETRY = 10  # s until a journal that cannot be written is tried again
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
+PID_NAMESPACE = "/proc/self/ns/pid"
 STATE_FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 PRIVATE, SHARED = 0o600, 0o666  # permissions
-LAYOUT = 1  # of the journal
 IN_FILE, SYNCED, NOT_KEPT = "file", "synced", "none"  # kinds of stores
 JOURNAL_HEAD = f"flomd journal {LAYOUT}\n".encode()
 PORTION = 1000  # records that a rewrite takes from the table at once
@@ -5146,6 +5146,14 @@ def boot_id() -> "str":
         return ""
 
 
+def pid_namespace() -> "str":
+    """What tells this pid namespace from any other; "" where it cannot be had."""
+    try:
+        return os.readlink(PID_NAMESPACE)
+    except OSError:
+        return ""
+
+
 def epoch_of_the_clock() -> "int":
     """s since EPOCH; 0 when the clock is so wrong that it would use up all tokens."""
     seconds = int(time.time()) - EPOCH
@@ -5404,7 +5412,8 @@ class Thread:
 
     def _run(self):
         """In the thread.  Signals are the main thread's."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
+        numbers = set(signal_names())
+        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
         while self._theirs.recv(1):
             work = self._todo.popleft()
             work.do()
@@ -5681,10 +5690,10 @@ class Journal:
 
 # State and journal together.
 
-Known = collections.namedtuple("Known", "records whole unclean rebooted")
+Known = collections.namedtuple("Known", "records whole unclean rebooted pidns")
 Known.__doc__ = """What is known of the predecessor: records, {key: text}, and whether they are
 whole, nobody else can hold a lock; unclean: somebody may hold one that they do not have; rebooted:
-the system was booted since."""
+the system was booted since; pidns: the id of its pid namespace, "" where it is not known."""
 
 
 class Disk:
@@ -5713,7 +5722,8 @@ class Disk:
         self._journal = Journal(journal_path or os.devnull, state.durable, self._heed,
                                 self._may_rewrite)
         self._boot = boot_id()
-        self._old = {"epoch": "0", "covers": "0", "boot": ""}  # the record `d` that was found
+        self._pidns = pid_namespace()
+        self._old = DaemonRecord(LAYOUT, 0, "", "", 0)  # that of the predecessor
         self._loop: "Any" = None
         self._has_state = False  # the record of this daemon is in the state
         self._has_begun = False  # and in the journal
@@ -5754,14 +5764,18 @@ class Disk:
         """Raises Damage where the journal does not count."""
         if not records:
             raise Damage("it is not there, and there was one")
-        self._old.update(_attribute(records.get("d", "")))
-        covered = self._old["covers"]
-        if not covered.isdigit() or "d" not in records:
-            raise Damage("it does not say up to where it counts")
-        if int(covered) >> 32 < self.state.epoch:
+        try:
+            old = read_daemon(records.get(OF_DAEMON, ""))
+        except BrokenMemory:
+            raise Damage("it does not say whose it is")
+        if old.layout != LAYOUT:
+            raise OtherLayout(old.layout)
+        epoch = old.covers >> 32
+        if epoch < self.state.epoch:
             raise Damage("it is older than the state")
-        if int(covered) >> 32 > LAST_EPOCH:
-            raise Damage("its epoch is none")
+        if epoch > LAST_EPOCH:
+            raise Damage(f"its epoch, {epoch}, is none")
+        self._old = old
 
     def _put_aside(self, version):
         path = self._journal.path
@@ -5776,18 +5790,14 @@ class Disk:
         return self._finish_recall({}, False, True)
 
     def _finish_recall(self, records, counts, lost=False):
-        before = self.state.boot
-        if counts:
-            before = self._old["boot"]
+        before = self._old.boot if counts else self.state.boot
         rebooted = before != self._boot
         unclean = self.state.marked or lost
         if counts and rebooted and self._network and not self.state.durable:
             unclean = True  # the end of the journal may have been lost with the system
-        covered = 0
-        if counts:
-            covered = int(self._old["covers"]) >> 32
+        covered = self._old.covers >> 32
         self.epoch = max(epoch_of_the_clock(), self.state.epoch + 1, covered + 1)
-        return Known(records, counts and not unclean, unclean, rebooted)
+        return Known(records, counts and not unclean, unclean, rebooted, self._old.pidns)
 
     # The beginning.
 
@@ -5795,21 +5805,22 @@ class Disk:
         """Writes this daemon's epoch, into the journal first."""
         if self.kind != NOT_KEPT:
             if self._may_rewrite():
-                self._journal.begin([("d", self._record())])
+                self._journal.begin([self._record()])
             else:
                 self._journal.drop("the mark could not be set")
             self._has_begun = not self.failing
         self._write_state()
 
     def _record(self):
-        """The text of the record `d`."""
+        """The record of this daemon."""
         covers = (self.epoch + 1 << 32) - 1
-        return f'layout="{LAYOUT}" epoch="{self.epoch}" boot="{self._boot}" covers="{covers}"'
+        return daemon_record(self.epoch, self._boot, self._pidns, covers)
 
     def _write_state(self):
         """Writes the record of this daemon; returns whether it could be written."""
         state = self.state
-        written = self._try(state.write, self.epoch, self._boot, self.marked, self.kind != NOT_KEPT)
+        keeps_journal = self.kind != NOT_KEPT
+        written = self._try(state.write, self.epoch, self._boot, self.marked, keeps_journal)
         self._has_state = written and not state.is_nowhere()
         return written
 
@@ -5842,9 +5853,11 @@ class Disk:
         self._changed = changed
         if self.kind != NOT_KEPT:
             self._journal.start(loop, functools.partial(self._everything, everything), settle)
+        if self.failing:
+            changed()
 
     def _everything(self, everything):
-        return itertools.chain([("d", self._record())], everything())
+        return itertools.chain([self._record()], everything())
 
     # While it serves.
 
@@ -5880,8 +5893,8 @@ class Disk:
         or of the first after them.  Those of a successor must be greater.  Returns False when that
         could not be written."""
         self.epoch = token >> 32
-        record = [("d", self._record())]
-        if self.kind != NOT_KEPT and self._journal.commit(record, self._cover_in_state):
+        records = [self._record()]
+        if self.kind != NOT_KEPT and self._journal.commit(records, self._cover_in_state):
             return True
         return self._write_state()
 
@@ -7876,6 +7889,13 @@ class Server:
     def _finish(connection, _):
         connection.finish()
 
+    def store_changed(self) -> "None":
+        """The store fails, or not any more.  Numbers that must not come twice are not granted
+        while a store that syncs cannot keep them."""
+        fails = bool(self.disk.failing) and self.disk.kind == SYNCED
+        decisions = self.table.stall(fails, self.loop.now)
+        self.deliver(decisions)
+
     def _take_records(self):
         """What has changed, as a store wants it."""
         changes = self.table.take_changes()
@@ -8336,17 +8356,17 @@ class Daemon:
     Raises CannotServe.
     """
 
-    def __init__(self, settings: "Settings", options, log: "Log", pair: "tuple", disk: "Disk",
-                 table: "LockTable"):
+    def __init__(self, settings: "Settings", log: "Log", pair: "tuple", disk: "Disk",
+                 table: "LockTable", connections: "Connections"):
         self.settings = settings
         self.log = log
         self.pair = pair
         self.disk = disk
         self.table = table
         self.phase = SERVING
-        self.loop = Loop(log)
-        self.connections = Connections(self.loop, log, settings, options.max_clients)
-        self.server = Server(settings, log, self.connections, table, disk, self)
+        self.loop = connections.loop
+        self.connections = connections
+        self.server = Server(settings, log, connections, table, disk, self)
         self.ways: "list" = []  # how clients find it: listeners and the group
         self._forgets = False  # a successor is to know no resource that nobody holds
         self._parts: "list" = []  # what has a path that may be lost
@@ -8444,6 +8464,7 @@ class Daemon:
         if self._forgets:
             self.server.forget()
         self.server.clear_mark()
+        self.disk.close()
 
     # Its paths.
 
@@ -9002,7 +9023,8 @@ def open_disk(settings, options, log, group):
         if guard is not None:
             name_owner(guard)
         state = open_state(settings, options, log, group, path)
-    return guard, Disk(log, state)
+    network = bool(_address(settings))
+    return guard, Disk(log, state, journal_path(settings, state), network)
 
 
 def open_state(settings, options, log, group, path):
@@ -9024,6 +9046,17 @@ def name_owner(guard):
     reason = failure_of(lambda: guard.write(epoch, boot_id(), guard.marked, guard.had_journal))
     if reason:
         guard.log.error(f"cannot write {guard.path}: {reason}")
+
+
+def journal_path(settings, state):
+    """Where the journal is kept; None where none is: a group may have been served by another host
+    since, and nothing is kept where there is no lock."""
+    if state.is_nowhere():
+        return None
+    if settings["MulticastAddress"] and not settings["UnicastAddress"]:
+        return None
+    stem, _ = os.path.splitext(state.path)
+    return f"{stem}.journal"
 
 
 def _locked(state, settings, options, group):
@@ -9056,7 +9089,18 @@ def _somebody_answers(settings, group):
     return False
 
 
-def make_table(settings, options, disk, known):
+def make_table(settings, options, disk, name_of):
+    """A lock table, with all that is known of the predecessor."""
+    known = disk.recall()
+    try:
+        return restore(known.records, lambda: _empty_table(settings, options, disk, known),
+                       Moment(), known.rebooted, name_of)
+    except BrokenMemory as error:
+        known = disk.disown(error)
+        return _empty_table(settings, options, disk, known)
+
+
+def _empty_table(settings, options, disk, known):
     """A lock table, for tokens of this daemon's epoch."""
     window = recovery_window(settings, known)
     window_until = None
@@ -9172,11 +9216,11 @@ def prepare(settings, options, log):
     with contextlib.ExitStack() as undo:  # what is open is closed when a later step fails
         group = join_group(settings, pair, undo)
         guard, disk = open_disk(settings, options, log, group)
-        known = disk.recall()
-        table = make_table(settings, options, disk, known)
+        connections = Connections(Loop(log), log, settings, options.max_clients)
+        table = make_table(settings, options, disk, connections.users.name)
         disk.begin()
         Session.introduce(machine_id(), pair[1])
-        daemon = Daemon(settings, options, log, pair, disk, table)
+        daemon = Daemon(settings, log, pair, disk, table, connections)
         undo.callback(daemon.hide)
         Signals(daemon)  # before it listens: TERM then removes the socket
         publisher = make_publisher(settings, options, daemon)
@@ -9210,6 +9254,9 @@ def join_group(settings, pair, undo):
 
 def begin(daemon, group, guard, publisher):
     """From now on the daemon is found, looks after its paths and publishes its state."""
+    table = daemon.table
+    daemon.disk.start(daemon.loop, lambda: everything(table), daemon.server.batches.commit,
+                      daemon.server.store_changed)
     daemon.server.released()
     parts = [daemon.disk, *daemon.ways]
     if guard is not None and guard is not daemon.disk.state:
