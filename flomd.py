@@ -5690,10 +5690,10 @@ class Journal:
 
 # State and journal together.
 
-Known = collections.namedtuple("Known", "records whole unclean rebooted pidns")
+Known = collections.namedtuple("Known", "records whole unclean rebooted")
 Known.__doc__ = """What is known of the predecessor: records, {key: text}, and whether they are
 whole, nobody else can hold a lock; unclean: somebody may hold one that they do not have; rebooted:
-the system was booted since; pidns: the id of its pid namespace, "" where it is not known."""
+the system was booted since."""
 
 
 class Disk:
@@ -5718,6 +5718,7 @@ class Disk:
         self.epoch = 0
         self.marked = False
         self.unknown_until = 0.0  # s, monotonic: the end of the window for those not known
+        self.same_processes = False  # pids that the predecessor has stored mean the same here
         self._network = network
         self._journal = Journal(journal_path or os.devnull, state.durable, self._heed,
                                 self._may_rewrite)
@@ -5797,7 +5798,8 @@ class Disk:
             unclean = True  # the end of the journal may have been lost with the system
         covered = self._old.covers >> 32
         self.epoch = max(epoch_of_the_clock(), self.state.epoch + 1, covered + 1)
-        return Known(records, counts and not unclean, unclean, rebooted, self._old.pidns)
+        self.same_processes = not rebooted and self._old.pidns == self._pidns != ""
+        return Known(records, counts and not unclean, unclean, rebooted)
 
     # The beginning.
 
@@ -5811,10 +5813,13 @@ class Disk:
             self._has_begun = not self.failing
         self._write_state()
 
+    def covered(self) -> "int":
+        """The greatest token that may be told before cover() is called."""
+        return (self.epoch + 1 << 32) - 1
+
     def _record(self):
         """The record of this daemon."""
-        covers = (self.epoch + 1 << 32) - 1
-        return daemon_record(self.epoch, self._boot, self._pidns, covers)
+        return daemon_record(self.epoch, self._boot, self._pidns, self.covered())
 
     def _write_state(self):
         """Writes the record of this daemon; returns whether it could be written."""
@@ -7889,13 +7894,6 @@ class Server:
     def _finish(connection, _):
         connection.finish()
 
-    def store_changed(self) -> "None":
-        """The store fails, or not any more.  Numbers that must not come twice are not granted
-        while a store that syncs cannot keep them."""
-        fails = bool(self.disk.failing) and self.disk.kind == SYNCED
-        decisions = self.table.stall(fails, self.loop.now)
-        self.deliver(decisions)
-
     def _take_records(self):
         """What has changed, as a store wants it."""
         changes = self.table.take_changes()
@@ -9093,11 +9091,13 @@ def make_table(settings, options, disk, name_of):
     """A lock table, with all that is known of the predecessor."""
     known = disk.recall()
     try:
-        return restore(known.records, lambda: _empty_table(settings, options, disk, known),
-                       Moment(), known.rebooted, name_of)
+        table = restore(known.records, lambda: _empty_table(settings, options, disk, known),
+                        Moment(), known.rebooted, name_of)
     except BrokenMemory as error:
         known = disk.disown(error)
-        return _empty_table(settings, options, disk, known)
+        table = _empty_table(settings, options, disk, known)
+    table.cover(disk.covered())
+    return table
 
 
 def _empty_table(settings, options, disk, known):
@@ -9257,6 +9257,7 @@ def begin(daemon, group, guard, publisher):
     table = daemon.table
     daemon.disk.start(daemon.loop, lambda: everything(table), daemon.server.batches.commit,
                       daemon.server.store_changed)
+    daemon.server.absences.begin(daemon.disk.same_processes)
     daemon.server.released()
     parts = [daemon.disk, *daemon.ways]
     if guard is not None and guard is not daemon.disk.state:
