@@ -4517,7 +4517,7 @@ def _requests_tree(folder, requests):
 LAYOUT = 1  # of the records
 OF_HOLDER, OF_RESOURCE, OF_VALUE, OF_DAEMON = "h/", "r/", "v/", "d"  # how keys begin
 TOLD = ("host", "user", "cmd")  # what clients of ours say of themselves
-QUOTED = 256  # texts that are kept as they are written
+QUOTED, SHORT_TEXT = 256, 200  # texts that are kept as they are written, and their characters
 
 DaemonRecord = collections.namedtuple("DaemonRecord", "layout epoch boot pidns covers")
 
@@ -4537,15 +4537,26 @@ class Absent(Identity):
 
 # Records.
 
-_encoded = functools.lru_cache(QUOTED)(encode_name)
-
-
-@functools.lru_cache(QUOTED)
-def _quoted(text):
+def _quote(text):
     """The text as the value of an attribute."""
     text = plain(text, len(text))
     whole = element("x", ("x", text))
     return whole[len('<x x="'):-len('"/>')]
+
+
+def _cached(write):
+    """The function, which remembers what it has made of short texts: long ones take memory."""
+    write_short = functools.lru_cache(QUOTED)(write)
+
+    def write_any(text):
+        if len(text) > SHORT_TEXT:
+            return write(text)
+        return write_short(text)
+    return write_any
+
+
+_encoded = _cached(encode_name)
+_quoted = _cached(_quote)
 
 
 def batch_of(changes: "Changes") -> "List[Tuple[str, str | None]]":
