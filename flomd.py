@@ -4517,7 +4517,7 @@ def _requests_tree(folder, requests):
 LAYOUT = 1  # of the records
 OF_HOLDER, OF_RESOURCE, OF_VALUE, OF_DAEMON = "h/", "r/", "v/", "d"  # how keys begin
 TOLD = ("host", "user", "cmd")  # what clients of ours say of themselves
-QUOTED, SHORT_TEXT = 256, 200  # texts that are kept as they are written, and their characters
+QUOTED = 256  # texts that are kept as they are written
 
 DaemonRecord = collections.namedtuple("DaemonRecord", "layout epoch boot pidns covers")
 
@@ -4537,26 +4537,15 @@ class Absent(Identity):
 
 # Records.
 
-def _quote(text):
+_encoded = functools.lru_cache(QUOTED)(encode_name)
+
+
+@functools.lru_cache(QUOTED)
+def _quoted(text):
     """The text as the value of an attribute."""
     text = plain(text, len(text))
     whole = element("x", ("x", text))
     return whole[len('<x x="'):-len('"/>')]
-
-
-def _cached(write):
-    """The function, which remembers what it has made of short texts: long ones take memory."""
-    write_short = functools.lru_cache(QUOTED)(write)
-
-    def write_any(text):
-        if len(text) > SHORT_TEXT:
-            return write(text)
-        return write_short(text)
-    return write_any
-
-
-_encoded = _cached(encode_name)
-_quoted = _cached(_quote)
 
 
 def batch_of(changes: "Changes") -> "List[Tuple[str, str | None]]":
@@ -7521,16 +7510,16 @@ CANNOT_STORE = "the daemon cannot store it now"
 
 class Batch:
     """What is stored together, and what waits for that."""
-    __slots__ = ("said", "connections", "token", "until", "is_accepted", "is_stored")
+    token = 0  # the greatest that will be told
+    until = NEVER  # s, monotonic: when it is late
+    is_accepted = False  # the store will say when it counts
+    is_stored = False
+    is_said = False
 
     def __init__(self):
         # act(connection, detail) is called for each, when it is stored
         self.said: "List[Tuple[Callable, Connection, object]]" = []
         self.connections: "List[Connection]" = []  # that are not read until then
-        self.token = 0  # the greatest that will be told
-        self.until = NEVER  # s, monotonic: when it is late
-        self.is_accepted = False  # the store will say when it counts
-        self.is_stored = False
 
 
 class Batches:
@@ -7576,14 +7565,14 @@ class Batches:
         """Has everything stored that has changed by now."""
         batch = self._open
         self._open = Batch()
-        self._pending.append(batch)
         self._loop.guarded(nothing, self._store, batch)
-        if batch.is_stored:
+        if batch.is_said:
             return
+        self._pending.append(batch)
         if batch.is_accepted:
             batch.until = self._loop.now.mono + LATE
             self._loop.within(LOOK_AT_STORE, self._look)
-        else:
+        elif not batch.is_stored:
             self._go_without(batch)
 
     def _store(self, batch):
@@ -7598,21 +7587,26 @@ class Batches:
             self._is_stored(batch)
 
     def _is_stored(self, batch):
+        """It counts; it is said when all before it are.  One that counts at once is not pending
+        yet."""
         batch.is_stored = True
         pending = self._pending
+        if not pending:
+            self._say(batch)
         while pending and pending[0].is_stored:
             first = pending.popleft()
             self._say(first)
         self.stored()
 
     def _say(self, batch):
+        batch.is_said = True
         guarded = self._loop.guarded
         for act, connection, detail in batch.said:  # which may grow meanwhile
             guarded(connection.close, act, connection, detail)
-        waiting = [one for one in batch.connections if one.batch is batch]
-        for connection in waiting:
-            connection.batch = None
-        for connection in waiting:
+        for connection in batch.connections:
+            if connection.batch is batch:
+                connection.batch = None
+        for connection in batch.connections:
             guarded(connection.close, connection.resume)
 
     # What cannot be stored.
@@ -8176,7 +8170,10 @@ class Absences:
 
     def _end(self, holder, reason):
         session = holder.session
-        self._log.info(f"{holder.name!r}, of {session}, which was absent, is free: {reason}")
+        what = repr(holder.name)
+        if holder.element is not None:
+            what += f" with {holder.element}"
+        self._log.info(f"{what}, of {session}, which was absent, is free: {reason}")
         self._server.end_absent(session)
 
 

@@ -609,22 +609,6 @@ def test_who_asks_again_while_its_old_connection_stands_has_what_it_had(world, n
     assert world.empty_after(5)
 
 
-@pytest.mark.parametrize("more", [{"pid": 2}, {"local": False}, {"grace": 9}])
-def test_of_one_that_comes_back_nothing_is_stored_but_what_is_new(more):
-    world = World()
-    first, again, other = [make_request(session, "R", ident="A", key="k")
-                           for session in ("A", "A2", "A3")]
-    for request in (first, again, other):
-        request.pid, request.local, request.grace = 1, True, -1
-        request.reclaim = None if request is first else world.token + 1
-    vars(other).update(more)
-    for request, changed in ((first, True), (again, False), (other, True)):
-        assert world.table.request(request, world.clock)[0].verdict == flomd.OK
-        changes = world.table.take_changes()
-        assert (changes is not None) == changed
-    assert {name: vars(changes.holders[1])[name] for name in more} == more
-
-
 def test_an_absent_holder_counts(world):
     world.ask("A", "R", "PR", key="k")
     world.restart()
