@@ -42,7 +42,8 @@ def test_it_keeps_nothing_of_its_starter(box):
     found = files(pid)
     assert [found[number] for number in (0, 1, 2)] == ["/dev/null"] * 3
     others = {name for number, name in found.items() if number > 2}
-    assert {name for name in others if name.startswith("/")} == {box.socket + ".lock"}
+    paths = {box.socket + ".lock", box.socket + ".journal"}
+    assert {name for name in others if name.startswith("/")} == paths
     assert comm(pid) == "flomd"
 
 
@@ -400,10 +401,10 @@ def test_its_connections_end_with_the_process(box, end):
     """Who sees one end, the sender of an order over TCP above all, may look for the process, or
     start another; all that it leaves is done by then."""
     address = ("-a", "127.0.0.1", "-p", str(free_port()))
-    for _ in range(COUNT.rounds):
+    for number in range(COUNT.rounds):  # what is held is remembered
         daemon = box.daemon("--pid-file", box.path("pid"), address=address)
         with FlomClient(*endpoint(address)) as client:
-            assert client.lock("R1") is True
+            assert client.lock(f"R{number}") is True
             if end == "TERM":
                 daemon.send_signal(signal.SIGTERM)
             else:
@@ -466,13 +467,14 @@ def test_a_lock_that_was_removed_is_taken_anew(box, removed):
     assert f"{lock} was removed" in daemon.err
     second = box.flomd("--no-files", *box.address).end()
     assert second.err == f"flomd: another daemon (pid {daemon.pid}) serves {box.socket}\n"
-    assert read(lock).split()[3] == "1"
+    assert read(lock).split()[3:] == ["0", f"{daemon.pid:010d}", "journal"]
     gate.open()
     assert holder.end() == (0, "", "")
 
 
 def test_another_daemon_at_its_path(box):
-    """It leaves the clients to the other one, and the other one its socket."""
+    """It leaves the clients to the other one, and the other one its socket and its journal, from
+    which that knows who holds a lock here."""
     first = box.daemon(program=patched("flomd.LOOK = 4"))
     holder, gate = box.hold("a")
     waiter = box.waiter("--", "true")
@@ -480,9 +482,12 @@ def test_another_daemon_at_its_path(box):
     os.unlink(box.socket)
     second = box.daemon()
     wait_until(lambda: f"draining: another daemon serves {box.socket}" in first.err, 20)
-    assert first.poll() is None and waiter.end().status == 0
+    assert first.poll() is None
+    assert box.run("-o", "0", "--", "true").status == 98
     gate.open()
     assert holder.end() == (0, "", "") and first.wait(timeout=10) == 0
+    assert waiter.end().status == 0
+    assert box.socket + ".journal" in files(second.pid).values()
     assert peer_pid(box.socket) == second.pid
 
 
