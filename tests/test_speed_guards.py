@@ -39,9 +39,10 @@ module = __import__(sys.argv[0])
 module.main()
 """
 
-# One cycle is connect, lock, unlock, close.  At worst the daemon sleeps before each of these.
-PER_CYCLE = {"accept4": 2, "getsockname": 1, "ioctl": 1, "epoll_ctl": 2, "epoll_wait": 4,
-             "recvfrom": 4, "sendto": 1, "close": 1}
+# One cycle is connect, lock, unlock, close.  At worst the daemon sleeps before each of these, and
+# stores the grant and the end one by one.
+PER_CYCLE = {"accept4": 2, "getsockname": 1, "getsockopt": 1, "ioctl": 1, "epoll_ctl": 2,
+             "epoll_wait": 4, "recvfrom": 4, "pwrite64": 2, "sendto": 1, "close": 1}
 ALIASES = {"accept": "accept4", "epoll_pwait": "epoll_wait", "recv": "recvfrom", "send": "sendto"}
 OTHERS = 40  # in all: timers, memory, the mark on disk
 
