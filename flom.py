@@ -1859,6 +1859,7 @@ AGAIN = 0.02  # s between two looks, two tries
 RECOVERY_WINDOW = 2000  # ms in which a new daemon grants only to those who held before
 RESTART = 1  # s at most between two starts of a daemon
 LATECOMER = 5  # s for another's daemon to listen, when ours came too late or cannot serve
+RETURN = 2  # s for a daemon that has crashed, or was told by a signal to end, to be started again
 
 
 def search_path() -> "list[str]":
@@ -2049,6 +2050,20 @@ class Start:
         self._reading = None
 
 
+def has_ended_lately(path: "str") -> "bool":
+    """Whether the daemon of a local socket, on which nobody listens, may be started again: it has
+    crashed, and left its socket, or a signal has ended it: then it has touched the file beside the
+    socket.  A daemon that ended by order, or because nobody needed it, does neither.
+    """
+    if os.path.lexists(path):
+        return True
+    try:
+        touched = os.stat(f"{path}.lock").st_mtime
+    except OSError:
+        return False
+    return abs(time.time() - touched) < RETURN
+
+
 class Starter:
     """Says for one claim how long a daemon is looked for, and starts one where that is allowed.
 
@@ -2064,6 +2079,7 @@ class Starter:
         self.order = ""
         self._recovering = False
         self._another_may_come = False
+        self._return_until = 0.0  # until then a daemon that has ended may be started again
         self._start: "Start | None" = None
         self._given_up: "list[Start]" = []  # starts that nobody waits for any more
         self._next_start = 0.0
@@ -2085,6 +2101,7 @@ class Starter:
         self.until = clock() + seconds
         self._recovering = recovering
         self._another_may_come = False
+        self._return_until = clock() + RETURN
         self._pause = AGAIN
 
     @property
@@ -2132,7 +2149,7 @@ class Starter:
         """Raises DaemonUnavailable when it is of no use to look for a daemon any longer."""
         obstacle = self._obstacle()
         one_may_come = self._another_may_come or self.is_starting or not obstacle
-        if clock() < self.until and one_may_come:
+        if clock() < self.until and (one_may_come or self._may_return()):
             return
         why = ""
         if self._complaint:
@@ -2140,6 +2157,13 @@ class Starter:
         elif obstacle:
             why = f" (and {obstacle})"
         raise no_daemon(self._settings, why)
+
+    def _may_return(self):
+        """Whether an init script, or the like, may just be restarting the daemon."""
+        settings = self._settings
+        if self.order or settings["UnicastAddress"] or settings["MulticastAddress"]:
+            return False
+        return clock() < self._return_until and has_ended_lately(where_looked_for(settings))
 
     def _obstacle(self):
         """Why no daemon may be started here, "" when one may."""

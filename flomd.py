@@ -5922,6 +5922,12 @@ class Disk:
         elif had_lock:
             self._journal.drop("another daemon has the lock")
 
+    def expect_successor(self) -> "None":
+        """This daemon is told to end, and may be started again at once: clients that find nobody
+        see it by the time of the state, and look again for a moment."""
+        with contextlib.suppress(OSError):
+            os.utime(self.state.number)
+
     def close(self) -> "None":
         """Before the end: what was committed is stored."""
         if self.kind != NOT_KEPT:
@@ -8428,6 +8434,11 @@ class Daemon:
         self._forgets = True
         self.stop(reason)
 
+    def stop_by_signal(self, name: "str") -> "None":
+        """Ends at once, and leaves to init scripts whether another daemon comes."""
+        self.disk.expect_successor()
+        self.stop(f"it got {name}")
+
     def stop(self, reason: "str") -> "None":
         """Ends at once; what comes from now on is not read."""
         self.log.info(f"ending: {reason}")
@@ -8496,8 +8507,8 @@ class Signals:
     def __init__(self, daemon: "Daemon"):
         self._loop = daemon.loop
         self._actions: "Dict[int, Act]" = {
-            signal.SIGTERM: functools.partial(daemon.stop, "it got SIGTERM"),
-            signal.SIGINT: functools.partial(daemon.stop, "it got SIGINT"),
+            signal.SIGTERM: functools.partial(daemon.stop_by_signal, "SIGTERM"),
+            signal.SIGINT: functools.partial(daemon.stop_by_signal, "SIGINT"),
             signal.SIGUSR1: daemon.quiesce,
             signal.SIGHUP: daemon.log.reopen,
         }

@@ -1,9 +1,12 @@
 """Starting the daemon: by whom, with what, and exactly once however many clients want one."""
 import os
+import signal
 import sys
 
+import flom
 import pytest
-from world import (COUNT, FLOM, FLOM_PY, FLOMD_PY, PYTHON, ROOT, SOAK, free_port, read, wait_until)
+from world import (COUNT, FLOM, FLOM_PY, FLOMD_PY, PYTHON, ROOT, SOAK, comm, free_port, read,
+                   wait_until)
 
 # Fifty clients at the same moment and no daemon: how many clients in each round.
 LOCAL = [50] * COUNT.rounds if SOAK else [50, 8, 8]
@@ -180,3 +183,37 @@ def test_without_proc_the_interpreter_tells_whether_it_has_changed_the_locale(bo
     script = box.write("program.py", WITHOUT_PROC.format(root=ROOT))
     done = box.start("env", "-u", "LC_ALL", "-u", "LANG", *locale, *PYTHON, script).end()
     assert done == (0, f"{value}\n", "")
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_daemon_that_is_restarted_is_waited_for(box, end):
+    """By those, too, that may not start one themselves."""
+    daemon = box.daemon()
+    long_ago(box)
+    box.kill(daemon.pid, end)
+    assert flom.has_ended_lately(box.socket)
+    late = box.flom("-d", "0", "-r", "a", "--", "echo", "x")
+    wait_until(lambda: comm(late.pid) == "flom")
+    box.daemon()
+    assert late.end() == (0, "x\n", "")
+
+
+def test_a_daemon_that_does_not_come_back_is_not_waited_for_for_long(box):
+    box.kill(box.daemon().pid)
+    done = box.run("-d", "0", "--", "echo", "x")
+    assert done == (99, "", f"flom: no daemon at {box.socket} (and -d 0 forbids starting one)\n")
+
+
+@pytest.mark.parametrize("order", ["-X", "-x"])
+def test_a_daemon_that_ended_by_order_is_not_waited_for(box, order):
+    assert not flom.has_ended_lately(box.socket)
+    box.daemon()
+    long_ago(box)
+    assert box.run(order).status == 0
+    wait_until(lambda: not box.daemons())
+    assert not flom.has_ended_lately(box.socket)
+
+
+def long_ago(box):
+    """The daemon of the box has begun long ago, as far as its files tell."""
+    os.utime(box.socket + ".lock", (0, 0))
