@@ -5386,7 +5386,7 @@ class AtOnce:
         hear(work)
 
     def finish(self, seconds: "float") -> "None":
-        """All is done."""
+        """All is done, and always was."""
 
 
 class Thread:
@@ -5398,6 +5398,7 @@ class Thread:
 
     def __init__(self, loop: "Loop"):
         import threading
+        self._loop = loop
         self._todo: "Deque[Work | Task]" = collections.deque()
         self._done: "Deque[Work | Task]" = collections.deque()
         self._hears: "Deque[Callable[[Any], object]]" = collections.deque()
@@ -5419,6 +5420,7 @@ class Thread:
             work.do()
             self._done.append(work)
             self._theirs.send(b".")
+        self._theirs.close()
 
     def do(self, work: "Work | Task", hear: "Callable[[Any], object]") -> "None":
         """Has work.do() called in the thread, and then hear(work) by the loop."""
@@ -5437,13 +5439,15 @@ class Thread:
             hear(work)
 
     def finish(self, seconds: "float") -> "None":
-        """Waits so many s, at most, until all is done."""
+        """Waits so many s, at most, until all is done, and ends the thread."""
         until = time.monotonic() + seconds
         while self._hears and time.monotonic() < until:
             select.select([self._ours], [], [], until - time.monotonic())
             with contextlib.suppress(BlockingIOError):
                 self._ours.recv(64)
             self._hear()
+        self._loop.forget(self._ours)
+        self._ours.close()
 
 
 # The store.
@@ -6715,6 +6719,17 @@ class TlsConnection(Connection):
 
 # Processes that do for the loop what may take long.
 
+def fork() -> "int":
+    """os.fork(), without the warning that Python 3.12 and later give where there is a thread: a
+    child may wait for a lock that the thread had.  The one thread that there may be (see Thread)
+    shares no lock with this one, and runs Python as little as the child does while this one
+    forks: it waits for the disk, or for its turn."""
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
 class Child:
     """A process that calls act(); when it has ended hear(text) is called with what act() has
     returned, or "" where it came to no end.  Raises OSError."""
@@ -6725,7 +6740,7 @@ class Child:
         reader, writer = os.pipe()
         self._pipe = open(reader, "rb", 0)
         try:
-            self._pid = os.fork()
+            self._pid = fork()
             if self._pid == 0:
                 self._work(act, writer)
         except OSError:

@@ -1,11 +1,31 @@
-"""The journal: what a file says after it was cut off or damaged, and how it is written."""
+"""The journal: what a file says after it was cut off or damaged, how it is written, and when a
+successor believes it."""
 import os
 import random
+import sys
 import time
 
 import flomd
 import pytest
-from world import SEED, read
+from world import FLOMD, SEED, read, wait_until
+
+
+
+class Lines:
+    """A log that keeps its lines."""
+
+    def __init__(self):
+        self.lines = []
+
+    def error(self, text):
+        self.lines.append(text)
+
+    def info(self, text):
+        self.lines.append(text)
+
+    def limited(self, text, level):
+        self.lines.append(text)
+
 
 RECORDS = [("d", 'epoch="7" covers="34359738367"'), ("h/00000000000000a1", 'name="R" user="jö"')]
 BATCHES = [
@@ -157,9 +177,10 @@ class Disk:
     def __init__(self, monkeypatch):
         self.calls, self.failing, self.short = 0, set(), False
         self.made = []
-        for name in ("pwrite", "rename", "fsync", "ftruncate", "open"):
+        for name in ("pwrite", "rename", "ftruncate", "open"):
             monkeypatch.setattr(flomd.os, name, self._counted(name, getattr(os, name)))
-        monkeypatch.setattr(flomd, "_sync", self._counted("sync", os.fsync))
+        monkeypatch.setattr(flomd.os, "fsync", self._counted("fsync", flomd.ignore))
+        monkeypatch.setattr(flomd, "_sync", self._counted("sync", flomd.ignore))
 
     def _counted(self, name, real):
         def call(*arguments):
@@ -362,3 +383,290 @@ def test_a_file_that_is_anothers_is_left_alone(path):
     before = read(path)
     assert not journal.commit([("h/1", "a=1")], flomd.ignore)
     assert journal.failing and read(path) == before
+
+
+# Journal and state: what a successor believes.
+
+def locked(path, durable=False):
+    state = flomd.State(Lines(), path + ".lock", durable=durable)
+    assert state.lock()
+    return state
+
+
+def disk_at(path, network=False, durable=False, kept=True):
+    """(the Disk of a daemon that has read what is there, Known)."""
+    state = locked(path, durable)
+    journal = f"{path}.journal" if kept else None
+    disk = flomd.Disk(state.log, state, journal, network)
+    return disk, disk.recall()
+
+
+def successor(path, window=0, records=(), **options):
+    """(Disk, Known) of a daemon that has begun, has stored these records and was killed."""
+    disk, known = disk_at(path, **options)
+    disk.unknown_until = time.monotonic() + window if window else 0
+    disk.begin()
+    if records:
+        disk.commit(list(records), flomd.ignore)
+    disk.die()
+    return disk, known
+
+
+@pytest.fixture(autouse=True)
+def mortal(monkeypatch):
+    """Disks die as their processes do: what they have open is closed."""
+    def die(disk):
+        disk._journal.forget()
+        os.close(disk.state.number)
+    monkeypatch.setattr(flomd.Disk, "die", die, raising=False)
+
+
+HOLDER = ("h/00000000000000a1", 'name="Ug=="')
+NO_HOLDER = ("h/00000000000000a1", None)
+
+
+@pytest.fixture
+def place(tmp_path):
+    return str(tmp_path / "s")
+
+
+def marked(place):
+    return read(place + ".lock").split()[3] == "1"
+
+
+def test_the_first_daemon_knows_nothing_and_needs_no_window(place):
+    disk, known = successor(place)
+    assert (known.records, known.whole, known.unclean) == ({}, False, False)
+    assert not disk.log.lines and not marked(place)
+    assert read(place + ".lock").endswith("\njournal\n")
+
+
+def test_a_successor_knows_who_held(place):
+    first, _ = successor(place, records=[HOLDER])
+    disk, known = successor(place)
+    assert known.whole and not known.unclean and not known.rebooted
+    assert known.records[HOLDER[0]] == HOLDER[1]
+    assert disk.epoch > first.epoch and disk.same_processes
+    assert not disk.log.lines
+
+
+def test_with_the_mark_what_is_known_is_not_all(place):
+    disk, _ = disk_at(place)
+    disk.begin()
+    disk.commit([HOLDER], flomd.ignore)
+    assert disk.mark(True)
+    disk.die()
+    _, known = successor(place, window=60)
+    assert known.unclean and not known.whole and HOLDER[0] in known.records
+    assert marked(place)  # and the next one is told, too
+    assert successor(place)[1].unclean
+
+
+def damage(place, how):
+    path = place + ".journal"
+    data = read(path).encode()
+    if how == "removed":
+        os.unlink(path)
+    elif how == "bit":
+        with open(path, "r+b") as file:
+            file.seek(len(data) // 2)
+            byte = file.read(1)[0]
+            file.seek(len(data) // 2)
+            file.write(bytes([byte ^ 1]))
+    elif how == "link":
+        os.rename(path, path + "2")
+        os.symlink(path + "2", path)
+    elif how == "empty":
+        os.truncate(path, 0)
+    else:
+        os.truncate(path, len(flomd.JOURNAL_HEAD))
+
+
+@pytest.mark.parametrize("how", ["removed", "bit", "link", "empty", "without records"])
+def test_a_journal_that_cannot_be_believed_is_missed(place, how):
+    """Though the mark is clear: one line, nothing is known, and somebody may hold a lock; which
+    is on disk before a new journal counts."""
+    first, _ = successor(place, records=[HOLDER])
+    damage(place, how)
+    disk, known = successor(place, window=60)
+    assert (known.records, known.whole, known.unclean) == ({}, False, True)
+    line, = disk.log.lines
+    assert f"{place}.journal does not count: " in line
+    assert disk.epoch > first.epoch
+    assert marked(place)
+    assert successor(place, window=60)[1].unclean
+
+
+def test_a_journal_older_than_the_state_does_not_count(place):
+    """A daemon of a version that keeps none was in between."""
+    first, _ = successor(place, records=[HOLDER])
+    with open(place + ".lock", "r+") as file:
+        file.write(flomd.RECORD.format(epoch=first.epoch + 5, boot=flomd.boot_id(), held=0, pid=1))
+    disk, known = successor(place, window=60)
+    assert (known.records, known.unclean) == ({}, True)
+    assert "older than the state" in disk.log.lines[0]
+
+
+def test_a_state_that_was_lost_costs_nothing(place):
+    """Its epoch and its holders are in the journal."""
+    first, _ = successor(place, records=[HOLDER])
+    os.unlink(place + ".lock")
+    disk, known = successor(place)
+    assert known.whole and HOLDER[0] in known.records
+    assert disk.epoch > first.epoch
+
+
+def test_a_journal_that_was_begun_counts_though_the_state_was_not_written(place, monkeypatch):
+    """The epoch goes into the journal first."""
+    successor(place, records=[HOLDER])
+    with monkeypatch.context() as patch:
+        patch.setattr(flomd.State, "write", fail)
+        disk, _ = successor(place)
+        assert disk.kept
+    disk, known = successor(place)
+    assert known.whole and HOLDER[0] in known.records
+
+
+@pytest.mark.parametrize("layout", [0, 2])
+def test_the_journal_of_another_version_is_put_aside(place, layout):
+    successor(place, records=[HOLDER])
+    old = read(place + ".journal").replace("journal 1\n", f"journal {layout}\n", 1)
+    with open(place + ".journal", "w") as file:
+        file.write(old)
+    disk, known = successor(place, window=60)
+    assert known.records == {} and known.unclean
+    assert len(disk.log.lines) == 1
+    assert read(f"{place}.journal.{layout}") == old
+
+
+@pytest.mark.parametrize("network", [False, True])
+@pytest.mark.parametrize("durable", [False, True])
+def test_after_another_boot(place, monkeypatch, network, durable):
+    """Without sync a network address needs the window, too, also when that daemon is killed."""
+    options = {"network": network, "durable": durable}
+    successor(place, records=[HOLDER], **options)
+    monkeypatch.setattr(flomd, "boot_id", lambda: "b" * 36)
+    is_incomplete = network and not durable
+    for _ in range(2):
+        disk, known = successor(place, window=60 * is_incomplete, **options)
+        assert known.whole is not is_incomplete and known.unclean is is_incomplete
+        assert HOLDER[0] in known.records and not disk.log.lines
+        assert marked(place) is is_incomplete
+
+
+def test_without_a_journal_there_is_none(place):
+    disk, known = disk_at(place, kept=False)
+    disk.begin()
+    assert disk.kind == "none" and known.records == {}
+    assert disk.mark(True) and marked(place)
+    assert os.listdir(os.path.dirname(place)) == ["s.lock"]
+    disk.die()
+
+
+def test_the_mark_is_cleared_when_the_window_is_over_and_all_is_stored(place):
+    disk, _ = disk_at(place)
+    disk.begin()
+    disk.mark(True)
+    disk.die()
+    disk, _ = disk_at(place)
+    disk.unknown_until = time.monotonic() + 60
+    disk.begin()
+    loop = Now()
+    disk.start(loop, lambda: iter([HOLDER]), flomd.ignore, flomd.ignore)
+    loop.rest()
+    assert marked(place) and not disk.failing
+    disk.unknown_until = 0
+    loop.wait()
+    assert not marked(place)
+    disk.die()
+    assert HOLDER[0] in successor(place)[1].records
+
+
+def test_a_mark_stands_for_what_could_not_be_stored(place, monkeypatch):
+    disk, _ = disk_at(place)
+    disk.begin()
+    loop = Now()
+    records = []
+    disk.start(loop, lambda: iter(records), flomd.ignore, flomd.ignore)
+    loop.rest()
+    with monkeypatch.context() as patch:
+        patch.setattr(flomd.JournalFile, "append", lambda *_: fail())
+        records.append(HOLDER)
+        assert not disk.commit([HOLDER], flomd.ignore)
+        loop.rest()
+        assert disk.failing and disk.mark(True) and marked(place)
+        loop.wait()
+        assert marked(place)
+    loop.wait()
+    assert not disk.failing and not marked(place)
+    assert [part in line for part, line in zip(("cannot write", "written again"), disk.log.lines)
+            ] == [True, True]
+    disk.die()
+    assert HOLDER[0] in successor(place)[1].records
+
+
+def fail(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_who_has_lost_the_lock_writes_no_journal(place):
+    """Another daemon has made the state anew, and has its lock."""
+    disk, _ = disk_at(place)
+    disk.begin()
+    disk.start(Now(), lambda: iter([]), flomd.ignore, flomd.ignore)
+    os.unlink(place + ".lock")
+    other, known = disk_at(place)
+    assert known.whole
+    other.begin()
+    before = read(place + ".journal")
+    disk.look()
+    assert disk.failing and not disk.commit([HOLDER], flomd.ignore)
+    assert read(place + ".journal") == before
+    other.die()
+    disk.die()
+
+
+# The thread
+
+def test_those_who_come_during_a_sync_share_the_next(path, monkeypatch):
+    loop = flomd.Loop(Lines())
+    syncs = []
+
+    def sync(number):
+        syncs.append(number)
+        time.sleep(0.002)
+    monkeypatch.setattr(flomd, "_sync", sync)
+    journal = journal_at(path, True)
+    journal.begin([("d", "n=0")])
+    journal.start(loop, lambda: iter([("d", "n=0")]), flomd.ignore)
+    told = []
+
+    def ask(client, left):
+        def done():
+            told.append(client)
+            if left:
+                loop.at_end_of_turn(lambda: ask(client, left - 1))
+            elif len(told) == 64 * 40:
+                loop.stop()
+        journal.commit([(f"h/{client:016x}", f'n="{left}"')], done)
+
+    syncs.clear()
+    for client in range(64):
+        ask(client, 39)
+    loop.run()
+    assert len(told) == 64 * 40
+    assert len(told) / len(syncs) > 30
+    journal.close()
+    assert len(journal_at(path).load()) == 65
+
+
+def test_a_daemon_with_a_thread_forks_in_silence(box):
+    box.address = ("-s", box.socket, "--state-dir", box.folder)
+    daemon = box.start(sys.executable, "-W", "always", FLOMD, "--no-files", "-f", "-d", "-1",
+                       *box.address, "--metrics", box.path("figures"))
+    box.foreground.append(daemon)
+    wait_until(lambda: os.path.exists(box.path("figures")))
+    assert daemon.err.count("\n") == 1 and "serving" in daemon.err
+    with open(f"/proc/{daemon.pid}/status") as file:
+        assert "Threads:\t2\n" in file.read()
+    assert box.run("-d", "0", "--", "true", address=("-s", box.socket)) == (0, "", "")
