@@ -1859,7 +1859,7 @@ AGAIN = 0.02  # s between two looks, two tries
 RECOVERY_WINDOW = 2000  # ms in which a new daemon grants only to those who held before
 RESTART = 1  # s at most between two starts of a daemon
 LATECOMER = 5  # s for another's daemon to listen, when ours came too late or cannot serve
-RETURN = 2  # s for a daemon that has crashed, or was told by a signal to end, to be started again
+RETURN = 3  # s for a daemon that has crashed, or was told by a signal to end, to be started again
 
 
 def search_path() -> "list[str]":
