@@ -3986,7 +3986,7 @@ class LockTable:
 #
 # The state in which a message is read is the one that the answer to the message before it has
 # left.  So calls() is lazy: whoever takes a call from it gives answer() the decisions that the
-# call has brought before taking the next one.
+# call has brought before taking the next one, however long they wait until they may be told.
 #
 # A FLoM client takes every answer of step 24 but rc 1 for a grant, and knows no rc above 6: it is
 # told less, and where the truth cannot be told its connection is closed.
@@ -5586,7 +5586,7 @@ class Journal:
 
     def _next(self):
         """Has the next work done, unless one is under way."""
-        if self._is_busy:
+        if self._is_busy or not self._is_anything_due():
             return
         work = Work(self.path, self._file)
         work.dones = self._take_gathered(work)
@@ -5597,6 +5597,10 @@ class Journal:
         if work.has_to_be_done():
             self._is_busy = True
             self._hand.do(work, self._heard)
+
+    def _is_anything_due(self):
+        return bool(self._dones or self._gathered or self._portion_is_due or self._last_is_due
+                    or self._look_is_due or self._dropped)
 
     def _take_gathered(self, work):
         work.batch = encode_batch(self._gathered)
@@ -7586,9 +7590,14 @@ class Batches:
         """Has everything stored that has changed by now."""
         batch = self._open
         self._open = Batch()
-        self._loop.guarded(nothing, self._store, batch)
-        if batch.is_said:
-            return
+        try:
+            self._store(batch)
+        finally:  # a bug in it loses no decision
+            if not batch.is_said:
+                self._await(batch)
+
+    def _await(self, batch):
+        """Those who wait for it wait on, or go on without."""
         self._pending.append(batch)
         if batch.is_accepted:
             batch.until = self._loop.now.mono + LATE
@@ -8171,12 +8180,10 @@ class Absences:
     def _give_grace(self, holder):
         promised = holder.grace or 0
         until = self._begun + max(promised, self.grace) / 1000
-        heapq.heappush(self._graces, (until, holder.token, holder))
-        self._plan()
-
-    def _plan(self):
-        if self._graces:
-            self._loop.at(self._graces[0][0], self._end_graces)
+        entry = until, holder.token, holder
+        heapq.heappush(self._graces, entry)
+        if self._graces[0] is entry:
+            self._loop.at(until, self._end_graces)
 
     def _end_graces(self):
         """Ends those whose grace is over, a part of them in this turn."""
@@ -8187,7 +8194,8 @@ class Absences:
             _, _, holder = heapq.heappop(self._graces)
             if self._is_absent(holder):
                 self._loop.guarded(nothing, self._end, holder, "its grace is over")
-        self._plan()
+        if self._graces:
+            self._loop.at(self._graces[0][0], self._end_graces)
 
     def _end(self, holder, reason):
         session = holder.session
