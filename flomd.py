@@ -5274,19 +5274,21 @@ class Work:
     """What is to be done with the files of a journal at one time: to append a batch to the file
     that counts, and the same and a portion of all records to the new one."""
 
-    def __init__(self, path: "str", file: "JournalFile | None"):
+    new: "JournalFile | None" = None
+    portion = b""
+    is_last = False  # then the new file takes the path
+    looks = False  # whether the path still leads to the file
+    drop = ""  # why neither file is to be written any more
+    # What has come of it.
+    failure = ""  # why the file does not count any more
+    failure_of_new = ""
+
+    def __init__(self, path: "str", file: "JournalFile | None", batch: "bytes",
+                 dones: "List[Act]"):
         self.path = path
         self.file = file  # None when no file counts
-        self.new: "JournalFile | None" = None
-        self.batch = b""
-        self.portion = b""
-        self.is_last = False  # then the new file takes the path
-        self.looks = False  # whether the path still leads to the file
-        self.drop = ""  # why neither file is to be written any more
-        self.dones: "List[Act]" = []
-        # What has come of it.
-        self.failure = ""  # why the file does not count any more
-        self.failure_of_new = ""
+        self.batch = batch
+        self.dones = dones
 
     def has_to_be_done(self) -> "bool":
         """Whether there is anything to be done."""
@@ -5296,13 +5298,16 @@ class Work:
     def do(self) -> "None":
         """Does it; raises nothing.  With a synced journal this is called in the thread."""
         file, new = self.file, self.new
-        if file is not None:
-            self.failure = failure_of(functools.partial(self._append, file))
+        if self.drop:
+            self.failure = self.failure_of_new = self.drop
+        elif file is not None:
+            self.failure = failure_of(self._append)
         if new is not None:
-            self.failure_of_new = failure_of(functools.partial(self._rewrite, new))
+            if not self.failure_of_new:
+                self.failure_of_new = failure_of(self._rewrite)
             if self.failure_of_new:
                 self._discard(new)
-        if file is not None and self._file_is_over():
+        if file is not None and (self.failure or self.was_replaced()):
             file.close()
 
     def _discard(self, new):
@@ -5312,20 +5317,16 @@ class Work:
             self.failure = self.failure_of_new
         new.discard()
 
-    def _append(self, file):
-        self._refuse_if_dropped()
+    def _append(self):
+        file: "Any" = self.file
         if self.batch:
             file.append(self.batch)
             file.sync()
         if self.looks and not file.is_at_its_path():
             raise OSError(errno.ENOENT, "it was removed")
 
-    def _refuse_if_dropped(self):
-        if self.drop:
-            raise OSError(errno.ENOLCK, self.drop)
-
-    def _rewrite(self, new):
-        self._refuse_if_dropped()
+    def _rewrite(self):
+        new: "Any" = self.new
         if new.number < 0:
             new.create()
         data = self.batch + self.portion
@@ -5334,12 +5335,9 @@ class Work:
         if self.is_last:
             new.take_path(self.path)
 
-    def _file_is_over(self):
-        return bool(self.failure) or self.was_replaced()
-
     def was_replaced(self) -> "bool":
         """Whether the new file has taken the path."""
-        return self.new is not None and self.is_last and not self.failure_of_new
+        return self.is_last and not self.failure_of_new
 
     def is_stored(self) -> "bool":
         """Whether its batch counts."""
@@ -5515,8 +5513,7 @@ class Journal:
 
     def begin(self, records: "List[Tuple[str, str | None]]") -> "None":
         """Stores the first batch, behind what was loaded, or in a new file.  See `failing`."""
-        work = Work(self.path, self._file)
-        work.batch = encode_batch(records)
+        work = Work(self.path, self._file, encode_batch(records), [])
         if self._file is None:
             work.new = self._new = self._make_new()
             work.is_last = True
@@ -5588,12 +5585,15 @@ class Journal:
         """Has the next work done, unless one is under way."""
         if self._is_busy or not self._is_anything_due():
             return
-        work = Work(self.path, self._file)
-        work.dones = self._take_gathered(work)
+        batch = encode_batch(self._gathered)
+        work = Work(self.path, self._file, batch, self._dones)
+        self._gathered, self._dones = [], []
         if self._new is not None:
             self._take_portion(work)
-        work.looks, self._look_is_due = self._look_is_due, False
-        work.drop, self._dropped = self._dropped, ""
+        if self._look_is_due:
+            work.looks, self._look_is_due = True, False
+        if self._dropped:
+            work.drop, self._dropped = self._dropped, ""
         if work.has_to_be_done():
             self._is_busy = True
             self._hand.do(work, self._heard)
@@ -5601,12 +5601,6 @@ class Journal:
     def _is_anything_due(self):
         return bool(self._dones or self._gathered or self._portion_is_due or self._last_is_due
                     or self._look_is_due or self._dropped)
-
-    def _take_gathered(self, work):
-        work.batch = encode_batch(self._gathered)
-        dones = self._dones
-        self._gathered, self._dones = [], []
-        return dones
 
     def _take_portion(self, work):
         """The next portion of a rewrite, if it is due."""
@@ -5639,15 +5633,16 @@ class Journal:
         """A work is done."""
         self._is_busy = False
         before, times = self.failing, self.rewritten
-        if work.failure or work.drop:
+        if work.failure:
             self._file = None
-            self.failing = work.failure or work.drop
+            self.failing = work.failure
         if work.new is not None:
             self._hear_of_new(work)
         self._call_dones(work)
         if self.failing != before or self.rewritten != times:
             self._heed(self)
-        self._plan_rewrite(work)
+        if self._new is None and self._loop is not None:
+            self._plan_rewrite(work)
         self._next()
 
     def _hear_of_new(self, work):
@@ -5677,11 +5672,9 @@ class Journal:
     def _plan_rewrite(self, work):
         """A rewrite is tried at once when a file has failed, and again and again while none can be
         written; and when the file is too long."""
-        if self._loop is None or self._new is not None:
-            return
         if work.failure_of_new:
             self._rest()
-        elif work.failure or work.drop:
+        elif work.failure:
             self.rewrite()
         elif self._is_too_long() and not self._rests:
             self.rewrite()

@@ -665,8 +665,8 @@ def test_a_daemon_with_a_thread_forks_in_silence(box):
     daemon = box.start(sys.executable, "-W", "always", FLOMD, "--no-files", "-f", "-d", "-1",
                        *box.address, "--metrics", box.path("figures"))
     box.foreground.append(daemon)
-    wait_until(lambda: os.path.exists(box.path("figures")))
-    assert daemon.err.count("\n") == 1 and "serving" in daemon.err
+    wait_until(lambda: os.path.exists(box.path("figures")) and "serving" in daemon.err)
+    assert daemon.err.count("\n") == 1
     with open(f"/proc/{daemon.pid}/status") as file:
         assert "Threads:\t2\n" in file.read()
     assert box.run("-d", "0", "--", "true", address=("-s", box.socket)) == (0, "", "")
