@@ -1,10 +1,16 @@
-"""What the server tells its clients, and when, with a real table, a store that stores when the
-test says so, and clients without sockets."""
+"""What the server tells its clients, and when: with a real table, a store that stores when the
+test says so, and clients without sockets; and as a process, whose store waits for a file."""
+import os
+import select
+import socket
+import struct
 import types
 
 import flomd
 import pytest
+from fakes import LOCK, PEER, PING, UNLOCK, FlomClient, b64, message, parse
 from test_connections import SETTINGS, Log
+from world import endpoint, patched, wait_until
 
 
 class Told(flomd.Session):
@@ -469,3 +475,124 @@ def test_who_has_been_told_to_wait_waits_on(slow, monkeypatch):
     assert waiter.told == [1] and waiter.is_open
     slow.disk.store()
     assert waiter.told == [1, 0]
+
+
+# A process
+
+SLOW = """
+import os
+real = flomd.Disk.commit
+
+def commit(self, records, done):
+    def look():
+        if os.path.exists({gate!r}):
+            real(self, records, done)
+        else:
+            self._loop.after(0.01, look)
+    look()
+    return True
+flomd.Disk.commit = commit
+"""
+
+
+@pytest.fixture
+def gate(box):
+    """A daemon that stores when there is a file at this path."""
+    path = box.path("gate")
+    box.daemon(program=patched(SLOW.format(gate=path)))
+    return path
+
+
+def open_gate(path):
+    with open(path, "w"):
+        pass
+
+
+def connect(box):
+    return FlomClient(*endpoint(box.address))
+
+
+def lock(name, ident, wait=0):
+    return message(LOCK, 8, f'<session peerid="{PEER}" client="flom.py/1.0" id="{ident:016}" '
+                            f'key="{ident:016}"/><resource name="{b64(name)}" mode="5" '
+                            f'wait="{wait}" create="1" lifespan="0"/>')
+
+
+def unlock(name):
+    return message(UNLOCK, 8, f'<resource name="{b64(name)}" rollback="0" />')
+
+
+def hears_nothing(*clients):
+    readable, _, _ = select.select([client.socket for client in clients], [], [], 0.1)
+    return readable == []
+
+
+def verdict(client):
+    return parse(client.receive())["answer"]["rc"]
+
+
+def test_messages_that_came_together_are_answered_in_order(box, gate):
+    with connect(box) as client, connect(box) as other:
+        client.socket.sendall(lock("A", 1) + unlock("A") + message(PING, 8) + lock("B", 2))
+        other.socket.sendall(lock("C", 3) + message(PING, 8))
+        assert hears_nothing(client, other)
+        assert box.run("--status").status == 0  # a report waits for nothing
+        open_gate(gate)
+        assert verdict(client) == "0" and verdict(other) == "0"
+        assert parse(client.receive())["msg"]["verb"] == str(PING)
+        assert verdict(client) == "0"
+        assert parse(other.receive())["msg"]["verb"] == str(PING)
+
+
+@pytest.mark.parametrize("how", ["half-close", "close", "reset"])
+def test_who_ends_while_it_waits_is_gone_afterwards(box, gate, how):
+    with connect(box) as client, connect(box) as waiter:
+        client.socket.sendall(lock("A", 1))
+        waiter.socket.sendall(lock("A", 2, wait=1))
+        assert verdict(waiter) == "1"
+        if how == "half-close":
+            client.socket.shutdown(socket.SHUT_WR)
+        elif how == "reset":
+            client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if how != "half-close":
+            client.socket.close()
+        assert hears_nothing(waiter)
+        open_gate(gate)
+        assert verdict(waiter) == "0"
+        if how == "half-close":
+            assert verdict(client) == "0" and client.receive() == b""
+
+
+def test_an_order_to_end_reaches_those_who_wait(box, gate):
+    with connect(box) as client, connect(box) as waiter:
+        client.socket.sendall(lock("A", 1))
+        waiter.socket.sendall(lock("A", 2, wait=1))
+        assert verdict(waiter) == "1"
+        assert box.run("-X").status == 0
+        assert verdict(client) == verdict(waiter) == "8"
+
+
+def test_a_quiescing_daemon_ends_when_the_last_end_is_stored(box, gate):
+    open_gate(gate)
+    daemon = box.foreground[-1]
+    with connect(box) as client:
+        client.socket.sendall(lock("A", 1))
+        assert verdict(client) == "0"
+        os.unlink(gate)
+        assert box.run("-x").status == 0
+        client.socket.sendall(unlock("A"))
+        client.socket.shutdown(socket.SHUT_WR)
+        assert hears_nothing(client) and daemon.poll() is None
+        open_gate(gate)
+        assert client.receive() == b""
+    wait_until(lambda: daemon.poll() is not None)
+
+
+def test_who_is_evicted_while_it_waits_hears_both(box, gate):
+    with connect(box) as client:
+        client.socket.sendall(lock("A", 1))
+        giver = box.flom("--evict", f"{1:016}")
+        assert hears_nothing(client) and giver.poll() is None
+        open_gate(gate)
+        assert verdict(client) == "0" and verdict(client) == "10" and client.receive() == b""
+        assert giver.end().status == 0

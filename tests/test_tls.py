@@ -13,7 +13,8 @@ import flomd
 import pytest
 from certificates import Certificates, TlsClient
 from commands import driven
-from fakes import END, LOCK, MANAGEMENT, PEER, FlomClient, message, read_message
+from fakes import (END, LOCK, MANAGEMENT, PEER, UNLOCK, FlomClient, b64, message,
+                   read_message)
 from world import Box, can_connect, endpoint, free_port, read, wait_until
 
 NO_TLS = ()
@@ -78,6 +79,23 @@ def test_a_client_of_flom_over_tls(tls, certificates):
         assert holder.lock("R1") is True and waiter.ask("R1") == (16, 1, None)
         holder.unlock()
         assert waiter.wait() == (0, None)
+
+
+@over_both
+def test_messages_that_came_in_one_record(tls, certificates):
+    """Each waits until what the one before it has brought is stored, and none is left behind."""
+    tls.daemon()
+    with TlsClient(*endpoint(tls.bare), certificates.context()) as client:
+        rounds = []
+        for number in range(40):
+            name = f"R{number}"
+            rounds.append(message(LOCK, 8, f'<session peerid="{PEER}"/><resource name="{b64(name)}"'
+                                           ' mode="5" wait="0" create="1" lifespan="0"/>'))
+            rounds.append(message(UNLOCK, 8, f'<resource name="{b64(name)}" rollback="0" />'))
+        sent = b"".join(rounds)
+        assert len(sent) > 2 * flomd.MOST_READ
+        client.socket.sendall(sent)
+        assert [client.answer(16) for _ in range(40)] == [(16, 0, None)] * 40
 
 
 REFUSED = {  # what the client shows and trusts: a word in what it says, one in the daemon's log
