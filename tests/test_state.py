@@ -1,6 +1,7 @@
 """What is on disk for the next daemon: the epoch, the mark, and the lock of the file."""
 import fcntl
 import os
+import signal
 import time
 
 import flomd
@@ -206,6 +207,25 @@ def test_where_somebody_answers_nobody_waits(box):
     assert (done.status, done.out, done.err.count("\n")) == (1, "", 1)
     assert f"another daemon (pid {daemon.pid}) serves 127.0.0.1 port " in done.err
     assert time.monotonic() - began < flomd.HELD_FOR
+
+
+def test_a_successor_that_waited_knows_who_holds(box):
+    """Its predecessor answers no more, and ends later; nobody waits for a window."""
+    box.address = ("-a", "127.0.0.1", "-p", str(free_port()), "--state-dir", box.folder)
+    first = box.daemon()
+    holder, gate = box.hold("a")
+    first.send_signal(signal.SIGSTOP)
+    second = box.flomd("-f", "--no-files", *box.address)
+    box.foreground.append(second)
+    wait_until(lambda: "waiting for the daemon" in second.err)
+    box.kill(first.pid)
+    wait_until(lambda: "serving" in second.err)
+    began = time.monotonic()
+    assert box.run("-d", "0", "-r", "R2", "-o", "0", "--", "true").status == 0
+    assert box.run("-d", "0", "-o", "0", "--", "true").status == 98
+    assert time.monotonic() - began < 2
+    gate.open()
+    assert holder.end() == (0, "", "")
 
 
 # Without a state

@@ -5,6 +5,7 @@ are found again.  What a test has started must have ended when it ends, idle dae
 end with the box; a process or a socket left behind fails the test.
 """
 import collections
+import glob
 import importlib.util
 import marshal
 import os
@@ -435,8 +436,12 @@ def can_connect(address):
 
 
 def free_port(host="127.0.0.1"):
-    """A TCP port that nobody listens on."""
+    """A TCP port that nobody listens on, and that no daemon has served: its journal would tell of
+    holders."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.bind((host, 0))
-        return probe.getsockname()[1]
+        port = probe.getsockname()[1]
+    for path in glob.glob(f"/tmp/flom-*-{port}.*"):
+        os.unlink(path)
+    return port
