@@ -25,13 +25,15 @@ ALONE = ("-d", "0")  # no client starts a daemon
 
 
 def holders_of(box, **options):
-    """{resource: [(token, element)]} of the status report; {} while no daemon answers."""
+    """{resource: [(token, element)]} of those who hold a lock and are connected; {} while no
+    daemon answers.
+    """
     status, out, err = box.run("--status", "--json", **options)
     if status == 99:
         return {}
     assert (status, err) == (0, ""), err
     return {resource["name"]: [(holder["token"], holder.get("element"))
-                               for holder in resource["holders"]]
+                               for holder in resource["holders"] if "absent" not in holder]
             for resource in json.loads(out)["resources"]}
 
 
@@ -43,12 +45,6 @@ def is_told(client, resource, *words):
     assert line.startswith(start) and all(word in line for word in words), client.err
     assert len(trouble) <= 1 and all(TROUBLE in told for told in trouble), client.err
     return True
-
-
-def forget(box):
-    """The next daemon of the box is not to know what the one before it, which has ended, knew."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(f"{box.socket}.journal")
 
 
 TROUBLE = "does not answer; trying to get the lock back"
@@ -139,7 +135,7 @@ def test_min_hold_of_a_lock_that_others_have(box):
     wait_until(lambda: box.events() == ["a"] and len(box.running()) == 2)
     holder.send_signal(signal.SIGSTOP)
     box.kill(daemon.pid)
-    forget(box)
+    box.forget()
     box.daemon("--recovery-window", "0")
     newcomer, gate = box.hold("b")
     holder.send_signal(signal.SIGCONT)
@@ -266,7 +262,7 @@ def test_a_lock_that_somebody_else_was_granted(box, choice):
     holder, counter = count(box, "a", *ALONE, "--on-lock-loss", choice)
     holder.send_signal(signal.SIGSTOP)
     box.kill(daemon.pid)
-    forget(box)
+    box.forget()
     box.daemon("--recovery-window", "0")
     newcomer, gate = box.hold("b")
     holder.send_signal(signal.SIGCONT)

@@ -301,6 +301,11 @@ class Box:
                 process.wait(timeout=10)
         wait_until(lambda: has_ended(pid))
 
+    def forget(self):
+        """The next daemon is not to know what the one before it, which has ended, knew."""
+        if os.path.exists(self.socket + ".journal"):
+            os.unlink(self.socket + ".journal")
+
     def sockets(self):
         return {os.path.join(folder, name) for folder, _, names in os.walk(self.folder)
                 for name in names if is_socket(os.path.join(folder, name))}
