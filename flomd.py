@@ -3639,13 +3639,16 @@ class Restoration:
         self.books.hold_again(holder)
 
     def _resource_of(self, holder):
-        kind = KINDS.get(kind_of(holder.name))
-        resource = self.table.resource_of(holder.name)
-        if resource is not None and type(resource) is kind:
-            return resource
-        if kind is None or kind.has_memory or not kind.could_exist(holder.name):
-            raise ValueError("a holder of no resource")
-        return self.add_resource(key_of(holder.name))
+        name = holder.name
+        resource = self.table.resource_of(name)
+        if resource is None:
+            resource = self.add_resource(key_of(name))
+            if resource.has_memory:
+                raise ValueError("a holder of a resource of which nothing is known")
+        if name != resource.name:  # a node of its tree
+            if kind_of(name) != "hierarchical" or not resource.could_exist(name):
+                raise ValueError("a name of no node")
+        return resource
 
     def _add_value(self, holder):
         pair = holder.resource.name, holder.element
@@ -4679,11 +4682,15 @@ def _believing():
 
 
 def _attributes_of(text):
-    """{name: text} of the attributes; raises ProtocolError."""
-    found = list(tags(f"<x {text}/>".encode("utf-8", "surrogatepass")))
-    if len(found) != 1:
+    """{name: text} of the attributes; raises ProtocolError, or ValueError."""
+    found = dict(_pairs(text))
+    plainly = " ".join([f'{name}="{value}"' for name, value in found.items()])
+    if plainly == text and "&" not in text:  # as nearly all are
+        return found
+    whole = list(tags(f"<x {text}/>".encode("utf-8", "surrogatepass")))
+    if len(whole) != 1:
         raise ValueError("more than attributes")
-    return found[0][2]
+    return whole[0][2]
 
 
 def restore(records: "Dict[str, str]", make_table: "Callable[[], LockTable]", now: "Moment",
@@ -4703,6 +4710,9 @@ def restore(records: "Dict[str, str]", make_table: "Callable[[], LockTable]", no
             if holder.local:
                 table.release(session, True, now)
     return table
+
+
+_pairs = re.compile('([a-z]+)="([^"<>]*)"').findall
 
 
 class _Reader:
