@@ -31,16 +31,17 @@ NETWORK = ("ip link set lo up && ip link add d0 type veth peer d1 && "
            "ip route add 224.0.0.0/4 dev d0 && echo && exec cat")
 
 CHANGED = """
+{change}
 import sys
 sys.path.insert(0, {root!r})
 import flomd
-{change}
 sys.exit(flomd.main())
 """
 NO_JOURNAL = """
+import fcntl
 def flock(*_):
     raise OSError(37, "No locks available")
-flomd.fcntl.flock = flock
+fcntl.flock = flock
 """  # as on a file system without locks
 JOURNAL = """
 import os, sys
@@ -129,7 +130,7 @@ class Bench:
 
     def daemon(self, python, bare=False, change="", options=(), path=""):
         """A flomd, or the yardstick, that accepts connections: (process, path of its socket).
-        `change`: statements that change the module flomd first; `path`: where there is a journal
+        `change`: statements that change the system for it; `path`: where there is a journal
         to be read."""
         path = path or os.path.join(tempfile.mkdtemp(dir=self.folder), "s")
         argv = [os.path.join(HERE, "bare.py"), path] if bare else [
@@ -193,7 +194,7 @@ class Bench:
 # Small things
 
 def flomd_after(change):
-    """The words behind Python that start a flomd, after statements that change the module."""
+    """The words behind Python that start a flomd, after statements that change the system."""
     if not change:
         return [os.path.join(ROOT, "flomd.py")]
     return ["-B", "-c", CHANGED.format(root=ROOT, change=change)]
