@@ -5097,8 +5097,8 @@ class State:
             os.close(number)
             self.log.limited(f"{self.path} is another daemon's now", "error")
             return False
-        os.close(self.number)
-        self.number = number
+        os.dup2(number, self.number, inheritable=False)  # the thread may be about to write to it
+        os.close(number)
         self.log.error(f"{self.path} was removed; it was made and locked anew")
         try:
             self._write_text()
@@ -5423,12 +5423,12 @@ class Thread:
         """In the thread.  Signals are the main thread's."""
         numbers = set(signal_names())
         signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-        while self._theirs.recv(1):
-            work = self._todo.popleft()
-            work.do()
-            self._done.append(work)
-            self._theirs.send(b".")
-        self._theirs.close()
+        with self._theirs:  # a bug is seen by the loop, too
+            while self._theirs.recv(1):
+                work = self._todo.popleft()
+                work.do()
+                self._done.append(work)
+                self._theirs.send(b".")
 
     def do(self, work: "Work | Task", hear: "Callable[[Any], object]") -> "None":
         """Has work.do() called in the thread, and then hear(work) by the loop."""
@@ -5437,7 +5437,8 @@ class Thread:
         self._ours.send(b".")
 
     def _handle(self, events):
-        self._ours.recv(64)
+        if not self._ours.recv(64):
+            raise RuntimeError("the thread that waits for the disk has ended")
         self._hear()
 
     def _hear(self):
@@ -5741,6 +5742,7 @@ class Disk:
         self._has_begun = False  # and in the journal
         self._has_lock = True
         self._complains = False
+        self._was_failing = False
         self._changed: "Act" = ignore
 
     @property
@@ -5804,6 +5806,8 @@ class Disk:
     def _finish_recall(self, records, counts, lost=False):
         before = self._old.boot if counts else self.state.boot
         rebooted = before != self._boot
+        if lost and not before:  # nobody knows; the clients on other hosts are given more time
+            rebooted = self._network
         unclean = self.state.marked or lost
         if counts and rebooted and self._network and not self.state.durable:
             unclean = True  # the end of the journal may have been lost with the system
@@ -5869,8 +5873,7 @@ class Disk:
         self._changed = changed
         if self.kind != NOT_KEPT:
             self._journal.start(loop, functools.partial(self._everything, everything), settle)
-        if self.failing:
-            changed()
+        self._tell_change()
 
     def _everything(self, everything):
         return itertools.chain([self._record()], everything())
@@ -5969,6 +5972,12 @@ class Disk:
             self._has_begun = True
         if self._loop is not None:
             self._clear_mark()
+            self._tell_change()
+
+    def _tell_change(self):
+        fails = bool(self.failing)
+        if fails != self._was_failing:
+            self._was_failing = fails
             self._changed()
 
     def _clear_mark(self):

@@ -516,6 +516,16 @@ def test_a_state_that_was_lost_costs_nothing(place):
     assert disk.epoch > first.epoch
 
 
+@pytest.mark.parametrize("network", [False, True])
+def test_where_all_is_lost_nobody_knows_of_a_boot(place, network):
+    """Clients on this host have not survived one that there was not."""
+    successor(place, network=network)
+    os.unlink(place + ".lock")
+    damage(place, "bit")
+    _, known = successor(place, window=60, network=network)
+    assert known.unclean and known.rebooted is network
+
+
 def test_a_journal_that_was_begun_counts_though_the_state_was_not_written(place, monkeypatch):
     """The epoch goes into the journal first."""
     successor(place, records=[HOLDER])
