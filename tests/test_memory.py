@@ -414,10 +414,11 @@ def crowd(number):
     """A table with so many holders that came over the network."""
     world = Table()
     for place in range(number):
-        session = client(f"10.0.0.1:{place}", host="db", pid=str(place), user="joe", cmd="tar")
-        request = flomd.Request(session, f"R{place}", 5, 1, 1, 1)
+        session = client(f"10.0.0.1:{place}", client="flom.py/1.0", id=f"{place:016x}", host="db",
+                         pid=str(place), user="joe", cmd="tar")
+        request = session.request = flomd.Request(session, f"R{place}", 5, 1, 1, 1)
         request.ident, request.proof = f"{place:016x}", f"{place * 7:016x}"
-        request.grace = 120000
+        request.origin, request.grace = session.peer, 120000
         world.table.request(request, world.clock)
     return world
 
