@@ -1,5 +1,6 @@
 """The journal: what a file says after it was cut off or damaged, how it is written, and when a
 successor believes it."""
+import functools
 import os
 import random
 import sys
@@ -172,11 +173,12 @@ class Now:
 
 
 class Disk:
-    """The calls of os that the journal makes, and the one of them that fails."""
+    """The calls of os that the journal makes; those of them that fail, by their number; and a
+    check after each, as the daemon might be killed there."""
 
-    def __init__(self, monkeypatch):
-        self.calls, self.failing, self.short = 0, set(), False
-        self.made = []
+    def __init__(self, monkeypatch, short):
+        self.calls, self.failing, self.short = 0, set(), short
+        self.check = flomd.ignore
         for name in ("pwrite", "rename", "ftruncate", "open"):
             monkeypatch.setattr(flomd.os, name, self._counted(name, getattr(os, name)))
         monkeypatch.setattr(flomd.os, "fsync", self._counted("fsync", flomd.ignore))
@@ -187,12 +189,14 @@ class Disk:
             if name == "open" and not str(arguments[0]).endswith(".new"):
                 return real(*arguments)
             self.calls += 1
-            self.made.append(name)
             if self.calls in self.failing:
                 if name == "pwrite" and self.short:
                     real(arguments[0], arguments[1][:len(arguments[1]) // 2], arguments[2])
+                    self.check()
                 raise OSError(28, "No space left on device")
-            return real(*arguments)
+            result = real(*arguments)
+            self.check()
+            return result
         return call
 
 
@@ -311,19 +315,20 @@ def test_a_journal_is_rewritten_when_most_of_it_is_dead(path, monkeypatch):
 @pytest.mark.parametrize("short", [False, True])
 @pytest.mark.parametrize("synced", [False, True])
 def test_whatever_fails_a_successor_knows_what_was_told(path, monkeypatch, synced, short):
-    """Each call fails in its turn, once, or with those that follow."""
+    """Each call fails in its turn, once, or with those that follow; and after each the daemon
+    might be killed."""
     monkeypatch.setattr(flomd, "PORTION", 3)
     monkeypatch.setattr(flomd, "LEAST_REWRITTEN", 800)
     monkeypatch.setattr(flomd, "Thread", lambda loop: flomd.AtOnce())
-    disk = Disk(monkeypatch)
-    disk.short = short
-    for first in range(1, 100, 5):
+    disk = Disk(monkeypatch, short)
+    for first in range(1, 100, 8):
         for number in (1, 7):
             if os.path.exists(path):
                 os.unlink(path)
-            disk.failing = set()
+            disk.failing, disk.check = set(), flomd.ignore
             journal, loop, table = begun(path, synced)
             disk.calls, disk.failing = 0, set(range(first, first + number))
+            disk.check = functools.partial(table.check, path)
             table.start()
             for _ in range(40):
                 table.change()
