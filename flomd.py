@@ -7558,6 +7558,10 @@ class Batch:
         self.said: "List[Tuple[Callable, Connection, object]]" = []
         self.connections: "List[Connection]" = []  # that are not read until then
 
+    def is_awaited(self) -> "bool":
+        """Whether anybody waits for it still: nobody waits for ever, see Batches."""
+        return any(connection.batch is self for connection in self.connections)
+
 
 class Batches:
     """Has the changes of each turn stored, and what waits for them said, in this order.
@@ -7576,12 +7580,11 @@ class Batches:
         self._open = Batch()  # of this turn
         self._pending: "Deque[Batch]" = collections.deque()
 
-    def __len__(self):
-        """The number of batches that somebody waits for."""
-        number = len(self._pending)
+    def are_awaited(self) -> "bool":
+        """Whether anybody waits for one of them."""
         if self._open.connections:
-            number += 1
-        return number
+            return True
+        return any(batch.is_awaited() for batch in self._pending)
 
     def join(self, connection: "Connection") -> "Batch":
         """The connection waits until the changes of this turn are stored."""
@@ -7702,7 +7705,7 @@ class Batches:
             if connection.batch is batch and connection not in waiting:
                 connection.batch = None
                 if connection not in heard:
-                    connection.close()
+                    self._loop.guarded(nothing, connection.close)
                 self._loop.guarded(connection.close, connection.resume)
 
     def _late_grant(self, batch, act, connection, grant):
@@ -8442,7 +8445,7 @@ class Daemon:
     def rest(self) -> "None":
         """Looks whether the daemon is still needed: a client that has gone is served until the
         end of its lock is stored."""
-        if self.connections.open or len(self.server.batches) > 0:
+        if self.connections.open or self.server.batches.are_awaited():
             return
         if self.phase == QUIESCING:
             self._forgets = True

@@ -355,15 +355,15 @@ def test_a_change_that_nobody_waits_for_is_stored_within_a_second(slow, monkeypa
 
 def test_the_daemon_is_needed_until_the_end_of_the_last_lock_is_stored(slow):
     rested = []
-    slow.server._life.rest = lambda: rested.append(len(slow.server.batches))
+    slow.server._life.rest = lambda: rested.append(slow.server.batches.are_awaited())
     holder = slow.client().lock()
     slow.disk.store()
     holder.close()
-    assert len(slow.server.batches) == 1
+    assert slow.server.batches.are_awaited()
     slow.turn()
-    assert len(slow.server.batches) == 1 and rested == []
+    assert slow.server.batches.are_awaited() and rested == []
     slow.disk.store()
-    assert rested == [0]
+    assert rested == [False]
 
 
 def test_what_is_said_to_a_client_that_is_gone_harms_nobody(slow):
@@ -463,6 +463,17 @@ def test_nobody_waits_for_ever_for_a_disk(slow, monkeypatch):
     while slow.disk.given:
         slow.disk.store()
     assert (patient.told, impatient.told) == ([1, 0], [4]) and patient.resumed == 1
+
+
+def test_a_disk_that_does_not_store_keeps_no_daemon_alive(slow, monkeypatch):
+    monkeypatch.setattr(flomd, "LOOK_AT_STORE", 0.01)
+    rested = []
+    holder = slow.client().lock()
+    slow.disk.store()
+    slow.server._life.rest = lambda: rested.append(slow.server.batches.are_awaited())
+    holder.close()
+    late(slow, [holder])
+    assert rested[-1] is False and slow.disk.given
 
 
 def test_who_has_been_told_to_wait_waits_on(slow, monkeypatch):
