@@ -855,7 +855,7 @@ def test_a_group_without_an_address_has_no_journal(hosts):
     wait_until(lambda: one.run(*group, "--status", "--json").status == 0)
     told = json.loads(one.run(*group, "--status", "--json").out)
     assert 0 < told["daemon"]["window"] <= 2000
-    wait_until(lambda: " holds " in one.run(*group, "--status").out)
+    wait_until(lambda: "_RESOURCE  simple  holds" in one.run(*group, "--status").out)
     gate.open()
     assert holder.end().status == 0
 
