@@ -5553,10 +5553,24 @@ class Journal:
     def commit(self, records: "Iterable[Tuple[str, str | None]]", done: "Act") -> "bool":
         """Stores the records; done() is called when they count.  Returns False when it never is:
         without sync, while it fails."""
+        if not self.synced and self._file is not None and self._new is None:
+            return self._append_at_once(self._file, encode_batch(records), done)
         self._gathered += records
         self._dones.append(done)
         self._next()
         return self.synced or not self.failing
+
+    def _append_at_once(self, file, batch, done):
+        """The usual case, without a Work: nothing else is to be done with the file."""
+        try:
+            file.append(batch)
+        except OSError as error:
+            self.drop(error.strerror or str(error))
+            return False
+        done()
+        if self._new is None and self._is_too_long() and not self._rests:
+            self.rewrite()
+        return True
 
     def look(self) -> "None":
         """Looks whether the path still leads to the file, and rewrites it if not."""
