@@ -4693,13 +4693,18 @@ def _attributes_of(text):
     return whole[0][2]
 
 
+def _tell_nobody(_):
+    """For those who do not want to know whose lock a boot has ended."""
+
+
 def restore(records: "Dict[str, str]", make_table: "Callable[[], LockTable]", now: "Moment",
-            rebooted: "bool", name_of: "Callable[[int], str]") -> "LockTable":
+            rebooted: "bool", name_of: "Callable[[int], str]",
+            ended: "Callable[[Request], object]" = _tell_nobody) -> "LockTable":
     """The table of which the records were made, and that make_table() has made empty.
 
-    rebooted: the system was booted since; who was on it then holds no longer, and has committed.
-    name_of(uid) tells the name of a user of this system.  Raises BrokenMemory where the records
-    cannot all be true.
+    rebooted: the system was booted since; who was on it then holds no longer, and has committed:
+    ended(holder) is called for each.  name_of(uid) tells the name of a user of this system.
+    Raises BrokenMemory where the records cannot all be true.
     """
     table = make_table()
     reader = _Reader(table, now, rebooted, name_of)
@@ -4709,6 +4714,7 @@ def restore(records: "Dict[str, str]", make_table: "Callable[[], LockTable]", no
         for session, holder in list(table.absent.items()):
             if holder.local:
                 table.release(session, True, now)
+                ended(holder)
     return table
 
 
@@ -8130,6 +8136,14 @@ def look_at_process(pid: "int", moment: "float") -> "Tuple[str, bytes]":
     return LIVES, name
 
 
+def end_of_absent(holder: "Request", reason: "str") -> "str":
+    """A line for the log; what a holder had of a sequence is not given again."""
+    what = repr(holder.name)
+    if holder.element is not None:
+        what += f" with {holder.element}"
+    return f"{what}, of {holder.session}, which was absent, is free: {reason}"
+
+
 class Absences:
     """Ends the absent holders whose clients do not come back.
 
@@ -8227,12 +8241,8 @@ class Absences:
             self._loop.at(self._graces[0][0], self._end_graces)
 
     def _end(self, holder, reason):
-        session = holder.session
-        what = repr(holder.name)
-        if holder.element is not None:
-            what += f" with {holder.element}"
-        self._log.info(f"{what}, of {session}, which was absent, is free: {reason}")
-        self._server.end_absent(session)
+        self._log.info(end_of_absent(holder, reason))
+        self._server.end_absent(holder.session)
 
 
 class Progress:
@@ -9161,9 +9171,13 @@ def _somebody_answers(settings, group):
 def make_table(settings, options, disk, name_of):
     """A lock table, with all that is known of the predecessor."""
     known = disk.recall()
+
+    def ended(holder):
+        disk.log.info(end_of_absent(holder, "the host was booted"))
+
     try:
         table = restore(known.records, lambda: _empty_table(settings, options, disk, known),
-                        Moment(), known.rebooted, name_of)
+                        Moment(), known.rebooted, name_of, ended)
     except BrokenMemory as error:
         known = disk.disown(error)
         table = _empty_table(settings, options, disk, known)

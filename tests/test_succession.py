@@ -578,10 +578,11 @@ def booted(box):
 def test_a_boot_ends_all_local_holders(box):
     """Nobody waits for them; numbers go on."""
     box.daemon()
-    holder, gate = box.hold("a", "-r", "_s_n[1]", *LONG, *ALONE)
+    holder, gate = box.hold("a", "-r", "_S_n[1]", *LONG, *ALONE)
     os.kill(holder.pid, signal.SIGSTOP)
-    restart(box, program=booted(box))
-    assert grants(box, "_s_n[1]", *LONG) == "2"
+    daemon = restart(box, program=booted(box))
+    assert grants(box, "_S_n[1]", *LONG) == "2"
+    assert re.search(r"'_S_n\[1\]' with 1, .* is free: the host was booted\n", daemon.err)
     os.kill(holder.pid, signal.SIGCONT)
     gate.open()
     assert holder.end().status in (0, 95)
