@@ -87,7 +87,8 @@ class AbsentClient(Client):
 def make_request(session, name, mode="EX", quantity=1, wait=1, create=1, lifespan=0, ident=None,
                  under="", patient=False, reclaim=None, held=None, key=None):
     """A request; `under` names the ids of the locks under which its command runs."""
-    request = flomd.Request(Client(session), name, MODES.index(mode), quantity, wait, create, lifespan)
+    request = flomd.Request(Client(session), name, MODES.index(mode), quantity, wait, create,
+                            lifespan)
     request.ident, request.parents = ident or session, tuple(under.split())
     request.patient, request.reclaim, request.claimed = patient, reclaim, held
     request.proof = key

@@ -379,7 +379,7 @@ def test_a_successor_knows_no_less_than_was_told_and_no_more_than_was_asked():
         chance = random.Random(f"{SEED}.{number}")
         world = World(chance.choice(["fair", "first-fit"]))
         stored, told, asked = {}, {}, {}  # told: session: (name, element, token)
-        for step in range(60):
+        for _ in range(60):
             session = f"S{chance.randrange(9)}"
             if session in world.holders:
                 told.pop(session, None)  # it no longer counts on it

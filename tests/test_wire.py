@@ -429,7 +429,7 @@ ABOUT = {"client": "flom.py/1.0", "id": "a" * 16, "key": "b" * 16, "life": 1,
 
 
 def test_what_gives_way_in_a_long_request():
-    """First what only people read, then what is old; id, key, life and one ancestor travel always."""
+    """First what only people read, then what is old; id, key, life and one ancestor travel."""
     settings, left = flom.Settings(), [set(ABOUT) | {"peerid"}]
     for length in range(10, 400):
         settings.values["Name"] = "R" * length
