@@ -2992,9 +2992,6 @@ class Changes:
         # (name of a sequence, value that it got back): its place, None when it is there no more
         self.values: "Dict[tuple, int | None]" = {}
 
-    def __bool__(self):
-        return bool(self.holders or self.resources)
-
     def see_values(self):
         """Notes the values that came back to the sequences, or went."""
         for name, resource in self.resources.items():
@@ -3818,10 +3815,11 @@ class LockTable:
     def take_changes(self) -> "Changes | None":
         """What has changed since the last call, None where nothing has."""
         changed = self._catalogue.changed
-        if not changed:
+        if changed.resources:
+            changed.see_values()
+        elif not changed.holders:
             return None
         self._catalogue.changed = Changes()
-        changed.see_values()
         return changed
 
     def note(self, session):
@@ -4060,7 +4058,7 @@ class Session(Identity):
 
     `connection` is whoever carries its bytes.
     """
-    __slots__ = ("connection", "state", "request", "holds", "peer_id", "_unread")
+    __slots__ = ("connection", "state", "request", "holds", "peer_id", "has_more", "_unread")
     is_absent = False  # see Absent, which is like it for those who look
 
     def __init__(self, connection, peer: "str", name_of: "Callable[[int], str]"):
@@ -4070,6 +4068,7 @@ class Session(Identity):
         self.request: "Request | None" = None  # the last one
         self.holds: "str | None" = None  # the name of the lock, as an unlock 8 has to say it
         self.peer_id: "str | None" = None  # the id of its host
+        self.has_more = False  # calls() has not read all that has come
         self._unread = b""
 
     # What comes in.
@@ -4087,7 +4086,10 @@ class Session(Identity):
         if data.startswith(TLS_RECORD):
             raise ProtocolError("TLS, where the daemon is configured without")
         *messages, self._unread = data.split(END)
+        left = len(messages)
         for message in messages:
+            left -= 1
+            self.has_more = left > 0 or self._unread != b""
             if len(message) > SHORT:
                 elements = self._read_long(message + END)
             else:
@@ -6479,6 +6481,12 @@ class Connection:
         self.connections.loop.forget(self.socket)
         self._is_paused = True
 
+    def is_held_up(self) -> "bool":
+        """Whether something is left to be done when its batch is stored, see resume()."""
+        if not self.is_open or self._is_paused or self._wanted is not NO_CALLS:
+            return True
+        return self.session.state is FREE
+
     def resume(self) -> "None":
         """The batch is stored, and what waited for it was said: goes on reading, or closes."""
         if self.batch is not None:
@@ -6529,7 +6537,8 @@ class Connection:
                 if self.closing or not self.is_open:
                     return
                 if self.batch is not None:
-                    self._wanted = wanted
+                    if self.session.has_more:
+                        self._wanted = wanted
                     return
         except ProtocolError as error:
             self.close(str(error))
@@ -6723,6 +6732,10 @@ class TlsConnection(Connection):
             return
         super().handle(events | EVENT_READ)
         self._read_pending()
+
+    def is_held_up(self) -> "bool":
+        """As above; the loop does not know what TLS has read."""
+        return True
 
     def resume(self) -> "None":
         """As above; what TLS has read already counts, too."""
@@ -7672,7 +7685,8 @@ class Batches:
             if connection.batch is batch:
                 connection.batch = None
         for connection in batch.connections:
-            guarded(connection.close, connection.resume)
+            if connection.is_held_up():
+                guarded(connection.close, connection.resume)
 
     # What cannot be stored.
 
