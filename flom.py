@@ -1337,6 +1337,10 @@ class Silent(Useless):
     """It has not answered a reclaim in time, and may do so yet: the connection stays open."""
 
 
+class Interrupted(DaemonUnavailable):
+    """A connection ended in the handshake of TLS: the daemon has just ended, or speaks no TLS."""
+
+
 class Gone(Exception):
     """The connection ended: the daemon at `where` has ended, has crashed, or cannot be reached.
 
@@ -2374,6 +2378,7 @@ class Session:
 # is made.  There the daemon is asked, and nowhere else meanwhile: two might both grant.  If that
 # address is of no use the Race goes on with those that are left.
 PATIENCE, GOODBYE = 10, 5  # s: for a first answer, for the daemon's EOF after ours
+NO_TLS = 1  # s for a daemon that ends in each handshake of TLS, and may just have been restarted
 SEVERAL, EACH = 15, 6  # s: PATIENCE with several addresses in all, with each but the last
 STAGGER = 0.25  # s from one connection attempt to the next
 CHUNK = 65536  # bytes read at once
@@ -2382,13 +2387,24 @@ NOT_YET = {errno.EINPROGRESS, errno.EALREADY, errno.EINTR, errno.EAGAIN}
 KEEPALIVE = (15, 5, 3)  # s, s, probes: a holder is to learn of a dead network before the daemon
 
 
+def is_eof(error: "OSError") -> "bool":
+    """Whether TLS has met the end of the connection; Python 3.6 with OpenSSL 3 has no name for
+    that."""
+    named = type(error).__name__ in ("SSLEOFError", "SSLZeroReturnError")
+    return named or "unexpected eof" in str(error)
+
+
+def is_end(error: "OSError") -> "bool":
+    """Whether the other side has ended the connection."""
+    return isinstance(error, (ConnectionResetError, BrokenPipeError)) or is_eof(error)
+
+
 def explain(error: "OSError") -> "str":
     """What an OSError of a connection means."""
     if type(error).__module__ != "ssl":
         return error.strerror or str(error)
     reason = getattr(error, "reason", None)  # with OpenSSL 1.1 an end too early has none
-    if type(error).__name__ == "SSLEOFError" or reason in (
-            None, "WRONG_VERSION_NUMBER", "UNEXPECTED_MESSAGE"):
+    if is_eof(error) or reason in (None, "WRONG_VERSION_NUMBER", "UNEXPECTED_MESSAGE"):
         return "TLS: it does not speak TLS, or refuses to"
     what = "its certificate"
     if "ALERT" in reason:
@@ -2406,6 +2422,7 @@ class Connection:
     def __init__(self, family, where: "str"):
         self.family, self.where = family, where
         self.session = Session()
+        self.is_connected = False
         self.sock: "Any" = socket.socket(family, socket.SOCK_STREAM)
         self.sock.setblocking(False)
         self.name = None  # the one CN of the daemon's certificate
@@ -2437,6 +2454,7 @@ class Connection:
                 yield self.sock.fileno(), WRITE, until - clock()
             code = self.sock.connect_ex(address)
         self._check_connected(code, address)
+        self.is_connected = True
         if context:
             yield from self._securing(until, context)
 
@@ -2500,6 +2518,8 @@ class Connection:
         return data
 
     def _ended(self, error):
+        if is_eof(error):
+            return Gone("it closed the connection", self.where)
         text = explain(error)
         if text.startswith("TLS: it refuses"):  # TLS 1.3 tells it after the handshake
             return Useless(f"{self.where}: {text}")
@@ -2653,6 +2673,7 @@ class Race:
         self._running: "dict[Any, Any]" = {}  # address: the steps that connect to it
         self._failure = ""
         self._nobody = False  # at one address nobody listens: a daemon may be started there
+        self._was_interrupted = False  # the last failure was an end in the handshake
 
     def winning(self):
         """Steps to the next Connection that is made, None when no address is left."""
@@ -2706,6 +2727,7 @@ class Race:
         where = name
         if family != socket.AF_UNIX:
             where = show_address(name)
+        connection = None
         try:
             with self._make(family, where) as connection:
                 yield from connection.opening(name, until, self._context)
@@ -2714,9 +2736,11 @@ class Race:
                 connection.address = address
                 return connection
         except OSError as error:
-            if error.errno in NOBODY:
-                self._nobody = True
             self._failure = f"cannot connect to {where}: {explain(error)}"
+            if connection and connection.is_connected:
+                self._was_interrupted = is_end(error)
+            elif error.errno in NOBODY:
+                self._nobody = True
             return None
 
     def asking(self, ask):
@@ -2741,6 +2765,8 @@ class Race:
                     wrong = error
         if wrong:
             raise wrong
+        if self._was_interrupted:
+            raise Interrupted(self._failure)
         if self._failure and not self._nobody:
             raise DaemonUnavailable(self._failure)
         return None
@@ -3237,6 +3263,7 @@ class Claim:
         """
         starter = self._starter
         starter.begin(self._patience, recovering=self.loss is not None)
+        until = clock() + NO_TLS
         bare = False
         while True:
             try:
@@ -3248,6 +3275,12 @@ class Claim:
                 self.diary.say(f"waiting for {self.name}: {gone.where}: {gone}; asking again")
                 starter.begin(self._patience, recovering=True)
                 starter.expect_another()
+                until = starter.until
+            except Interrupted:
+                if clock() >= until:
+                    raise
+                starter.expect_another()
+                yield pause(AGAIN)
             except Gone as gone:
                 if clock() >= starter.until:
                     raise self._silence(gone)

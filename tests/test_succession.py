@@ -16,6 +16,7 @@ import sys
 import time
 
 import pytest
+from certificates import Certificates
 from commands import state
 from crowd import WISHES, Crowd
 from fakes import LOCK, PEER, PING, UNLOCK, FlomClient, b64, message, parse
@@ -242,20 +243,21 @@ def rate(crowd, act):
     return (crowd.entered() - before) / (time.monotonic() - began)
 
 
-@pytest.mark.parametrize("where", ["local", "state-dir", "network"])
-def test_nobody_notices_kills_under_load(box, where):
+@pytest.mark.parametrize("where", ["local", "state-dir", "network", "tls"])
+def test_nobody_notices_kills_under_load(box, tmp_path, where):
     """Every status is 0, no incompatible commands overlap, no value comes twice, and none is left
     out that the log does not name."""
     if where == "state-dir":
         box.address += ("--state-dir", box.folder)
-    if where == "network":
+    if where in ("network", "tls"):
         box.address = ("-a", "127.0.0.1", "-p", str(free_port()), "--state-dir", box.folder)
-    clients = box.address[:4 if where == "network" else 2]
-    keeper = Keeper(box, clients, "-d", "-1")
+    if where == "tls":
+        box.address += Certificates(tmp_path).options()
+    keeper = Keeper(box, box.address[:4 if "-a" in box.address else 2], "-d", "-1")
     crowd = Crowd(box, f"memory {where}", ALONE, work=(0.01, 0.1))
     wait_until(keeper.serving)
     undisturbed = rate(crowd, lambda: kept_busy(crowd, 10)) if SOAK else 0
-    disturbed = rate(crowd, lambda: kill_often(crowd, keeper, -(-COUNT.kills // 3)))
+    disturbed = rate(crowd, lambda: kill_often(crowd, keeper, -(-COUNT.kills // 4)))
     assert disturbed >= undisturbed / 4
     crowd.end()
     for run in crowd.over:
