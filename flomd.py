@@ -4860,6 +4860,10 @@ class _Reader:
 # journal in place of one of which not all was known sets the mark before, and clears it when the
 # window is over and all who hold a lock are in the journal.
 #
+# With --state-dir the lock beside the local socket, the guard, is a file of its own.  It gets the
+# epoch, too: a daemon without that option leaves its own there, and then the journal in the folder
+# is older.
+#
 # A journal that cannot be written loses no decision.  Without sync the mark takes its place; with
 # sync nothing is told until a new file could be written.  A file on which a write or a sync has
 # failed gets no more batches: it lacks one.  A sync in particular is not tried again, since the
@@ -5734,8 +5738,9 @@ class Disk:
     """What this daemon leaves for its successor.
 
     `state` is locked; `journal_path` is None when no journal is kept; `network`: clients on other
-    hosts may have outlived this host's boot.  The order of calls: recall(), perhaps disown(),
-    begin(), start(), and then the rest.
+    hosts may have outlived this host's boot; `guard` is the State beside the local socket where
+    that is another one.  The order of calls: recall(), perhaps disown(), begin(), start(), and
+    then the rest.
 
     kind       "file", "synced" or "none": how batches are stored
     failing    why no batch can be stored now, "" when it can
@@ -5744,7 +5749,7 @@ class Disk:
     """
 
     def __init__(self, log: "Log", state: "State", journal_path: "str | None" = None,
-                 network: "bool" = False):
+                 network: "bool" = False, guard: "State | None" = None):
         self.log, self.state = log, state
         self.kind = NOT_KEPT
         if journal_path is not None:
@@ -5754,6 +5759,10 @@ class Disk:
         self.unknown_until = 0.0  # s, monotonic: the end of the window for those not known
         self.same_processes = False  # pids that the predecessor has stored mean the same here
         self._network = network
+        self._guard = guard
+        self._before = state.epoch  # of all daemons before
+        if guard is not None:
+            self._before = max(state.epoch, guard.epoch)
         self._journal = Journal(journal_path or os.devnull, state.durable, self._heed,
                                 self._may_rewrite)
         self._boot = boot_id()
@@ -5787,7 +5796,7 @@ class Disk:
             return self._finish_recall({}, False)
         try:
             records = self._journal.load()
-            if records or state.had_journal:
+            if records or state.had_journal or self._before > state.epoch:
                 self._check(records)
         except OtherLayout as error:
             self._put_aside(error.args[0])
@@ -5798,8 +5807,10 @@ class Disk:
 
     def _check(self, records):
         """Raises Damage where the journal does not count."""
-        if not records:
+        if not records and self.state.had_journal:
             raise Damage("it is not there, and there was one")
+        if not records:
+            raise Damage("another one was kept elsewhere")
         try:
             old = read_daemon(records.get(OF_DAEMON, ""))
         except BrokenMemory:
@@ -5807,7 +5818,7 @@ class Disk:
         if old.layout != LAYOUT:
             raise OtherLayout(old.layout)
         epoch = old.covers >> 32
-        if epoch < self.state.epoch:
+        if epoch < self._before:
             raise Damage("it is older than the state")
         if epoch > LAST_EPOCH:
             raise Damage(f"its epoch, {epoch}, is none")
@@ -5834,7 +5845,7 @@ class Disk:
         if counts and rebooted and self._network and not self.state.durable:
             unclean = True  # the end of the journal may have been lost with the system
         covered = self._old.covers >> 32
-        self.epoch = max(epoch_of_the_clock(), self.state.epoch + 1, covered + 1)
+        self.epoch = max(epoch_of_the_clock(), self._before + 1, covered + 1)
         self.same_processes = not rebooted and self._old.pidns == self._pidns != ""
         return Known(records, counts and not unclean, unclean, rebooted)
 
@@ -5864,7 +5875,19 @@ class Disk:
         keeps_journal = self.kind != NOT_KEPT
         written = self._try(state.write, self.epoch, self._boot, self.marked, keeps_journal)
         self._has_state = written and not state.is_nowhere()
+        self._write_guard()
         return written
+
+    def _write_guard(self):
+        """The epoch is known beside the socket, too, to daemons without --state-dir."""
+        guard = self._guard
+        if guard is None:
+            return
+        write = functools.partial(guard.write, self.epoch, self._boot, guard.marked,
+                                  guard.had_journal)
+        reason = failure_of(write)
+        if reason:
+            self.log.limited(f"cannot write {guard.path}: {reason}", "error")
 
     def _try(self, write, *arguments):
         """Writes to the state; returns whether it could be written."""
@@ -5945,6 +5968,7 @@ class Disk:
             state = self.state
             write = functools.partial(state.write, self.epoch, self._boot, self.marked, True)
             self._journal.run(write)
+            self._write_guard()
         else:
             self._write_state()
 
@@ -9117,7 +9141,8 @@ def open_disk(settings, options, log, group):
             name_owner(guard)
         state = open_state(settings, options, log, group, path)
     network = bool(_address(settings))
-    return guard, Disk(log, state, journal_path(settings, state), network)
+    other = guard if guard is not state else None
+    return guard, Disk(log, state, journal_path(settings, state), network, other)
 
 
 def open_state(settings, options, log, group, path):
@@ -9134,9 +9159,10 @@ def open_state(settings, options, log, group, path):
 
 
 def name_owner(guard):
-    """Writes into a file that is a lock alone who has it, for the messages of others."""
-    epoch = max(epoch_of_the_clock(), guard.epoch + 1)
-    reason = failure_of(lambda: guard.write(epoch, boot_id(), guard.marked, guard.had_journal))
+    """Writes into a file that is a lock alone who has it, for the messages of others.  The rest
+    stays as it is until the journal is begun."""
+    reason = failure_of(
+        lambda: guard.write(guard.epoch, guard.boot, guard.marked, guard.had_journal))
     if reason:
         guard.log.error(f"cannot write {guard.path}: {reason}")
 

@@ -733,6 +733,25 @@ def test_a_journal_of_a_newer_layout_is_put_aside(box):
     assert holder.end().status == 0
 
 
+def test_a_daemon_without_the_state_dir_in_between(box):
+    """As a client may start one while init's is away: what the folder has does not count."""
+    options = "--state-dir", box.path("kept")
+    os.mkdir(options[1])
+    box.daemon(*options)
+    restart(box)
+    holder, gate = box.hold("a", "-r", "R1", *ALONE)
+    os.kill(holder.pid, signal.SIGSTOP)
+    daemon = restart(box, *options)
+    assert daemon.err.count("does not count: it is older than the state") == 1
+    assert holders(box, "R1") == [] and report(box)["daemon"]["window"] > 0
+    os.kill(holder.pid, signal.SIGCONT)
+    wait_until(lambda: holders(box, "R1"))
+    daemon = restart(box, *options)
+    assert daemon.err == ""
+    gate.open()
+    assert holder.end() == (0, "", "")
+
+
 # Failures: it cannot be written
 
 def test_a_journal_that_cannot_grow(box):
