@@ -5768,6 +5768,7 @@ class Disk:
         self._boot = boot_id()
         self._pidns = pid_namespace()
         self._old = DaemonRecord(LAYOUT, 0, "", "", 0)  # that of the predecessor
+        self._rebooted = False  # since the predecessor
         self._loop: "Any" = None
         self._has_state = False  # the record of this daemon is in the state
         self._has_begun = False  # and in the journal
@@ -5838,7 +5839,7 @@ class Disk:
 
     def _finish_recall(self, records, counts, lost=False):
         before = self._old.boot if counts else self.state.boot
-        rebooted = before != self._boot
+        rebooted = self._rebooted = before != self._boot
         if lost and not before:  # nobody knows; the clients on other hosts are given more time
             rebooted = self._network
         unclean = self.state.marked or lost
@@ -5851,11 +5852,17 @@ class Disk:
 
     # The beginning.
 
-    def begin(self) -> "None":
-        """Writes this daemon's epoch, into the journal first."""
+    def begin(self, everything: "Callable[[], Iterator[Tuple[str, str]]]"
+              = iter_nothing) -> "None":
+        """Writes this daemon's epoch, into the journal first.  everything() yields the records of
+        the table."""
         if self.kind != NOT_KEPT:
+            records = [self._record()]
+            if self._rebooted:  # moments in the old file would pass for moments of this boot
+                self._journal.forget()
+                records += everything()
             if self._may_rewrite():
-                self._journal.begin([self._record()])
+                self._journal.begin(records)
             else:
                 self._journal.drop("the mark could not be set")
             self._has_begun = not self.failing
@@ -9343,7 +9350,7 @@ def prepare(settings, options, log):
         guard, disk = open_disk(settings, options, log, group)
         connections = Connections(Loop(log), log, settings, options.max_clients)
         table = make_table(settings, options, disk, connections.users.name)
-        disk.begin()
+        disk.begin(lambda: everything(table))
         Session.introduce(machine_id(), pair[1])
         daemon = Daemon(settings, log, pair, disk, table, connections)
         undo.callback(daemon.hide)

@@ -410,7 +410,7 @@ def successor(path, window=0, records=(), **options):
     """(Disk, Known) of a daemon that has begun, has stored these records and was killed."""
     disk, known = disk_at(path, **options)
     disk.unknown_until = time.monotonic() + window if window else 0
-    disk.begin()
+    disk.begin(lambda: (pair for pair in known.records.items() if pair[0] != "d"))
     if records:
         disk.commit(list(records), flomd.ignore)
     disk.die()

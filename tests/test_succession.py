@@ -571,10 +571,10 @@ def test_an_order_to_end_forgets_no_lock(box):
 
 # Another boot
 
-def booted(box):
+def booted(box, change=""):
     """For `program`: a flomd that finds another boot id from now on."""
     path = box.write("boot", "00000000-1111-2222-3333-444444444444\n")
-    return patched(f"flomd.BOOT_ID = {path!r}")
+    return patched(f"flomd.BOOT_ID = {path!r}\n{change}")
 
 
 def test_a_boot_ends_all_local_holders(box):
@@ -585,6 +585,31 @@ def test_a_boot_ends_all_local_holders(box):
     daemon = restart(box, program=booted(box))
     assert grants(box, "_S_n[1]", *LONG) == "2"
     assert re.search(r"'_S_n\[1\]' with 1, .* is free: the host was booted\n", daemon.err)
+    os.kill(holder.pid, signal.SIGCONT)
+    gate.open()
+    assert holder.end().status in (0, 95)
+
+
+BEGUN = """
+import os
+real = flomd.Disk.begin
+def begin(*arguments):
+    real(*arguments)
+    os._exit(9)
+flomd.Disk.begin = begin
+"""
+
+
+def test_a_boot_and_a_daemon_that_is_killed_when_it_has_begun(box):
+    """The next one, of the same boot, sees no holder in a process that has the pid by now."""
+    box.daemon()
+    holder, gate = box.hold("a", "-r", "R1", *ALONE)
+    os.kill(holder.pid, signal.SIGSTOP)
+    box.kill(box.the_daemon())
+    killed = box.flomd("-f", "--no-files", *box.address, program=booted(box, BEGUN))
+    assert killed.end().status == 9
+    box.daemon(program=booted(box))
+    assert holders(box, "R1") == []
     os.kill(holder.pid, signal.SIGCONT)
     gate.open()
     assert holder.end().status in (0, 95)
