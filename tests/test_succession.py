@@ -431,7 +431,9 @@ def test_an_absent_holder_can_be_evicted(box):
     box.daemon()
     holder, gate = box.hold("a", "-r", "R1", *ALONE)
     os.kill(holder.pid, signal.SIGSTOP)
-    restart(box)
+    restart(box, "--metrics", box.path("figures"))
+    wait_until(lambda: os.path.exists(box.path("figures")))
+    assert "flomd_absent_holders 1\n" in read(box.path("figures"))
     assert box.run("--evict", holders(box, "R1")[0]["id"]).status == 0
     assert grants(box, "R1") == ""
     other, other_gate = box.hold("b", "-r", "R1", *ALONE)
