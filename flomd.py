@@ -5928,7 +5928,8 @@ class Disk:
         self._tell_change()
 
     def _everything(self, everything):
-        return itertools.chain([self._record()], everything())
+        yield self._record()  # as it is when its turn has come: batches may be written before
+        yield from everything()
 
     # While it serves.
 

@@ -4,6 +4,7 @@ import functools
 import os
 import random
 import sys
+import threading
 import time
 
 import flomd
@@ -673,6 +674,32 @@ def test_those_who_come_during_a_sync_share_the_next(path, monkeypatch):
     assert len(told) / len(syncs) > 30
     journal.close()
     assert len(journal_at(path).load()) == 65
+
+
+def test_what_is_covered_while_a_rewrite_waits_for_the_disk(place, monkeypatch):
+    """The record of the daemon is not older in the new file than in the batches before it."""
+    disk, _ = disk_at(place, durable=True)
+    disk.begin()
+    loop = flomd.Loop(Lines())
+    disk.start(loop, lambda: iter([]), flomd.ignore, flomd.ignore)
+    journal, gate = disk._journal, threading.Event()
+
+    def turn_until(number):
+        while journal.rewritten < number:
+            loop._turn(0.01)
+            loop._do_what_is_due()
+    turn_until(2)
+    monkeypatch.setattr(flomd, "_sync", lambda number: gate.wait(10))
+    disk.commit([HOLDER], flomd.ignore)
+    journal.rewrite()
+    assert disk.cover(disk.epoch + 5 << 32)
+    gate.set()
+    turn_until(3)
+    disk.close()
+    covers = flomd.read_daemon(journal_at(place + ".journal").load()["d"]).covers
+    assert covers >> 32 == disk.epoch
+    disk.die()
+    assert not successor(place, durable=True)[0].log.lines
 
 
 def test_a_daemon_with_a_thread_forks_in_silence(box):
