@@ -8588,6 +8588,7 @@ class Daemon:
         users.close()
         if self._forgets:
             self.server.forget()
+        self.server.batches.commit()  # what has changed and nobody waits for
         self.server.clear_mark()
         self.disk.close()
 

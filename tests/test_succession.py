@@ -577,6 +577,15 @@ def test_an_order_to_end_forgets_no_lock(box, word):
     assert grants(box, "_s_n[1]", *LONG) == "2"
 
 
+def test_what_nobody_waits_for_is_stored_at_the_end(box):
+    """The lifespan that a refused request has asked for."""
+    box.daemon()
+    with Own(box, "R1") as holder, Own(box, "R1", lifespan=60000) as other:
+        assert holder.ask().answer()["rc"] == "0" and other.ask().answer()["rc"] == "4"
+        restart(box, end=signal.SIGTERM)
+    assert 'lifespan="60000"' in read(journal(box))
+
+
 # Another boot
 
 def booted(box, change=""):
