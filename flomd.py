@@ -3056,6 +3056,12 @@ class Catalogue:
             resource.lifespan = lifespan
             self.note(resource)
 
+    def promise(self, holder, grace):
+        """The holder is told again for how long (ms) it is kept without its client."""
+        if holder.grace != grace:
+            holder.grace = grace
+            self.changed.holders[holder.token] = holder
+
     def set_used(self, resource):
         """Somebody holds or awaits the resource."""
         if resource.idle_since is not None:
@@ -3692,6 +3698,7 @@ def repeat_held(before, request, catalogue):
     if request.name == before.name:
         catalogue.prolong(before.resource, request.lifespan)
         if request.mode == before.mode and request.quantity <= before.quantity:
+            catalogue.promise(before, request.grace)
             return Decision(session, OK, before.element, before.token)
     return Decision(session, BUSY)
 
@@ -3821,11 +3828,6 @@ class LockTable:
             return None
         self._catalogue.changed = Changes()
         return changed
-
-    def note(self, session):
-        """Something that others know of the holder has changed."""
-        holder = self.requests[session]
-        self._catalogue.changed.holders[holder.token] = holder
 
     def restoration(self):
         """To fill the table, while it is empty, with what the daemon before knew."""
@@ -7873,18 +7875,9 @@ class Server:
         if session.ours:
             request.grace = self._grace(request)
         decisions = self.table.request(request, self.loop.now)
-        if request.reclaim is not None:
-            self._promise(session, request.grace)
         self.deliver(decisions)
         if is_surplus and session not in self.table.requests:
             connection.finish()
-
-    def _promise(self, session, grace):
-        """A holder that has come back is told the grace that is set now."""
-        holder = self.table.requests.get(session)
-        if holder is not None and holder.state is HELD and holder.grace != grace:
-            holder.grace = grace
-            self.table.note(session)
 
     def _identify(self, connection, request):
         """On a local socket the system knows best who asks."""

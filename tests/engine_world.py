@@ -394,7 +394,8 @@ class World(Ledger):
         assert self.table.request(request, self.clock) == expected
         self.keep()
         assert self.records == stored, "a reclaim that is known stores nothing"
-        self.table.note(other)  # its name, which outside these tests is an address for people
+        # its name, which outside these tests is an address for people
+        self.table._catalogue.changed.holders[token] = self.table.holders[token]
         self.keep()
         holder.session = self.table.requests[other].session
         self.holders[other] = holder

@@ -471,3 +471,11 @@ def test_a_held_lock_takes_hardly_more_memory():
     finally:
         tracemalloc.stop()
     assert (after - before) / 5000 <= 1.1 * BEFORE[sys.version_info[:2]]
+
+
+def test_a_holder_that_asks_again_is_kept_as_it_was_told():
+    """On the same connection, after the daemon had no memory for a while."""
+    world, session = Table(), client(host="db1")
+    for grace in (None, 5000):
+        world.ask(session, "R", grace=grace)
+        assert holder_of(world.restored()).grace == grace
