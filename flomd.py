@@ -7727,6 +7727,9 @@ class Batches:
     def _go_without(self, batch):
         """The mark stands for what is not stored; without it nothing is granted, unless there is
         no memory at all and nobody was promised one."""
+        for _, _, detail in batch.said:
+            if isinstance(detail, Decision) and detail.verdict == OK:
+                detail.session.request.grace = None  # a successor would not keep it
         disk = self.disk
         is_marked = not batch.token or disk.marked or disk.mark(True)
         if not is_marked and disk.kind != NOT_KEPT:

@@ -408,6 +408,16 @@ def test_a_store_that_fails_has_the_mark_and_the_grant_is_told(world):
     assert world.client().lock("Q").told == [0] and world.disk.marks == [True]
 
 
+def test_what_is_not_stored_is_promised_to_nobody(world):
+    """A successor keeps no lock that it does not know."""
+    fail(world)
+    client = world.client()
+    request = client.ask()
+    request.grace = 5000
+    world.turn()
+    assert client.told == [0] and request.grace is None
+
+
 def test_who_can_keep_nothing_at_all_grants_nothing(world):
     fail(world)
     world.disk.can_mark = False
