@@ -7645,6 +7645,7 @@ class Batches:
         self._take_records = take_records
         self._give_back = give_back
         self._open = Batch()  # of this turn
+        self._told = disk.epoch << 32  # the greatest token of all batches that were said
         self._pending: "Deque[Batch]" = collections.deque()
 
     def are_awaited(self) -> "bool":
@@ -7712,6 +7713,8 @@ class Batches:
 
     def _say(self, batch):
         batch.is_said = True
+        if batch.token > self._told:
+            self._told = batch.token
         guarded = self._loop.guarded
         for act, connection, detail in batch.said:  # which may grow meanwhile
             guarded(connection.close, act, connection, detail)
@@ -7742,13 +7745,12 @@ class Batches:
             batch.said = said
         self._is_stored(batch)
 
-    @staticmethod
-    def _is_new_grant(detail):
-        """Whether it is a grant that gives the session what it did not have."""
+    def _is_new_grant(self, detail):
+        """Whether it is a grant of which nobody knows; a holder that asks again, on whatever
+        connection, has been told of its own, or its memory was."""
         if not isinstance(detail, Decision) or detail.verdict != OK:
             return False
-        session = detail.session
-        return session.holds is None and session.request.reclaim is None
+        return detail.token > self._told and detail.session.request.reclaim is None
 
     def _look(self):
         """Nobody waits for ever for a disk that does not store."""

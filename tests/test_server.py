@@ -443,6 +443,31 @@ def test_a_holder_keeps_its_lock_where_nothing_can_be_stored(world):
     assert world.table.holding == 0
 
 
+def test_a_holder_that_was_not_told_keeps_its_lock_where_nothing_can_be_stored(world):
+    """Its client asks again on another connection, as it did before: without a token."""
+    asked = {"ident": "aa", "proof": "bb", "pid": 1}
+    first, second = world.client(), world.client()
+    first.ask(**asked)
+    world.turn()
+    fail(world)
+    world.disk.can_mark = False
+    second.ask(**dict(asked, pid=2))
+    world.turn()
+    assert second.told == [0] and world.table.holding == 1 and not first.is_open
+
+
+def test_of_one_turn_neither_the_grant_nor_who_asks_again_is_told(world):
+    """The grant that is asked for again is not stored either."""
+    fail(world)
+    world.disk.can_mark = False
+    first, second = world.client(), world.client()
+    for client in (first, second):
+        client.session.ours = True
+        client.ask(ident="aa", proof="bb")
+    world.turn()
+    assert second.told == [9] and world.table.holding == 0
+
+
 @pytest.mark.parametrize("later", [False, True])
 def test_a_bug_in_making_records_costs_no_decision(later):
     world = World(later)
