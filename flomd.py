@@ -7725,6 +7725,13 @@ class Batches:
             if connection.is_held_up():
                 guarded(connection.close, connection.resume)
 
+    def untold_grants(self) -> "List[Decision]":
+        """Those of which nobody knows yet, since they are not stored."""
+        found = []
+        for batch in [*self._pending, self._open]:
+            found += [detail for _, _, detail in batch.said if self._is_new_grant(detail)]
+        return found
+
     # What cannot be stored.
 
     def _go_without(self, batch):
@@ -8138,6 +8145,18 @@ class Server:
             if session.ours:
                 farewell = Decision(session, STOPPED, reason=reason)
                 connection.tell(farewell)
+        self._let_go_who_has_heard()
+
+    def _let_go_who_has_heard(self):
+        """Nobody who waits is granted any more; and a client of ours that has a grant, and hears
+        of the end before it, will never know that it holds."""
+        now = self.loop.now
+        requests = self.table.requests
+        for session in [one for one in requests if requests[one].state is not HELD]:
+            self.table.gone(session, now)
+        for grant in self.batches.untold_grants():
+            if grant.session.ours:
+                self.table.gone(grant.session, now)
 
 
 # Absent holders.

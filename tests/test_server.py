@@ -395,6 +395,25 @@ def test_the_evicted_and_who_has_evicted_are_told_when_it_is_stored(slow):
     assert holder.told == [0, 10] and b'rc="0"' in giver.told[0] and giver.finished
 
 
+def test_who_hears_of_the_end_before_its_grant_holds_nothing(slow):
+    """A successor would keep the lock for nobody; but a known holder that asks again has it."""
+    holder = slow.client()
+    holder.session.ours = True
+    holder.ask("R1", ident="aa", proof="bb")
+    slow.turn()
+    slow.disk.store()
+    late, again, waiter, floms = [slow.client() for _ in range(4)]
+    late.session.ours = again.session.ours = waiter.session.ours = True
+    again.ask("R1", ident="aa", proof="bb", pid=7)
+    late.ask("R2")
+    waiter.ask("R2")
+    floms.ask("R3")
+    slow.turn()
+    slow.server.say_farewell("an order")
+    assert late.told == again.told == [8] and waiter.told == [1, 8] and floms.told == []
+    assert set(slow.table.requests) == {again.session, floms.session}
+
+
 # What cannot be stored
 
 def fail(world):
