@@ -5320,10 +5320,13 @@ class Work:
                     or self.dones)
 
     def do(self) -> "None":
-        """Does it; raises nothing.  With a synced journal this is called in the thread."""
+        """Does it; an OSError is a failure.  With a synced journal this is called in the
+        thread."""
         file, new = self.file, self.new
         if self.drop:
-            self.failure = self.failure_of_new = self.drop
+            self.failure = self.drop
+            if new is not None:
+                self.failure_of_new = self.drop
         elif file is not None:
             self.failure = failure_of(self._append)
         if new is not None:

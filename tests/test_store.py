@@ -370,6 +370,21 @@ def test_a_sync_that_failed_is_not_tried_again_on_the_same_file(path, monkeypatc
     assert not journal.failing and told == [1]
 
 
+def test_after_a_write_that_failed_a_new_file_is_tried_at_once(path, monkeypatch):
+    journal, loop, table = begun(path)
+    table.start()
+    loop.rest()
+    before, real = journal.rewritten, flomd.JournalFile.append
+
+    def fail_once(*_):
+        monkeypatch.setattr(flomd.JournalFile, "append", real)
+        fail()
+    monkeypatch.setattr(flomd.JournalFile, "append", fail_once)
+    assert not journal.commit([HOLDER], flomd.ignore) and journal.failing
+    loop.rest()
+    assert journal.rewritten == before + 1 and not journal.failing
+
+
 def test_a_file_that_was_removed_is_made_anew(path):
     journal, loop, table = begun(path)
     table.start()
