@@ -5337,6 +5337,11 @@ class Work:
         if file is not None and (self.failure or self.was_replaced()):
             file.close()
 
+    def fail(self, reason: "str") -> "None":
+        """A bug kept it from being done: neither file is to be written any more."""
+        self.drop = reason
+        self.do()
+
     def _discard(self, new):
         """Nobody is to believe a new file that is not whole.  One that is whole, and has the path,
         but whose name may not be on the disk, leaves no file that counts."""
@@ -5387,8 +5392,11 @@ class Task:
         self.act = act
 
     def do(self) -> "None":
-        """Does it; raises nothing."""
+        """Does it."""
         failure_of(self.act)
+
+    def fail(self, reason: "str") -> "None":
+        """A bug kept it from being done."""
 
 
 def ignore(_: "object" = None) -> "None":
@@ -5402,13 +5410,27 @@ def iter_nothing() -> "Iterator[Tuple[str, str]]":
 
 # Who does it: the loop itself, or a thread.
 
+def carry_out(work: "Work | Task") -> "Exception | None":
+    """Does a work.  A bug in it, which is returned, is a failure like others: whoever waits for
+    the work hears of it, and the files are made anew."""
+    try:
+        work.do()
+    except Exception as bug:
+        with contextlib.suppress(Exception):
+            work.fail(f"{type(bug).__name__}: {bug}")
+        return bug
+    return None
+
+
 class AtOnce:
     """Does what is to be done, before the call returns."""
 
     def do(self, work: "Work | Task", hear: "Callable[[Any], object]") -> "None":
-        """Calls work.do(), and then hear(work)."""
-        work.do()
+        """Does the work, and calls hear(work); raises the bug in it, if there is one."""
+        bug = carry_out(work)
         hear(work)
+        if bug is not None:
+            raise bug
 
     def finish(self, seconds: "float") -> "None":
         """All is done, and always was."""
@@ -5425,7 +5447,7 @@ class Thread:
         import threading
         self._loop = loop
         self._todo: "Deque[Work | Task]" = collections.deque()
-        self._done: "Deque[Work | Task]" = collections.deque()
+        self._done: "Deque[Tuple[Work | Task, Exception | None]]" = collections.deque()
         self._hears: "Deque[Callable[[Any], object]]" = collections.deque()
         self._ours, self._theirs = socket.socketpair()
         self._ours.setblocking(False)
@@ -5440,29 +5462,35 @@ class Thread:
         """In the thread.  Signals are the main thread's."""
         numbers = set(signal_names())
         signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-        with self._theirs:  # a bug is seen by the loop, too
+        with self._theirs:
             while self._theirs.recv(1):
                 work = self._todo.popleft()
-                work.do()
-                self._done.append(work)
+                bug = carry_out(work)
+                self._done.append((work, bug))
                 self._theirs.send(b".")
 
     def do(self, work: "Work | Task", hear: "Callable[[Any], object]") -> "None":
-        """Has work.do() called in the thread, and then hear(work) by the loop."""
+        """Has the work done in the thread, and then hear(work) called by the loop."""
         self._todo.append(work)
         self._hears.append(hear)
         self._ours.send(b".")
 
     def _handle(self, events):
-        if not self._ours.recv(64):
-            raise RuntimeError("the thread that waits for the disk has ended")
+        self._ours.recv(64)
         self._hear()
 
     def _hear(self):
         while self._done:
-            work = self._done.popleft()
+            work, bug = self._done.popleft()
             hear = self._hears.popleft()
+            if bug is not None:
+                self._loop.guarded(ignore, self._log, bug)
             hear(work)
+
+    @staticmethod
+    def _log(bug):
+        """For guarded(), which logs what is raised."""
+        raise bug
 
     def finish(self, seconds: "float") -> "None":
         """Waits so many s, at most, until all is done, and ends the thread."""

@@ -717,6 +717,30 @@ def test_what_is_covered_while_a_rewrite_waits_for_the_disk(place, monkeypatch):
     assert not successor(place, durable=True)[0].log.lines
 
 
+def test_a_bug_in_the_thread_is_a_failure(path, monkeypatch):
+    """Whoever waits for the disk does not wait for ever: the file is made anew."""
+    log = Lines()
+    loop = flomd.Loop(log)
+    journal = journal_at(path, True)
+    journal.begin([("d", "n=0")])
+    journal.start(loop, lambda: iter([("d", "n=1")]), flomd.ignore)
+    told, real = [], flomd.JournalFile.append
+
+    def broken(*arguments):
+        monkeypatch.setattr(flomd.JournalFile, "append", real)
+        raise RuntimeError("a bug")
+
+    def commit():
+        monkeypatch.setattr(flomd.JournalFile, "append", broken)
+        journal.commit([HOLDER], lambda: told.append(journal.rewritten))
+    loop.after(0.05, commit)
+    loop.after(0.5, loop.stop)
+    loop.run()
+    assert told == [3] and journal.rewritten == 3 and not journal.failing
+    assert len(log.lines) == 1 and "a bug" in log.lines[0]
+    journal.close()
+
+
 def test_a_daemon_with_a_thread_forks_in_silence(box):
     box.address = ("-s", box.socket, "--state-dir", box.folder)
     daemon = box.start(sys.executable, "-W", "always", FLOMD, "--no-files", "-f", "-d", "-1",
