@@ -1217,7 +1217,15 @@ def aim(sender: "socket.socket", hops: "int", interface: "int"):
 
 def credentials(connection: "socket.socket"):
     """(pid, uid) of the peer of a UNIX socket; (None, None) where the system does not tell."""
-    if connection.family != socket.AF_UNIX or not hasattr(socket, "SO_PEERCRED"):
+    if connection.family != socket.AF_UNIX:
+        return None, None
+    return local_credentials(connection)
+
+
+def local_credentials(connection: "socket.socket"):
+    """The same of a socket that is known to be a UNIX socket: to ask for its family takes long,
+    since Python makes an enum of that."""
+    if not hasattr(socket, "SO_PEERCRED"):
         return None, None
     ucred = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     pid, uid, _ = memoryview(ucred).cast("I")

@@ -1226,7 +1226,15 @@ def aim(sender: "socket.socket", hops: "int", interface: "int"):
 
 def credentials(connection: "socket.socket"):
     """(pid, uid) of the peer of a UNIX socket; (None, None) where the system does not tell."""
-    if connection.family != socket.AF_UNIX or not hasattr(socket, "SO_PEERCRED"):
+    if connection.family != socket.AF_UNIX:
+        return None, None
+    return local_credentials(connection)
+
+
+def local_credentials(connection: "socket.socket"):
+    """The same of a socket that is known to be a UNIX socket: to ask for its family takes long,
+    since Python makes an enum of that."""
+    if not hasattr(socket, "SO_PEERCRED"):
         return None, None
     ucred = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     pid, uid, _ = memoryview(ucred).cast("I")
@@ -5530,7 +5538,7 @@ class Journal:
         self._loop: "Any" = None
         self._file: "JournalFile | None" = None  # that counts
         self._new: "JournalFile | None" = None  # that is to take its path
-        self._alive = 0  # bytes of the file when it was new
+        self._longest = LEAST_REWRITTEN  # bytes of the file, from which on it is rewritten
         self._is_busy = False
         self._rests = False  # until a rewrite is tried again
         self._gathered: "List[Tuple[str, str | None]]" = []  # records that are not written yet
@@ -5598,22 +5606,21 @@ class Journal:
     def commit(self, records: "Iterable[Tuple[str, str | None]]", done: "Act") -> "bool":
         """Stores the records; done() is called when they count.  Returns False when it never is:
         without sync, while it fails."""
-        if not self.synced and self._file is not None and self._new is None:
-            return self._append_at_once(self._file, encode_batch(records), done)
-        self._gathered += records
-        self._dones.append(done)
-        self._next()
-        return self.synced or not self.failing
-
-    def _append_at_once(self, file, batch, done):
-        """The usual case, without a Work: nothing else is to be done with the file."""
+        file = self._file
+        if self.synced or file is None or self._new is not None:
+            self._gathered += records
+            self._dones.append(done)
+            self._next()
+            return self.synced or not self.failing
+        # The usual case, without a Work: nothing else is to be done with the file.
+        batch = encode_batch(records)
         try:
             file.append(batch)
         except OSError as error:
             self.drop(error.strerror or str(error))
             return False
         done()
-        if self._new is None and self._is_too_long() and not self._rests:
+        if file.length >= self._longest and not self._rests:
             self.rewrite()
         return True
 
@@ -5722,7 +5729,7 @@ class Journal:
         self._new, self._last_is_due = None, False
         if work.was_replaced():
             self._file = work.new
-            self._alive = work.new.length
+            self._longest = max(LEAST_REWRITTEN, MOST_DEAD * work.new.length)
             self.failing = ""
             self.rewritten += 1
         elif self._file is None:
@@ -5756,7 +5763,7 @@ class Journal:
     def _is_too_long(self):
         if self._file is None:
             return False
-        return self._file.length >= max(LEAST_REWRITTEN, MOST_DEAD * self._alive)
+        return self._file.length >= self._longest
 
 
 # State and journal together.
@@ -6154,6 +6161,7 @@ class Loop:
 
     def __init__(self, log: "Log"):
         self.now = Moment()
+        self.waits = 0  # times that the system was asked what has come
         self.running_since = self.now.mono  # s, monotonic: when it began, or went on after a stall
         self._log = log
         self._stopped = False
@@ -6279,6 +6287,7 @@ class Loop:
         if not self._events:
             found = self._selector.select(min(timeout, LONGEST_WAIT))
             self._events.extend(found)
+            self.waits += 1
         any_came = len(self._events) > 0
         self.now = Moment()
         until = self.now.mono + TURN
@@ -6758,7 +6767,7 @@ class Connection:
         if found is None:
             found = (None, None)
             if self.is_open and self.peer == LOCAL:
-                found = credentials(self.socket)
+                found = local_credentials(self.socket)
             self._credentials = found
         return found
 
@@ -7029,6 +7038,8 @@ class Listener:
         self._welcome = welcome
         self.local = bound.family == socket.AF_UNIX
         self.address = bound.getsockname()
+        self._at_once = 1  # clients that may be accepted in one turn
+        self._waits = 0  # see Loop: when clients came the last time
         if self.local:
             self.label = f"unix:{self.address}"
         else:
@@ -7044,8 +7055,19 @@ class Listener:
         self._socket = accepting
 
     def handle(self, events: "int") -> "None":
-        """Accepts those that have come, a batch at a time."""
-        for _ in range(BATCH):
+        """Accepts those that have come, a batch at a time.
+
+        To look for one who has not come takes a tenth of all that is done for a client who has.
+        So the first one is accepted alone, and twice as many each time the system, asked again,
+        says that there are more.
+        """
+        waits = self._loop.waits
+        if waits == self._waits + 1:
+            self._at_once = min(2 * self._at_once, BATCH)
+        else:
+            self._at_once = 1
+        self._waits = waits
+        for _ in range(self._at_once):
             try:
                 connection, address = self._socket.accept()
             except WOULD_BLOCK + (ConnectionError,):
@@ -7683,7 +7705,10 @@ class Batches:
         """Whether anybody waits for one of them."""
         if self._open.connections:
             return True
-        return any(batch.is_awaited() for batch in self._pending)
+        for batch in self._pending:
+            if batch.is_awaited():
+                return True
+        return False
 
     def join(self, connection: "Connection") -> "Batch":
         """The connection waits until the changes of this turn are stored."""
