@@ -6161,7 +6161,6 @@ class Loop:
 
     def __init__(self, log: "Log"):
         self.now = Moment()
-        self.waits = 0  # times that the system was asked what has come
         self.running_since = self.now.mono  # s, monotonic: when it began, or went on after a stall
         self._log = log
         self._stopped = False
@@ -6287,7 +6286,6 @@ class Loop:
         if not self._events:
             found = self._selector.select(min(timeout, LONGEST_WAIT))
             self._events.extend(found)
-            self.waits += 1
         any_came = len(self._events) > 0
         self.now = Moment()
         until = self.now.mono + TURN
@@ -6542,13 +6540,13 @@ class Connection:
             self._pause()
             return
         self._read()
-        self._read_end()
+        if self.batch is None:
+            self._read_end()
 
     def _read_end(self):
         """After an unlock the end of the connection is likely to be there."""
-        if self.session.state is FREE and self.batch is None and not self.closing:
-            if self.is_open:
-                self._read()
+        if self.session.state is FREE and self.is_open and not self.closing:
+            self._read()
 
     def _pause(self):
         """Does not read what has come, of which the loop would tell again and again."""
@@ -6574,7 +6572,8 @@ class Connection:
             wanted, self._wanted = self._wanted, NO_CALLS
             if self.is_open and not self.closing:
                 self._do(wanted)
-        self._read_end()
+        if self.batch is None:
+            self._read_end()
 
     def _watch_again(self):
         try:
@@ -7010,6 +7009,7 @@ class Users:
 
 BACKLOG = socket.SOMAXCONN
 BATCH = 64  # clients, or datagrams, that are taken at once
+TIMES_IN_A_ROW = 4  # see Listener
 LOOK = 2  # s between two looks at the paths of the daemon
 FIRST_GIVEN = 3  # the first descriptor of LISTEN_FDS
 FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
@@ -7038,8 +7038,8 @@ class Listener:
         self._welcome = welcome
         self.local = bound.family == socket.AF_UNIX
         self.address = bound.getsockname()
-        self._at_once = 1  # clients that may be accepted in one turn
-        self._waits = 0  # see Loop: when clients came the last time
+        self._at_once = 1  # clients that are accepted in one turn, at most
+        self._in_a_row = 0  # turns in which as many have come
         if self.local:
             self.label = f"unix:{self.address}"
         else:
@@ -7055,22 +7055,13 @@ class Listener:
         self._socket = accepting
 
     def handle(self, events: "int") -> "None":
-        """Accepts those that have come, a batch at a time.
-
-        To look for one who has not come takes a tenth of all that is done for a client who has.
-        So the first one is accepted alone, and twice as many each time the system, asked again,
-        says that there are more.
-        """
-        waits = self._loop.waits
-        if waits == self._waits + 1:
-            self._at_once = min(2 * self._at_once, BATCH)
-        else:
-            self._at_once = 1
-        self._waits = waits
-        for _ in range(self._at_once):
+        """Accepts those that have come, a batch at a time."""
+        for came in range(self._at_once):
             try:
                 connection, address = self._socket.accept()
             except WOULD_BLOCK + (ConnectionError,):
+                self._at_once = max(1, came)
+                self._in_a_row = 0
                 return
             except OSError as error:
                 self._log.limited(f"cannot accept clients: {error.strerror}; trying again")
@@ -7082,6 +7073,16 @@ class Listener:
                 self._welcome(connection, peer)
             except OSError:
                 pass  # it has gone already
+        self._expect_more()
+
+    def _expect_more(self):
+        """As many have come as could be accepted at once.  To ask for one more, who is not there,
+        takes as long as a tenth of all that is done for a client.  So more are accepted at once
+        only when that has happened several times in a row: else the loop tells of the next."""
+        self._in_a_row += 1
+        if self._in_a_row == TIMES_IN_A_ROW:
+            self._in_a_row = 0
+            self._at_once = min(2 * self._at_once, BATCH)
 
     def _pause(self):
         """Does not accept for PAUSE s: a client that cannot be accepted stays in the backlog, and
@@ -7937,9 +7938,10 @@ class Server:
         if is_surplus and request.reclaim is None:
             self._reject(connection, "the daemon has too many clients")
             return
-        request.origin = connection.host()
         if connection.peer == LOCAL:
             self._identify(connection, request)
+        else:
+            request.origin = connection.host()
         if session.ours:
             request.grace = self._grace(request)
         decisions = self.table.request(request, self.loop.now)
@@ -7950,6 +7952,7 @@ class Server:
     def _identify(self, connection, request):
         """On a local socket the system knows best who asks."""
         request.local = True
+        request.origin = ""
         pid, uid = connection.credentials()
         request.pid = pid
         request.uid = uid
