@@ -5418,27 +5418,13 @@ def iter_nothing() -> "Iterator[Tuple[str, str]]":
 
 # Who does it: the loop itself, or a thread.
 
-def carry_out(work: "Work | Task") -> "Exception | None":
-    """Does a work.  A bug in it, which is returned, is a failure like others: whoever waits for
-    the work hears of it, and the files are made anew."""
-    try:
-        work.do()
-    except Exception as bug:
-        with contextlib.suppress(Exception):
-            work.fail(f"{type(bug).__name__}: {bug}")
-        return bug
-    return None
-
-
 class AtOnce:
     """Does what is to be done, before the call returns."""
 
     def do(self, work: "Work | Task", hear: "Callable[[Any], object]") -> "None":
-        """Does the work, and calls hear(work); raises the bug in it, if there is one."""
-        bug = carry_out(work)
+        """Calls work.do(), and then hear(work)."""
+        work.do()
         hear(work)
-        if bug is not None:
-            raise bug
 
     def finish(self, seconds: "float") -> "None":
         """All is done, and always was."""
@@ -5449,17 +5435,25 @@ class Thread:
 
     A byte in a socket wakes the thread, and one wakes the loop when the work is done.  There is
     nothing else that both use: no lock, so that a process forked meanwhile finds none taken.
+
+    A bug ends the thread.  What it had to do has failed then, and another thread goes on.
     """
 
     def __init__(self, loop: "Loop"):
-        import threading
         self._loop = loop
+        # (work, whom to tell) that nobody was told of yet
+        self._begun: "Deque[Tuple[Work | Task, Callable[[Any], object]]]" = collections.deque()
+        self._start()
+
+    def _start(self):
+        """Raises OSError."""
+        import threading
         self._todo: "Deque[Work | Task]" = collections.deque()
-        self._done: "Deque[Tuple[Work | Task, Exception | None]]" = collections.deque()
-        self._hears: "Deque[Callable[[Any], object]]" = collections.deque()
+        self._done: "Deque[Work | Task]" = collections.deque()
+        self._bug: "BaseException | None" = None
         self._ours, self._theirs = socket.socketpair()
         self._ours.setblocking(False)
-        loop.watch(self._ours, self._handle)
+        self._loop.watch(self._ours, self._handle)
         thread = threading.Thread(target=self._run, name="disk", daemon=True)
         try:
             thread.start()
@@ -5470,43 +5464,57 @@ class Thread:
         """In the thread.  Signals are the main thread's."""
         numbers = set(signal_names())
         signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-        with self._theirs:
-            while self._theirs.recv(1):
-                work = self._todo.popleft()
-                bug = carry_out(work)
-                self._done.append((work, bug))
-                self._theirs.send(b".")
+        with self._theirs:  # its end tells the loop of a bug
+            try:
+                self._obey()
+            finally:
+                _, self._bug, _ = sys.exc_info()
+
+    def _obey(self):
+        while self._theirs.recv(1):
+            work = self._todo.popleft()
+            work.do()
+            self._done.append(work)
+            self._theirs.send(b".")
 
     def do(self, work: "Work | Task", hear: "Callable[[Any], object]") -> "None":
-        """Has the work done in the thread, and then hear(work) called by the loop."""
+        """Has work.do() called in the thread, and then hear(work) by the loop."""
+        self._begun.append((work, hear))
         self._todo.append(work)
-        self._hears.append(hear)
-        self._ours.send(b".")
+        with contextlib.suppress(BrokenPipeError):  # a bug, see _handle()
+            self._ours.send(b".")
 
     def _handle(self, events):
-        self._ours.recv(64)
+        has_come = self._ours.recv(64)
         self._hear()
+        if not has_come:
+            self._begin_again()
 
     def _hear(self):
         while self._done:
-            work, bug = self._done.popleft()
-            hear = self._hears.popleft()
-            if bug is not None:
-                self._loop.guarded(ignore, self._log, bug)
+            self._done.popleft()
+            work, hear = self._begun.popleft()
             hear(work)
 
-    @staticmethod
-    def _log(bug):
-        """For guarded(), which logs what is raised."""
-        raise bug
+    def _begin_again(self):
+        """Raises the bug that has ended the thread, when another one has begun."""
+        bug = self._bug
+        failed, self._begun = self._begun, collections.deque()
+        self._loop.forget(self._ours)
+        self._ours.close()
+        self._start()
+        for work, hear in failed:
+            work.fail(f"{type(bug).__name__}: {bug}")
+            hear(work)
+        raise RuntimeError("a bug has ended the thread that waits for the disk") from bug
 
     def finish(self, seconds: "float") -> "None":
         """Waits so many s, at most, until all is done, and ends the thread."""
         until = time.monotonic() + seconds
-        while self._hears and time.monotonic() < until:
-            select.select([self._ours], [], [], until - time.monotonic())
-            with contextlib.suppress(BlockingIOError):
-                self._ours.recv(64)
+        while self._begun and time.monotonic() < until:
+            readable, _, _ = select.select([self._ours], [], [], until - time.monotonic())
+            if readable and not self._ours.recv(64):
+                break
             self._hear()
         self._loop.forget(self._ours)
         self._ours.close()
@@ -7784,7 +7792,7 @@ class Batches:
 
     def untold_grants(self) -> "List[Decision]":
         """Those of which nobody knows yet, since they are not stored."""
-        found = []
+        found: "List[Any]" = []
         for batch in [*self._pending, self._open]:
             found += [detail for _, _, detail in batch.said if self._is_new_grant(detail)]
         return found

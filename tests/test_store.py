@@ -717,6 +717,7 @@ def test_what_is_covered_while_a_rewrite_waits_for_the_disk(place, monkeypatch):
     assert not successor(place, durable=True)[0].log.lines
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_bug_in_the_thread_is_a_failure(path, monkeypatch):
     """Whoever waits for the disk does not wait for ever: the file is made anew."""
     log = Lines()
