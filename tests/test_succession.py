@@ -460,6 +460,26 @@ def test_the_end_of_an_absent_holder_gives_no_number_back(box):
     gate.open()
 
 
+@pytest.mark.in_time
+def test_a_grace_comes_to_its_end(network):
+    """From the start of the daemon on; whose lock it was finds it lost."""
+    quick = ("--tcp-keepalive-time", "1", "--tcp-keepalive-intvl", "1", "--tcp-keepalive-probes",
+             "1")
+    program = patched("flomd.LEAST_GRACE = 1")
+    network.daemon(*quick, program=program)
+    holder, gate = network.hold("a", "-r", "_S_n[1]", *LONG, *ALONE)
+    os.kill(holder.pid, signal.SIGSTOP)
+    daemon = restart(network, *quick, program=program)
+    began = time.monotonic()
+    assert network.run("-r", "_S_n[1]", *LONG, *ALONE, "--", "echo").out == "2\n"
+    assert 1 < time.monotonic() - began < 5
+    assert re.search(r"'_S_n\[1\]' with 1, .* is free: its grace is over\n", daemon.err)
+    os.kill(holder.pid, signal.SIGCONT)
+    wait_until(lambda: "is lost" in holder.err)
+    gate.open()
+    assert holder.end().status == 95
+
+
 def test_a_daemon_with_absent_holders_is_not_unused(box):
     box.daemon()
     holder, gate = box.hold("a", *ALONE)
@@ -901,6 +921,15 @@ def test_a_full_disk(box, disk):
     os.kill(holder.pid, signal.SIGCONT)
     gate.open()
     assert holder.end() == (0, "", "")
+
+
+def test_a_disk_that_is_read_only(box, disk):
+    """--state-dir is a promise that cannot be kept."""
+    box.start(*disk.enter, "mount", "-o", "remount,ro", disk.folder).end()
+    done = box.start(*disk.enter, *PYTHON, FLOMD, "-f", "--no-files", *box.address, "--state-dir",
+                     disk.folder).end()
+    assert (done.status, done.out, done.err.count("\n")) == (1, "", 1)
+    assert disk.folder in done.err and "Read-only file system" in done.err
 
 
 def test_a_group_without_an_address_has_no_journal(hosts):
