@@ -6380,8 +6380,11 @@ class Loop:
 # stay in the iterator that was reading them, and its socket is watched no more as soon as it has
 # something to read.  When the batch is stored resume() goes on with both.
 #
+# A client may have said all that it wants and gone, before the first answer.  So one to which
+# nothing can be sent is not closed but *deaf*: what it has said is read, and done, to its end.
+#
 # A client that is silent is closed after PATIENCE s: one that has not said its first message, does
-# not close its side after the last word, or takes no part of its report.  A stall of the daemon
+# not close its side after the last word, takes no part of its report, or is deaf.  A stall of the daemon
 # does not count: nobody was silent while it did not listen.
 
 MOST_UNREAD = 256 * 1024  # bytes that may wait for a slow reader
@@ -6515,7 +6518,7 @@ class Connection:
     """One client."""
     __slots__ = ("connections", "socket", "is_open", "peer", "session", "certified", "surplus",
                  "closing", "output", "batch", "_wanted", "_is_paused", "_pieces",
-                 "_is_reporting", "_is_writing", "_credentials")
+                 "_is_reporting", "_is_writing", "_is_deaf", "_credentials")
     would_block: "tuple" = WOULD_BLOCK
 
     def __init__(self, connections: "Connections", accepted: "socket.socket", peer: "str"):
@@ -6534,6 +6537,7 @@ class Connection:
         self._pieces: "Iterator[str]" = NO_PIECES  # of a report, that follow the output
         self._is_reporting = False
         self._is_writing = False  # the loop tells when it can be written
+        self._is_deaf = False  # nothing can be sent any more
         self._credentials: "tuple | None" = None  # not asked for yet
 
     # Reading.
@@ -6644,6 +6648,8 @@ class Connection:
 
     def send(self, data: "bytes") -> "None":
         """Sends now what the client takes now, the rest when it can take more."""
+        if self._is_deaf:
+            return
         if self.output:
             self.output = bytes(self.output) + data
         else:
@@ -6684,13 +6690,26 @@ class Connection:
         except self.would_block:
             pass
         except OSError:
-            self.close()
+            self._stop_sending()
             return
         is_left = bool(self.output)
         if is_left != self._is_writing:
             self._watch_writing(is_left)
         if self.closing and not is_left:
             self._go_on_closing()
+
+    def _stop_sending(self):
+        """Nothing can be sent any more, mostly since the client has gone.  What it said before
+        counts all the same, as an unlock: it is read to its end."""
+        self._is_deaf = True
+        self.output = b""
+        self._pieces = NO_PIECES
+        self._is_reporting = False
+        if self._is_writing:
+            self._watch_writing(False)
+        self.connections.silent.expect(self)
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.socket, socket.SHUT_WR)  # that of ssl ends reading, too
 
     def _go_on_closing(self):
         """What there was is written: the report goes on, or there is nothing more to say."""

@@ -267,11 +267,59 @@ def test_a_look_at_another_daemon_ends(links, monkeypatch):
     assert heard == [""]
 
 
-# While a connection has a batch
+# The end of a client
+
+PONG = flomd.encode(flomd.PING, 16)
+
 
 def ping(number=8):
     return message(PING, number)
 
+
+class Answering:
+    """The calls of a server which answers each ping 8."""
+
+    def __init__(self, links):
+        self.seen = []
+        links.connections.serve({"send": self.send}, lambda connection: self.seen.append("end"))
+
+    def send(self, connection, data):
+        self.seen.append(data)
+        connection.send(data)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_what_one_that_has_gone_said_before_is_done(links, left):
+    """It does not take the first answer any more; also when something was left to be sent."""
+    server = Answering(links)
+    connection, client = links.connect()
+    if left:
+        connection.send(b"x" * 100000)
+    client.send(ping() + ping())
+    client.close()
+    for _ in range(3):
+        links.turn()
+    assert server.seen == [PONG, PONG, "end"] and not connection.is_open
+    connection.send(b"x")  # nothing happens any more
+    assert not links.log.lines
+
+
+def test_who_takes_nothing_more_is_told_and_has_a_time_to_end(links, monkeypatch):
+    monkeypatch.setattr(flomd, "PATIENCE", 0.05)
+    server = Answering(links)
+    connection, client = links.connect()
+    connection.socket.shutdown(socket.SHUT_WR)
+    client.send(ping())
+    links.turn()
+    connection.finish_with(iter("abc"))
+    assert connection.is_open and client.recv(1) == b""
+    links.loop.after(0.1, links.loop.stop)
+    links.loop.run()
+    links.loop._stopped = False
+    assert server.seen == [PONG, "end"] and not connection.is_open
+
+
+# While a connection has a batch
 
 class Waiting:
     """The calls of a server which has each connection wait at a ping 8."""
@@ -296,9 +344,6 @@ class Waiting:
 @pytest.fixture
 def waiting(links):
     return Waiting(links)
-
-
-PONG = flomd.encode(flomd.PING, 16)
 
 
 def test_messages_that_came_together_wait_for_each_other(links, waiting):

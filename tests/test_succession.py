@@ -966,6 +966,20 @@ def test_a_client_is_told_its_grace(request, box, where, life, least, most):
         assert least <= int(client.session["grace"]) <= most
 
 
+@pytest.mark.parametrize("rollback, following", [(0, "2"), (1, "1")])
+def test_who_comes_back_unlocks_and_goes_has_unlocked(place, rollback, following):
+    """It waits for no answer, and so the first one cannot be sent any more."""
+    place.daemon()
+    client = Own(place, "_S_n[1]", lifespan=60000)
+    answer = client.ask().answer()
+    restart(place)
+    client.again(place)
+    client.ask(reclaim=answer["token"], held=answer["element"])
+    client.unlock(rollback)
+    client.link.socket.close()
+    assert place.run("-r", "_S_n[1]", "--", "echo") == (0, f"{following}\n", "")
+
+
 def test_an_unlock_is_acknowledged(box):
     """The ping after it is answered when its end is stored."""
     box.daemon()

@@ -98,6 +98,20 @@ def test_messages_that_came_in_one_record(tls, certificates):
         assert [client.answer(16) for _ in range(40)] == [(16, 0, None)] * 40
 
 
+@over_both
+def test_an_unlock_of_one_that_has_gone_counts(tls, certificates):
+    """It has not waited for the answer to its lock: its number was used all the same."""
+    tls.daemon()
+    name = b64("_S_n[1]")
+    client = TlsClient(*endpoint(tls.bare), certificates.context())
+    client.socket.sendall(
+        message(LOCK, 8, f'<session peerid="{PEER}"/><resource name="{name}" wait="0" create="1" '
+                         'lifespan="60000"/>'))
+    client.socket.sendall(message(UNLOCK, 8, f'<resource name="{name}" rollback="0" />'))
+    client.socket.close()
+    assert tls.run("-r", "_S_n[1]", "--", "echo") == (0, "2\n", "")
+
+
 REFUSED = {  # what the client shows and trusts: a word in what it says, one in the daemon's log
     "another authority's certificate": (("stranger", "ca"), "certificate", "no TLS"),
     "an expired certificate": (("expired", "ca"), "certificate", "no TLS"),
