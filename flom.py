@@ -1610,7 +1610,18 @@ class Diary:
 clock = time.monotonic
 READ, WRITE = 1, 4  # POLLIN, POLLOUT
 FOREVER = float("inf")  # s
+BOOT_TIME = getattr(time, "CLOCK_BOOTTIME", 7)  # Python 3.6 has no name for that of Linux
 DAY = 86400  # s: no system call waits longer; who is resumed early waits again
+
+
+def boot_clock() -> "float":
+    """s of a clock that goes on while the system is suspended, which `clock` does not; where there
+    is none, of `clock`.  Other systems count on meanwhile, and with them a grace.
+    """
+    try:
+        return time.clock_gettime(BOOT_TIME)
+    except (AttributeError, OSError):  # not Linux
+        return clock()
 
 
 def pause(seconds: "float"):
@@ -2435,6 +2446,7 @@ class Connection:
         self.sock.setblocking(False)
         self.name = None  # the one CN of the daemon's certificate
         self.address = None  # as `locating` has found it
+        self.suspended = boot_clock() - clock()  # s, since the boot, before it was made
         self._not_now: "Any" = (BlockingIOError,)  # nothing can be read or written at present
         self._maker = os.getpid()
 
@@ -3018,22 +3030,25 @@ def longer_by(seconds: "float", text: "str") -> "str":
     return re.sub(DURATION, add, text)
 
 
-def promised_until(grace: "int | None", code: "int") -> "float":
-    """Until when a lock is kept for a holder whose connection has ended (monotonic s); 0: it is
-    not, as far as is known.
+def promised_until(connection: "Connection", code: "int") -> "float":
+    """Until when a lock is kept whose connection has ended (boot_clock); 0: it is not, as far as
+    is known.
 
-    `grace`: as in Session; `code`: as in Gone.  It counts from when the daemon was last known to
-    be there, since it can have ended, and the next one begun, soon after.  What has ended with
-    another error the daemon may have seen end, too: then it has freed the lock.
+    `code`: as in Gone.  The grace counts from when the daemon was last known to be there, since it
+    can have ended, and the next one begun, soon after.  When the kernel has had no answer for
+    UNANSWERED s, this system may have been suspended during them: as long as it was at all since
+    the connection was made.  What has ended with another error the daemon may have seen end, too:
+    then it has freed the lock.
     """
+    grace = connection.session.grace
     if grace is None:
         return 0.0
     if grace < 0:
         return FOREVER
     if code == 0:
-        return clock() + grace / 1000
+        return boot_clock() + grace / 1000
     if code in OUT_OF_REACH:
-        return clock() - UNANSWERED + grace / 1000
+        return clock() + connection.suspended - UNANSWERED + grace / 1000
     return 0.0
 
 
@@ -3043,8 +3058,8 @@ class Claim:
     `element`, `token`: those of the grant, None before; `mode`: the name of the mode that is held,
     None for a kind without modes.  `chain`: the id of this claim and those of the claims it is
     made under.  `connection`: that of the grant, None when nothing is held.  `loss`: the LockLost,
-    None while the lock is held.  `kept_until`: when others may be granted the lost lock (monotonic
-    s), 0 where no daemon has promised anything.  `unread`: more may have come in on the
+    None while the lock is held.  `kept_until`: when others may be granted the lost lock
+    (boot_clock), 0 where no daemon has promised anything.  `unread`: more may have come in on the
     connection.  `resolving`: how hosts are resolved, resolving_here or resolving_apart.
     """
 
@@ -3218,7 +3233,7 @@ class Claim:
             self._keeper = 0
             return True
         self._lose(f"{connection.where}: it has ended")
-        self.kept_until = promised_until(connection.session.grace, 0)
+        self.kept_until = promised_until(connection, 0)
         return False
 
     def _is_kept_longer(self, rollback):
@@ -3229,7 +3244,7 @@ class Claim:
         """
         if self.kept_until == FOREVER:
             return self.name.startswith("_S_") and (rollback or self._is_asking())
-        return clock() < self.kept_until
+        return boot_clock() < self.kept_until
 
     def forget(self):
         """Closes what is open, without a goodbye."""
@@ -3425,7 +3440,7 @@ class Claim:
         except Gone as gone:
             self._lose(f"{where}: {self._starter.order or gone}")
             if not self._is_final:
-                self.kept_until = promised_until(connection.session.grace, gone.code)
+                self.kept_until = promised_until(connection, gone.code)
             return False
         self.unread = answers is not None
         return True
@@ -3907,6 +3922,9 @@ def exit_status(status: "int") -> "int":
 #              from then on a new daemon may grant it to others: TERM
 #   kill       KillAfter later: KILL, again and again, since who is killed may have just forked
 #
+# A grace goes on while this system is suspended, as does the daemon on another one: so the date of
+# `terminate` is one of boot_clock, looked at whenever something else is due.
+#
 # Held again: no stage is left, the loss is over.  Refused: it is said at once, and only terminate
 # and kill may follow.  Nothing here waits: `go_on` is called between two signals.
 #
@@ -3929,21 +3947,32 @@ class Loss:
         self._is_to_end = claim.settings["OnLockLoss"] == "term"
         self._steps = claim.reclaiming()
         self._told = ""
+        self._last_moment = FOREVER  # boot_clock: when the command has to be told to end
         now = clock()
         self.dates = {"reclaim": now, "tell": now + NOTICE}
         if self._is_to_end:
-            self.dates["terminate"] = self._last_moment(now)
+            self._end_by(self._without_the_lock())
 
-    def _last_moment(self, now):
+    def _without_the_lock(self):
         """When the command has to be told to end, if the lock is not held again by then."""
         if not self._claim.kept_until:
-            return now + RECOVERY_WINDOW / 1000
+            return boot_clock() + RECOVERY_WINDOW / 1000
         return self._claim.kept_until - self._claim.settings["KillAfter"] / 1000 - BEFORE
+
+    def _end_by(self, moment):
+        """The command is to be told to end at a moment of boot_clock."""
+        self._last_moment = moment
+        self.dates["terminate"] = clock() + moment - boot_clock()
+
+    def _allow_for_sleep(self):
+        """While the system was suspended the clock of the dates stood still."""
+        if "terminate" in self.dates:
+            self._end_by(self._last_moment)
 
     @property
     def is_harmless(self) -> "bool":
         """Whether the command has had the lock up to now, as far as is known."""
-        return not self.terminated and clock() < self._claim.kept_until
+        return not self.terminated and boot_clock() < self._claim.kept_until
 
     @property
     def is_final(self) -> "bool":
@@ -3956,6 +3985,7 @@ class Loss:
 
     def go_on(self):
         """Does what is due."""
+        self._allow_for_sleep()
         for stage, action in self.STAGES.items():
             if clock() >= self.dates.get(stage, FOREVER):
                 del self.dates[stage]
@@ -3992,7 +4022,7 @@ class Loss:
         if not held:
             self._tell_lost()
             if self._is_to_end:
-                self.dates["terminate"] = clock()
+                self._end_by(boot_clock())
         elif self._told:
             self._tell(f"flom: the lock on {self._claim.name} is held again")
 
