@@ -2948,6 +2948,8 @@ def covers(holder: "dict", settings: "Settings") -> "bool":
 # lost here.  And so at its end somebody has to tell the memory: an unlock that was not stored is
 # repeated, after a reclaim, as long as a goodbye may take (HURRY).  Only where the daemon sees the
 # end of this process (grace -1) nothing has to be told, but a rollback, which it does not see.
+# Where nothing is promised the lock may be kept all the same: by a daemon that could not write
+# when it was granted, and can now, or by one that lives and has not seen the connection end.
 #
 # A reclaim that was sent and not answered must not be dropped: a daemon that was busy would grant
 # it and then see the end of its connection, which frees the lock, and gives the value of an _S_
@@ -3089,6 +3091,7 @@ class Claim:
         self._keeper = 0  # the pid of the process for which a daemon may keep it
         self._reused = False
         self._is_final = False  # it was taken away, or granted to somebody else
+        self._may_be_remembered = False  # it is lost, but its daemon may have stored it
         self._reclaim: "Any" = None  # the steps that reclaim it
         self._silent: "list[Connection]" = []  # those on which a reclaim was not answered in time
         self._farewell = b""  # the unlock, when the claim ends
@@ -3237,13 +3240,17 @@ class Claim:
         return False
 
     def _is_kept_longer(self, rollback):
-        """Whether a lost lock would be kept after the end of this process.
+        """Whether a lost lock would, or might, be kept after the end of this process.
 
         Or its value be taken for used, or for not used, against the truth: of a holder that is not
         connected a daemon takes it for used, of one whose connection ends for not used.
         """
+        if not self.loss or self._is_final:
+            return False
         if self.kept_until == FOREVER:
             return self.name.startswith("_S_") and (rollback or self._is_asking())
+        if not self.kept_until:
+            return self._may_be_remembered
         return boot_clock() < self.kept_until
 
     def forget(self):
@@ -3457,12 +3464,18 @@ class Claim:
     def _lose(self, reason):
         if self.connection:
             self.connection.close()
+            self._may_be_remembered = self._has_memory(self.connection.session)
         self.connection = None
         self.unread = False
         self._deadline = 0.0  # a reclaim does not wait
         self.kept_until = 0.0
         self.loss = LockLost(f"the lock on {self.name} is lost: {reason}")
         self.loss.reason = reason
+
+    def _has_memory(self, session):
+        """Whether it is held at a daemon of ours with a memory, which that of a group has not."""
+        is_of_group = self.settings["MulticastAddress"] and not self.settings["UnicastAddress"]
+        return bool(session.daemon) and not is_of_group
 
     def _lose_for_good(self, reason):
         self._lose(reason)
@@ -3997,8 +4010,9 @@ class Loss:
             self.dates["reclaim"] = clock()
 
     def give_up(self):
-        """Ends the attempts to reclaim, and says, once, that the lock is lost."""
-        self._steps.close()
+        """No more attempts to reclaim; says, once, that the lock is lost.  One that is under way is
+        left to the release: it may be granted yet.
+        """
         self.dates.clear()
         self._tell_lost()
 
