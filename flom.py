@@ -1574,11 +1574,31 @@ def open_trace(path: "str", append: "bool" = True):
     return open(path, "w", errors="replace", opener=opener)
 
 
+def takes(stream) -> "bool":
+    """Whether who writes a line to a stream need not wait, as far as the system tells."""
+    try:
+        _, ready, _ = select.select([], [stream], [], 0)
+    except (OSError, ValueError, TypeError):  # it is closed, or no file: there is nothing to wait
+        return True
+    return bool(ready)
+
+
 class Diary:
-    """Tells what happens: with -V on the terminal, with -T in a file; otherwise nothing."""
+    """Tells what happens: with -V on the terminal, with -T in a file; otherwise nothing but what
+    everybody is to know.
+
+    `patient`: who writes waits until somebody reads.  A pipe may be full, and ^S stop a terminal,
+    for hours: where that must hold nothing up, set it False, and lines wait here until they are
+    taken.  `unwritten`: those lines, and their streams.
+    """
+    MOST = 1000  # lines that wait
+    LONGEST = 4096  # characters, which a pipe that takes something takes at once
+    PAUSE = 0.02  # s between two attempts
 
     def __init__(self, settings: "Settings") -> "None":
         self.verbose = settings["Verbose"]
+        self.patient = True
+        self.unwritten: "list[tuple]" = []
         self.path = settings["CommandTraceFile"]
         if self.path:
             self._begin(settings.origins["CommandTraceFile"], settings["AppendTraceFile"])
@@ -1595,10 +1615,33 @@ class Diary:
         """Notes a line; with -V it goes to `stream`, stderr when none is given."""
         text = visible(text)
         if self.verbose:
-            put(text, stream or sys.stderr)
+            self.tell(text, stream)
         if self.path:
             with contextlib.suppress(OSError), open_trace(self.path) as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} flom[{os.getpid()}] {text}\n")
+
+    def tell(self, text: "str", stream=None) -> "None":
+        """Writes a line for everybody to `stream`, stderr when none is given."""
+        if len(self.unwritten) < self.MOST:
+            self.unwritten.append((text[:self.LONGEST], stream or sys.stderr))
+        self.write()
+
+    def write(self):
+        """Writes the lines that wait, as far as they are taken."""
+        while self.unwritten:
+            text, stream = self.unwritten[0]
+            if not self.patient and not takes(stream):
+                return
+            put(text, stream)
+            del self.unwritten[0]
+
+    def end(self, seconds):
+        """Writes the lines that wait, unless nobody takes them for so long."""
+        until = time.monotonic() + seconds
+        self.write()
+        while self.unwritten and time.monotonic() < until:
+            time.sleep(self.PAUSE)
+            self.write()
 
 
 # --- Steps ---------------------------------------------------------------------------------------
@@ -3935,11 +3978,12 @@ def exit_status(status: "int") -> "int":
 #              from then on a new daemon may grant it to others: TERM
 #   kill       KillAfter later: KILL, again and again, since who is killed may have just forked
 #
-# A grace goes on while this system is suspended, as does the daemon on another one: so the date of
-# `terminate` is one of boot_clock, looked at whenever something else is due.
+# A grace goes on while this system is suspended: so the date of `terminate` is one of boot_clock,
+# looked at whenever something else is due.
 #
 # Held again: no stage is left, the loss is over.  Refused: it is said at once, and only terminate
-# and kill may follow.  Nothing here waits: `go_on` is called between two signals.
+# and kill may follow.  Nothing here waits: `go_on` is called between two signals, and a line that
+# nobody takes waits in the diary, or a full pipe would keep the lock from being reclaimed.
 #
 # Absent on purpose: a number of tries after which flom gives up.  With `warn` the lock is worth
 # having back at any time; with `term` the date decides.
@@ -4010,8 +4054,9 @@ class Loss:
             self.dates["reclaim"] = clock()
 
     def give_up(self):
-        """No more attempts to reclaim; says, once, that the lock is lost.  One that is under way is
-        left to the release: it may be granted yet.
+        """No more attempts to reclaim; says, once, that the lock is lost.
+
+        One that is under way is left to the release: it may be granted yet.
         """
         self.dates.clear()
         self._tell_lost()
@@ -4061,7 +4106,7 @@ class Loss:
     def _tell(self, text):
         if text != self._told:
             self._told = text
-            put(text, sys.stderr)
+            self._claim.diary.tell(text)
 
     STAGES = {"reclaim": _reclaim, "tell": _tell_trouble, "terminate": _terminate,
               "kill": _kill_again}
@@ -4212,7 +4257,11 @@ class Command:
         self._complained = False
 
     def run(self) -> "int":
-        """Runs it and returns flom's status; the lock is still held then, unless it was lost."""
+        """Runs it and returns flom's status; the lock is still held then, unless it was lost.
+
+        What is said and not taken, from now on, waits in the diary of the claim.
+        """
+        self.claim.diary.patient = False
         self._hold_until = clock() + self.claim.settings["MinHold"] / 1000
         self.signals.block()
         self._start()
@@ -4305,6 +4354,7 @@ class Command:
     def _watch_lock(self):
         """Looks whether the lock is held, and goes on with its loss."""
         claim = self.claim
+        claim.diary.write()
         if claim.settings["OnLockLoss"] == "ignore":
             return
         if not self._loss and not claim.look():
@@ -4324,6 +4374,8 @@ class Command:
             dates.append(clock())
         if self._loss:
             dates.append(self._loss.next_date())
+        if self.claim.diary.unwritten:
+            dates.append(clock() + SELDOM)
         if self.status is not None and self._is_awaited():
             dates.append(clock() + LOOK)
         elif self.status is not None:
@@ -4353,7 +4405,7 @@ class Command:
             pass  # it has ended
         except PermissionError as error:  # it runs as another user, by sudo or the like
             if not self._complained:
-                put(f"flom: cannot signal {self.argv[0]!r}: {error.strerror}", sys.stderr)
+                self.claim.diary.tell(f"flom: cannot signal {self.argv[0]!r}: {error.strerror}")
             self._complained = True
 
     def _is_awaited(self):
@@ -4378,7 +4430,7 @@ class Command:
     def _flom_status(self):
         """The command's status; 95 for a lost lock, but a loss hides no failure."""
         if self.failure:
-            put(f"flom: cannot execute {self.argv[0]!r}: {self.failure}", sys.stderr)
+            self.claim.diary.tell(f"flom: cannot execute {self.argv[0]!r}: {self.failure}")
             return NOT_RUN
         if not self._loss:
             return self.status
@@ -4695,8 +4747,9 @@ def run_command(options, settings):
     status = command.run()
     was_held = claim.release(rollback=command.status != 0)
     if not was_held and status == 0:
-        put(f"flom: {claim.loss}", sys.stderr)
+        diary.tell(f"flom: {claim.loss}")
         status = LockLost.status
+    diary.end(GOODBYE)
     if command.killed_by == signal.SIGINT and status == command.status:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's loop is to end, too
         os.kill(os.getpid(), signal.SIGINT)

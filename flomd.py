@@ -6384,8 +6384,8 @@ class Loop:
 # nothing can be sent is not closed but *deaf*: what it has said is read, and done, to its end.
 #
 # A client that is silent is closed after PATIENCE s: one that has not said its first message, does
-# not close its side after the last word, takes no part of its report, or is deaf.  A stall of the daemon
-# does not count: nobody was silent while it did not listen.
+# not close its side after the last word, takes no part of its report, or is deaf.  A stall of the
+# daemon does not count: nobody was silent while it did not listen.
 
 MOST_UNREAD = 256 * 1024  # bytes that may wait for a slow reader
 MOST_READ = 4096  # bytes, at once

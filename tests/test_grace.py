@@ -419,7 +419,8 @@ def lost_claim(kept_until, choice="term"):
             yield flom.pause(1000)
     return types.SimpleNamespace(
         name="R1", kept_until=kept_until, reclaiming=reclaiming, loss=flom.LockLost("it is lost"),
-        settings={"OnLockLoss": choice, "KillAfter": 5000})
+        settings={"OnLockLoss": choice, "KillAfter": 5000},
+        diary=types.SimpleNamespace(tell=lambda text: None))
 
 
 def test_a_clock_that_goes_on(monkeypatch):

@@ -205,6 +205,54 @@ def test_whatever_fails_while_a_lock_is_reclaimed(box):
     assert flom_.end() == (0, "", "")
 
 
+@pytest.mark.parametrize("options", [(), ("-V",)], ids=["quiet", "-V"])
+def test_nobody_reads_what_flom_says_of_a_loss(box, options):
+    """The pipe is full, as that of a pager: the lock is reclaimed all the same, and the lines come
+    when there is room."""
+    daemon, gate = box.daemon(), box.gate("a")
+    reading, writing = os.pipe()
+    gate.command[2] = "exec 1>&- 2>&-; " + gate.command[2]
+    holder = driven(box, "flom.NOTICE, flom.GOODBYE = 0, 30", *options, *ALONE, "--", *gate.command,
+                    stderr=writing)
+    gate.wait()
+    filled = fill(writing)
+    before = holders_of(box)
+    box.kill(daemon.pid)
+    box.daemon()
+    wait_until(lambda: holders_of(box) == before)
+    box.kill(box.the_daemon())
+    holder.send_signal(signal.SIGTERM)  # the command has it, too: its loss is not what holds it up
+    wait_until(lambda: "a start" in box.events() and len(box.running()) == 1)
+    os.close(writing)
+    with open(reading, "rb") as file:
+        said = file.read()[filled:].decode()
+    assert holder.end().status == 128 + signal.SIGTERM
+    assert f"it {TROUBLE}" in said and "is held again" in said and said.endswith("\n")
+
+
+def test_a_flom_whose_words_nobody_takes_ends(box):
+    """Its lock is released first, and what it has to say is not waited for for long."""
+    box.daemon()
+    reading, writing = os.pipe()
+    fill(writing)
+    client = driven(box, "flom.GOODBYE = 0.5", *ALONE, "--", "/nowhere", stderr=writing)
+    assert client.end().status == 97
+    assert holders_of(box) == {"_RESOURCE": []}
+    os.close(reading)
+    os.close(writing)
+
+
+def fill(writing):
+    """Fills a pipe; returns how many bytes it has taken."""
+    os.set_blocking(writing, False)
+    taken = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            taken += os.write(writing, b"." * 4096)
+    os.set_blocking(writing, True)
+    return taken
+
+
 def test_the_folder_is_removed_while_the_command_runs(box):
     """Names that counted from there have been understood before: a daemon is started."""
     folder, gate = box.path("folder"), box.gate("a")
