@@ -6132,20 +6132,16 @@ BOOT_TIME = 7  # CLOCK_BOOTTIME of Linux; Python has the name from 3.7 on
 
 class Moment:
     """A point in time, as the engine wants it: `mono`, s of the monotonic clock; `wall`, s since
-    1970."""
-    __slots__ = ("mono", "wall")
+    1970; `boot`, s since the boot of the system, time in which it was suspended included."""
+    __slots__ = ("mono", "wall", "boot")
 
     def __init__(self):
         self.mono = time.monotonic()
         self.wall = time.time()
-
-    @property
-    def boot(self):
-        """s since the boot of the system, time in which it was suspended included."""
         try:
-            return time.clock_gettime(BOOT_TIME)
+            self.boot = time.clock_gettime(BOOT_TIME)
         except OSError:  # another system than Linux
-            return self.mono
+            self.boot = self.mono
 
     def local(self):
         """µs since 1970 of local time, as a clock on the wall shows it."""
@@ -7722,6 +7718,7 @@ class Batches:
                  give_back: "Callable[[Decision], object]"):
         self.disk = disk
         self.stored: "Act" = nothing  # called when a batch was stored, and was told
+        self.is_due = False  # what changes is stored at the end of this turn
         self._loop = loop
         self._take_records = take_records
         self._give_back = give_back
@@ -7731,7 +7728,7 @@ class Batches:
 
     def are_awaited(self) -> "bool":
         """Whether anybody waits for one of them."""
-        if self._open.connections:
+        if self.is_due:
             return True
         for batch in self._pending:
             if batch.is_awaited():
@@ -7742,21 +7739,22 @@ class Batches:
         """The connection waits until the changes of this turn are stored."""
         batch = self._open
         if connection.batch is not batch:
-            if not batch.connections:
-                self._loop.at_end_of_turn(self.commit)
             batch.connections.append(connection)
             connection.batch = batch
+        if not self.is_due:
+            self.is_due = True
+            self._loop.at_end_of_turn(self.commit)
         return batch
 
     def changed(self) -> "None":
-        """Something may have changed that nobody waits for."""
-        if not self._open.connections:
-            self._loop.within(UNSAVED, self.commit)
+        """Something may have changed that nobody waits for: it need not be stored in this turn."""
+        self._loop.within(UNSAVED, self.commit)
 
     def commit(self) -> "None":
         """Has everything stored that has changed by now."""
         batch = self._open
         self._open = Batch()
+        self.is_due = False
         try:
             self._store(batch)
         finally:  # a bug in it loses no decision
@@ -8066,7 +8064,8 @@ class Server:
                 self._decisions.append(decision)
             else:
                 batch.said.append((self._tell, connection, decision))
-        self.batches.changed()
+        if not self.batches.is_due:
+            self.batches.changed()
         if self._decisions and not self._is_delivering:
             self._tell_now()
         if self.table.next_date() != self._next_date:
