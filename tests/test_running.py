@@ -234,6 +234,7 @@ def test_min_hold_ends_by_a_signal(box, number, known):
     """The command has ended, whether flom knows it yet or not."""
     began = time.monotonic()
     holder, gate = box.hold("a", "--min-hold", "60000")
+    box.running()  # a process that is dying is one of those that were seen
     holder.send_signal(signal.SIGCONT if known else signal.SIGSTOP)
     gate.open()
     wait_until(lambda: set(box.running()) == {holder.pid, *box.daemons()})
