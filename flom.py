@@ -2225,11 +2225,16 @@ class Starter:
         raise no_daemon(self._settings, why)
 
     def _may_return(self):
-        """Whether an init script, or the like, may just be restarting the daemon."""
+        """Whether an init script, or the like, may just be restarting the daemon.
+
+        An address at which nobody listens does not tell.  A group is asked for long enough.
+        """
         settings = self._settings
-        if self.order or settings["UnicastAddress"] or settings["MulticastAddress"]:
+        if self.order or clock() >= self._return_until:
             return False
-        return clock() < self._return_until and has_ended_lately(where_looked_for(settings))
+        if settings["UnicastAddress"]:
+            return True
+        return not settings["MulticastAddress"] and has_ended_lately(where_looked_for(settings))
 
     def _obstacle(self):
         """Why no daemon may be started here, "" when one may."""

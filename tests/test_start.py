@@ -2,9 +2,11 @@
 import os
 import signal
 import sys
+import time
 
 import flom
 import pytest
+from commands import driven
 from world import (COUNT, FLOM, FLOM_PY, FLOMD_PY, PYTHON, ROOT, SOAK, comm, free_port, read,
                    wait_until)
 
@@ -78,6 +80,7 @@ def test_in_a_group(hosts, count):
 
 PROGRAM = """
 import sys
+import time
 sys.path.insert(0, {root!r})
 {before}
 import flom
@@ -198,10 +201,28 @@ def test_a_daemon_that_is_restarted_is_waited_for(box, end):
     assert late.end() == (0, "x\n", "")
 
 
-def test_a_daemon_that_does_not_come_back_is_not_waited_for_for_long(box):
+@pytest.mark.parametrize("hosts", ["127.0.0.1", "127.0.0.1,127.0.0.2"])
+def test_a_daemon_at_an_address_may_just_be_restarted(box, hosts):
+    """Nobody can tell it from one that never was."""
+    port = str(free_port())
+    late = box.flom("-d", "0", "--", "echo", "x", address=("-a", hosts, "-p", port))
+    wait_until(lambda: comm(late.pid) == "flom")
+    box.daemon(address=("-a", "127.0.0.1", "-p", port, "--state-dir", box.folder))
+    assert late.end() == (0, "x\n", "")
+
+
+@pytest.mark.parametrize("where", ["local", "network"])
+def test_a_daemon_that_does_not_come_back_is_not_waited_for_for_long(box, where):
+    place = box.socket
+    if where == "network":
+        port = str(free_port())
+        place = f"127.0.0.1, port {port}"
+        box.address = ("-a", "127.0.0.1", "-p", port, "--state-dir", box.folder)
     box.kill(box.daemon().pid)
-    done = box.run("-d", "0", "--", "echo", "x")
-    assert done == (99, "", f"flom: no daemon at {box.socket} (and -d 0 forbids starting one)\n")
+    began = time.monotonic()
+    done = driven(box, "flom.RETURN = 0.5", "-d", "0", "--", "echo", "x").end()
+    assert done == (99, "", f"flom: no daemon at {place} (and -d 0 forbids starting one)\n")
+    assert 0.4 < time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("order", ["-X", "-x"])

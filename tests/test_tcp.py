@@ -61,14 +61,15 @@ def test_several_addresses_are_tried_in_order(tcp):
 
 def test_with_several_addresses_none_is_ever_started(box):
     address = at("127.0.0.1,127.0.0.2", free_port())
-    done = box.run("--", "echo", "x", address=address)
+    done = driven(box, "flom.RETURN = 0", "--", "echo", "x", address=address).end()
     assert done[:2] == (99, "") and done.err.startswith("flom: no daemon at ")
     assert done.err.count("\n") == 1 and box.daemons() == []
 
 
 def test_no_daemon_and_none_may_be_started(box):
     port = free_port()
-    done = box.run("-d", "0", "--", "echo", "x", address=at("127.0.0.1", port))
+    done = driven(box, "flom.RETURN = 0", "-d", "0", "--", "echo", "x",
+                  address=at("127.0.0.1", port)).end()
     assert done[:2] == (99, "")
     assert "127.0.0.1" in done.err
     assert str(port) in done.err
