@@ -3051,8 +3051,13 @@ class Progress:
         return self._next
 
     def tell(self):
-        """Tells it, if its time has come."""
+        """Tells it, if its time has come, and somebody takes it: a full pipe, or a terminal that ^S
+        has stopped, must not keep a lock that was granted meanwhile from its command.
+        """
         if clock() < self.date():
+            return
+        if not takes(sys.stderr):
+            self._next = clock() + self.PAUSE
             return
         put(f"flom: {longer_by(clock() - self._since, self._text)}", sys.stderr)
         self._told = without_duration(self._text)

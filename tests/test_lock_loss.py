@@ -19,7 +19,8 @@ import flom
 import pytest
 from commands import PATIENT, Counter, count, driven
 from fakes import FlomClient
-from world import FLOM, PYTHON, can_connect, endpoint, free_port, read, wait_until
+from world import (FLOM, PYTHON, can_connect, endpoint, free_port, pass_time, read,
+                   wait_until)
 
 ALONE = ("-d", "0")  # no client starts a daemon
 
@@ -238,6 +239,23 @@ def test_a_flom_whose_words_nobody_takes_ends(box):
     client = driven(box, "flom.GOODBYE = 0.5", *ALONE, "--", "/nowhere", stderr=writing)
     assert client.end().status == 97
     assert holders_of(box) == {"_RESOURCE": []}
+    os.close(reading)
+    os.close(writing)
+
+
+def test_nobody_reads_what_flom_waits_for(box):
+    """It is granted the lock, and runs its command, all the same."""
+    box.daemon()
+    holder, gate = box.hold("a")
+    reading, writing = os.pipe()
+    fill(writing)
+    trace = box.path("trace")
+    waiter = driven(box, "flom.Progress.FIRST = 0", *ALONE, "--progress", "yes", "-T", trace, "--",
+                    *box.note("b"), stderr=writing)
+    wait_until(lambda: os.path.exists(trace) and "waiting for" in read(trace))
+    pass_time(0.2)  # it would have said so by now
+    gate.open()
+    assert [holder.end().status, waiter.end().status] == [0, 0] and "b" in box.events()
     os.close(reading)
     os.close(writing)
 
