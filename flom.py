@@ -3051,8 +3051,10 @@ class Progress:
         return self._next
 
     def tell(self):
-        """Tells it, if its time has come, and somebody takes it: a full pipe, or a terminal that ^S
-        has stopped, must not keep a lock that was granted meanwhile from its command.
+        """Tells it, if its time has come and somebody takes it.
+
+        A full pipe, or a terminal that ^S has stopped, must not keep a lock that was granted
+        meanwhile from its command.
         """
         if clock() < self.date():
             return
@@ -3114,7 +3116,8 @@ class Claim:
     None for a kind without modes.  `chain`: the id of this claim and those of the claims it is
     made under.  `connection`: that of the grant, None when nothing is held.  `loss`: the LockLost,
     None while the lock is held.  `kept_until`: when others may be granted the lost lock
-    (boot_clock), 0 where no daemon has promised anything.  `unread`: more may have come in on the
+    (boot_clock), 0 where no daemon has promised anything; `grace`: what the last one has promised,
+    as in Session, 0 for nothing.  `unread`: more may have come in on the
     connection.  `resolving`: how hosts are resolved, resolving_here or resolving_apart.
     """
 
@@ -3135,6 +3138,7 @@ class Claim:
         self.connection: "Any" = None
         self.loss: "Any" = None
         self.kept_until = 0.0
+        self.grace = 0
         self.unread = False
         self.resolving: "Any" = resolving_here
         self._command, self._progress = command, progress
@@ -3518,6 +3522,7 @@ class Claim:
         if self.connection:
             self.connection.close()
             self._may_be_remembered = self._has_memory(self.connection.session)
+            self.grace = self.connection.session.grace or 0
         self.connection = None
         self.unread = False
         self._deadline = 0.0  # a reclaim does not wait
@@ -3985,7 +3990,8 @@ def exit_status(status: "int") -> "int":
 #   tell       after NOTICE: that there is trouble.  What is mended sooner is not worth a mail
 #   terminate  with --on-lock-loss term, when it is refused, or so early that KILL comes BEFORE s
 #              before the grace is over; where none is promised, after the recovery window, since
-#              from then on a new daemon may grant it to others: TERM
+#              from then on a new daemon may grant it to others: TERM.  A KillAfter that the grace
+#              has no room for does not end the command sooner: a daemon may just be restarted
 #   kill       KillAfter later: KILL, again and again, since who is killed may have just forked
 #
 # A grace goes on while this system is suspended: so the date of `terminate` is one of boot_clock,
@@ -4022,9 +4028,11 @@ class Loss:
 
     def _without_the_lock(self):
         """When the command has to be told to end, if the lock is not held again by then."""
-        if not self._claim.kept_until:
-            return boot_clock() + RECOVERY_WINDOW / 1000
-        return self._claim.kept_until - self._claim.settings["KillAfter"] / 1000 - BEFORE
+        claim, window = self._claim, RECOVERY_WINDOW / 1000
+        if not claim.kept_until:
+            return boot_clock() + window
+        before = claim.settings["KillAfter"] / 1000 + BEFORE
+        return claim.kept_until - min(before, max(0, claim.grace / 1000 - window))
 
     def _end_by(self, moment):
         """The command is to be told to end at a moment of boot_clock."""

@@ -412,14 +412,29 @@ def test_what_was_lost_for_longer_than_the_grace_was_not_kept(clocks, slept, har
     assert loss.is_harmless == harmless
 
 
-def lost_claim(kept_until, choice="term"):
-    """As a Claim whose lock is lost, and which nobody answers."""
+@pytest.mark.parametrize("kept, ends", [(60, False), (30, True)])
+def test_a_kill_that_the_grace_has_no_room_for(clocks, kept, ends):
+    """A daemon that is just restarted ends no command: 2 s of the grace of 60 s are left for it,
+    if they are not over, as where the kernel has seen that nobody answers."""
+    claim, kills = lost_claim(kept_until=clocks.boot + kept, kill_after=3600000), []
+    loss = flom.Loss(claim, kills.append)
+    clocks.mono, clocks.boot = clocks.mono + 0.9, clocks.boot + 0.9
+    loss.go_on()
+    assert kills == [signal.SIGTERM] * ends
+    clocks.mono, clocks.boot = clocks.mono + 1.2, clocks.boot + 1.2
+    claim.loss.reason = "it has ended"
+    loss.go_on()
+    assert kills == [signal.SIGTERM]
+
+
+def lost_claim(kept_until, choice="term", kill_after=5000):
+    """As a Claim whose lock is lost, and which nobody answers; its grace is 60 s."""
     def reclaiming():
         while True:
             yield flom.pause(1000)
     return types.SimpleNamespace(
         name="R1", kept_until=kept_until, reclaiming=reclaiming, loss=flom.LockLost("it is lost"),
-        settings={"OnLockLoss": choice, "KillAfter": 5000},
+        settings={"OnLockLoss": choice, "KillAfter": kill_after}, grace=60000,
         diary=types.SimpleNamespace(tell=lambda text: None))
 
 
