@@ -6093,6 +6093,803 @@ class Disk:
             self.mark(False)
 
 
+# --- Quorum -------------------------------------------------------------------------------------
+# Several daemons, of which one serves.  A cluster of etcd decides which one, and keeps the memory.
+# Pure: no socket, no thread, no clock.  What etcd is asked goes out as data, what it answers comes
+# in as data, and every call is given `now`, with boot (s, CLOCK_BOOTTIME) and wall (s since 1970).
+#
+# The problem.  A daemon may be stopped or cut off at any instant, and does not know it.  An answer
+# of etcd may be lost, and a copy of what was sent may be obeyed much later.  Even so no two
+# daemons may grant the same lock, and the next one must know every grant that was told.
+#
+# Words.  The leader record: one key that says who serves.  A term: what begins with the claim of
+# one leader.  A claim: the transaction by which a candidate becomes the leader.  A transaction:
+# all of its changes are made, or none, and none unless its guards are true.  A beat: a transaction
+# that was confirmed; each is one.  Free: the record of a leader that has ended in good order.
+# Deposed: a leader that may not lead any more.  The mark: the key that tells this cluster from any
+# other.
+#
+# The solution.
+#
+# * The record is written anew with each transaction.  A candidate that has seen it unchanged for
+#   longer than the ttl in it, by its own clock, claims.
+# * The chain.  A transaction of the leader is guarded by the whole text of record n and puts
+#   record n+1 in its place, so it can be done once only, however many copies of it arrive, and
+#   whenever.  Between n and n+1 one content only is ever sent.  So its outcome need not be known:
+#   the same bytes are sent again until a member of the cluster says what has become of them.
+# * The deadline.  The leader counts the ttl from an earlier instant than any candidate, the
+#   handing over of what was confirmed, and ends a tenth of it, the margin, earlier.
+# * What is told waits for a transaction that is handed over after it was asked for: a grant for
+#   the one that stores it, the answer to a ping, and to a reclaim that changes nothing, for any.
+#   So whoever is told something knows that this leader was the leader when he asked.  No clock of
+#   the leader has a part in that: one that was stopped together with its clock (a virtual machine
+#   that is paused does not know that it was) tells nobody that a lock is still his.
+#
+# What is absent on purpose.  Leases of etcd: it can revoke one that is kept alive properly, and it
+# answers for one without a quorum.  Watches: they are silent when their member is cut off.  A
+# transaction that is not guarded.  Any order among candidates: who claims first leads.
+#
+# Why no two hold.  A leader tells no grant that is not stored under its guard.  The claim makes
+# the guards of every earlier transaction false for ever, since no text of a record comes twice;
+# and the memory is read after it.  So the memory has every grant that was told, and none comes
+# into it from before.  Who held keeps the lock for its grace, counted from when the claim was
+# confirmed.  The last ping that was answered to him was sent before the claim was done; he ends
+# his command by the end of the same grace, counted from there.
+
+NEVER = float("inf")  # the date of nothing
+RECORD_LAYOUT = 1  # of the leader record
+LEADER_KEY, MARK_KEY = "leader", "id"  # after the prefix
+POLL = 0.2  # s between two looks of a candidate
+PAGE = 2000  # keys that are read at once
+MOST_CHANGES = 120  # of a transaction; etcd takes 128, among them the record
+MOST_BYTES = 256 * 1024  # of the keys and texts of a transaction
+LEAST_TO_END = 5000  # ms that a command gets to end itself, at least
+LEAST_TO_RETURN = 5000  # ms in which a holder finds the next leader
+
+# What has become of a request, by the HTTP status of the answer.  Of every other status, and where
+# no answer comes, it is UNKNOWN: a request that was answered by 503 may be obeyed even later.
+DONE, NOT_DONE, UNKNOWN = "done", "not done", "unknown"
+NO_ANSWER = 0  # in place of a status: too late, cut off, not reached
+OUTCOMES = {
+    200: DONE,
+    400: NOT_DONE,
+    401: NOT_DONE,
+    403: NOT_DONE,
+    404: NOT_DONE,
+    412: NOT_DONE,
+    429: NOT_DONE,
+}
+
+# Whether a connection that has ended so releases what it held.  What is not in order leaves an
+# absent holder: a reset may come from a firewall, while the command still runs.
+RELEASES = {
+    "unlock": True,
+    "end of file": True,
+    "reset": False,
+    "timed out": False,
+    "slow reader": False,
+    "protocol error": False,
+}
+
+# The order of the changes of one batch, which may be cut anywhere: rank by (kind of key, removed).
+# Half of a batch may lose a number, but not have it twice: a value is taken back before it is
+# held, a holding ends before its value comes back, a resource counts before what it has counted is
+# held.
+RANKS = {
+    (OF_VALUE, True): 0,
+    (OF_HOLDER, True): 0,
+    (OF_RESOURCE, False): 1,
+    (OF_VALUE, False): 2,
+    (OF_HOLDER, False): 2,
+    (OF_RESOURCE, True): 3,
+}
+STORED_KINDS = (OF_HOLDER, OF_RESOURCE, OF_VALUE)  # the leader record is the rest
+
+# What is asked, and what is answered.  The keys `first` <= key < `end`, at most `limit` of them,
+# 0: all.  A guard compares `what` of a key with a value; the record that is found in its place
+# comes with the answer when one of the guards is false.  A change is (key, text), None: removed.
+VALUE, MODIFIED, CREATED = "VALUE", "MOD", "CREATE"
+Range = collections.namedtuple("Range", "first end limit")
+Guard = collections.namedtuple("Guard", "key what value")
+Transaction = collections.namedtuple("Transaction", "guards changes")
+Entry = collections.namedtuple("Entry", "key text revision")
+Answer = collections.namedtuple("Answer", "outcome cluster revision succeeded entries more")
+
+# What a daemon keeps from one term to the next: the prefix of its keys; its own leader record,
+# free and without an epoch; the cluster that it knows; the members; digits(n), n random hex
+# digits.
+Quorum = collections.namedtuple("Quorum", "prefix mine cluster members digits")
+
+
+def outcome_of(status: "int") -> "str":
+    """What has become of a request that was answered by this HTTP status, or by NO_ANSWER."""
+    return OUTCOMES.get(status, UNKNOWN)
+
+
+def failure(outcome: "str") -> "Answer":
+    """The answer where nothing was answered that could be read."""
+    return Answer(outcome, "", 0, False, (), False)
+
+
+def end_of(prefix: "str") -> "str":
+    """The first key behind all that begin with the prefix."""
+    last = ord(prefix[-1])
+    return prefix[:-1] + chr(last + 1)
+
+
+class Times:
+    """The times of a quorum in s, all of them parts of its ttl (ms)."""
+
+    def __init__(self, ttl: "int"):
+        self.ttl = ttl / 1000
+        self.margin = self.ttl / 10
+        self.lead = self.ttl - self.margin  # from a handing over to the deadline
+        self.beat = self.ttl / 5  # between two transactions, at most
+        self.pause = self.ttl / 20  # before a copy where the last was refused
+        self.copy = max(1.0, self.ttl / 10)  # for the whole answer to one copy
+
+
+def ping_interval(ttl: "int") -> "int":
+    """ms between two pings that the leader wants of its clients."""
+    return ttl // 5
+
+
+def grace_for(ttl: "int", kill: "int") -> "int":
+    """ms for which a lock is kept for a client that kills its command `kill` ms after TERM: a new
+    leader can be found before TERM, and KILL comes before anybody else is let in."""
+    found = ttl + 2 * ping_interval(ttl) + LEAST_TO_RETURN
+    return found + max(LEAST_TO_END, kill) + ttl // 10
+
+
+def kept_until(since: "float", *graces: "int") -> "float":
+    """The end (s) of the longest of the graces (ms) that count for an absent holder: what it was
+    promised, what this leader would promise.  `since`: when the claim was confirmed, or when the
+    holder became absent."""
+    return since + max(graces) / 1000
+
+
+def epoch_after(clock: "int", record: "Record", tokens: "Iterable[int]") -> "int":
+    """The epoch of a new leader: no token of its predecessors lies in it or above it.  `clock`:
+    that of the clock."""
+    epoch = max(clock, record.epoch + 1)
+    for token in tokens:
+        epoch = max(epoch, (token >> 32) + 1)
+    return epoch
+
+
+# The leader record.
+
+# v: RECORD_LAYOUT; term: 16 hex digits, new for each claim, "" when free; n: the number of the
+# term's transactions; x: 8 hex digits, new for each; ttl, grace: ms; daemon: the id of this run;
+# address: where it serves.
+FIELDS = {
+    "v": int,
+    "term": str,
+    "n": int,
+    "x": str,
+    "ttl": int,
+    "grace": int,
+    "epoch": int,
+    "policy": str,
+    "daemon": str,
+    "address": str,
+    "host": str,
+    "pid": int,
+}
+Record = collections.namedtuple(
+    "Record", "v term n x ttl grace epoch policy daemon address host pid")
+
+
+class StrangeRecord(Exception):
+    """A leader record that this daemon cannot read: one line that says why."""
+
+
+def text_of(record: "Record") -> "str":
+    """The record as it is stored.  Guards compare texts, so there is one text for a record."""
+    import json
+    fields = dict(zip(FIELDS, record))
+    return json.dumps(fields, sort_keys=True, separators=(",", ":"))
+
+
+def record_of(text: "str") -> "Record":
+    """The record that was stored as this text.  Raises StrangeRecord."""
+    import json
+    try:
+        fields = json.loads(text)
+    except ValueError:
+        raise StrangeRecord("the leader record is damaged")
+    if not isinstance(fields, dict):
+        raise StrangeRecord("the leader record is damaged")
+    version = fields.get("v")
+    if isinstance(version, int) and version > RECORD_LAYOUT:
+        raise StrangeRecord(f"the leader record has the newer layout {version}")
+    for name, kind in FIELDS.items():
+        if type(fields.get(name)) is not kind:
+            raise StrangeRecord(f"the leader record has no proper {name}")
+    return Record(*[fields[name] for name in FIELDS])
+
+
+def is_free(record: "Record") -> "bool":
+    """Whether its leader has ended in good order."""
+    return record.term == ""
+
+
+# The cluster.
+
+class Cluster:
+    """What tells the cluster from any other, also from one of the same id that was built anew or
+    restored: its id, the mark that the first leader has put there, and the highest revision that
+    was seen.  `is_new`: until a leader record is seen, the one that is found is the right one."""
+
+    def __init__(self, id: "str" = "", mark: "str" = "", revision: "int" = 0,
+                 is_new: "bool" = False):
+        self.id, self.mark = id, mark
+        self.revision = revision
+        self.is_new = is_new
+
+    def strangeness(self, answer: "Answer") -> "str":
+        """Why the member that has answered so is not one of this cluster, "" if it is."""
+        if not self.is_new:
+            if self.id not in ("", answer.cluster):
+                return f"etcd is another cluster, {answer.cluster} in place of {self.id}"
+            if answer.revision < self.revision:
+                return (f"etcd has lost what it knew, it is at revision {answer.revision} "
+                        f"and was at {self.revision}")
+        self.id = answer.cluster
+        self.revision = answer.revision
+        return ""
+
+    def strangeness_of_mark(self, mark: "str", led: "bool") -> "str":
+        """Why a cluster with this mark ("": none), and with a leader record or not, is not the one
+        that is known, "" if it is."""
+        is_known = self.mark != "" and not self.is_new
+        if is_known and mark not in ("", self.mark):
+            return f"etcd has the mark {mark} in place of {self.mark}"
+        may_lack = self.is_new or not (led or is_known)
+        if mark == "" and not may_lack:
+            return "etcd has lost the mark of this cluster"
+        self.mark = mark
+        return ""
+
+    def settle(self) -> "None":
+        """This is the cluster from now on."""
+        self.is_new = False
+
+
+class Members:
+    """The members of the cluster, of which one is asked at a time: `current`."""
+
+    def __init__(self, urls: "Iterable[str]"):
+        self.urls = tuple(urls)
+        self._refused: "Tuple[str, ...]" = ()
+        self._index = 0
+        self._failed = 0  # members since the last answer
+
+    @property
+    def current(self) -> "str":
+        """The one that is asked now."""
+        return self.urls[self._index]
+
+    def answered(self) -> "None":
+        """The current one is asked again."""
+        self._failed = 0
+
+    def turn(self) -> "bool":
+        """The next one is asked; returns whether each has been asked in vain."""
+        self._failed += 1
+        for _ in self.urls:
+            self._index = (self._index + 1) % len(self.urls)
+            if self.current not in self._refused:
+                break
+        usable = len(self.urls) - len(self._refused)
+        return self._failed >= usable
+
+    def refuse(self) -> "None":
+        """The current one belongs to another cluster: it is asked no more.  When all of them do
+        they are asked again, since one may be mended."""
+        self._refused += (self.current,)
+        if len(self._refused) == len(self.urls):
+            self._refused = ()
+
+
+# Candidate and leader.
+
+class Asker:
+    """What a candidate and a leader have in common: one request at a time is asked, and asked
+    again byte for byte until its outcome is known or the deadline has passed.  `over`: why it has
+    ended, "" until then."""
+
+    def __init__(self, quorum: "Quorum", now: "Moment"):
+        self.quorum = quorum
+        self.times = Times(quorum.mine.ttl)
+        self.over = ""
+        self._request: "Any" = None
+        self._is_out = False  # a copy of it is on its way
+        self._handed_at = 0.0  # its first copy
+        self._copy_at = 0.0  # the next copy
+        self._clocks = now.wall - now.boot
+
+    # What a subclass says.
+
+    @property
+    def deadline(self) -> "float":
+        """s: when it is over."""
+        raise NotImplementedError
+
+    def _next_at(self):
+        """s: when there is something to be asked."""
+        raise NotImplementedError
+
+    def _next(self, now):
+        """What is to be asked now, or None."""
+        raise NotImplementedError
+
+    def _understand(self, request, answer, now):
+        """Takes an answer; returns what may be told now."""
+        raise NotImplementedError
+
+    def _meet_stranger(self, why, now):
+        """Another cluster has answered."""
+        raise NotImplementedError
+
+    # What the loop calls.
+
+    def look(self, now: "Moment") -> "bool":
+        """To be called first in each turn, and before each answer that may wait for one: returns
+        whether it goes on.  Where the system has no clock that counts sleep, the wall clock tells
+        of it."""
+        before = self._clocks
+        self._clocks = now.wall - now.boot
+        jump = abs(self._clocks - before)
+        limited = self.deadline < NEVER
+        if limited and now.boot >= self.deadline:
+            self._end(self._why_late(now))
+        elif limited and jump > self.times.margin:
+            self._end(f"the clock was moved by {jump:.0f} s")
+        return self.over == ""
+
+    def _why_late(self, now):
+        return "etcd did not answer in time"
+
+    def _end(self, why):
+        if self.over == "":
+            self.over = why
+
+    def next_date(self) -> "float":
+        """s, CLOCK_BOOTTIME: when look() and next_request() are to be called, at the latest."""
+        if self.over:
+            return NEVER
+        if self._is_out:
+            return self.deadline
+        if self._request is not None:
+            return min(self._copy_at, self.deadline)
+        return min(self._next_at(), self.deadline)
+
+    def next_request(self, now: "Moment") -> "Range | Transaction | None":
+        """What the current member is to be asked now.  Its outcome is to be told by answer()."""
+        if self.over or self._is_out:
+            return None
+        if self._request is None:
+            self._request = self._next(now)
+            self._handed_at = now.boot
+        elif now.boot < self._copy_at:
+            return None
+        self._is_out = self._request is not None
+        return self._request
+
+    def unanswered_for(self, now: "Moment") -> "float":
+        """s since the first copy of what is asked was handed over; 0 when nothing is."""
+        if self._request is None:
+            return 0.0
+        return now.boot - self._handed_at
+
+    def answer(self, answer: "Answer", now: "Moment") -> "list":
+        """Takes the answer to what was handed over last; returns what may be told now."""
+        if self.over or not self._is_out:
+            return []
+        self._is_out = False
+        if answer.outcome != DONE:
+            self._repeat(answer.outcome, now)
+            return []
+        self.quorum.members.answered()
+        strange = self.quorum.cluster.strangeness(answer)
+        if strange:
+            self.quorum.members.refuse()
+            self._meet_stranger(strange, now)
+            return []
+        request = self._request
+        self._request = None
+        return self._understand(request, answer, now)
+
+    def _repeat(self, outcome, now):
+        """The same bytes again: at the next member, or where it was refused at the same one."""
+        pause = outcome == NOT_DONE
+        if outcome == UNKNOWN:
+            pause = self.quorum.members.turn()
+        self._copy_at = now.boot
+        if pause:
+            self._copy_at += self.times.pause
+
+    # What both do.
+
+    def _key(self, name):
+        return self.quorum.prefix + name
+
+    def _found(self, answer, name):
+        """The entry of a key, or None."""
+        key = self._key(name)
+        for entry in answer.entries:
+            if entry.key == key:
+                return entry
+        return None
+
+
+class Candidate(Asker):
+    """A daemon that waits until it may lead; then `leader` is what it has become.  `record` is
+    that of the leader it sees, unchanged since `seen_at` (s); `trouble` says why it cannot claim,
+    "" where nothing is wrong."""
+
+    def __init__(self, quorum: "Quorum", now: "Moment"):
+        super().__init__(quorum, now)
+        self.leader: "Leader | None" = None
+        self.record: "Record | None" = None
+        self.seen_at = NEVER
+        self.trouble = ""
+        self._revision = -1  # of the record, 0: there is none
+        self._look_at = now.boot
+        self._looks_for_any = False  # whether there is any key, since there is no record
+        self._claim: "Any" = None
+        self._claimed: "Any" = None  # the record that the claim puts
+
+    @property
+    def deadline(self) -> "float":
+        """That of its claim, as if it was confirmed."""
+        if self._claim is None or self._request is not self._claim:
+            return NEVER
+        return self._handed_at + self.times.lead
+
+    def _next_at(self):
+        return self._look_at
+
+    def _next(self, now):
+        if self._claim is not None:
+            return self._claim
+        if now.boot < self._look_at:
+            return None
+        self._look_at = now.boot + POLL
+        if self._looks_for_any:
+            return Range(self.quorum.prefix, end_of(self.quorum.prefix), 1)
+        return Range(self._key(MARK_KEY), self._key(LEADER_KEY) + "\0", 0)
+
+    def _meet_stranger(self, why, now):
+        self.trouble = why
+        self._repeat(UNKNOWN, now)
+
+    def _understand(self, request, answer, now):
+        if request is self._claim:
+            self._end_claim(answer, now)
+        elif self._looks_for_any:
+            self._looks_for_any = False
+            self._see_nobody(len(answer.entries) == 0, now)
+        else:
+            self._see(answer, now)
+        return []
+
+    # What it sees.
+
+    def _see(self, answer, now):
+        entry = self._found(answer, LEADER_KEY)
+        mark = self._found(answer, MARK_KEY)
+        strange = self._strangeness(entry, mark)
+        if strange:
+            self.trouble = strange
+            self._forget_leader()
+            self.quorum.members.refuse()
+            self.quorum.members.turn()
+        elif entry is None:
+            self._note_nobody(now)
+        else:
+            self._note(entry, now)
+            self._claim_if_due(now)
+
+    def _strangeness(self, entry, mark):
+        found = ""
+        if mark is not None:
+            found = mark.text
+        cluster = self.quorum.cluster
+        strange = cluster.strangeness_of_mark(found, entry is not None)
+        if entry is not None and cluster.mark:
+            cluster.settle()
+        return strange
+
+    def _forget_leader(self):
+        self.record = None
+        self._revision = -1
+
+    def _note_nobody(self, now):
+        self._looks_for_any = True
+        if self._revision != 0:
+            self._forget_leader()
+            self._revision = 0
+            self.seen_at = now.boot
+
+    def _note(self, entry, now):
+        """The time of the answer counts, which is later than that of the writing."""
+        if entry.revision == self._revision:
+            return
+        self._forget_leader()
+        self._revision = entry.revision
+        self.seen_at = now.boot
+        self.trouble = ""
+        try:
+            self.record = record_of(entry.text)
+        except StrangeRecord as error:
+            self.trouble = str(error)
+
+    # Its claim.
+
+    def _claim_if_due(self, now):
+        if self.record is None:
+            return
+        unchanged = now.boot - self.seen_at
+        if is_free(self.record) or unchanged > self.record.ttl / 1000:
+            self._make_claim(self.record.epoch)
+
+    def _see_nobody(self, is_empty, now):
+        """There is no record.  An empty prefix is a new cluster.  If there are keys somebody has
+        removed the record, and its leader may not know it yet."""
+        unchanged = now.boot - self.seen_at
+        if is_empty:
+            self.trouble = ""
+            self._make_claim(0)
+        elif not self.quorum.cluster.is_new:
+            self.trouble = "etcd has lost the leader record; --etcd-new-cluster makes a new one"
+        elif unchanged > self.times.ttl:
+            self._make_claim(0)
+
+    def _make_claim(self, epoch):
+        digits = self.quorum.digits
+        record = self.quorum.mine._replace(term=digits(16), n=1, x=digits(8), epoch=epoch)
+        leader, mark = self._key(LEADER_KEY), self._key(MARK_KEY)
+        guards = [Guard(leader, MODIFIED, self._revision)]
+        if self._revision == 0:
+            guards = [Guard(leader, CREATED, 0)]
+        changes = [(leader, text_of(record))]
+        known = self.quorum.cluster.mark
+        if known:
+            guards.append(Guard(mark, VALUE, known))
+        else:
+            guards.append(Guard(mark, CREATED, 0))
+            changes.append((mark, digits(16)))
+        self._claim = Transaction(tuple(guards), tuple(changes))
+        self._claimed = record
+
+    def _end_claim(self, answer, now):
+        claim = self._claim
+        self._claim = None
+        found = self._found(answer, LEADER_KEY)
+        copy_was_done = found is not None and found.text == text_of(self._claimed)
+        if answer.succeeded or copy_was_done:
+            self._become_leader(claim, now)
+        elif found is not None:
+            self._note(found, now)
+        else:
+            self._note_nobody(now)
+
+    def _become_leader(self, claim, now):
+        cluster = self.quorum.cluster
+        for key, text in claim.changes:
+            if key == self._key(MARK_KEY):
+                cluster.mark = text
+        cluster.settle()
+        self.leader = Leader(self.quorum, self._claimed, self._handed_at, now)
+        self._end("it leads")
+
+
+# The stages of a leader.
+LOADS, LEADS, RESIGNS = "loads", "leads", "resigns"
+
+
+class Leader(Asker):
+    """A daemon whose claim was confirmed.  It reads the memory: `loaded` gets (key, text) page by
+    page, is_loaded() says when it has all.  lead() begins to serve, resign() ends it.  `record`:
+    the last that was confirmed; `claimed_at` (s): when the claim was confirmed."""
+
+    def __init__(self, quorum: "Quorum", record: "Record", handed_at: "float", now: "Moment"):
+        super().__init__(quorum, now)
+        self.stage = LOADS
+        self.record = record
+        self.claimed_at = now.boot
+        self.confirmed_at = handed_at  # s: handing over of the last that was confirmed
+        self.loaded: "List[Tuple[str, str]]" = []
+        self.epoch = record.epoch
+        self._page_from = quorum.prefix  # "": there is no other page
+        self._sent = record  # the last that was handed over
+        self._beat_at = handed_at + self.times.beat
+        # (number, text) by key, in the order in which the keys were mentioned first
+        self._gathered: "OrderedDict[str, tuple]" = collections.OrderedDict()
+        self._number = 0  # of the last key that was gathered
+        self._waiting: "Deque[tuple]" = collections.deque()  # (number, done)
+        self._pings: "List[Any]" = []
+        self._riding: "List[Any]" = []  # is told when what is on its way is confirmed
+        self._stored: "set" = set()  # the keys that etcd has, or will have
+
+    @property
+    def deadline(self) -> "float":
+        """Earlier by the margin than the earliest claim of any candidate."""
+        return self.confirmed_at + self.times.lead
+
+    def _why_late(self, now):
+        silent = now.boot - self.confirmed_at
+        return f"lost etcd for {silent:.0f} s: no longer serving, another daemon takes over"
+
+    def is_loaded(self) -> "bool":
+        """Whether all of the memory was read."""
+        return self._page_from == ""
+
+    def lead(self, epoch: "int") -> "None":
+        """The memory is restored; the epoch is stored with what is told first."""
+        self.epoch = epoch
+        self.stage = LEADS
+
+    def resign(self) -> "None":
+        """The orderly end: what was gathered is stored, then the record is free, and this is over.
+        No ping is answered any more."""
+        self.stage = RESIGNS
+        self._pings = []
+
+    # What is to be stored and told.
+
+    def write(self, changes: "Iterable[tuple]", done: "Any", now: "Moment") -> "None":
+        """Stores [(key, text or None)] at once.  answer() returns `done` when all of it, and all
+        that was written before, is stored; without changes, when it is certain that nobody else
+        led at `now`.  Where a holding ends before it was stored, its done comes all the same."""
+        assert self.stage == LEADS
+        kept = [change for change in changes if change[0][:2] in STORED_KINDS]
+        for key, text in sorted(kept, key=_rank):
+            self._gather(key, text)
+        self._waiting.append((self._number, done))
+
+    def ping(self, done: "Any", now: "Moment") -> "None":
+        """As write() without changes, but it can wait: pings of many clients share a beat."""
+        if self.stage != LEADS:
+            return
+        self._pings.append(done)
+        self._beat_at = min(self._beat_at, now.boot + self.times.pause)
+
+    def _gather(self, key, text):
+        """A key keeps its place.  One that etcd never had need not be removed from there."""
+        needless = text is None and key not in self._stored
+        if needless:
+            self._gathered.pop(key, None)
+            return
+        if key in self._gathered:
+            number, _ = self._gathered[key]
+        else:
+            self._number += 1
+            number = self._number
+        self._gathered[key] = number, text
+
+    # What is asked.
+
+    def _next_at(self):
+        if self._must_write() or not self.is_loaded():
+            return 0.0
+        return self._beat_at
+
+    def _must_write(self):
+        return self.stage == RESIGNS or len(self._waiting) > 0 or len(self._gathered) > 0
+
+    def _next(self, now):
+        if self._must_write() or now.boot >= self._beat_at:
+            return self._make_transaction(now)
+        if not self.is_loaded():
+            return Range(self._page_from, end_of(self.quorum.prefix), PAGE)
+        return None
+
+    def _make_transaction(self, now):
+        """One link of the chain.  From here to its outcome its content stays as it is."""
+        changes = self._cut()
+        self._riding = self._take_stored()
+        self._riding += self._pings
+        self._pings = []
+        self._beat_at = now.boot + self.times.beat
+        is_last = self.stage == RESIGNS and len(self._gathered) == 0
+        self._sent = self._record_after(self.record, is_last)
+        leader = self._key(LEADER_KEY)
+        guard = Guard(leader, VALUE, text_of(self.record))
+        changes.insert(0, (leader, text_of(self._sent)))
+        return Transaction((guard,), tuple(changes))
+
+    def _record_after(self, record, is_last):
+        x = self.quorum.digits(8)
+        if is_last:
+            return record._replace(term="", n=0, x=x, epoch=self.epoch)
+        return record._replace(n=record.n + 1, x=x, epoch=self.epoch)
+
+    def _cut(self):
+        """The first of what was gathered, as much as a transaction takes."""
+        changes: "List[tuple]" = []
+        size = 0
+        while self._gathered and len(changes) < MOST_CHANGES:
+            key = next(iter(self._gathered))
+            _, text = self._gathered[key]
+            size += _size(key, text)
+            if changes and size > MOST_BYTES:
+                break
+            del self._gathered[key]
+            changes.append((self._key(key), text))
+            if text is None:
+                self._stored.discard(key)
+            else:
+                self._stored.add(key)
+        return changes
+
+    def _take_stored(self):
+        """What may be told when all but what is still gathered is stored."""
+        first_left = self._number + 1
+        if self._gathered:
+            key = next(iter(self._gathered))
+            first_left, _ = self._gathered[key]
+        taken = []
+        while self._waiting:
+            number, done = self._waiting[0]
+            if number >= first_left:
+                break
+            self._waiting.popleft()
+            taken.append(done)
+        return taken
+
+    # What is answered.
+
+    def _meet_stranger(self, why, now):
+        self._end(f"{why}: no longer serving")
+
+    def _understand(self, request, answer, now):
+        if isinstance(request, Range):
+            self._take_page(answer)
+            return []
+        if not answer.succeeded and not self._was_done(answer):
+            self._end("another daemon leads")
+            return []
+        return self._confirm()
+
+    def _was_done(self, answer):
+        """Whether an earlier copy was done: the record that is found is the one that was sent."""
+        found = self._found(answer, LEADER_KEY)
+        return found is not None and found.text == text_of(self._sent)
+
+    def _confirm(self):
+        self.record = self._sent
+        self.confirmed_at = self._handed_at
+        told = self._riding
+        self._riding = []
+        if is_free(self.record):
+            self._end("it has resigned")
+        return told
+
+    def _take_page(self, answer):
+        for key, text, _ in answer.entries:
+            name = key[len(self.quorum.prefix):]
+            if name[:2] in STORED_KINDS:
+                self.loaded.append((name, text))
+                self._stored.add(name)
+        if answer.more:
+            self._page_from = answer.entries[-1].key + "\0"
+        else:
+            self._page_from = ""
+
+
+def _rank(change):
+    key, text = change
+    return RANKS[key[:2], text is None]
+
+
+def _size(key, text):
+    """Bytes of a change."""
+    return len(key.encode()) + len((text or "").encode())
+
+
 # --- Loop ---------------------------------------------------------------------------------------
 # One thread, one loop: it waits for events and dates, and calls who wants to know of them.  It
 # knows no lock and no connection.
@@ -6121,7 +6918,6 @@ class Disk:
 TURN = 0.01  # s that a turn gives to the events that have come
 STALL = 1  # s by which a loop is late that did not run
 PAUSE = 1  # s of rest after something has failed that would fail again at once
-NEVER = float("inf")  # the date of nothing
 LONGEST_WAIT = 86400  # s; selectors fail when they are to wait for more than 2 ** 31 ms
 MOST_STALE = 64  # entries without a date that the heap of dates keeps in any case
 EVENT_READ, EVENT_WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
