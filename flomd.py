@@ -6183,7 +6183,7 @@ RANKS = {
     (OF_HOLDER, False): 2,
     (OF_RESOURCE, True): 3,
 }
-STORED_KINDS = (OF_HOLDER, OF_RESOURCE, OF_VALUE)  # the leader record is the rest
+STORED_KINDS = (OF_HOLDER, OF_RESOURCE, OF_VALUE)  # of the daemon the leader record tells
 
 # What is asked, and what is answered.  The keys `first` <= key < `end`, at most `limit` of them,
 # 0: all.  A guard compares `what` of a key with a value; the record that is found in its place
@@ -6743,8 +6743,10 @@ class Leader(Asker):
     def write(self, changes: "Iterable[tuple]", done: "Any", now: "Moment") -> "None":
         """Stores [(key, text or None)] at once.  answer() returns `done` when all of it, and all
         that was written before, is stored; without changes, when it is certain that nobody else
-        led at `now`.  Where a holding ends before it was stored, its done comes all the same."""
-        assert self.stage == LEADS
+        led at `now`.  Where a holding ends before it was stored, its done comes all the same.
+        After resign() nothing is stored: who holds is an absent holder of the next leader."""
+        if self.stage != LEADS:
+            return
         kept = [change for change in changes if change[0][:2] in STORED_KINDS]
         for key, text in sorted(kept, key=_rank):
             self._gather(key, text)

@@ -23,10 +23,10 @@ NEVER = float("inf")
 TTL = 2  # s
 IDLE, WAITS, LATE, RUNS, ENDED = "idle", "waits", "late", "runs", "ended"
 
-# What is taken as a rule: of flomd, or a worse one in its place.  late: a grant that is read late
-# is none.
-Rules = collections.namedtuple("Rules", "candidate leader releases kept late")
-RULES = Rules(flomd.Candidate, flomd.Leader, flomd.RELEASES, flomd.kept_until, True)
+# What is taken as a rule: of flomd, or a worse one in its place; and of the clients.  late: a grant
+# that is read late is none.  end_is_good: an end of file says that all was well until then.
+Rules = collections.namedtuple("Rules", "candidate leader releases kept late end_is_good")
+RULES = Rules(flomd.Candidate, flomd.Leader, flomd.RELEASES, flomd.kept_until, True, False)
 # How much of a kind one history has, at most.  time: s; terms: claims that are confirmed; up, down,
 # away: messages that are not read, grants that are not read, transactions that are not answered at
 # once; pings; lost: answers of the cluster; resets: of a connection; removed: the leader record, or
@@ -139,8 +139,9 @@ class View:
         now = self.world.time - daemon.lag
         table = daemon.holder, daemon.queue, daemon.lag, role.quorum.cluster.mark
         flight = None
-        if role._is_out:
-            flight = min(now - role._handed_at, TTL), self.transaction(role._request)
+        if role._request is not None:
+            handed = min(now - role._handed_at, TTL)
+            flight = role._is_out, handed, self.transaction(role._request)
         if isinstance(role, flomd.Candidate):
             return table + self.candidate(role, now) + (flight,)
         return table + self.leader(role, now) + (flight,)
@@ -151,13 +152,13 @@ class View:
         unchanged = min(now - role.seen_at, TTL + 1)
         free = role.record is not None and flomd.is_free(role.record)
         extra = getattr(role, "early", None)
-        return "sees", unchanged, free, role.quorum.cluster.is_new, extra
+        return "sees", unchanged, free, role._looks_for_any, role.quorum.cluster.is_new, extra
 
     def leader(self, role, now):
         waiting = tuple((number - role._number, done) for number, done in role._waiting)
         gathered = tuple((key, number - role._number, text)
                          for key, (number, text) in role._gathered.items())
-        sent = self.record(role._sent) if role._is_out else None
+        sent = self.record(role._sent) if role._request is not None else None
         return (role.stage, self.record(role.record), sent, min(now - role.confirmed_at, TTL),
                 role._beat_at > now, waiting, gathered, tuple(role._pings), tuple(role._riding),
                 frozenset(role._stored))
@@ -264,7 +265,9 @@ class World:
             yield World.answer_comes, number
             if self.left.lost:
                 yield World.answer_is_lost, number
-        elif looks or role.next_date() <= now or self.is_due(daemon):
+        elif looks:
+            yield World.daemon_wakes, number
+        if role.next_date() <= now or self.is_due(daemon):
             yield World.daemon_wakes, number
         if self.left.resigned and daemon.serves():
             yield World.daemon_resigns, number
@@ -384,6 +387,8 @@ class World:
             link = client.links[number]
             if link is not None:
                 self.set_link(index, number, closed_by_daemon(link))
+                if self.rules.end_is_good and client.phase == RUNS:
+                    self.is_good(index, self.time)
 
     def hand_over(self, number, now):
         """The end of a turn: what is to be asked is on its way.  What is only read is answered at
@@ -861,3 +866,50 @@ def test_a_worse_rule_has_a_hole(name):
     with pytest.raises(Hole) as hole:
         walk(rules, world)
     assert what in str(hole.value)
+
+
+# A schedule that takes too long to be found by walking.
+
+STOPPED_LEADER = """
+    client_asks 0 0
+    daemon_wakes 1
+    second_passes
+    second_passes
+    second_passes
+    daemon_wakes 1
+    second_passes
+    daemon_wakes 1
+    second_passes
+    daemon_wakes 1
+    daemon_wakes 0
+    second_passes
+    daemon_wakes 1
+    second_passes
+    daemon_wakes 1
+    second_passes
+    daemon_wakes 1
+    second_passes
+    daemon_wakes 1
+    second_passes
+    daemon_wakes 1
+    client_asks 1 1
+"""
+
+
+def play(rules, world, schedule):
+    """The world after these moves, one a line."""
+    world = beginning(rules, world)
+    for line in schedule.split("\n"):
+        if line.strip():
+            name, *numbers = line.split()
+            getattr(world, name)(*map(int, numbers))
+    return world
+
+
+def test_the_end_of_file_of_a_leader_that_was_stopped():
+    """It closes the connections 2 s after another leads.  To take that for a sign of life leaves
+    the command running when the other has waited for the whole grace."""
+    world = play(RULES, limits(time=10, graces=(7, 2)), STOPPED_LEADER)
+    assert [client.phase for client in world.clients] == [ENDED, RUNS] and world.time == 10
+    with pytest.raises(Hole):
+        play(RULES._replace(end_is_good=True), limits(time=10, graces=(7, 2)), STOPPED_LEADER)

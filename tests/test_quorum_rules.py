@@ -559,6 +559,15 @@ def test_the_orderly_end(etcd):
     assert other.leader is not None
 
 
+def test_nothing_is_stored_after_the_end(etcd):
+    """The connections are closed; their holders are those of the next leader."""
+    one, transaction = written(etcd, [("h/1", "x")])
+    one.resign()
+    one.write([("h/1", None)], "too late", Now(1))
+    assert one.answer(etcd.obey(transaction), Now(1)) == ["told"]
+    assert ask(one, etcd, 1) == [] and etcd.memory() == {"h/1": "x"}
+
+
 def test_the_last_transaction_of_many(etcd):
     one = leader(etcd)
     for number in range(150):
