@@ -204,6 +204,12 @@ def test_a_late_copy_of_the_first_claim_claims_nothing(etcd):
     assert LEADER not in etcd.keys
 
 
+def test_a_claim_is_for_the_cluster_that_was_seen(etcd):
+    one, claim = claiming(etcd)
+    etcd.keys[MARK] = ("another", 1, 1)
+    assert not etcd.obey(claim).succeeded
+
+
 @pytest.mark.parametrize("text, why", [('{"v":2}', "newer layout"), ("{", "damaged")])
 def test_a_strange_record_is_not_claimed(etcd, text, why):
     etcd.change([(LEADER, text), (MARK, "m")])
@@ -436,6 +442,18 @@ def test_what_was_never_sent_is_not_removed(etcd):
     assert one.answer(etcd.obey(transaction), Now(1)) == [1, 2]
 
 
+def test_what_was_removed_is_as_if_it_was_never_sent(etcd):
+    one = leader(etcd)
+    for text in ("x", None):
+        one.write([("h/1", text)], text, Now(1))
+        ask(one, etcd, 1)
+    one.write([("h/1", "y")], 1, Now(1))
+    one.write([("h/1", None)], 2, Now(1))
+    transaction = one.next_request(Now(1))
+    assert keys_of(transaction) == []
+    assert one.answer(etcd.obey(transaction), Now(1)) == [1, 2]
+
+
 def test_what_is_on_its_way_is_removed(etcd):
     one, transaction = written(etcd, [("h/1", "x")])
     one.write([("h/1", None)], 2, Now(1))
@@ -506,6 +524,8 @@ def test_a_ping_goes_with_what_is_written(etcd):
     one.ping("pong", Now(1))
     one.write([("h/1", "x")], "told", Now(1.1))
     assert ask(one, etcd, 1.1) == ["told", "pong"]
+    one.write((), "second", Now(1.2))
+    assert ask(one, etcd, 1.2) == ["second"]
 
 
 def test_a_reclaim_without_changes_is_told_at_once_but_not_before(etcd):
@@ -524,7 +544,7 @@ def test_the_memory_is_loaded_page_by_page(etcd):
     etcd.change(changes)
     one = candidate(etcd).leader
     pages = 0
-    while not one.is_loaded():
+    while not one.is_loaded() and pages < 9:
         request = one.next_request(Now(1))
         one.answer(etcd.obey(request), Now(1))
         pages += 1
