@@ -465,7 +465,7 @@ class World:
         if link is None or link.closed or self.is_ended(link):
             return
         if key is None:
-            if link.pinged == when:
+            if when is not None and link.pinged == when:
                 self.answer_ping(client, number, link)
             return
         holder = self.daemons[number].holder
@@ -496,6 +496,8 @@ class World:
             daemon.role.ping(done, now)
             if daemon.role.at_once:
                 self.tell(number, *done)
+            else:
+                daemon.role._beat_at = now.boot  # the earliest answer is the most dangerous
         elif what in ("lock", "reclaim"):
             self.obey_request(daemon, number, client, what, now)
         else:
@@ -817,13 +819,13 @@ WORLDS = {
 }
 SOAKED = {
     "a late transaction, for longer": limits(time=8, away=1),
-    "late": limits(time=6, up=1, down=1, away=1),
+    "late": limits(time=5, up=1, down=1, away=1),
     "two late transactions": limits(time=6, away=2, lost=1),
-    "a late message and pings": limits(time=7, up=1, pings=2),
+    "a late message and pings": limits(time=6, up=1, pings=2),
     "resets": limits(time=6, resets=2, pings=2),
-    "orderly ends": limits(time=6, terms=2, resigned=2, away=1, pings=1),
-    "removed, and late": limits(time=6, removed=1, away=1, pings=1),
-    "a clock that stands for a while": limits(time=8, pings=3, stands=4, away=1, graces=(4, 2)),
+    "orderly ends": limits(time=4, terms=2, resigned=2, away=1),
+    "removed, for longer": limits(time=8, removed=1, pings=1),
+    "a clock that stands for a while": limits(time=7, pings=3, stands=3, graces=(4, 2)),
 }
 if SOAK:
     WORLDS.update(SOAKED)
