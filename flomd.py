@@ -3113,6 +3113,7 @@ class Books:
         self.epoch = 0  # of the tokens that this daemon gives; 0 in a world without daemons
         self.last_token = 0
         self.covered = 0  # no daemon will give a token up to this one, see LockTable.cover()
+        self.knows_all = False  # nobody else holds a lock of a daemon before
         self.last_serial = 0
         self.changes = 0  # of those who hold or are queued
         self.new_waits = False  # some may wait for others that they did not wait for before
@@ -3533,7 +3534,7 @@ class Recovery:
         token = request.reclaim
         if token in books.holders:
             return "another has its token"
-        if token > books.last_token and token >> 32 == books.epoch > 0:
+        if token > books.last_token and (books.knows_all or token >> 32 == books.epoch > 0):
             return "its token was never given"
         if token > max(books.last_token, books.covered, latest_token(now)):
             return "its token lies in the future"
@@ -3820,6 +3821,10 @@ class LockTable:
             self._books.new_waits = True
         decisions += self._queues.let_pass(now)
         return decisions
+
+    def know_all(self):
+        """Those who have been restored, and nobody else, hold locks of a daemon before."""
+        self._books.knows_all = True
 
     def cover(self, token: "int"):
         """It is known on disk that tokens up to this one may have been given."""
@@ -10131,6 +10136,8 @@ def make_table(settings, options, disk, name_of):
         known = disk.disown(error)
         table = _empty_table(settings, options, disk, known)
     table.cover(disk.covered())
+    if known.whole:
+        table.know_all()
     return table
 
 
