@@ -7364,6 +7364,15 @@ class Connection:
         self.connections.loop.forget(self.socket)
         self._is_paused = True
 
+    def has_gone(self) -> "bool":
+        """Whether the client has ended its side, and has said nothing before that is not read."""
+        try:
+            return socket.socket.recv(self.socket, 1, socket.MSG_PEEK) == b""  # no step of TLS
+        except WOULD_BLOCK:
+            return False
+        except OSError:
+            return True
+
     def is_held_up(self) -> "bool":
         """Whether something is left to be done when its batch is stored, see resume()."""
         if not self.is_open or self._is_paused or self._wanted is not NO_CALLS:
@@ -8651,9 +8660,17 @@ class Batches:
             if now >= batch.until:
                 batch.until = NEVER
                 self._let_go(batch)
+            elif batch.until == NEVER:
+                self._close_who_has_gone(batch)
         self.stored()
         if self._pending:
             self._loop.after(LOOK_AT_STORE, self._look)
+
+    def _close_who_has_gone(self, batch):
+        """Those who are left in a late batch wait for a grant, and are not read meanwhile."""
+        for connection in batch.connections:
+            if connection.batch is batch and connection.has_gone():
+                self._loop.guarded(nothing, connection.close)
 
     def _let_go(self, batch):
         """Says what need not wait for the disk; new grants alone go on waiting."""

@@ -63,6 +63,9 @@ class Client:
     def is_held_up(self):
         return True
 
+    def has_gone(self):
+        return False
+
     def resume(self):
         if self.batch is None:
             self.resumed += 1

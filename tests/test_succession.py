@@ -859,6 +859,27 @@ def test_with_a_state_dir_nothing_is_told_that_is_not_stored(box):
     box.kill(waiter.pid)
 
 
+HANGS = """
+import os, time
+flomd.LATE = 0.2
+real = flomd._sync
+flomd._sync = lambda number: time.sleep(60) if os.path.exists({0!r}) else real(number)
+"""
+
+
+def test_who_gives_up_while_the_disk_hangs_is_seen(box):
+    """It was told that it waits, and does not keep the daemon from ending."""
+    box.address += ("--state-dir", box.folder)
+    daemon = box.daemon(program=patched(HANGS.format(box.path("hang"))))
+    assert grants(box, "R1") == ""
+    box.write("hang", "")
+    waiter = box.waiter("-r", "R2", *ALONE, "--", "true")
+    box.kill(waiter.pid)
+    wait_until(lambda: not holders(box, "R2"), 5)
+    os.kill(daemon.pid, signal.SIGUSR1)
+    assert daemon.end().status == 0
+
+
 class Disk:
     """A small disk in a place of its own, as the folder `disk` of a box; whatever is to see it is
     started behind `enter`."""
