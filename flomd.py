@@ -5813,9 +5813,9 @@ class Disk:
         self.same_processes = False  # pids that the predecessor has stored mean the same here
         self._network = network
         self._guard = guard
-        self._before = state.epoch  # of all daemons before
-        if guard is not None:
-            self._before = max(state.epoch, guard.epoch)
+        self._last = state  # that of the daemon that has served last
+        if guard is not None and guard.epoch > state.epoch:
+            self._last = guard
         self._journal = Journal(journal_path or os.devnull, state.durable, self._heed,
                                 self._may_rewrite)
         self._boot = boot_id()
@@ -5850,7 +5850,7 @@ class Disk:
             return self._finish_recall({}, False)
         try:
             records = self._journal.load()
-            if records or state.had_journal or self._before > state.epoch:
+            if records or state.had_journal or self._last.epoch > state.epoch:
                 self._check(records)
         except OtherLayout as error:
             self._put_aside(error.args[0])
@@ -5872,7 +5872,7 @@ class Disk:
         if old.layout != LAYOUT:
             raise OtherLayout(old.layout)
         epoch = old.covers >> 32
-        if epoch < self._before:
+        if epoch < self._last.epoch:
             raise Damage("it is older than the state")
         if epoch > LAST_EPOCH:
             raise Damage(f"its epoch, {epoch}, is none")
@@ -5891,7 +5891,7 @@ class Disk:
         return self._finish_recall({}, False, True)
 
     def _finish_recall(self, records, counts, lost=False):
-        before = self._old.boot if counts else self.state.boot
+        before = self._old.boot if counts else self._last.boot
         rebooted = self._rebooted = before != self._boot
         if lost and not before:  # nobody knows; the clients on other hosts are given more time
             rebooted = self._network
@@ -5899,7 +5899,7 @@ class Disk:
         if counts and rebooted and self._network and not self.state.durable:
             unclean = True  # the end of the journal may have been lost with the system
         covered = self._old.covers >> 32
-        self.epoch = max(epoch_of_the_clock(), self._before + 1, covered + 1)
+        self.epoch = max(epoch_of_the_clock(), self._last.epoch + 1, covered + 1)
         self.same_processes = not rebooted and self._old.pidns == self._pidns != ""
         return Known(records, counts and not unclean, unclean, rebooted)
 

@@ -807,20 +807,23 @@ def test_a_journal_of_a_newer_layout_is_put_aside(box):
     assert holder.end().status == 0
 
 
-def test_a_daemon_without_the_state_dir_in_between(box):
-    """As a client may start one while init's is away: what the folder has does not count."""
+@pytest.mark.parametrize("is_booted", [False, True])
+def test_a_daemon_without_the_state_dir_in_between(box, is_booted):
+    """As a client may start one while init's is away: what the folder has does not count, nor the
+    boot of which it is."""
     options = "--state-dir", box.path("kept")
     os.mkdir(options[1])
     box.daemon(*options)
-    restart(box)
+    program = {"program": booted(box)} if is_booted else {}
+    restart(box, **program)
     holder, gate = box.hold("a", "-r", "R1", *ALONE)
     os.kill(holder.pid, signal.SIGSTOP)
-    daemon = restart(box, *options)
+    daemon = restart(box, *options, **program)
     assert daemon.err.count("does not count: it is older than the state") == 1
     assert holders(box, "R1") == [] and report(box)["daemon"]["window"] > 0
     os.kill(holder.pid, signal.SIGCONT)
     wait_until(lambda: holders(box, "R1"))
-    assert "does not count" not in restart(box, *options).err
+    assert "does not count" not in restart(box, *options, **program).err
     gate.open()
     assert holder.end() == (0, "", "")
 
