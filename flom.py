@@ -1383,11 +1383,12 @@ REFUSALS = {  # rc: the error, its text
 def refusal(rc, reason: "str | None", settings: "Settings") -> "LockError":
     """The error for a refusal; the reason stands where its text wants it, with -V at its end.
 
-    Who asks with -o 0 is told who holds the lock: it is all that he gets.
+    Who asks with -o 0 is told who holds the lock, or what else keeps him from it: it is all that
+    he gets.
     """
     error_class, text = REFUSALS[rc]
     reason = reason or ""
-    if rc == BUSY and reason.startswith("held by ") and reason != "held by nobody":
+    if rc == BUSY and reason not in ("", "held by nobody"):
         text += " ({reason})"
     elif settings["Verbose"] and reason and "{reason}" not in text:
         text += ": {reason}"

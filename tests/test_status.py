@@ -674,3 +674,11 @@ def test_check_config_of_the_daemon(box):
         "--tls-private-key and --tls-ca-certificate",
         "flomd: -n: 'nosuch0' is not a network interface of this host"]
     assert box.daemons() == []
+
+
+@pytest.mark.parametrize("reason, told", [
+    ("the daemon cannot store it now", " (the daemon cannot store it now)"),
+    ("held by nobody", ""), ("", ""), (None, "")])
+def test_who_does_not_wait_is_told_what_keeps_him_from_the_lock(reason, told):
+    error = flom.refusal(flom.BUSY, reason, flom.Settings())
+    assert str(error) == f"Resource already locked, the lock cannot be obtained{told}"
