@@ -2410,6 +2410,8 @@ KINDS = {
 # Each point that is left watches one of those for which it waits, the last one, and is looked at
 # again when that one ends: queues end in order of arrival, so that is seldom in vain.
 #
+# A waiter has nobody nested in it: its command has not begun.
+#
 # Not here on purpose: the clock (an interval always comes), waiters that will not wait for ever
 # (they end by themselves, so the reduction leaves them out), and preferences in whom to refuse: it
 # is who asks last.

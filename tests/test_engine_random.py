@@ -354,8 +354,9 @@ class Walk:
         fields = dict(self.draw(name), ident=holder.ident, key=holder.key, under=holder.under)
         what = self.random.choice(["again", "untold", "anew", "never"])
         asks = Ask(dict(fields, session=other, name=name))
-        useless = asks.same(holder) or any(holder.ident in one.parents
-                                           for one in self.model.holders.values())
+        others = [*self.model.holders.values(), *self.model.queue.values()]
+        # a command runs, and makes requests of its own, only under a lock that is held
+        useless = asks.same(holder) or any(holder.ident in one.parents for one in others)
         if what == "never" or what == "anew" and useless:
             self.release(session, True)
             return
