@@ -4088,6 +4088,12 @@ class Session(Identity):
         self.has_more = False  # calls() has not read all that has come
         self._unread = b""
 
+    def forget(self) -> "None":
+        """Nobody speaks with the client any more.  What refers to each other in a circle would
+        stay until Python searches all objects for such circles, and that stalls the daemon."""
+        self.connection = None
+        self.request = None
+
     # What comes in.
 
     def calls(self, data: "bytes") -> "Iterator[tuple]":
@@ -7577,6 +7583,7 @@ class Connection:
             self.socket.close()
         except OSError:
             pass  # it is gone in any case
+        self.session.forget()
 
     # Who the client is.
 
@@ -8726,7 +8733,8 @@ class Server:
         self.checks_ids = bool(connections.tls and settings["TlsCheckPeerId"])
         self.batches = Batches(self.loop, disk, self._take_records, self._give_back)
         self.batches.stored = self._was_stored
-        self._decisions: "Deque[Decision]" = collections.deque()  # to be told at once
+        # to be told at once
+        self._decisions: "Deque[Tuple[Connection, Decision]]" = collections.deque()
         self._is_delivering = False
         self._next_date: "float | None" = None  # of the table
         self._progress = Progress(self)
@@ -8875,7 +8883,7 @@ class Server:
         for decision in decisions:
             connection = decision.session.connection
             if connection is None:
-                continue  # an absent holder
+                continue  # nobody is there to be told
             verdict = decision.verdict
             if verdict in WAITS_FOR_STORE:
                 batch = self.batches.join(connection)
@@ -8883,7 +8891,7 @@ class Server:
                     batch.token = decision.token
             batch = connection.batch
             if batch is None:
-                self._decisions.append(decision)
+                self._decisions.append((connection, decision))
             else:
                 batch.said.append((self._tell, connection, decision))
         if not self.batches.is_due:
@@ -8897,8 +8905,7 @@ class Server:
         """A bug costs the connection of the session that was to be told, and no other decision."""
         self._is_delivering = True
         while self._decisions:
-            decision = self._decisions.popleft()
-            connection = decision.session.connection
+            connection, decision = self._decisions.popleft()
             self.loop.guarded(connection.close, self._tell, connection, decision)
         self._is_delivering = False
 
@@ -8907,8 +8914,9 @@ class Server:
         verdict = decision.verdict
         if self.publisher is not None:
             self.publisher.note(decision)
-        if verdict in (ENQUEUED, BUSY) and decision.reason is None:
-            if "progress" in decision.session.about:
+        session = decision.session
+        if verdict in (ENQUEUED, BUSY) and decision.reason is None and session.request is not None:
+            if "progress" in session.about:
                 decision = self._progress.explained(decision)
         connection.tell(decision)
 

@@ -1,5 +1,6 @@
 """The daemon's loop: what has come is read before what is due is done; what a bug costs."""
 import contextlib
+import os
 import signal
 import socket
 
@@ -296,3 +297,35 @@ def test_the_turn_in_which_the_loop_is_stopped_comes_to_its_end(pairs):
     pairs.loop.after(0, stop)
     pairs.loop.run()
     assert called == ["end"]
+
+
+LEFT = """
+import gc, os, signal
+
+def tell(number, frame):
+    kinds = (flomd.Connection, flomd.Session, flomd.Request)
+    left = sum(isinstance(one, kinds) for one in gc.get_objects())
+    with open(PATH + ".new", "w") as file:
+        file.write(str(left))
+    os.rename(PATH + ".new", PATH)
+
+gc.disable()
+signal.signal(signal.SIGUSR2, tell)
+"""
+
+
+def test_what_has_ended_leaves_no_circles(box):
+    """Without them Python frees it at once, and never stops the daemon to search for them."""
+    path = box.path("left")
+    daemon = box.daemon(program=patched(f"PATH = {path!r}\n" + LEFT))
+    for number in range(40):
+        with connect(box) as holder, connect(box) as waiter, connect(box) as silent:
+            send_lock(holder, number)
+            assert answer(holder)["rc"] == "0"
+            send_lock(waiter, number)
+            assert answer(waiter)["rc"] in "04"
+            assert silent.socket.fileno() > 0
+    assert box.run("-d", "0", "--", "true").status == 0  # they have been seen to end
+    daemon.send_signal(signal.SIGUSR2)
+    wait_until(lambda: os.path.exists(path))
+    assert int(read(path)) < 10
