@@ -425,6 +425,7 @@ def crowd(number):
     return world
 
 
+@pytest.mark.in_time
 @pytest.mark.skipif(not NEWEST, reason="the limit is for the newest interpreters")
 def test_many_holders_are_restored_quickly():
     number = 10000 * SCALE
@@ -438,6 +439,7 @@ def test_many_holders_are_restored_quickly():
     assert min(spent) <= 0.4 * SCALE, spent
 
 
+@pytest.mark.in_time
 @pytest.mark.skipif(not NEWEST, reason="the limit is for the newest interpreters")
 def test_records_are_made_quickly():
     """Of a grant and an end, by FLoM's client: 10 us."""
