@@ -12,7 +12,7 @@ from engine_world import (MICRO, MODES, VERDICTS, Ledger, World, belongs_to, has
                           kind, size)
 from world import COUNT, SEED
 
-WALKS, STEPS = 100 * COUNT.rounds, 50
+WALKS, STEPS = 70 * COUNT.rounds, 50
 SESSIONS = 20
 GROUPS = [["R"], ["Q"], ["n[2]"], ["n[4]"], ["A.B.A"], ["/t", "/t/a", "/t/a/x", "/t/b"],
           ["/u", "/u/a"], ["_s_x[2]"], ["_S_x[2]"], ["_t_%S[2]"], ["_t_#f[9]"]]
