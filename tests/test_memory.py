@@ -409,7 +409,7 @@ def check_successor(world, stored, told, asked):
 # What it costs
 
 SCALE = 10 if SOAK else 1
-NEWEST = sys.version_info >= (3, 11)
+NEWEST = sys.version_info >= (3, 13)
 
 
 def crowd(number):

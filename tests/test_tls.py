@@ -13,7 +13,7 @@ import flomd
 import pytest
 from certificates import Certificates, TlsClient
 from commands import driven
-from fakes import (END, LOCK, MANAGEMENT, PEER, UNLOCK, FlomClient, b64, message,
+from fakes import (END, LOCK, MANAGEMENT, PEER, PING, UNLOCK, FlomClient, b64, message,
                    read_message)
 from world import Box, can_connect, endpoint, free_port, read, wait_until
 
@@ -104,6 +104,8 @@ def test_an_unlock_of_one_that_has_gone_counts(tls, certificates):
     tls.daemon()
     name = b64("_S_n[1]")
     client = TlsClient(*endpoint(tls.bare), certificates.context())
+    client.socket.sendall(message(PING, 8))
+    assert client.receive()  # what it has not read at its end, of the handshake too, would reset it
     client.socket.sendall(
         message(LOCK, 8, f'<session peerid="{PEER}"/><resource name="{name}" wait="0" create="1" '
                          'lifespan="60000"/>'))
