@@ -459,14 +459,15 @@ _TIME = r"""
 class Time(Type):
     """A time: ms, as in FLoM, or a number with a unit.  `special`: what -1 and 0 mean, if told."""
 
-    def __init__(self, least, special=""):
+    def __init__(self, least, special="", greatest=MOST):
         super().__init__("MS", f"a time (5000, 5s, 1m{special})")
         self.least = least
+        self.greatest = greatest
 
     def read(self, text):
         value = self.meaning(self._milliseconds(text))
-        if not self.least <= value <= MOST:
-            raise ValueError(f"from {self.least} to {MOST} ms")
+        if not self.least <= value <= self.greatest:
+            raise ValueError(f"from {self.least} to {self.greatest} ms")
         return value
 
     def meaning(self, milliseconds):
@@ -542,6 +543,34 @@ class Signal(Text):
 
     def write(self, value):
         return signal_names()[value]
+
+
+class Urls(Text):
+    """The members of an etcd cluster, as one text: a comma between two."""
+    blanks_count = False
+
+    def read(self, text):
+        for url in super().read(text).split(","):
+            if not _compiled(_URL).fullmatch(url):
+                raise ValueError(self.expected)
+        return text
+
+
+_URL = r"""
+    https?://
+    (?: [A-Za-z0-9._-]+ | \[ [0-9A-Fa-f:.]+ (?: %[A-Za-z0-9._-]+ )? \] )  # the host
+    (?: : [0-9]{1,5} )?
+"""
+
+
+class Prefix(Text):
+    """How the keys in an etcd cluster begin."""
+    blanks_count = False
+
+    def read(self, text):
+        if not re.fullmatch("/([!-.0-~]+/)+", super().read(text)):
+            raise ValueError(self.expected)
+        return text
 
 
 class Octal(Type):
@@ -708,6 +737,29 @@ SETTINGS = [
             default=False, users=BOTH, help="obey any host"),
     Setting("Daemon", "MaxResources", long="max-resources", type=Number(1, MOST),
             default=1000000, users=DAEMON, help="limit of resources"),
+    Setting("Quorum", "EtcdUrls", long="etcd",
+            type=Urls("URL,...", "http or https URLs without user, path and query, such as "
+                      "http://10.0.0.1:2379, with commas between them"),
+            default=None, users=DAEMON, help="members of the cluster that decides who serves"),
+    Setting("Quorum", "EtcdPrefix", long="etcd-prefix",
+            type=Prefix("/flom/NAME/", "the beginning of keys, such as /flom/NAME/"),
+            default=None, users=DAEMON, help="of its keys there"),
+    Setting("Quorum", "EtcdState", long="etcd-state", type=FILE,
+            default=None, users=DAEMON, help="where it notes which cluster it is"),
+    Setting("Quorum", "EtcdUser", long="etcd-user", type=Text("NAME", "a name"),
+            default=None, users=DAEMON, help="who it is there"),
+    Setting("Quorum", "EtcdPasswordFile", long="etcd-password-file", type=FILE,
+            default=None, users=DAEMON, help="file with the password"),
+    Setting("Quorum", "EtcdCa", long="etcd-ca", type=FILE,
+            default=None, users=DAEMON, help="PEM file of its CA"),
+    Setting("Quorum", "EtcdCertificate", long="etcd-certificate", type=FILE,
+            default=None, users=DAEMON, help="PEM file of a certificate for it"),
+    Setting("Quorum", "EtcdPrivateKey", long="etcd-private-key", type=FILE,
+            default=None, users=DAEMON, help="PEM file of its key"),
+    Setting("Quorum", "EtcdTtl", long="etcd-ttl", type=Time(5000, greatest=60000),
+            default=10000, users=DAEMON, help="ms until another daemon takes over"),
+    Setting("Quorum", "EtcdCompact", long="etcd-compact", type=FLAG, switch=True,
+            default=False, users=DAEMON, help="compact etcd, which is flom's alone"),
     Setting("Monitor", "OnLockLoss", long="on-lock-loss", type=Words("warn", "term", "ignore"),
             default="warn", users=CLIENT, help="warn, term or ignore"),
     Setting("Monitor", "KillAfter", long="kill-after", type=Time(0),

@@ -468,14 +468,15 @@ _TIME = r"""
 class Time(Type):
     """A time: ms, as in FLoM, or a number with a unit.  `special`: what -1 and 0 mean, if told."""
 
-    def __init__(self, least, special=""):
+    def __init__(self, least, special="", greatest=MOST):
         super().__init__("MS", f"a time (5000, 5s, 1m{special})")
         self.least = least
+        self.greatest = greatest
 
     def read(self, text):
         value = self.meaning(self._milliseconds(text))
-        if not self.least <= value <= MOST:
-            raise ValueError(f"from {self.least} to {MOST} ms")
+        if not self.least <= value <= self.greatest:
+            raise ValueError(f"from {self.least} to {self.greatest} ms")
         return value
 
     def meaning(self, milliseconds):
@@ -551,6 +552,34 @@ class Signal(Text):
 
     def write(self, value):
         return signal_names()[value]
+
+
+class Urls(Text):
+    """The members of an etcd cluster, as one text: a comma between two."""
+    blanks_count = False
+
+    def read(self, text):
+        for url in super().read(text).split(","):
+            if not _compiled(_URL).fullmatch(url):
+                raise ValueError(self.expected)
+        return text
+
+
+_URL = r"""
+    https?://
+    (?: [A-Za-z0-9._-]+ | \[ [0-9A-Fa-f:.]+ (?: %[A-Za-z0-9._-]+ )? \] )  # the host
+    (?: : [0-9]{1,5} )?
+"""
+
+
+class Prefix(Text):
+    """How the keys in an etcd cluster begin."""
+    blanks_count = False
+
+    def read(self, text):
+        if not re.fullmatch("/([!-.0-~]+/)+", super().read(text)):
+            raise ValueError(self.expected)
+        return text
 
 
 class Octal(Type):
@@ -717,6 +746,29 @@ SETTINGS = [
             default=False, users=BOTH, help="obey any host"),
     Setting("Daemon", "MaxResources", long="max-resources", type=Number(1, MOST),
             default=1000000, users=DAEMON, help="limit of resources"),
+    Setting("Quorum", "EtcdUrls", long="etcd",
+            type=Urls("URL,...", "http or https URLs without user, path and query, such as "
+                      "http://10.0.0.1:2379, with commas between them"),
+            default=None, users=DAEMON, help="members of the cluster that decides who serves"),
+    Setting("Quorum", "EtcdPrefix", long="etcd-prefix",
+            type=Prefix("/flom/NAME/", "the beginning of keys, such as /flom/NAME/"),
+            default=None, users=DAEMON, help="of its keys there"),
+    Setting("Quorum", "EtcdState", long="etcd-state", type=FILE,
+            default=None, users=DAEMON, help="where it notes which cluster it is"),
+    Setting("Quorum", "EtcdUser", long="etcd-user", type=Text("NAME", "a name"),
+            default=None, users=DAEMON, help="who it is there"),
+    Setting("Quorum", "EtcdPasswordFile", long="etcd-password-file", type=FILE,
+            default=None, users=DAEMON, help="file with the password"),
+    Setting("Quorum", "EtcdCa", long="etcd-ca", type=FILE,
+            default=None, users=DAEMON, help="PEM file of its CA"),
+    Setting("Quorum", "EtcdCertificate", long="etcd-certificate", type=FILE,
+            default=None, users=DAEMON, help="PEM file of a certificate for it"),
+    Setting("Quorum", "EtcdPrivateKey", long="etcd-private-key", type=FILE,
+            default=None, users=DAEMON, help="PEM file of its key"),
+    Setting("Quorum", "EtcdTtl", long="etcd-ttl", type=Time(5000, greatest=60000),
+            default=10000, users=DAEMON, help="ms until another daemon takes over"),
+    Setting("Quorum", "EtcdCompact", long="etcd-compact", type=FLAG, switch=True,
+            default=False, users=DAEMON, help="compact etcd, which is flom's alone"),
     Setting("Monitor", "OnLockLoss", long="on-lock-loss", type=Words("warn", "term", "ignore"),
             default="warn", users=CLIENT, help="warn, term or ignore"),
     Setting("Monitor", "KillAfter", long="kill-after", type=Time(0),
@@ -8059,10 +8111,15 @@ def _on_interface(address, interface):
     return host, port, flow, scope
 
 
+def has_inherited_sockets() -> "bool":
+    """Whether an init system hands sockets over to this process."""
+    return os.environ.get("LISTEN_PID") == str(os.getpid())
+
+
 def inherited_sockets():
     """Yields the listening sockets that an init system hands over (sd_listen_fds(3)), if any.
     Raises CannotServe for a descriptor that is no listening socket."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+    if not has_inherited_sockets():
         return
     count = os.environ.get("LISTEN_FDS", "")
     if not re.fullmatch("[0-9]{1,4}", count, re.ASCII):
@@ -9920,7 +9977,8 @@ def read_options(arguments: "list") -> "types.SimpleNamespace":
     """
     options = types.SimpleNamespace(
         foreground=False, config_file=None, no_files=False, check_config=False, pid_file=None,
-        metrics=None, log=None, log_level="info", max_clients=None, max_waiters=None, given={})
+        metrics=None, log=None, log_level="info", max_clients=None, max_waiters=None,
+        etcd_new_cluster=False, given={})
     words = make_parser(options).parse(arguments)
     if words:
         raise UsageError(f"{words[0]!r} is not an option")
@@ -9951,6 +10009,8 @@ def make_parser(options: "types.SimpleNamespace") -> "Parser":
     keep("log-level", level, "what to log, info by default")
     keep("max-clients", LIMIT_OF_OBJECTS, "limit of connections")
     keep("max-waiters", LIMIT_OF_OBJECTS, "limit of waiting requests")
+    parser.add(group, ["--etcd-new-cluster"], "take the etcd cluster for the right one",
+               switching(options, "etcd_new_cluster"))
     add_settings(parser, DAEMON, options.given)
     return parser
 
@@ -9977,6 +10037,71 @@ def check_announced(settings: "Settings") -> "None":
     if settings["MulticastAddress"] and is_loopback(address):
         raise UsageError(f"{settings.origins['UnicastAddress']}: {address!r} is not an address "
                          "that the other hosts of a group can reach")
+
+
+# A quorum is init's: its daemons serve at fixed addresses, and their memory lies in etcd.
+NOT_WITH_ETCD = {  # and why
+    "SocketName": "a quorum serves other hosts",
+    "StateDir": "the memory is kept in etcd",
+    "RecoveryWindow": "the memory is kept in etcd",
+}
+WANTED_WITH_ETCD = ("EtcdPrefix", "UnicastAddress")
+PAIRS_FOR_ETCD = (("EtcdUser", "EtcdPasswordFile"), ("EtcdCertificate", "EtcdPrivateKey"))
+
+
+def check_quorum(settings: "Settings") -> "None":
+    """Raises UsageError for settings that --etcd excludes or needs, and those that need it."""
+    if not settings["EtcdUrls"]:
+        _check_no_quorum(settings)
+        return
+    origins = settings.origins
+    urls = origins["EtcdUrls"]
+    if has_inherited_sockets():
+        settings.wrong(f"{urls}: not together with LISTEN_FDS: a candidate does not listen")
+    for key, why in NOT_WITH_ETCD.items():
+        if settings[key] is not None:
+            settings.wrong(f"{origins[key]}: not together with {urls}: {why}")
+    for key in WANTED_WITH_ETCD:
+        if settings[key] is None:
+            settings.wrong(f"{urls}: wants {_option_of(key)}")
+    for pair in PAIRS_FOR_ETCD:
+        given = [key for key in pair if settings[key]]
+        if len(given) == 1:
+            first, second = map(_option_of, pair)
+            settings.wrong(f"{origins[given[0]]}: {first} and {second} want each other")
+    if settings["UnicastAddress"]:
+        _check_own_address(settings)
+
+
+def _check_no_quorum(settings):
+    for setting in SETTINGS:
+        if setting.group == "Quorum" and setting.key in settings.origins:
+            settings.wrong(f"{settings.origins[setting.key]}: wants --etcd")
+
+
+def _option_of(key):
+    """The long option of a setting."""
+    for setting in SETTINGS:
+        if setting.key == key:
+            return f"--{setting.long}"
+    raise KeyError(key)
+
+
+def _check_own_address(settings):
+    """Others find this daemon at its address, and at no other."""
+    address = settings["UnicastAddress"]
+    origin = settings.origins["UnicastAddress"]
+    if "," in address:
+        settings.wrong(f"{origin}: {address!r} is not the one address at which this host serves")
+    elif _is_wildcard(address):
+        settings.wrong(f"{origin}: {address!r} is not an address at which others find this host")
+
+
+def _is_wildcard(address):
+    import ipaddress
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(address).is_unspecified
+    return False
 
 
 def is_loopback(host) -> "bool":
@@ -10390,7 +10515,7 @@ def check_configuration(options):
     examined = Examined(Lifespan=-1)
     fill_settings(examined, options)
     check_rules(examined, DAEMON)
-    examined.examine(check_announced, interface_index, tls_context)
+    examined.examine(check_announced, check_quorum, interface_index, tls_context)
     return examined.report("flomd")
 
 
@@ -10409,6 +10534,7 @@ def run(arguments):
         settings.fix_paths()
         check_rules(settings, DAEMON)
         check_announced(settings)
+        check_quorum(settings)
         return serve(settings, options)
     except CannotServe as error:
         complain(error)

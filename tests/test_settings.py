@@ -91,6 +91,11 @@ BAD = [(key, text) for keys, texts in (
     (("Quantity", "DiscoveryTTL", "TcpKeepaliveTime", "MaxResources"), ("5s", "1m")),
     (("Policy", "OnLockLoss", "Deadlock"), ("", "x", "Fair", "fair ")),
     (("UnicastAddress", "TlsCertificate", "StateDir"), ("",)),
+    (("EtcdUrls",), ("", "h", "h:2379", "ftp://h", "http://", "http://h/", "http://h?x",
+                     "http://u:p@h", "http://u@h:1", "http://h,", ",http://h", "http://::1:2379",
+                     "http://[::1", "http://h:x", "http://h#x", "http://h, http://i")),
+    (("EtcdPrefix",), ("", "/", "//", "flom/", "/flom", "/flom//x/", "/a b/", "/\xe9/")),
+    (("EtcdTtl",), ("4999", "61s", "x", "-1")),
     (("Name", "SocketName", "UnicastAddress", "NetworkInterface", "CommandTraceFile", "StateDir",
       "TlsCertificate"), ("/a\0b",)),
 ) for key in keys for text in texts]
@@ -211,7 +216,10 @@ def an_example(setting):
         return "no" if setting.default else "yes"
     if isinstance(setting.type, flom.Words):
         return setting.type.words[1]
-    examples = {flom.Path: "x", flom.Text: "x", flom.ResourceName: "R1", flom.Mode: "PR",
+    if setting.key == "EtcdTtl":
+        return "9s"
+    examples = {flom.Urls: "http://h:1,https://[::1]:2", flom.Prefix: "/flom/x/",
+                flom.Path: "x", flom.Text: "x", flom.ResourceName: "R1", flom.Mode: "PR",
                 flom.SocketPath: "/tmp/x", flom.Signal: "SIGTERM", flom.Octal: "0600"}
     return examples.get(type(setting.type), "9")
 
@@ -248,6 +256,8 @@ def test_the_documented_keys_are_there():
         "Daemon": "SocketName Lifespan UnicastAddress UnicastPort MulticastAddress MulticastPort "
                   "MountPointVFS SocketMode Policy RecoveryWindow StateDir AllowRemoteShutdown "
                   "MaxResources",
+        "Quorum": "EtcdUrls EtcdPrefix EtcdState EtcdUser EtcdPasswordFile EtcdCa "
+                  "EtcdCertificate EtcdPrivateKey EtcdTtl EtcdCompact",
         "Monitor": "IgnoredSignals OnLockLoss KillAfter Deadlock Quiet Progress SetEnv "
                    "ElementArgument MinHold BusyStatus",
         "Network": "NetworkInterface DiscoveryAttempts DiscoveryTimeout DiscoveryTTL "
