@@ -232,6 +232,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if {"boxes", "box", "hosts"} & set(item.fixturenames):
             item.add_marker(pytest.mark.processes)
+        if item.get_closest_marker("etcd") and os.environ.get("FLOM_ETCD") != "1":
+            item.add_marker(pytest.mark.skip(reason="`tox -e etcd` runs it"))
     if config.flom_is_between:
         dropped = [item for item in items if item.get_closest_marker("processes")]
         config.hook.pytest_deselected(items=dropped)

@@ -19,6 +19,13 @@ SET_UP = ("ip link set lo up && ip link set eth0 addrgenmode none && ip link set
           "ip addr add fd00::{n}/64 dev eth0 nodad && ip addr add fe80::{n}/64 dev eth0 nodad && "
           "ip route add 224.0.0.0/4 dev eth0")
 
+# A second network of the first hosts, in which only services talk to each other.
+BACKBONE = "ip link add name back type bridge mcast_snooping 0 && ip link set back up"
+BACK_CABLE = ("ip link add back{n} type veth peer name eth1 netns {pid} && "
+              "ip link set back{n} master back up")
+BACK_SET_UP = ("ip link set eth1 addrgenmode none && ip link set eth1 up && "
+               "ip addr add 10.78.0.{n}/24 dev eth1")
+
 
 class Unavailable(Exception):
     """This machine, or this user, cannot have network namespaces."""
@@ -46,6 +53,13 @@ class Network:
             self._do(pid, SET_UP.format(n=n))
             self.pids.append(pid)
 
+    def add_backbone(self, size):
+        """The hosts 1 to `size` get a second cable, into a network that the others are not in."""
+        self._do(self.bridge, BACKBONE)
+        for n, pid in enumerate(self.pids[:size], 1):
+            self._do(self.bridge, BACK_CABLE.format(n=n, pid=pid))
+            self._do(pid, BACK_SET_UP.format(n=n))
+
     def _keep(self, unshare):
         """Starts the keeper of a new namespace and returns its pid."""
         keeper = subprocess.Popen(unshare + ["sh", "-c", "echo; exec cat"], stdin=subprocess.PIPE,
@@ -70,12 +84,12 @@ class Network:
         if done.returncode:
             raise Unavailable(f"{script}: {said}")
 
-    def cut(self, n):
-        """Unplugs host n (1, 2, …)."""
-        self._do(self.bridge, f"ip link set port{n} down")
+    def cut(self, n, cable="port"):
+        """Unplugs host n (1, 2, …); `back` is its cable into the backbone."""
+        self._do(self.bridge, f"ip link set {cable}{n} down")
 
-    def heal(self, n):
-        self._do(self.bridge, f"ip link set port{n} up")
+    def heal(self, n, cable="port"):
+        self._do(self.bridge, f"ip link set {cable}{n} up")
 
     def close(self):
         for keeper in reversed(self.keepers):

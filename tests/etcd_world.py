@@ -1,0 +1,289 @@
+"""Three hosts with a member of etcd and a flomd each, and two hosts of clients.
+
+The members talk to each other, and the daemons to them, over a network of their own (10.78.0.n),
+so that a daemon can be cut off from etcd and not from its clients (10.77.0.n).  Whether something
+is ready is asked, of etcdctl and of the daemons.
+"""
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+from etcd_load import check, read_runs, serves_after
+from world import FLOM, PYTHON, ROOT, SEED, has_ended, read, wait_until
+
+HOSTS, CLIENT_HOSTS = 3, 2
+TTL = 5  # s, the least that flomd takes
+PREFIX = "/flom/test/"
+TOKEN = f"flom-{os.getpid()}"
+LOAD = os.path.join(ROOT, "tests", "etcd_load.py")
+HEARTBEAT, ELECTION = 100, 1000  # ms
+
+
+def missing():
+    """The programs of etcd that are not in PATH."""
+    return [program for program in ("etcd", "etcdctl") if not shutil.which(program)]
+
+
+class Member:
+    """A member of etcd on a host."""
+
+    def __init__(self, host, urls):
+        self.host, self.number = host, host.number
+        self.data, self.urls = host.path("etcd"), urls
+        self.process = None
+
+    def address(self, port):
+        return f"http://10.78.0.{self.number}:{port}"
+
+    def start(self):
+        peers = ",".join(f"m{n}=http://10.78.0.{n}:2380" for n in range(1, HOSTS + 1))
+        self.process = self.host.start(
+            "etcd", "--name", f"m{self.number}", "--data-dir", self.data,
+            "--listen-client-urls", self.address(2379),
+            "--advertise-client-urls", self.address(2379),
+            "--listen-peer-urls", self.address(2380),
+            "--initial-advertise-peer-urls", self.address(2380),
+            "--initial-cluster", peers, "--initial-cluster-token", TOKEN,
+            "--heartbeat-interval", str(HEARTBEAT), "--election-timeout", str(ELECTION),
+            "--logger", "zap", "--log-level", "error")
+        self.host.foreground.append(self.process)
+
+    def kill(self):
+        end_process(self.process)
+
+    def wipe(self):
+        shutil.rmtree(self.data)
+
+    def ask(self, *words):
+        """What etcdctl, asked on this host, says of this member; None when it fails."""
+        command = self.host.prefix + ["etcdctl", "--endpoints", self.address(2379),
+                                      "--dial-timeout=1s", "--command-timeout=2s", *words]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, env=self.host.environment())
+        return None if done.returncode else done.stdout.decode()
+
+    def is_healthy(self):
+        """Whether it answers what takes a quorum."""
+        return self.ask("get", PREFIX + "leader", "--keys-only") is not None
+
+    def leads(self):
+        """Whether it is the leader of the cluster of etcd."""
+        said = self.ask("endpoint", "status", "-w", "json")
+        if not said:
+            return False
+        status = json.loads(said)[0]["Status"]
+        return status.get("leader") == status["header"]["member_id"]
+
+
+def end_process(process):
+    """Ends a process that the tests started, also one that is stopped."""
+    if process is not None and process.poll() is None:
+        process.kill()
+        process.wait(timeout=10)
+
+
+class World:
+    """All of it.  Members and daemons have the numbers of their hosts, 1 to 3."""
+
+    def __init__(self, hosts, options=()):
+        self.hosts, self.options = hosts[:HOSTS], list(options)
+        self.client_hosts, self.network = hosts[HOSTS:], hosts[0].network
+        self.network.add_backbone(HOSTS)
+        self.urls = ",".join(f"http://10.78.0.{n}:2379" for n in range(1, HOSTS + 1))
+        self.members = {host.number: Member(host, self.urls) for host in self.hosts}
+        self.daemons, self.load, self.log = {}, [], hosts[0].path("load")
+        self.stopped = set()
+
+    # Members and daemons
+
+    def start_etcd(self):
+        for member in self.members.values():
+            member.start()
+
+    def await_etcd(self, seconds=30):
+        wait_until(lambda: all(member.is_healthy() for member in self.members.values()), seconds)
+
+    def etcd_leader(self):
+        """The number of the member that leads."""
+        def found():
+            return [n for n, member in self.members.items()
+                    if member.process.poll() is None and member.leads()]
+        return wait_until(found, 20)[0]
+
+    def start_daemon(self, number, *options):
+        host = self.hosts[number - 1]
+        self.daemons[number] = host.flomd(
+            "-f", "--no-files", "-a", host.ipv4, "--etcd", self.urls, "--etcd-prefix", PREFIX,
+            "--etcd-ttl", f"{TTL}s", "--etcd-state", host.path("cluster"), *self.options,
+            *options)
+        host.foreground.append(self.daemons[number])
+        return self.daemons[number]
+
+    def kill_daemon(self, number):
+        end_process(self.daemons[number])
+
+    def start_daemons(self, *options):
+        for number in self.members:
+            self.start_daemon(number, *options)
+
+    def start(self):
+        """Everything, until a daemon leads."""
+        self.start_etcd()
+        self.await_etcd()
+        self.start_daemons()
+        return self.await_leader()
+
+    def record(self):
+        """The leader record, by any member that answers; {} where there is none."""
+        for member in self.members.values():
+            said = member.ask("get", PREFIX + "leader", "--print-value-only")
+            if said is not None:
+                return json.loads(said) if said.strip() else {}
+        return {}
+
+    def leader(self):
+        """The number of the daemon that the record names; 0: none."""
+        record = self.record()
+        for host in self.hosts:
+            if record.get("term") and host.ipv4 in record.get("address", ""):
+                return host.number
+        return 0
+
+    def await_leader(self, seconds=20):
+        """The number of a daemon that leads and lives."""
+        def found():
+            number = self.leader()
+            lives = number in self.daemons and self.daemons[number].poll() is None
+            return number if lives else 0
+        try:
+            return wait_until(found, seconds)
+        except AssertionError:
+            raise AssertionError(f"nobody leads; the daemons say:\n{self.said()}")
+
+    def said(self):
+        """What the daemons have said, for a test that fails."""
+        return "\n".join(f"--- {host.ipv4}\n{read(process.paths[1])}" for host in self.hosts
+                         for process in host.processes if "--etcd" in process.args)
+
+    # Faults
+
+    def signal(self, process, number):
+        process.send_signal(number)
+        if number == signal.SIGSTOP:
+            self.stopped.add(process)
+        else:
+            self.stopped.discard(process)
+
+    def cut(self, number, *cables):
+        for cable in cables:
+            self.network.cut(number, cable)
+
+    def heal(self, number, *cables):
+        for cable in cables:
+            self.network.heal(number, cable)
+
+    # The load
+
+    def start_load(self, clients):
+        """Half of the clients on each client host; a third process asks who serves."""
+        addresses = ",".join(host.ipv4 for host in self.hosts)
+        each = clients // len(self.client_hosts)
+        for host, name in zip(self.client_hosts, "ab"):
+            self._start_load(host, "drive", self.log, FLOM, addresses, str(each), name, SEED)
+        self._start_load(self.client_hosts[0], "probe", self.log, addresses)
+
+    def _start_load(self, host, *words):
+        self.load.append(host.start(*PYTHON, LOAD, *words, stdin=subprocess.PIPE))
+
+    def lines(self):
+        """The whole lines of the load's log so far."""
+        return read(self.log).rpartition("\n")[0].splitlines() if os.path.exists(self.log) else []
+
+    def keep(self):
+        """From now on no command ends by itself."""
+        open(f"{self.log}.keep", "w").close()
+
+    def let_go(self):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self.log}.keep")
+
+    def found(self):
+        """What the checker finds in the log so far."""
+        return check(self.lines())
+
+    def running_commands(self):
+        """The runs whose command has begun and whose flom has not ended."""
+        return [run for run in read_runs(self.lines())[0] if run.begun and run.left is None]
+
+    def await_service(self, moment, seconds=60):
+        """s from the moment until a probe that was sent later was answered."""
+        def found():
+            time_to = serves_after(self.found(), moment)
+            return None if time_to is None else (time_to,)
+        try:
+            return wait_until(found, seconds)[0]
+        except AssertionError:
+            raise AssertionError(f"nobody serves for {seconds} s:\n{self.said()}")
+
+    def await_everybody(self, moment, seconds=30):
+        """s from the moment until each lock was granted to somebody who asked or waited then."""
+        def found():
+            begun = {}
+            for line in self.lines():
+                word, _, *middle, told = line.split()
+                if word == "begin" and float(told) >= moment:
+                    begun.setdefault(middle[0], float(told))
+            return len(begun) == 3 and (max(begun.values()) - moment,)
+        return wait_until(found, seconds)[0]
+
+    def end_load(self, seconds=150):
+        """Lets all clients have their turn, and returns what the checker found."""
+        self.let_go()
+        for process in self.load:
+            process.stdin.close()
+        deadline = time.monotonic() + seconds
+        for process in self.load:
+            process.wait(timeout=max(1, deadline - time.monotonic()))
+        self.load = []
+        return self.found()
+
+    def errors(self):
+        """What the clients have said on stderr, each line once with its number."""
+        path = f"{self.log}.err"
+        counted = {}
+        for line in read(path).splitlines() if os.path.exists(path) else []:
+            counted[line] = counted.get(line, 0) + 1
+        return counted
+
+    # The end
+
+    def close(self):
+        """Ends all that was started, however far it got."""
+        for process in list(self.stopped):
+            if process.poll() is None:
+                self.signal(process, signal.SIGCONT)
+        self.let_go()
+        for process in self.load:  # the clients are left to the drivers' end
+            if process.stdin and not process.stdin.closed:
+                process.stdin.close()
+        for host in self.client_hosts:
+            self._end_all(host)
+        for daemon in self.daemons.values():
+            end_process(daemon)
+        for member in self.members.values():
+            end_process(member.process)
+
+    def _end_all(self, host):
+        """Ends whatever runs on a host of clients, also what it goes on to start."""
+        def none_left():
+            left = [pid for pid in host.running() if not has_ended(pid)]
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            return not left
+        if self.load:
+            wait_until(none_left, 20)
