@@ -111,9 +111,10 @@ def flags(text):
     return {f"-{name}" for name in re.findall(r"\bFl (-?[A-Za-z][\w-]*)", text)}
 
 
-def test_there_are_five_pages():
+def test_there_are_these_pages():
     names = [os.path.basename(path) for path in PAGES]
-    assert names == ["flom-protocol.7", "flom-semantics.7", "flom.1", "flom.conf.5", "flomd.8"]
+    assert names == ["flom-protocol.7", "flom-safety.7", "flom-semantics.7", "flom.1",
+                     "flom.conf.5", "flomd.8"]
 
 
 @pytest.mark.parametrize("name, program", [("flom.1", "flom"), ("flomd.8", "flomd")])
@@ -189,6 +190,18 @@ def test_the_semantics_page_has_all_intervals():
                       section(page("flom-semantics.7"), "TIMESTAMPS"), re.MULTILINE)
     known = [tokens for tokens, _ in [*flomd.FRACTIONS, *flomd.CONVERSIONS]]
     assert " ".join(rows).split() == " ".join(known).split()
+
+
+def test_the_safety_page_tells_the_times_of_a_quorum():
+    """The worst case: nothing is heard any more just before the leader stops."""
+    text, ttl, kill = page("flom-safety.7"), 10, 5
+    times, grace = flomd.Times(1000 * ttl), flomd.grace_for(1000 * ttl, 1000 * kill) / 1000
+    term = grace - kill - 1
+    assert f"{term:.0f} seconds and KILL\nafter {term + kill:.0f}." in text
+    assert f"for {grace:.0f} seconds from its\nclaim" in text
+    worst = [times.lead, ttl, times.lead + term, times.lead + term + kill, ttl + grace]
+    told = re.findall(r"^\.It (\d+) s$", section(text, "A QUORUM"), re.MULTILINE)
+    assert [int(second) for second in told] == worst
 
 
 @pytest.mark.processes

@@ -11,14 +11,16 @@ import re
 import shutil
 
 import flom
+import flomd
 import pytest
 from world import (FLOM_PY, FLOMD_PY, PYTHON, ROOT, comm, free_port, is_busy, read,
                    wait_until)
 
 README = read(os.path.join(ROOT, "README.md"))
+CLIENTS_OF_A_QUORUM = os.path.join(ROOT, "contrib/examples/etcd/flom.conf")
 Block = collections.namedtuple("Block", "language text")
 STAND_INS = ("backup.sh on-slot vacuum read write simulate start-tool print-invoice open-ticket "
-             "archive deploy.sh nightly-report curl dump").split()
+             "archive deploy.sh nightly-report curl dump apt-get").split()
 SH = "#!/bin/sh\n"
 PRINTS = SH + 'echo "$(basename "$0")" "$@" >>{log}\n'
 REMOTE = SH + 'case $1 in\n{cases}esac\nshift\n{do}\n'
@@ -379,10 +381,12 @@ def test_the_table_of_statuses():
 
 def test_the_settings_that_prose_names():
     """Lengths of time that are promised."""
-    assert flom.RECOVERY_WINDOW == 2000
     defaults = {setting.key: setting.default for setting in flom.SETTINGS}
-    assert [defaults[f"TcpKeepalive{key}"] for key in ("Time", "Probes", "Intvl")] == [60, 6, 10]
-    assert "(60 s + 6 × 10 s)" in README and defaults["KillAfter"] == 5000
+    keepalive = [defaults[f"TcpKeepalive{key}"] for key in ("Time", "Probes", "Intvl")]
+    assert keepalive == [60, 6, 10] and "for 120 s" in README
+    assert defaults["KillAfter"] == 5000 and "KILL 5 s later" in README
+    grace = flomd.grace_for(10000, defaults["KillAfter"]) // 1000
+    assert f"\n  {grace} s, the command cannot be killed" in README
 
 
 def test_the_examples_of_the_docstring(hosts):
