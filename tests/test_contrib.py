@@ -653,12 +653,15 @@ def unit(name):
     return keys
 
 
+UNITS = ("flomd.service", "flomd-quorum.service", "flomd.socket")
+
+
 @pytest.fixture
 def units(box, service):
     """Copies of the units, with a program that is there."""
     os.mkdir(box.path("units"))
     paths = []
-    for name in ("flomd.service", "flomd.socket"):
+    for name in UNITS:
         text = read(contrib("systemd", name)).replace("/usr/local/bin/flomd", service.program)
         paths.append(box.write(f"units/{name}", text))
     return paths
@@ -670,9 +673,11 @@ def test_systemd_verifies_the_units(box, units):
     assert done == (0, "", "")
 
 
-def test_the_service_is_hardened(box, units):
+@pytest.mark.parametrize("number", [0, 1], ids=UNITS[:2])
+def test_the_service_is_hardened(box, units, number):
     need("systemd-analyze")
-    done = box.start("systemd-analyze", "security", "--offline=true", "--no-pager", units[0]).end()
+    done = box.start("systemd-analyze", "security", "--offline=true", "--no-pager",
+                     units[number]).end()
     if "unrecognized option" in done.err or "Unknown" in done.err:
         pytest.skip("this systemd-analyze cannot judge a unit offline")
     assert float(re.search(r"exposure level for \S+: ([\d.]+)", done.out).group(1)) <= 2.0
@@ -696,6 +701,25 @@ def test_the_service_tells_systemd_when_it_is_ready(box, service):
         daemon.terminate()
         assert systemd.recv(4096) == b"STOPPING=1" and daemon.end().status == 0
     os.unlink(path)
+
+
+@pytest.mark.parametrize("here", ["10.77.0.1", "10.77.0.3"])
+def test_the_service_of_a_quorum(box, service, here):
+    """Its options, as /etc/default/flomd-quorum gives them, are accepted as they are."""
+    keys = unit("flomd-quorum.service")
+    assert keys["Type"] == ["notify"] and keys["Restart"] == ["always"]
+    assert keys["StateDirectory"] == ["flomd"]
+    text = read(contrib("examples", "etcd", "flomd-quorum")).replace("HERE", here)
+    options = re.search('^FLOMD_OPTIONS="(.*)"$', text, re.MULTILINE).group(1)
+    words = service.words(keys["ExecStart"][0].replace("$FLOMD_OPTIONS", options))
+    assert box.start(*words, "--check-config").end() == (0, "", "")
+    assert f"-a {here} " in options
+    told = re.search("^ETCD_INITIAL_CLUSTER=(.*)$", read(contrib("examples", "etcd", "etcd")),
+                     re.MULTILINE).group(1)
+    members = [member.split("=", 1) for member in told.split(",")]
+    assert [f"http://{name}:2380" for name, _ in members] == [url for _, url in members]
+    urls = re.search(r"--etcd (\S+)", options).group(1).split(",")
+    assert urls == [f"http://{name}:2379" for name, _ in members]
 
 
 def test_the_service_is_started_by_its_socket(box, service):
@@ -730,6 +754,7 @@ def test_sysusers_and_tmpfiles(box):
 
 def test_the_daemon_outlives_the_lifespan_that_keeps_clients_from_starting_one():
     """/etc/flom.conf has Lifespan=0 for clients, and the daemon reads that file, too."""
-    for name in ("systemd/flomd.service", "sysvinit/flomd", "openrc/flomd", "runit/flomd/run"):
+    for name in ("systemd/flomd.service", "systemd/flomd-quorum.service", "sysvinit/flomd",
+                 "openrc/flomd", "runit/flomd/run"):
         text = re.sub("#.*", "", read(contrib(*name.split("/"))))
         assert re.search(r'[ "]-d -1 ', text)

@@ -37,7 +37,10 @@ SYSTEMCTL = SH + """\
 echo systemctl "$@" >>{log}
 case $1 in enable) test -f {folder}/etc/systemd/system/"$3" ;; esac
 """
-SYSUSERS = SH + "grep '^u flom ' {folder}/etc/sysusers.d/*.conf >>{log}\n"
+SYSUSERS = SH + """\
+[ "$*" = - ] || exec <{folder}/etc/sysusers.d/flomd.conf
+grep '^u flom ' >>{log}
+"""
 
 
 def blocks():
@@ -263,6 +266,46 @@ def test_the_systemd_service(box, texts):
     assert "forbids starting one" in done(box, client, status=99).err
     done(box, f"usr/local/bin/flomd -s {box.folder}/run/flom/socket")
     assert done(box, client).out == "x\n"
+
+
+@runs("apt-get install -y etcd-server")
+def test_a_host_of_a_quorum(box, texts):
+    """What it installs; tests/test_etcd_real.py runs it with three hosts."""
+    furnish(box)
+    bring(box)
+    text = block(*texts).text
+    assert len(text.splitlines()) == 8
+    for folder in ("usr/local/bin", "etc/systemd/system", "etc/default"):
+        os.makedirs(box.path(folder))
+    for prefix in ("/usr/local/", "/etc/"):
+        text = text.replace(prefix, box.folder + prefix)
+    done(box, text)
+    events = box.events()
+    assert events[2].startswith("u flom ") and [events[0], events[1], events[3]] == [
+        "apt-get install -y etcd-server python3", "systemctl restart --no-block etcd",
+        "systemctl enable --now flomd-quorum.service"]
+    for name in ("etcd", "flomd-quorum"):
+        told = re.sub("(?m)^#.*", "", read(box.path(f"etc/default/{name}")))
+        assert "HERE" not in told and {"10.77.0.1", "10.77.0.2", "10.77.0.3"} == set(
+            re.findall(r"\d+\.\d+\.\d+\.\d+", told))
+    service = read(box.path("etc/systemd/system/flomd-quorum.service"))
+    assert "ExecStart=/usr/local/bin/flomd " in service and os.path.exists(
+        box.path("usr/local/bin/flomd"))
+    assert "EnvironmentFile=/etc/default/flomd-quorum\n" in service
+
+
+@runs("[Daemon]\nUnicastAddress=10.77.0.1", "flom -r backup -- backup.sh\n")
+def test_the_clients_of_a_quorum(box, texts):
+    """One of the addresses has a daemon: they find it, and start none when it has gone."""
+    furnish(box)
+    file, commands = (block(text).text for text in texts)
+    assert file == re.sub("(?m)^#.*\n", "", read(CLIENTS_OF_A_QUORUM)).strip()
+    port = f"UnicastPort={free_port()}\n"
+    box.write(".flom", file.replace("10.77.0.", "127.0.0.").replace("[Mon", port + "[Mon") + "\n")
+    assert "-d 0 forbids" in done(box, "flom -- true", status=99).err
+    done(box, "flomd -d -1 -a 127.0.0.2")
+    assert done(box, commands).out.startswith("memory: ")
+    assert box.events() == ["backup.sh"]
 
 
 @runs("import flom", "lock = flom.Lock")
