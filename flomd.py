@@ -1613,6 +1613,7 @@ class Request:
     proof = None  # see proof_of(): who knows the client's key may reclaim the lock
     origin = None  # the process or host that asks: a lock without a key comes back only there
     life = 0  # 1: the lock ends with the process that asks
+    kill = 0  # ms after TERM at which its command is killed
     local = False  # it was asked for on a local socket
     pid = None  # of the process that asks, as the system tells
     uid = None  # of its user, as the system tells
@@ -4153,7 +4154,7 @@ class Session(Identity):
 
             ("lock", Request), ("unlock", committed), ("status", the client's name and version),
             ("shutdown", immediate), ("evict", (id, what the client says of itself)),
-            ("send", bytes that answer it)
+            ("ping", None), ("pong", None)
 
         Raises ProtocolError, perhaps after some calls.
         """
@@ -4211,6 +4212,7 @@ class Session(Identity):
         if key:
             request.proof = proof_of(key)
         request.life = about.get("life", 0)
+        request.kill = about.get("kill", 0)
         request.ident = plain(about.get("id", ""))  # as reports show it
         parents = plain(about.get("parent", "")).split(",")
         request.parents = tuple(ident for ident in parents[:MOST_PARENTS] if ident)
@@ -4240,10 +4242,10 @@ class Session(Identity):
         return "shutdown", immediate == 1
 
     def _ping(self, elements):
-        return "send", encode(PING, 16)
+        return "ping", None
 
     def _pong(self, elements):
-        return "send", b""
+        return "pong", None
 
     _ANYBODYS = {(LOCK, 8): _lock, (MANAGEMENT, 8): _management, (PING, 8): _ping,
                  (PING, 16): _pong}
@@ -4311,13 +4313,16 @@ class Session(Identity):
     heads: "Dict[int, str]" = {}  # of an answer, by its step
     first_to_ours = ""  # the head of a first answer to a client of ours
     short_answers: "Dict[tuple, bytes]" = {}  # (step, verdict): an answer without an element
+    pong = encode(PING, 16)
 
     @classmethod
-    def introduce(cls, peer_id: "str", daemon_id: "str") -> "None":
-        """Prepares the answers: `peer_id` is that of this host, `daemon_id` of this daemon."""
+    def introduce(cls, peer_id: "str", daemon_id: "str", ping: "int | None" = None) -> "None":
+        """Prepares the answers: `peer_id` is that of this host, `daemon_id` of this daemon; `ping`
+        (ms) is the time between two pings of a client, None where no pings are wanted."""
         first, later = [encode(LOCK, step)[:-len(END)].decode() for step in (16, 24)]
         cls.heads = {16: first + element("session", ("peerid", peer_id)), 24: later}
-        cls.first_to_ours = first + element("session", ("peerid", peer_id), ("daemon", daemon_id))
+        session = element("session", ("peerid", peer_id), ("daemon", daemon_id), ("ping", ping))
+        cls.first_to_ours = first + session
         cls.short_answers = {}
         for verdict in (OK, ENQUEUED, WAIT_RESOURCE, BUSY, CANT_WAIT, IMPOSSIBLE, INVALID_NAME):
             for step, head in cls.heads.items():
@@ -4958,6 +4963,7 @@ PID_NAMESPACE = "/proc/self/ns/pid"
 STATE_FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 PRIVATE, SHARED = 0o600, 0o666  # permissions
 IN_FILE, SYNCED, NOT_KEPT = "file", "synced", "none"  # kinds of stores
+IN_ETCD = "etcd"  # the kind of a quorum's: see Quorum
 JOURNAL_HEAD = f"flomd journal {LAYOUT}\n".encode()
 PORTION = 1000  # records that a rewrite takes from the table at once
 LEAST_REWRITTEN = 2 ** 20  # bytes of a journal that is never too long
@@ -5855,7 +5861,7 @@ class Disk:
     that is another one.  The order of calls: recall(), perhaps disown(), begin(), start(), and
     then the rest.
 
-    kind       "file", "synced" or "none": how batches are stored
+    kind       "file", "synced" or "none": how batches are stored; another store has "etcd"
     failing    why no batch can be stored now, "" when it can
     epoch      the upper half of the greatest token that may be told before cover() is called
     marked     the mark is set
@@ -6054,6 +6060,33 @@ class Disk:
             done()
             return True
         return self._journal.commit(records, done)
+
+    # What a quorum has to wait for, this store never has.
+
+    def confirm(self, done: "Act") -> "None":
+        """done() is called when what is told now, and stores nothing, may be told."""
+        done()
+
+    def ping(self, done: "Act") -> "None":
+        """As confirm(), for the answer to a ping, which may wait a little longer."""
+        done()
+
+    def may_tell(self) -> "bool":
+        """Whether a grant, or the answer to a ping, may be told at this instant."""
+        return True
+
+    def away(self, now: "Moment") -> "float":
+        """s for which the store has not answered."""
+        return 0.0
+
+    def ping_for(self) -> "int | None":
+        """ms between two pings that clients are to send; None: none."""
+        return None
+
+    def grace_for(self, kill: "int") -> "int | None":
+        """ms for which a lock is kept for an absent client that kills its command `kill` ms after
+        TERM; None where that is not for the store to say."""
+        return None
 
     def mark(self, held: "bool") -> "bool":
         """Somebody is about to hold a lock that the journal does not know, or nobody does any
@@ -8795,6 +8828,7 @@ class Server:
         self._is_delivering = False
         self._next_date: "float | None" = None  # of the table
         self._progress = Progress(self)
+        self._pings = Pings(disk)
         self.orders = Orders(self, settings, log, connections, life)
         self.absences = Absences(self, settings, log)
         connections.serve(self._calls(), self.gone)
@@ -8809,7 +8843,8 @@ class Server:
             "status": self._status,
             "shutdown": orders.shutdown,
             "evict": orders.evict,
-            "send": self._send,
+            "ping": self._pings.answer,
+            "pong": self._ignore,
         }
         if not self.checks_ids:
             return calls
@@ -8880,6 +8915,8 @@ class Server:
         """ms for which the lock will be kept when its client has lost this daemon, -1: as long as
         its process lives; None where nobody would know of it."""
         disk = self.disk
+        if disk.kind == IN_ETCD:
+            return disk.grace_for(request.kill)
         if disk.kind == NOT_KEPT or disk.failing:
             return None
         if self.absences.can_watch(request) and request.life:
@@ -8928,8 +8965,8 @@ class Server:
         return max(0, round(left * 1000))
 
     @staticmethod
-    def _send(connection, data):
-        connection.send(data)
+    def _ignore(connection, _):
+        """A client may say so, and it means nothing."""
 
     # Decisions.
 
@@ -9129,6 +9166,51 @@ class Server:
         for grant in self.batches.untold_grants():
             if grant.session.ours:
                 self.table.gone(grant.session, now)
+
+
+MOST_PONGS = 1000  # at once, to one client, which sends one ping at a time
+
+
+class Pings:
+    """Answers the pings of clients.
+
+    In a quorum the answer says that nobody else led when the ping came, so it waits for the store.
+    To a client that neither has nor wants a lock it says only that all before it is done: the end
+    of its lock was stored before this ping was read.
+    """
+
+    def __init__(self, disk: "Disk"):
+        self._disk = disk
+        # connection: its pings that have come while the store was asked for the one before
+        self._asked: "Dict[Connection, int]" = {}
+
+    def answer(self, connection: "Connection", _: "object") -> "None":
+        """A client has sent a ping.  However many it sends, the store is asked for one at a
+        time."""
+        if connection.session.state is FREE:
+            self._tell(connection)
+        elif connection in self._asked:
+            self._asked[connection] += 1
+        else:
+            self._ask(connection, 1)
+
+    def _ask(self, connection, number):
+        """Asks the store for so many pings, which have all come by now."""
+        self._asked[connection] = 0
+        done = functools.partial(self._confirmed, connection, number)
+        self._disk.ping(done)
+
+    def _confirmed(self, connection, number):
+        more = self._asked.pop(connection)
+        if not connection.is_open:
+            return
+        if more:
+            self._ask(connection, more)
+        self._tell(connection, number)
+
+    def _tell(self, connection, number=1):
+        if self._disk.may_tell() and not connection.closing:
+            connection.send(Session.pong * min(number, MOST_PONGS))
 
 
 # Absent holders.
@@ -10412,7 +10494,7 @@ def prepare(settings, options, log):
         connections = Connections(Loop(log), log, settings, options.max_clients)
         table = make_table(settings, options, disk, connections.users.name)
         disk.begin(lambda: everything(table))
-        Session.introduce(machine_id(), pair[1])
+        Session.introduce(machine_id(), pair[1], disk.ping_for())
         daemon = Daemon(settings, log, pair, disk, table, connections)
         undo.callback(daemon.hide)
         Signals(daemon)  # before it listens: TERM then removes the socket

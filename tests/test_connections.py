@@ -269,9 +269,6 @@ def test_a_look_at_another_daemon_ends(links, monkeypatch):
 
 # The end of a client
 
-PONG = flomd.encode(flomd.PING, 16)
-
-
 def ping(number=8):
     return message(PING, number)
 
@@ -281,11 +278,11 @@ class Answering:
 
     def __init__(self, links):
         self.seen = []
-        links.connections.serve({"send": self.send}, lambda connection: self.seen.append("end"))
+        links.connections.serve({"ping": self.ping}, lambda connection: self.seen.append("end"))
 
-    def send(self, connection, data):
-        self.seen.append(data)
-        connection.send(data)
+    def ping(self, connection, _):
+        self.seen.append("ping")
+        connection.send(flomd.Session.pong)
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -299,7 +296,7 @@ def test_what_one_that_has_gone_said_before_is_done(links, left):
     client.close()
     for _ in range(3):
         links.turn()
-    assert server.seen == [PONG, PONG, "end"] and not connection.is_open
+    assert server.seen == ["ping", "ping", "end"] and not connection.is_open
     connection.send(b"x")  # nothing happens any more
     assert not links.log.lines
 
@@ -316,7 +313,7 @@ def test_who_takes_nothing_more_is_told_and_has_a_time_to_end(links, monkeypatch
     links.loop.after(0.1, links.loop.stop)
     links.loop.run()
     links.loop._stopped = False
-    assert server.seen == [PONG, "end"] and not connection.is_open
+    assert server.seen == ["ping", "end"] and not connection.is_open
 
 
 # While a connection has a batch
@@ -326,12 +323,12 @@ class Waiting:
 
     def __init__(self, links):
         self.links, self.seen = links, []
-        links.connections.serve({"send": self.send}, self.gone)
+        calls = {"ping": self.ping, "pong": lambda *_: self.seen.append("pong")}
+        links.connections.serve(calls, self.gone)
 
-    def send(self, connection, data):
-        self.seen.append(data)
-        if data:
-            connection.batch = self
+    def ping(self, connection, _):
+        self.seen.append("ping")
+        connection.batch = self
 
     def gone(self, connection):
         self.seen.append("end")
@@ -350,9 +347,9 @@ def test_messages_that_came_together_wait_for_each_other(links, waiting):
     connection, client = links.connect()
     client.send(ping() + ping(16) + ping())
     links.turn()
-    assert waiting.seen == [PONG]
+    assert waiting.seen == ["ping"]
     waiting.store(connection)
-    assert waiting.seen == [PONG, b"", PONG]
+    assert waiting.seen == ["ping", "pong", "ping"]
 
 
 def test_who_waits_is_not_read_and_the_loop_does_not_spin(links, waiting, monkeypatch):
@@ -367,11 +364,11 @@ def test_who_waits_is_not_read_and_the_loop_does_not_spin(links, waiting, monkey
     client.shutdown(socket.SHUT_WR)
     for _ in range(5):
         links.turn()
-    assert waiting.seen == [PONG] and len(called) <= 1
+    assert waiting.seen == ["ping"] and len(called) <= 1
     waiting.store(connection)
     for _ in range(3):
         links.turn()
-    assert waiting.seen == [PONG, b"", "end"] and not connection.is_open
+    assert waiting.seen == ["ping", "pong", "end"] and not connection.is_open
 
 
 def test_the_end_is_seen_when_it_is_stored(links, waiting):
@@ -379,7 +376,7 @@ def test_the_end_is_seen_when_it_is_stored(links, waiting):
     client.send(ping())
     links.turn()
     connection.close("why")
-    assert waiting.seen == [PONG, "end"] and connection not in links.connections.open
+    assert waiting.seen == ["ping", "end"] and connection not in links.connections.open
     with pytest.raises(BlockingIOError):
         client.recv(1)
     waiting.store(connection)
@@ -393,7 +390,7 @@ def test_what_has_gone_wrong_ends_the_connection_when_it_goes_on(links, waiting)
     links.turn()
     assert connection.is_open
     waiting.store(connection)
-    assert not connection.is_open and waiting.seen == [PONG, "end"]
+    assert not connection.is_open and waiting.seen == ["ping", "end"]
 
 
 def test_who_waits_again_is_not_read(links, waiting):
@@ -401,11 +398,11 @@ def test_who_waits_again_is_not_read(links, waiting):
     client.send(ping() + ping() + ping(16))
     links.turn()
     connection.resume()  # another batch has something of it
-    assert waiting.seen == [PONG]
+    assert waiting.seen == ["ping"]
     waiting.store(connection)
-    assert waiting.seen == [PONG, PONG] and connection.batch is waiting
+    assert waiting.seen == ["ping", "ping"] and connection.batch is waiting
     waiting.store(connection)
-    assert waiting.seen == [PONG, PONG, b""]
+    assert waiting.seen == ["ping", "ping", "pong"]
 
 
 def test_what_a_slow_reader_did_not_take_before_it_waited_is_not_lost(links, waiting):
@@ -420,7 +417,7 @@ def test_what_a_slow_reader_did_not_take_before_it_waited_is_not_lost(links, wai
     assert connection.output
     links.turn()
     waiting.store(connection)
-    assert read_all(links, client) == told and waiting.seen == [PONG, b""]
+    assert read_all(links, client) == told and waiting.seen == ["ping", "pong"]
 
 
 def test_one_that_cannot_be_watched_again_is_closed(links, waiting, monkeypatch):

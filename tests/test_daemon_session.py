@@ -80,8 +80,8 @@ class Hub:
             self.apply(self.table.request(detail, self.clock))
         elif call == "unlock":
             self.apply(self.table.release(link.session, detail, self.clock))
-        elif call == "send":
-            link.heard.append(detail.decode())
+        elif call == "ping":
+            link.heard.append(flomd.Session.pong.decode())
 
     def apply(self, decisions):
         for decision in decisions:

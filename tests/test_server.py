@@ -26,7 +26,7 @@ class Client:
     peer = "10.77.0.2:50190"
     surplus = False
     on_grant = None  # what a grant is to do to it
-    finished = False
+    finished = closing = False
     batch = None
 
     def __init__(self, world):
@@ -119,6 +119,15 @@ class Disk:
         _, done = self.given.pop(number)
         done()
 
+    def confirm(self, done):
+        done()
+
+    def ping(self, done):
+        done()
+
+    def may_tell(self):
+        return True
+
     def mark(self, held):
         self.marks.append(held)
         if self.can_mark:
@@ -139,7 +148,7 @@ class World:
         settings = dict(SETTINGS, TlsCheckPeerId=False, Policy="fair", AllowRemoteShutdown=False)
         self.connections = flomd.Connections(self.loop, self.log, settings, 10 ** 6)
         self.table = self.make_table()
-        self.disk = Disk(later)
+        self.disk = self.make_disk(later)
         self.used = []
         life = types.SimpleNamespace(was_used=lambda: self.used.append(1), rest=lambda: None)
         self.server = flomd.Server(settings, self.log, self.connections, self.table, self.disk,
@@ -148,6 +157,9 @@ class World:
     @staticmethod
     def make_table():
         return flomd.LockTable()
+
+    def make_disk(self, later):
+        return Disk(later)
 
     def client(self):
         return Client(self)
