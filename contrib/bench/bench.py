@@ -3,14 +3,16 @@
 
     bench.py [--quick] [--python PATH]... [--only NAME]...
 
-Names: cycle waiters hold memory start discovery idle others.  A thing and its yardstick are
+Names: cycle waiters hold memory etcd start discovery idle others.  A thing and its yardstick are
 measured in turn, A B A B; a ratio is the median of those of the pairs, so that it means something
 on a busy machine, where the absolute figures mean little.  Everything is kept in a folder of its
 own below /tmp and has ended and gone when the table is complete.
 """
 import argparse
 import atexit
+import base64
 import collections
+import json
 import os
 import shutil
 import signal
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
@@ -71,7 +74,9 @@ def sync(_):
     os.write(syncs, b".")
 os.fdatasync = os.fsync = sync
 """  # and the file at the path has a byte for each sync
-NAMES = "cycle waiters hold memory start discovery idle others".split()
+NAMES = "cycle waiters hold memory etcd start discovery idle others".split()
+
+ETCD_PREFIX = "/flom/bench/"
 
 Row = collections.namedtuple("Row", "what value yardstick ratio target ok")
 
@@ -131,10 +136,14 @@ class Bench:
     def daemon(self, python, bare=False, change="", options=(), path=""):
         """A flomd, or the yardstick, that accepts connections: (process, path of its socket).
         `change`: statements that change the system for it; `path`: where there is a journal
-        to be read."""
+        to be read, or HOST:PORT."""
         path = path or os.path.join(tempfile.mkdtemp(dir=self.folder), "s")
+        address = ["-s", path]
+        if not path.startswith("/"):
+            host, _, port = path.rpartition(":")
+            address = ["-a", host, "-p", port]
         argv = [os.path.join(HERE, "bare.py"), path] if bare else [
-            *flomd_after(change), "-f", "--no-files", "-s", path, *options]
+            *flomd_after(change), "-f", "--no-files", *address, *options]
         process = self.start([python] + argv)
         until(lambda: process.poll() is not None or accepts(path))
         if process.poll() is not None:
@@ -209,8 +218,19 @@ def until(predicate, seconds=30):
 
 
 def accepts(path):
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        return probe.connect_ex(path) == 0
+    """Whether somebody listens at the path of a socket, or at HOST:PORT."""
+    family, address = socket.AF_UNIX, path
+    if not path.startswith("/"):
+        host, _, port = path.rpartition(":")
+        family, address = socket.AF_INET, (host, int(port))
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(address) == 0
+
+
+def free_port():
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def most_files():
@@ -413,6 +433,68 @@ def measure_restore(bench, python):
         spent = statistics.median(value - nothing for value, nothing in pairs)
         bench.note(f"{size} holders restored: s computed", f"{spent:.2f}", "", "", f"≤ {target}",
                    spent <= target)
+
+
+def measure_etcd(bench, python):
+    """What it costs that the memory is in etcd: a cluster of one member on this host, so that a
+    round trip is short.  Transactions are counted by the record of the leader."""
+    if not shutil.which("etcd"):
+        return bench.skip("cycles with --etcd", "no etcd in PATH")
+    if processor_time(os.getpid()) is None:
+        return bench.skip("cycles with --etcd", "the system does not tell")
+    member, url = start_etcd(bench)
+    kept = bench.daemon(python, change="pass", path=f"127.0.0.1:{free_port()}", options=(
+        "--etcd", url, "--etcd-prefix", ETCD_PREFIX, "--etcd-state", bench.path("cluster")))
+    without = bench.daemon(python, change=NO_JOURNAL, path=f"127.0.0.1:{free_port()}", options=(
+        "--state-dir", tempfile.mkdtemp(dir=bench.folder)))
+
+    def run(process, address):
+        """(µs of a cycle, µs computed, cycles for each transaction)"""
+        before, counted = processor_time(process.pid), transactions(url)
+        figures = bench.figures("cycle", address, clients, bench.seconds, whose)
+        cycles, made = int(figures["cycles"]), transactions(url) - counted
+        spent = processor_time(process.pid) - before
+        return 1e6 * bench.seconds / cycles, 1e6 * spent / cycles, cycles / max(1, made)
+
+    for clients, whose in ((1, "own"), (64, "own"), (64, "same")):
+        title = "1 client" if clients == 1 else f"{clients} clients {whose}"
+        pairs = in_turn(bench.rounds, lambda: run(*kept), lambda: run(*without))
+        for number, what in enumerate(("µs a cycle", "µs computed in a cycle")):
+            bench.compare(f"{title}: {what}, --etcd against no journal",
+                          [(one[number], other[number]) for one, other in pairs], None, "{:.1f}")
+        found = statistics.median(one[2] for one, _ in pairs)
+        least = {(1, "own"): 0.45, (64, "own"): 10}.get((clients, whose), 0)  # 2, and beats
+        bench.note(f"{title}: cycles a transaction", f"{found:.2f}", "", "",
+                   f"≥ {least}" if least else "", found >= least)
+    for process in (kept[0], without[0], member):
+        bench.end(process)
+
+
+def start_etcd(bench):
+    """A cluster of one member that answers: (process, its URL)."""
+    url, peer = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
+    member = bench.start([
+        "etcd", "--name", "m1", "--data-dir", bench.path("etcd"), "--listen-client-urls", url,
+        "--advertise-client-urls", url, "--listen-peer-urls", peer,
+        "--initial-advertise-peer-urls", peer, "--initial-cluster", f"m1={peer}"])
+
+    def answers():
+        try:
+            return transactions(url) == 0
+        except OSError:
+            return False
+    until(answers)
+    return member, url
+
+
+def transactions(url):
+    """How many the leader has made so far, by its record; 0: there is none."""
+    key = base64.b64encode(f"{ETCD_PREFIX}leader".encode()).decode()
+    question = json.dumps({"key": key}).encode()
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(f"{url}/v3/kv/range", question, 5) as answer:
+        found = json.loads(answer.read().decode()).get("kvs")
+    return json.loads(base64.b64decode(found[0]["value"]).decode())["n"] if found else 0
 
 
 def install(bench, python):

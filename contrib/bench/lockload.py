@@ -1,8 +1,9 @@
 """lockload.c in Python, for a machine without a C compiler: same arguments, same figures.
 
-    python3 lockload.py cycle|waiters|hold SOCKET N [SECONDS] [same|own]
+    python3 lockload.py cycle|waiters|hold ADDRESS N [SECONDS] [same|own]
 
-It takes more of the machine than the daemon does, so ratios come out nearer to 1 than they are.
+The address is the path of a socket, or HOST:PORT.  It takes more of the machine than the daemon
+does, so ratios come out nearer to 1 than they are.
 """
 import base64
 import collections
@@ -27,8 +28,13 @@ class Client:
     def connect(self, path):
         """Connects and asks for the lock."""
         self.begun, self.queued = time.perf_counter(), False
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.connect(path)
+        if path.startswith("/"):
+            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.socket.connect(path)
+        else:
+            host, _, port = path.rpartition(":")
+            self.socket = socket.create_connection((host, int(port)))
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.send(LOCK.format(self.number, self.name).encode())
 
     def granted(self):
