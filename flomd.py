@@ -3724,12 +3724,13 @@ class Restoration:
         self._values.add(pair)
 
     def finish(self, now):
-        """Sees to the resources that nobody holds: they are idle."""
+        """Sees to the resources that nobody holds: they are idle.  Yields after each."""
         self.catalogue.forgotten = self._forgotten
         self.catalogue.changed = Changes()
         for resource in list(self.table.resources.values()):
             if not resource.holders:
                 self.queues.look_again(resource, now)
+                yield
 
 
 def latest_token(now):
@@ -4789,9 +4790,8 @@ def restore(records: "Dict[str, str]", make_table: "Callable[[], LockTable]", no
     Raises BrokenMemory where the records cannot all be true.
     """
     table = make_table()
-    reader = _Reader(table, now, rebooted, name_of)
-    with _believing():
-        reader.read(records)
+    for _ in restoring(records, table, now, rebooted, name_of):
+        pass
     if rebooted:
         for session, holder in list(table.absent.items()):
             if holder.local:
@@ -4800,20 +4800,33 @@ def restore(records: "Dict[str, str]", make_table: "Callable[[], LockTable]", no
     return table
 
 
+def restoring(records: "Dict[str, str]", table: "LockTable", now: "Moment", rebooted: "bool",
+              name_of: "Callable[[int], str]", moved: "bool" = False) -> "Iterator[None]":
+    """Takes the records into an empty table and yields after each, so that others can do something
+    in between.  Nothing in the table is to be believed before the end.  Raises BrokenMemory.
+    moved: they were made on another host, whose clocks are not these: what is idle is idle since
+    now."""
+    reader = _Reader(table, now, rebooted, name_of, moved)
+    with _believing():
+        yield from reader.read(records)
+
+
 _pairs = re.compile('([a-z]+)="([^"<>]*)"').findall
 
 
 class _Reader:
     """Takes records into an empty table."""
 
-    def __init__(self, table, now, rebooted, name_of):
+    def __init__(self, table, now, rebooted, name_of, moved):
         self._restoration = table.restoration()
         self._now = now
         self._rebooted = rebooted
+        self._moved = moved
         self._name_of = name_of
 
     def read(self, records):
-        """Takes all records of the predecessor in their order: resources, values, holders."""
+        """Takes all records of the predecessor in their order: resources, values, holders; yields
+        after each."""
         places: "dict" = collections.defaultdict(dict)
         holders = []
         for key, text in records.items():
@@ -4826,12 +4839,15 @@ class _Reader:
                 holders.append((int(key[len(OF_HOLDER):], 16), text))
             elif key != OF_DAEMON:
                 raise ValueError("an unknown key")
+            yield
         for name, values in places.items():
             self._restoration.add_values(decode_name(name), values)
+            yield
         holders.sort()
         for token, text in holders:
             self._restoration.add_holder(self._holder(token, text))
-        self._restoration.finish(self._now)
+            yield
+        yield from self._restoration.finish(self._now)
 
     def _moment(self, found):
         """(s since this boot, s since 1970) of the moment that a record names, never later than
@@ -4841,7 +4857,9 @@ class _Reader:
         if boot - boot != 0 or wall - wall != 0:
             raise ValueError("no moment")  # infinite, or no number
         now = self._now
-        if self._rebooted:
+        if self._moved:
+            boot = now.boot
+        elif self._rebooted:
             boot = now.boot - (now.wall - wall)
         return min(boot, now.boot), wall
 
@@ -7011,6 +7029,9 @@ def _size(key, text):
 # left are the first of the next turn, and the system is asked again only when none is left: so
 # everybody is served in turn.
 #
+# Whoever may be late by waking up, and must then do nothing else before, looks first in each turn:
+# see look_first().
+#
 # A bug costs one connection.  Each handler and each act is called by guarded(), which logs the
 # traceback and closes what the handler was for.  What cannot be closed, such as a listener, rests
 # for PAUSE s: its event would come again at once.
@@ -7074,6 +7095,7 @@ class Loop:
         self._heap: "List[Tuple[float, int, Act]]" = []
         self._serial = itertools.count()
         self._last: "List[Act]" = []  # to be called at the end of this turn
+        self._look: "Act" = nothing
 
     def run(self):
         """Handles what comes and calls what is due, until stop()."""
@@ -7092,6 +7114,11 @@ class Loop:
     def stop(self):
         """From now on no handler is called; run() comes to its end with this turn."""
         self._stopped = True
+
+    def look_first(self, act: "Act") -> "None":
+        """act() is called in each turn as soon as `now` is known, before any event is handled.  It
+        has no guard: a bug in it ends run(), since without it nothing may be done."""
+        self._look = act
 
     def guarded(self, close: "Act", act: "Callable", *arguments) -> "bool":
         """Calls act(*arguments), and returns whether it came to its end.  A bug in it is logged,
@@ -7188,6 +7215,7 @@ class Loop:
             self._events.extend(found)
         any_came = len(self._events) > 0
         self.now = Moment()
+        self._look()
         until = self.now.mono + TURN
         while self._events and not self._stopped:
             key, events = self._events.popleft()
@@ -8036,6 +8064,51 @@ class Listener:
         self._socket.close()
 
 
+class TermListener(Listener):
+    """The address of a daemon of a quorum, which listens only while it leads.  It has the address
+    from its start to its end, so nobody else can serve there meanwhile: a socket that is bound and
+    does not listen refuses clients, and keeps others away as long as SO_REUSEADDR is not set.
+    That is set again before it listens: of its former clients the system remembers the port for a
+    minute, and would not let it."""
+
+    def _listen(self, bound):
+        """Not yet."""
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+        self._socket = Accepting(bound)
+        self._socket.setblocking(False)
+
+    def begin(self, welcome: "Callable") -> "None":
+        """Listens; welcome(socket, peer) is called for each client that arrives.  Raises
+        CannotServe."""
+        self._welcome = welcome
+        with serving(f"cannot listen on {self.label}"):
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._socket.listen(BACKLOG)
+            self._loop.watch(self._socket, self.handle)
+
+    def close(self) -> "None":
+        """Stops listening, and keeps the address.  Who has not been accepted is reset."""
+        self._loop.cancel(self._resume)
+        self._loop.forget(self._socket)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:  # another system than Linux: it must let the address go for an instant
+            self._bind_anew()
+
+    def _bind_anew(self):
+        bound = socket.socket(self._socket.family, socket.SOCK_STREAM)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.close()
+        with serving(f"cannot keep {self.label}", bound):
+            bound.bind(self.address)
+        self._listen(bound)
+
+    def leave(self) -> "None":
+        """Lets the address go, for ever."""
+        self._socket.close()
+
+
 class LocalListener(Listener):
     """A UNIX socket of the daemon's own.  A cleaner of /tmp may remove it, and another daemon may
     then be at its path: look() is called every LOOK s.  `mode` is its permissions, `guard` the
@@ -8120,6 +8193,14 @@ def _remove_stale(path):
 
 
 def tcp_socket(host: "str", port: "int", interface: "str | None") -> "socket.socket":
+    """A listening TCP socket, see bound_socket().  Raises CannotServe."""
+    bound = bound_socket(host, port, interface)
+    with serving(f"cannot listen on {host} port {port}", bound):
+        bound.listen(BACKLOG)
+    return bound
+
+
+def bound_socket(host: "str", port: "int", interface: "str | None") -> "socket.socket":
     """A bound TCP socket at host and port (0: any port); a link-local address is that of the
     interface.  Raises CannotServe."""
     failure = f"cannot listen on {host} port {port}"
@@ -8132,7 +8213,6 @@ def tcp_socket(host: "str", port: "int", interface: "str | None") -> "socket.soc
     with serving(failure, bound):
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-        bound.listen(BACKLOG)
     return bound
 
 

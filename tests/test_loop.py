@@ -288,6 +288,33 @@ def test_what_belongs_to_a_turn_is_done_at_its_end_once(pairs):
     assert flomd.Moment().mono - begun < 10 and len(pairs.log.lines) == 1
 
 
+def test_who_looks_first_sees_the_present_of_the_turn_before_its_events(pairs):
+    loop, seen = pairs.loop, []
+    pairs.add(lambda events: seen.append("event"))
+    loop.look_first(lambda: seen.append(loop.now))
+    before = loop.now
+    pairs.call(0)
+    loop._turn(0)
+    assert seen == [loop.now, "event"] and loop.now is not before
+
+
+def test_who_looks_first_can_forget_what_has_come(pairs):
+    source, _ = pairs.add()
+    pairs.loop.look_first(lambda: pairs.loop.forget(source))
+    pairs.call(0)
+    pairs.loop._turn(0)
+    assert pairs.called == []
+
+
+def test_a_bug_of_who_looks_first_ends_the_loop(pairs):
+    def broken():
+        raise ZeroDivisionError
+    pairs.loop.look_first(broken)
+    pairs.loop.after(0, lambda: None)
+    with pytest.raises(ZeroDivisionError):
+        pairs.loop.run()
+
+
 def test_the_turn_in_which_the_loop_is_stopped_comes_to_its_end(pairs):
     called = []
 

@@ -487,3 +487,38 @@ def test_a_holder_that_asks_again_is_kept_as_it_was_told():
     for grace in (None, 5000):
         world.ask(session, "R", grace=grace)
         assert holder_of(world.restored()).grace == grace
+
+
+# In portions, on another host
+
+def test_a_memory_is_restored_in_portions(world):
+    for number in range(5):
+        world.ask(client(f"10.0.0.{number}:48"), f"R{number}")
+        world.ask(client(f"10.0.1.{number}:48"), f"_s_S{number}[9]", lifespan=5000)
+    table = flomd.LockTable(epoch=EPOCH + 1)
+    steps = flomd.restoring(world.records, table, world.clock, False, str)
+    assert len(list(steps)) >= len(world.records)
+    assert dict(flomd.everything(table)) == world.records and len(table.absent) == 10
+
+
+def test_what_cannot_be_is_told_in_its_portion(world):
+    world.ask(client("10.0.0.1:48"), "R")
+    world.records["h/0000000500000009"] = world.records["h/0000000500000001"]
+    steps = flomd.restoring(world.records, flomd.LockTable(epoch=9), world.clock, False, str)
+    with pytest.raises(flomd.BrokenMemory):
+        list(steps)
+
+
+def test_on_another_host_what_is_idle_is_idle_since_now(world):
+    """Its clocks are not those of the host on which the records were made."""
+    session = client("10.0.0.1:48")
+    world.ask(session, "_s_S[9]", lifespan=50000)
+    world.release(session)
+    world.clock.mono += 40
+    world.clock.boot += 999999
+    table = flomd.LockTable(epoch=EPOCH + 1)
+    for _ in flomd.restoring(world.records, table, world.clock, False, str, moved=True):
+        pass
+    resource, = table.resources.values()
+    assert resource.idle_since == world.clock.mono
+    assert table.next_date() == world.clock.mono + 50

@@ -1,9 +1,12 @@
 """Daemons of a quorum: their options, their terms, as real processes on a fake etcd."""
 import os
+import socket
 
 import flom
 import flomd
 import pytest
+
+from world import free_port
 
 GOOD = {
     "EtcdUrls": "http://10.0.0.1:2379,https://[::1]:2379",
@@ -70,3 +73,86 @@ def test_check_config_tells_all_of_them(box):
     assert result.status == 99 and len(result.err.splitlines()) == 5
     result = box.flomd("--no-files", "--etcd", "http://u@h").end()
     assert result.status == 99 and "--etcd: 'http://u@h' is not http or https URLs" in result.err
+
+
+# The address
+
+class Address:
+    """The address of a daemon of a quorum, on a loop."""
+
+    def __init__(self):
+        self.loop, self.came = flomd.Loop(None), []
+        bound = flomd.bound_socket("127.0.0.1", free_port(), None)
+        self.listener = flomd.TermListener(self.loop, None, bound, None)
+        self.address = self.listener.address
+
+    def welcome(self, connection, peer):
+        self.came.append(connection)
+
+    def begin(self):
+        self.listener.begin(self.welcome)
+
+    def connect(self):
+        return socket.create_connection(self.address)
+
+    def is_free(self):
+        """Whether another process could serve there, too."""
+        with socket.socket() as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                other.bind(self.address)
+                other.listen()
+            except OSError:
+                return False
+            return True
+
+    def close(self):
+        for connection in self.came:
+            connection.close()
+        self.listener.leave()
+
+
+@pytest.fixture
+def address():
+    made = Address()
+    yield made
+    made.close()
+
+
+def test_a_candidate_refuses_clients_and_keeps_its_address(address):
+    assert not address.is_free()
+    with pytest.raises(ConnectionRefusedError):
+        address.connect()
+
+
+def test_it_listens_while_it_leads_and_again(address):
+    for number in range(1, 4):
+        address.begin()
+        with address.connect() as client:
+            address.loop._turn(1)
+            assert len(address.came) == number and not address.is_free()
+            address.came[-1].close()  # first, so that the system remembers this end
+            assert client.recv(1) == b""
+        address.listener.close()
+        assert not address.is_free()
+        with pytest.raises(ConnectionRefusedError):
+            address.connect()
+
+
+def test_who_was_not_accepted_is_reset(address):
+    address.begin()
+    with address.connect() as client:
+        address.listener.close()
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+
+
+def test_a_daemon_that_is_started_again_has_its_address(address):
+    address.begin()
+    with address.connect() as client:
+        address.loop._turn(1)
+        address.came[0].close()
+        assert client.recv(1) == b""
+    address.listener.leave()
+    bound = flomd.bound_socket(*address.address, None)
+    address.listener = flomd.TermListener(address.loop, None, bound, None)
