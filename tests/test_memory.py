@@ -502,7 +502,7 @@ def test_a_memory_is_restored_in_portions(world):
 
 
 def test_what_cannot_be_is_told_in_its_portion(world):
-    world.ask(client("10.0.0.1:48"), "R")
+    world.ask(client("10.0.0.1:48"), "R", mode=5)
     world.records["h/0000000500000009"] = world.records["h/0000000500000001"]
     steps = flomd.restoring(world.records, flomd.LockTable(epoch=9), world.clock, False, str)
     with pytest.raises(flomd.BrokenMemory):
