@@ -514,8 +514,7 @@ def test_on_another_host_what_is_idle_is_idle_since_now(world):
     session = client("10.0.0.1:48")
     world.ask(session, "_s_S[9]", lifespan=50000)
     world.release(session)
-    world.clock.mono += 40
-    world.clock.boot += 999999
+    world.clock.move(40 * 10 ** 6)
     table = flomd.LockTable(epoch=EPOCH + 1)
     for _ in flomd.restoring(world.records, table, world.clock, False, str, moved=True):
         pass
