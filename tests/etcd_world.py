@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 
+from certificates import KEY, openssl
 from etcd_load import check, read_runs, serves_after
 from world import FLOM, PYTHON, ROOT, SEED, has_ended, read, wait_until
 
@@ -31,16 +32,18 @@ def missing():
 class Member:
     """A member of etcd on a host."""
 
-    def __init__(self, host, urls):
+    def __init__(self, host, guarded):
         self.host, self.number = host, host.number
-        self.data, self.urls = host.path("etcd"), urls
+        self.data, self.guarded = host.path("etcd"), guarded
         self.process = None
 
     def address(self, port):
-        return f"http://10.78.0.{self.number}:{port}"
+        scheme = "https" if self.guarded and port == 2379 else "http"
+        return f"{scheme}://10.78.0.{self.number}:{port}"
 
     def start(self):
         peers = ",".join(f"m{n}=http://10.78.0.{n}:2380" for n in range(1, HOSTS + 1))
+        guards = self.guarded.of_etcd() if self.guarded else []
         self.process = self.host.start(
             "etcd", "--name", f"m{self.number}", "--data-dir", self.data,
             "--listen-client-urls", self.address(2379),
@@ -49,7 +52,7 @@ class Member:
             "--initial-advertise-peer-urls", self.address(2380),
             "--initial-cluster", peers, "--initial-cluster-token", TOKEN,
             "--heartbeat-interval", str(HEARTBEAT), "--election-timeout", str(ELECTION),
-            "--logger", "zap", "--log-level", "error")
+            "--logger", "zap", "--log-level", "error", *guards)
         self.host.foreground.append(self.process)
 
     def kill(self):
@@ -60,8 +63,9 @@ class Member:
 
     def ask(self, *words):
         """What etcdctl, asked on this host, says of this member; None when it fails."""
+        guards = self.guarded.of_etcdctl() if self.guarded else []
         command = self.host.prefix + ["etcdctl", "--endpoints", self.address(2379),
-                                      "--dial-timeout=1s", "--command-timeout=2s", *words]
+                                      "--dial-timeout=1s", "--command-timeout=2s", *guards, *words]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.DEVNULL, env=self.host.environment())
         return None if done.returncode else done.stdout.decode()
@@ -79,6 +83,56 @@ class Member:
         return status.get("leader") == status["header"]["member_id"]
 
 
+class Guarded:
+    """Certificates, and users with passwords, for a cluster that demands them."""
+
+    def __init__(self, folder):
+        self.folder, self.users = folder, False
+        subject = "subjectAltName=" + ",".join(f"IP:10.78.0.{n}" for n in range(1, HOSTS + 1))
+        openssl("req", "-x509", *KEY, "-days", "2", "-subj", "/CN=ca", "-keyout",
+                self.path("ca.key"), "-out", self.path("ca.pem"))
+        self._sign("server", "/O=etcd", subject)
+        self._sign("client", "/O=flom", "subjectAltName=DNS:flom")
+        self._sign("named", "/CN=flom", "subjectAltName=DNS:flom")
+
+    def _sign(self, name, subject, extension):
+        with open(self.path("extension"), "w") as file:
+            file.write(extension)
+        openssl("req", *KEY, "-subj", subject, "-keyout", self.path(f"{name}.key"),
+                "-out", self.path(f"{name}.csr"))
+        openssl("x509", "-req", "-days", "2", "-in", self.path(f"{name}.csr"),
+                "-CA", self.path("ca.pem"), "-CAkey", self.path("ca.key"), "-CAcreateserial",
+                "-extfile", self.path("extension"), "-out", self.path(f"{name}.pem"))
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def enable_users(self, member):
+        """Only root, and flom below its prefix, may read and write from now on."""
+        for words in ("user add root:rootpw", "user add flom:secret", "role add flom",
+                      f"role grant-permission flom readwrite --prefix=true {PREFIX}",
+                      "user grant-role flom flom", "user grant-role root root", "auth enable"):
+            assert member.ask(*words.split()) is not None, words
+        self.users = True
+
+    def of_etcd(self):
+        return ["--cert-file", self.path("server.pem"), "--key-file", self.path("server.key"),
+                "--trusted-ca-file", self.path("ca.pem"), "--client-cert-auth"]
+
+    def of_etcdctl(self):
+        user = ["--user", "root:rootpw"] if self.users else []
+        return ["--cacert", self.path("ca.pem"), "--cert", self.path("client.pem"),
+                "--key", self.path("client.key"), *user]
+
+    def of_flomd(self, name="client"):
+        with open(self.path("password"), "w") as file:
+            file.write("secret\n")
+        os.chmod(self.path("password"), 0o600)
+        return ["--etcd-ca", self.path("ca.pem"), "--etcd-certificate", self.path(f"{name}.pem"),
+                "--etcd-private-key", self.path(f"{name}.key"), "--etcd-user", "flom",
+                "--etcd-password-file", self.path("password")]
+
+
 def end_process(process):
     """Ends a process that the tests started, also one that is stopped."""
     if process is not None and process.poll() is None:
@@ -89,12 +143,12 @@ def end_process(process):
 class World:
     """All of it.  Members and daemons have the numbers of their hosts, 1 to 3."""
 
-    def __init__(self, hosts, options=()):
-        self.hosts, self.options = hosts[:HOSTS], list(options)
+    def __init__(self, hosts, guarded=None):
+        self.hosts, self.guarded = hosts[:HOSTS], guarded
         self.client_hosts, self.network = hosts[HOSTS:], hosts[0].network
         self.network.add_backbone(HOSTS)
-        self.urls = ",".join(f"http://10.78.0.{n}:2379" for n in range(1, HOSTS + 1))
-        self.members = {host.number: Member(host, self.urls) for host in self.hosts}
+        self.members = {host.number: Member(host, guarded) for host in self.hosts}
+        self.urls = ",".join(member.address(2379) for member in self.members.values())
         self.daemons, self.load, self.log = {}, [], hosts[0].path("load")
         self.stopped = set()
 
@@ -118,8 +172,7 @@ class World:
         host = self.hosts[number - 1]
         self.daemons[number] = host.flomd(
             "-f", "--no-files", "-a", host.ipv4, "--etcd", self.urls, "--etcd-prefix", PREFIX,
-            "--etcd-ttl", f"{TTL}s", "--etcd-state", host.path("cluster"), *self.options,
-            *options)
+            "--etcd-ttl", f"{TTL}s", "--etcd-state", host.path("cluster"), *options)
         host.foreground.append(self.daemons[number])
         return self.daemons[number]
 
@@ -130,11 +183,11 @@ class World:
         for number in self.members:
             self.start_daemon(number, *options)
 
-    def start(self):
+    def start(self, *options):
         """Everything, until a daemon leads."""
         self.start_etcd()
         self.await_etcd()
-        self.start_daemons()
+        self.start_daemons(*options)
         return self.await_leader()
 
     def record(self):

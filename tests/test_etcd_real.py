@@ -5,13 +5,17 @@ row of a table (pytest -s), and appends it to the file that FLOM_ETCD_TABLE name
 """
 import collections
 import os
+import re
 import signal
+import statistics
+import sys
 import time
 
 import pytest
 from etcd_load import serves_after
-from etcd_world import CLIENT_HOSTS, HOSTS, TTL, World, missing
-from world import SOAK, chance, pass_time, wait_until
+from etcd_world import CLIENT_HOSTS, HOSTS, TTL, Guarded, World, end_process, missing
+from test_readme import block, bring, done, furnish
+from world import ROOT, SOAK, chance, pass_time, read, wait_until
 
 pytestmark = [pytest.mark.etcd, pytest.mark.in_time]
 
@@ -24,13 +28,36 @@ HEAD = ("fault", "rounds", "s until served", "s until all", "longest wait", "sta
 
 
 @pytest.fixture
-def world(hosts):
+def etcd_hosts(hosts):
+    """Those of the daemons, then those of the clients."""
     if missing():
         lack = f"no {' '.join(missing())} in PATH"
         (pytest.fail if os.environ.get("FLOM_REQUIRE_ETCD") == "1" else pytest.skip)(lack)
-    made = World(hosts(HOSTS + CLIENT_HOSTS))
+    return hosts(HOSTS + CLIENT_HOSTS)
+
+
+@pytest.fixture
+def world(etcd_hosts):
+    made = World(etcd_hosts)
     yield made
     made.close()
+
+
+@pytest.fixture
+def guarded_world(etcd_hosts):
+    """With certificates."""
+    made = World(etcd_hosts, Guarded(etcd_hosts[0].folder))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def ended():
+    """A list of processes that are ended with the test."""
+    processes = []
+    yield processes
+    for process in processes:
+        end_process(process)
 
 
 # The faults: what is done to a world whose leader has a number, and undone
@@ -225,3 +252,155 @@ def test_faults_by_chance(world):
     found = world.end_load()
     row.write(found)
     must_hold(world, found)
+
+
+# What is promised without a fault
+
+HANDED_OVER = 0.5  # s
+
+
+def test_handing_over(world):
+    """TERM to the leader: the next one serves at once, and nobody notices."""
+    world.start()
+    world.start_load(CLIENTS)
+    world.await_everybody(time.monotonic())
+    row = Row("hand-over")
+    for _ in range(5):
+        leader, begun = world.await_leader(), time.monotonic()
+        world.daemons[leader].terminate()
+        row.served.append(world.await_service(begun))
+        row.all.append(world.await_everybody(begun))
+        assert world.daemons[leader].end().status == 0, world.said()
+        world.start_daemon(leader)
+    found = world.end_load()
+    row.write(found)
+    must_hold(world, found)
+    assert set(found.statuses) == {0}, world.errors()
+    assert statistics.median(row.served) < HANDED_OVER, row.served
+
+
+@pytest.mark.parametrize("order", ["-x", "-X"])
+def test_an_order_to_end_hands_over(world, order):
+    leader = world.start()
+    host, begun = world.hosts[leader - 1], time.monotonic()
+    world.start_load(0)
+    result = host.run("-a", host.ipv4, order, address=())
+    assert (result.status, result.err) == (0, ""), result
+    assert "this daemon ended; another one takes over" in result.out
+    assert world.daemons[leader].end().status == 0
+    world.await_service(begun)
+    assert world.await_leader() != leader
+    world.end_load()
+
+
+def load_of(world, mode, clients, seconds):
+    """Runs the load of the bench against the leader: its figures, and transactions meanwhile."""
+    leader = world.await_leader()
+    before = world.record()
+    load = world.client_hosts[0].start(
+        sys.executable, os.path.join(ROOT, "contrib", "bench", "lockload.py"), mode,
+        f"{world.hosts[leader - 1].ipv4}:28015", str(clients), str(seconds), "own")
+    status, out, err = load.end(seconds + 60)
+    assert status == 0, (err, world.said())
+    after = world.record()
+    assert after["term"] == before["term"], world.said()
+    return dict(word.split("=") for word in out.split()), after["n"] - before["n"]
+
+
+def test_transactions_of_a_cycle(world):
+    """A cycle costs two at most, beats aside, and many clients share them."""
+    world.start()
+    begun = time.monotonic()
+    figures, made = load_of(world, "cycle", 1, 2)
+    beats = (time.monotonic() - begun) / (TTL / 5) + 2
+    print(f"1 client: {figures['per_s']} cycles/s, {made} transactions for {figures['cycles']}")
+    assert made <= 2 * int(figures["cycles"]) + beats
+    figures, made = load_of(world, "cycle", 64, 3)
+    print(f"64 clients: {figures['per_s']} cycles/s, {made} transactions for {figures['cycles']}")
+    assert int(figures["cycles"]) >= 10 * made
+
+
+# Certificates and passwords
+
+def test_certificates_and_passwords(guarded_world):
+    """The leader goes on when a member has forgotten who it is."""
+    world = guarded_world
+    world.start_etcd()
+    world.await_etcd()
+    world.guarded.enable_users(world.members[1])
+    world.start_daemons(*world.guarded.of_flomd())
+    world.await_leader()
+    term, client = world.record()["term"], world.client_hosts[0]
+    addresses = ",".join(host.ipv4 for host in world.hosts)
+    assert client.run("-a", addresses, "-d", "0", "--", "true", address=()) == (0, "", "")
+    for member in world.members.values():
+        member.kill()
+        member.start()
+        world.await_etcd()
+    assert client.run("-a", addresses, "-d", "0", "--", "true", address=()) == (0, "", "")
+    assert world.record()["term"] == term, world.said()
+
+
+def test_a_certificate_with_a_common_name(guarded_world):
+    """Etcd takes it for a user, and refuses it: the log says so, once."""
+    world = guarded_world
+    world.start_etcd()
+    world.await_etcd()
+    world.guarded.enable_users(world.members[1])
+    daemon = world.start_daemon(1, *world.guarded.of_flomd("named"))
+    wait_until(lambda: "CN" in daemon.err, 20)
+    assert world.leader() == 0
+
+
+# The recipe of README
+
+def install_by_readme(host, ended):
+    """Runs the eight commands on a host; what systemctl would start is started."""
+    furnish(host)
+    bring(host)
+    for folder in ("usr/local/bin", "etc/systemd/system", "etc/default"):
+        os.makedirs(host.path(folder))
+    for line in block("apt-get install -y etcd-server").text.splitlines():
+        line = re.sub("/HERE/[0-9.]+/", f"/HERE/{host.ipv4}/", line)
+        for prefix in ("/usr/local/", "/etc/"):
+            line = line.replace(f" {prefix}", f" {host.folder}{prefix}")
+            line = line.replace(f">{prefix}", f">{host.folder}{prefix}")
+        done(host, line)
+        if line.startswith("systemctl restart"):
+            settings = settings_of(host, "etc/default/etcd")
+            settings["ETCD_DATA_DIR"] = host.path("data")
+            ended.append(host.start("etcd", env=settings))
+        elif line.startswith("systemctl enable"):
+            unit = read(host.path("etc/systemd/system/flomd-quorum.service"))
+            words = re.search("(?m)^ExecStart=/usr/local/bin/flomd (.*)$", unit).group(1)
+            options = settings_of(host, "etc/default/flomd-quorum")["FLOMD_OPTIONS"]
+            words = words.replace("$FLOMD_OPTIONS", options).split()
+            ended.append(host.flomd(*words, "--etcd-state", host.path("cluster")))
+            host.foreground += ended[-2:]
+
+
+def settings_of(host, name):
+    """What a file in the manner of EnvironmentFile= sets."""
+    found = re.findall('(?m)^([A-Z_]+)="?(.*?)"?$', read(host.path(name)))
+    return dict(found)
+
+
+def test_three_hosts_in_eight_commands(etcd_hosts, ended):
+    """Then the host whose daemon leads is lost."""
+    for host in etcd_hosts[:HOSTS]:
+        install_by_readme(host, ended)
+    conf = block("[Daemon]\nUnicastAddress=10.77.0.1").text
+    commands = block("flom -r backup -- backup.sh\n").text
+    for client in etcd_hosts[HOSTS:]:
+        furnish(client)
+        client.write(".flom", conf + "\n")
+    one, two = etcd_hosts[HOSTS:]
+    said = done(one, commands).out
+    assert one.events() == ["backup.sh"] and "leader" in said, said
+    leader = next(host for host in etcd_hosts if any(
+        pair[1] == 28015 for process in host.processes if process.poll() is None
+        for pair in host.listening(process.pid)))
+    for process in leader.foreground:
+        end_process(process)
+    done(two, commands)
+    assert two.events() == ["backup.sh"] * 2  # hosts share their log
