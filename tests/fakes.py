@@ -441,6 +441,7 @@ class OurDaemon:
         self.changed, self.connections, self.threads = threading.Condition(), set(), []
         self.carriers = {}  # {name: the connection of its holder}
         self.listener = None
+        self.life = threading.RLock()  # it begins and dies in one thread after the other
         self.begin()
 
     def close(self):
@@ -453,21 +454,26 @@ class OurDaemon:
 
     def begin(self):
         """It serves from now on, as the next run of itself."""
-        self.runs += 1
-        if self.family == socket.AF_UNIX and os.path.exists(self.address):
-            os.unlink(self.address)
-        self.listener = socket.socket(self.family, socket.SOCK_STREAM)
-        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.listener.bind(self.address)
-        self.listener.listen(100)
-        self._start(self._accept, self.listener)
+        with self.life:
+            self.runs += 1
+            if self.family == socket.AF_UNIX and os.path.exists(self.address):
+                os.unlink(self.address)
+            self.listener = socket.socket(self.family, socket.SOCK_STREAM)
+            self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.listener.bind(self.address)
+            self.listener.listen(100)
+            self._start(self._accept, self.listener)
 
     def die(self):
         """It ends, as by KILL."""
-        if self.listener:
-            self.listener.shutdown(socket.SHUT_RDWR)
-            self.listener.close()
-        self.listener = None
+        with self.life:
+            if self.listener:
+                self.listener.shutdown(socket.SHUT_RDWR)
+                self.listener.close()
+            self.listener = None
+            self._cut_off()
+
+    def _cut_off(self):
         with self.changed:
             for connection in list(self.connections):
                 with suppress(OSError):  # it has ended
@@ -588,8 +594,11 @@ class OurDaemon:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER)
         raise OSError("it resets the connection")
 
-    def _die(self, _):
-        self.die()
+    def _die(self, connection):
+        """The run that had the message ends, and not the next one."""
+        with self.life:
+            if connection in self.connections:
+                self.die()
 
     def _hang(self, connection):
         connection.settimeout(None)
