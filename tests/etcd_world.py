@@ -282,7 +282,7 @@ class World:
         except AssertionError:
             raise AssertionError(f"nobody serves for {seconds} s:\n{self.said()}")
 
-    def await_everybody(self, moment, seconds=30):
+    def await_everybody(self, moment, seconds=60):
         """s from the moment until each lock was granted to somebody who asked or waited then."""
         def found():
             begun = {}
