@@ -917,8 +917,8 @@ def test_the_examples_of_the_docstrings(box):
 
 
 def test_what_the_docstrings_and_the_manual_name():
-    """README names every error and every public word of Lock; each has a docstring."""
-    manual = read(os.path.join(ROOT, "README.md"))
+    """flom(3) names every error and every public word of Lock; each has a docstring."""
+    manual = read(os.path.join(ROOT, "contrib/man/flom.3"))
     for error in flom.LockError.__subclasses__() + [flom.UsageError, flom.LockError]:
         assert re.search(rf"\b{error.__name__}\b", manual), error
     for word in ("acquire", "release", "rollback", "lost", "check"):

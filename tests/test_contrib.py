@@ -113,8 +113,9 @@ def flags(text):
 
 def test_there_are_these_pages():
     names = [os.path.basename(path) for path in PAGES]
-    assert names == ["flom-protocol.7", "flom-safety.7", "flom-semantics.7", "flom.1",
-                     "flom.conf.5", "flomd.8"]
+    assert names == ["flom-migration.7", "flom-protocol.7", "flom-safety.7",
+                     "flom-semantics.7", "flom-tls.7", "flom.1", "flom.3", "flom.conf.5",
+                     "flomd.8"]
 
 
 @pytest.mark.parametrize("name, program", [("flom.1", "flom"), ("flomd.8", "flomd")])
@@ -195,6 +196,10 @@ def test_the_semantics_page_has_all_intervals():
 def test_the_safety_page_tells_the_times_of_a_quorum():
     """The worst case: nothing is heard any more just before the leader stops."""
     text, ttl, kill = page("flom-safety.7"), 10, 5
+    defaults = {setting.key: setting.default for setting in flom.SETTINGS}
+    assert [defaults[key] for key in ("EtcdTtl", "KillAfter")] == [1000 * ttl, 1000 * kill]
+    keepalive = [defaults[f"TcpKeepalive{key}"] for key in ("Time", "Probes", "Intvl")]
+    assert keepalive == [60, 6, 10] and r"(60 s + 6 \(mu 10 s)" in text
     times, grace = flomd.Times(1000 * ttl), flomd.grace_for(1000 * ttl, 1000 * kill) / 1000
     term = grace - kill - 1
     assert f"{term:.0f} seconds and KILL\nafter {term + kill:.0f}." in text
@@ -407,7 +412,7 @@ def test_the_command_is_completed(box, shell):
 # Shell scripts
 
 SCRIPTS = ["sysvinit/flomd", "openrc/flomd", "runit/flomd/run", "runit/flomd/finish",
-           "runit/flomd/log/run", "checksums.sh"]
+           "runit/flomd/log/run", "checksums.sh", "tls/make-certificates.sh"]
 
 
 @pytest.mark.processes

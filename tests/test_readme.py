@@ -1,4 +1,4 @@
-"""Every block of README is run: its commands, crontab lines, configuration files and Python.
+"""Every block of README and of some man pages is run: commands, crontab lines, files and Python.
 
 A box has stand-ins for what README's commands run, and for ssh, scp and systemctl; `python3`,
 `flom` and `flomd` in it are those under test.  Blocks are known by their first line; one that
@@ -65,7 +65,18 @@ def blocks():
     return found
 
 
+def displays(name):
+    """The literal displays of a man page, as a reader sees them."""
+    text = read(os.path.join(ROOT, "contrib/man", name))
+    for found in re.findall(r"^\.Bd -literal\n(.*?)\n\.Ed$", text, re.MULTILINE | re.DOTALL):
+        yield Block(name, found.replace(r"\-", "-").replace(r"\e", "\\").replace(r"\&", ""))
+
+
+LANGUAGES = ("sh", "text", "ini", "python", "crontab")
+PAGES = ("flom.3", "flom-tls.7", "flom-migration.7")
 BLOCKS, TESTED = blocks(), set()
+for page in PAGES:
+    BLOCKS.extend(displays(page))
 
 
 def block(beginning):
@@ -181,7 +192,7 @@ def quoted(text):
 
 
 LOCAL = {  # blocks of the own socket, and what they run
-    "flom -- backup.sh": ["backup.sh"] * 3 + ["on-slot red", "vacuum", "backup.sh"],
+    "flom -- backup.sh": ["backup.sh"] * 4,
     "flom -r report -l PR": ["read", "write"],
     "xargs": ["curl -sO http://one/", "curl -sO http://two/"],
     "flom -r 'licence[5]'": ["simulate", "start-tool seatA"],
@@ -197,14 +208,6 @@ def test_recipes_of_one_host(box, beginning):
     ran = sorted(box.events()) if beginning == "xargs" else box.events()
     assert [line[:len(word)] for line, word in zip(ran, LOCAL[beginning])] == LOCAL[beginning]
     assert len(ran) == len(LOCAL[beginning])
-
-
-@runs("flom -a db1 ")
-def test_a_fixed_address(box, texts):
-    furnish(box, f"UnicastPort={free_port()}")
-    text = block(*texts).text
-    done(box, text.replace("db1", "127.0.0.1").replace("db2", "127.0.0.2"))
-    assert box.events() == ["backup.sh"] * 2
 
 
 @runs("contrib/checksums.sh")
@@ -235,15 +238,26 @@ def test_the_cron_job(hosts, texts):
     assert first.end().status == 0 and one.events() == ["nightly-report"]
 
 
-@runs("openssl req", "# deploy.conf", "flom -c deploy.conf")
+@runs("make-certificates.sh ca", "# deploy.conf", "flom -c deploy.conf")
 def test_the_deploy_lock(box, texts):
+    """db2 is a folder here: what is copied to it serves a client there as well."""
     furnish(box, f"UnicastPort={free_port()}", "RecoveryWindow=0")
+    os.mkdir(box.path("db2"))
+    executable(box, "bin/ssh", f'{SH}shift\ncd {box.path("db2")}\nexec sh -c "$*"\n')
+    os.symlink(os.path.join(ROOT, "contrib/tls/make-certificates.sh"),
+               box.path("bin/make-certificates.sh"))
     prepare, file, run = (block(text).text for text in texts)
-    box.write("deploy.conf", file.replace("UnicastAddress=db1", "UnicastAddress=127.0.0.1"))
+    file = file.replace("UnicastAddress=db1", "UnicastAddress=127.0.0.1")
+    box.write("deploy.conf", file)
+    box.write("db2/deploy.conf", file.replace("db1.", "db2."))
     done(box, prepare)
+    assert "there already" in done(box, "make-certificates.sh db1", status=1).err
     done(box, run)
-    assert box.events() == ["deploy.sh"]
+    done(box, run.replace("-c ", "-c db2/"))
+    assert box.events() == ["deploy.sh"] * 2
     done(box, "flom -a 127.0.0.1 -d 0 -- true", status=99)
+    keys = [box.path(name) for name in ("ca.key", "db1.key", "db2/db2.key")]
+    assert [os.stat(key).st_mode & 0o077 for key in keys] == [0] * 3
 
 
 @runs("install -m 755", "[Daemon]\nSocketName")
@@ -308,11 +322,14 @@ def test_the_clients_of_a_quorum(box, texts):
     assert box.events() == ["backup.sh"]
 
 
-@runs("import flom", "lock = flom.Lock")
+@runs("import flom\n", "lock = flom.Lock")
 def test_python(box, texts):
+    """README has the beginning of what flom(3) has."""
     furnish(box, f"SocketName={box.socket}")
     box.daemon()
-    script = box.write("script.py", "\n".join(block(text).text for text in texts))
+    first, synopsis = [found.text for found in BLOCKS if found.text.startswith(texts[0])]
+    assert synopsis.startswith(first)
+    script = box.write("script.py", synopsis + "\n" + block(texts[1]).text)
     token, red = box.start(*PYTHON, script, env={"PYTHONPATH": ROOT}).end().out.splitlines()
     assert int(token) > 2 ** 32 and red == "red"
     assert [process.poll() for process in box.processes[1:]] == [0]
@@ -330,41 +347,26 @@ def test_moving_over_from_flom(box, texts):
     assert box.daemons() == []
 
 
-@runs("flom --status ", "memory: file\nRESOURCE ", "flom --evict ")
+@runs("flom --status ", "memory: file\nRESOURCE ")
 def test_the_status(box, texts):
     furnish(box, f"SocketName={box.socket}")
     holder, gate = box.hold("a", "-r", "backup")
     units, other = box.hold("b", "-r", "licence[5]", "-q", "2")
     waiter = box.waiter("-r", "backup", "--", "true")
-    head, *table, line = done(box, block(texts[0]).text).out.splitlines()
+    head, *table = done(box, block(texts[0]).text).out.splitlines()
     told_head, *told_table = block(texts[1]).text.splitlines()
     assert head.replace("synced", "file") == told_head  # the box has a StateDir
     shape = [[line.split()[n] for n in (0, 1, 2, -2)] for line in told_table]
     assert [[line.split()[n] for n in (0, 1, 2, -2)] for line in table] == shape
+    line = done(box, "flom --status -r backup --json").out
     assert [entry["name"] for entry in json.loads(line)["resources"]] == ["backup"]
     told, shown = told_table[1].split()[3], table[1].split()[3]
     assert re.fullmatch("[0-9a-f]{8}", told)
-    done(box, block(texts[2]).text.replace(told, shown))
+    done(box, f"flom --evict {shown}")
     assert waiter.end().status == 0
     gate.open()
     other.open()
     assert [process.end().status for process in (holder, units)] == [95, 0]
-
-
-@runs("flomd -s /run/flom/socket -m")
-def test_monitoring(box, texts):
-    furnish(box)
-    os.makedirs(box.path("run/flom/state"))
-    text = block(*texts).text.replace("/run/", f"{box.folder}/run/")
-    done(box, text)
-    wait_until(lambda: os.path.exists(box.path("run/flom/flomd.prom")))
-    wait_until(lambda: os.path.exists(box.path("run/flom/state/status")))
-
-
-@runs("[Resource]\nName=backup")
-def test_the_configuration_file(box, texts):
-    path = box.write("conf", block(*texts).text + "\n")
-    assert box.run("-c", path, "--check-config", address=()) == (0, "", "")
 
 
 @pytest.mark.parametrize("picture", ["         db1  "])
@@ -383,12 +385,12 @@ TESTED.add("         db1  ")
 def test_every_block_is_run(number):
     text = BLOCKS[number].text
     assert [beginning for beginning in TESTED if text.startswith(beginning)], f"nobody runs {text}"
-    assert BLOCKS[number].language in ("sh", "text", "ini", "python", "crontab")
+    assert BLOCKS[number].language in LANGUAGES + PAGES
 
 
 def test_the_blocks_that_are_run_are_there():
     for beginning in TESTED:
-        block(beginning)
+        assert [block for block in BLOCKS if block.text.startswith(beginning)], beginning
 
 
 # Tables and docstrings
@@ -399,19 +401,18 @@ def rows(head):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_the_table_of_options():
-    known = {f"--{setting.long}" for setting in flom.SETTINGS} | {
-        f"-{setting.short}" for setting in flom.SETTINGS if setting.short}
-    known |= {name for action in flom.ACTION_OPTIONS for name in action.options}
-    known |= set("-c --config-file --version --help --json --watch".split())
-    defaults = {f"--{setting.long}": setting.default for setting in flom.SETTINGS}
-    for names, default, _ in rows("option"):
-        found = [name for name in re.findall("`(-[^`]+)`", names) if name != "-port"]
-        assert found and set(found) <= known
-        value = re.search("[0-9]{3,}", default)
-        long = [name for name in found if name in defaults]
-        if value and long and "," not in names:
-            assert int(value.group()) == defaults[long[0]], names
+def test_the_table_of_kinds():
+    told = [(name.strip("`"), kind) for name, kind, _ in rows("name")]
+    assert [flom.kind_of(name) for name, _ in told] == [kind for _, kind in told]
+    assert {kind for _, kind in told} == set(flomd.KINDS)
+
+
+def test_the_table_of_flock():
+    """What it says of flock and of flom is what flom-migration(7) says, where it is run."""
+    lines = block("flom -r backup -- backup.sh   ").text.splitlines()
+    known = [tuple(re.split("  +# ", line)) for line in lines]
+    told = [(ours.strip("`"), theirs.strip("`")) for theirs, ours in rows("flock")]
+    assert len(told) == 4 and told == known[:4]
 
 
 def test_the_table_of_statuses():
@@ -425,10 +426,7 @@ def test_the_table_of_statuses():
 def test_the_settings_that_prose_names():
     """Lengths of time that are promised."""
     defaults = {setting.key: setting.default for setting in flom.SETTINGS}
-    keepalive = [defaults[f"TcpKeepalive{key}"] for key in ("Time", "Probes", "Intvl")]
-    assert keepalive == [60, 6, 10] and "for 120 s" in README
-    assert defaults["KillAfter"] == 5000 and "KILL 5 s later" in README
-    grace = flomd.grace_for(10000, defaults["KillAfter"]) // 1000
+    grace = flomd.grace_for(defaults["EtcdTtl"], defaults["KillAfter"]) // 1000
     assert f"\n  {grace} s, the command cannot be killed" in README
 
 

@@ -59,8 +59,8 @@ def repository(tree):
         pytest.skip("git is not installed")
     tree.edit(CHANGELOG, "(unreleased)", "(2027-01-31)")
     newest = re.search(r"^## (\S+)", read(os.path.join(tree.folder, CHANGELOG)), re.MULTILINE)
-    for name in ["flom.py"] + PLACES + ["contrib/man/" + name for name in (
-            "flom.conf.5", "flom-protocol.7", "flom-semantics.7")]:
+    pages = os.listdir(os.path.join(tree.folder, "contrib/man"))
+    for name in {"flom.py", *PLACES, *(f"contrib/man/{page}" for page in pages)}:
         tree.edit(name, flom.VERSION, newest.group(1))
     tree.commit()
     return tree

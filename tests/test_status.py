@@ -94,7 +94,7 @@ def test_the_table_and_json(box, busy):
 
 
 def check_report(found, busy):
-    """Exactly the fields that README documents."""
+    """Exactly the fields that flom(1) documents."""
     address, pids = busy
     assert set(found) == {"daemon", "resources", "parked"}
     assert set(found["daemon"]) == {"version", "since", "policy", "listening", "memory"}

@@ -13,9 +13,11 @@ from poetry.core.masonry import api
 
 CONTRIB = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARE = {
-    "man/flom.1": "man/man1", "man/flomd.8": "man/man8", "man/flom.conf.5": "man/man5",
+    "man/flom.1": "man/man1", "man/flom.3": "man/man3", "man/flomd.8": "man/man8",
+    "man/flom.conf.5": "man/man5", "man/flom-migration.7": "man/man7",
     "man/flom-protocol.7": "man/man7", "man/flom-safety.7": "man/man7",
-    "man/flom-semantics.7": "man/man7", "examples/flom.conf": "doc/flom",
+    "man/flom-semantics.7": "man/man7", "man/flom-tls.7": "man/man7",
+    "examples/flom.conf": "doc/flom",
     "completion/bash/flom": "bash-completion/completions",
     "completion/bash/flomd": "bash-completion/completions",
     "completion/zsh/_flom": "zsh/site-functions",
