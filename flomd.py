@@ -4465,6 +4465,7 @@ def _ident(request):
 
 # Figures.
 
+COUNTED_AT_ONCE = 1000  # resources
 WAIT_BOUNDS = (0.001, 0.01, 0.1, 1, 10, 60, 600)  # s, the upper bounds of the histogram
 REFUSED = {BUSY: "busy", CANT_WAIT: "cannot_wait", IMPOSSIBLE: "impossible", DEADLOCK: "deadlock",
            LIMIT: "limit", INVALID_NAME: "invalid_name"}
@@ -4491,20 +4492,28 @@ class Counts:
 
 def metrics(table: "LockTable", counts: "Counts", sessions: "int", epoch: "int",
             failing: "bool") -> "Iterator[str]":
-    """Yields the lines of the figures in Prometheus' text format, version 0.0.4; `failing`: the
-    memory cannot be written."""
-    for name, form, meaning, values in _families(table, counts, sessions, epoch, failing):
+    """Yields the lines of the figures in Prometheus' text format, version 0.0.4, or "" where it
+    has counted for a while; `failing`: the memory cannot be written."""
+    numbers: "Dict[str, int]" = collections.Counter()
+    names = iter(list(table.resources))
+    for name in names:
+        numbers[kind_of(name)] += 1
+        numbers.update(map(kind_of, itertools.islice(names, COUNTED_AT_ONCE)))
+        yield ""
+    rows = _families(table, counts, sessions, epoch, failing, numbers)
+    for name, form, meaning, values in rows:
         yield f"# HELP flomd_{name} {meaning}\n# TYPE flomd_{name} {form}\n"
         for labels, value in values.items():
             yield f"flomd_{name}{labels} {value}\n"
 
 
-def _families(table, counts, sessions, epoch, failing):
-    """The metrics as rows: name, form, what it means, {what follows the name: value}."""
+def _families(table, counts, sessions, epoch, failing, numbers):
+    """The metrics as rows: name, form, what it means, {what follows the name: value}; `numbers` of
+    resources by their kinds."""
     granted = counts.verdicts[OK]
     return [
         ("sessions", "gauge", "Open connections.", {"": sessions}),
-        ("resources", "gauge", "Resources by kind.", _resources_by_kind(table)),
+        ("resources", "gauge", "Resources by kind.", _by_kind(numbers)),
         ("holders", "gauge", "Sessions that hold a lock.", {"": table.holding}),
         ("absent_holders", "gauge", "Holders that have not come back since the daemon started.",
          {"": len(table.absent)}),
@@ -4520,8 +4529,7 @@ def _families(table, counts, sessions, epoch, failing):
     ]
 
 
-def _resources_by_kind(table):
-    numbers = collections.Counter(map(kind_of, table.resources))
+def _by_kind(numbers):
     return {f'{{kind="{kind}"}}': numbers[kind] for kind in KINDS}
 
 
@@ -4546,13 +4554,14 @@ def _histogram(counts):
 # Files, in FLoM's layout.
 
 def tree(table: "LockTable") -> "Iterator[Tuple[str, object]]":
-    """Yields (path, content) of the files that show the table."""
-    for number, resource in enumerate(table.resources.values(), 1):
+    """Yields (path, content) of the files that show the table, which may change in between."""
+    for number, resource in enumerate(list(table.resources.values()), 1):
         folder = f"lockers/{number}"
+        holders, waiters = list(resource.holders.values()), list(resource.waiters())
         yield f"{folder}/resource_name", resource.name
         yield f"{folder}/resource_type", kind_of(resource.name)
-        yield from _requests_tree(f"{folder}/holders", resource.holders.values())
-        yield from _requests_tree(f"{folder}/waitings", resource.waiters())
+        yield from _requests_tree(f"{folder}/holders", holders)
+        yield from _requests_tree(f"{folder}/waitings", waiters)
     for number, request in enumerate(_parked(table), 1):
         folder = f"incubator/{number}"
         yield f"{folder}/peer_name", request.session
@@ -9801,10 +9810,17 @@ class Signals:
 # The problem: a disk may be slow and the table large, while the loop waits for no disk.  So a
 # child writes, which sees the table as it was at that moment.  There is one child at a time: what
 # is to be written meanwhile is written by the next one, when it has ended, and none is left when
-# the daemon ends.  Whoever reads sees a whole version: a new file is renamed to the name of the
-# last one; a new tree is built beside the last one, and then the link `status` leads to it.
+# the daemon ends.
+#
+# A process that has a thread does not fork: the child could wait for ever for a lock that the
+# thread had.  There the loop itself writes, a portion a turn, what is there when its turn has
+# come; that it waits for the disk for a moment is the lesser evil.
+#
+# Whoever reads sees a whole version: a new file is renamed to the name of the last one; a new tree
+# is built beside the last one, and then the link `status` leads to it.
 
 TREE_PAUSE, METRICS_PAUSE = 1, 15  # s between two versions
+WRITTEN_AT_ONCE = 0.005  # s of a turn of the loop
 
 
 class Tree:
@@ -9831,16 +9847,16 @@ class Tree:
             if os.path.lexists(status) and not os.path.islink(status):
                 raise FileExistsError(errno.EEXIST, f"{status} is not a daemon's")
 
-    def write(self, number: "int") -> "None":
-        """Writes the tree of this number; in a child.  Raises OSError."""
+    def steps(self, number: "int") -> "Iterator[None]":
+        """Writes the tree of this number, in steps.  Raises OSError."""
         name = f".status-{self._daemon}-{number}"
         top = self._below(name)
         link = f"{top}-link"
         self._remove_but(self._shown())  # what a daemon left that was killed
         try:
             os.mkdir(top)
-            self._write_files(top)
-            if os.getppid() == self._daemon:  # it was not killed meanwhile
+            yield from self._write_files(top)
+            if self._daemon in (os.getpid(), os.getppid()):  # it was not killed meanwhile
                 os.symlink(name, link)
                 os.replace(link, self._status)
         finally:
@@ -9866,6 +9882,7 @@ class Tree:
                 made.add(folder)
             with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
                 file.write(visible(str(content)) + "\n")
+            yield
 
     def _remove_but(self, kept):
         """Removes the trees and links that nobody needs any more, but the one of this name."""
@@ -9924,11 +9941,13 @@ class MetricsFile:
                 file.write("\n")
             os.unlink(trial)
 
-    def write(self, _: "int") -> "None":
-        """Writes the file; in a child.  Raises OSError."""
+    def steps(self, _: "int") -> "Iterator[None]":
+        """Writes the file, in steps.  Raises OSError."""
         new = self._new
         with open(new, "w") as file:
-            file.writelines(self.figures())
+            for line in self.figures():
+                file.write(line)
+                yield
         os.chmod(new, 0o644)
         os.replace(new, self.path)
 
@@ -9939,15 +9958,54 @@ class MetricsFile:
                 os.unlink(path)
 
 
+class Portions:
+    """Writes a version of an output in the loop, a portion a turn, and then calls hear() with what
+    has gone wrong, or ""."""
+
+    def __init__(self, loop: "Loop", output: "Any", number: "int",
+                 hear: "Callable[[str], object]"):
+        self._loop, self._hear = loop, hear
+        self._path = output.path
+        self._steps = output.steps(number)
+        self._is_done = False
+        self._failure = ""
+        loop.after(0, self._go_on)
+
+    def _go_on(self):
+        self._is_done = True  # also where a bug ends it
+        self._loop.guarded(nothing, self._take_portion)
+        if self._is_done:
+            self._hear(self._failure)
+        else:
+            self._loop.after(0, self._go_on)
+
+    def _take_portion(self):
+        until = time.monotonic() + WRITTEN_AT_ONCE
+        try:
+            for _ in self._steps:
+                if time.monotonic() >= until:
+                    self._is_done = False
+                    break
+        except OSError as error:
+            self._failure = _failure(error, self._path)
+
+    def end(self) -> "None":
+        """Goes no further."""
+        self._loop.cancel(self._go_on)
+        self._steps.close()
+
+
 class Publisher:
-    """Has the outputs written while the daemon serves; counts what is decided."""
+    """Has the outputs written while the daemon serves; counts what is decided.  `forks`: a child
+    writes."""
 
     def __init__(self, loop: "Loop", log: "Log", table: "LockTable", counts: "Counts",
-                 outputs: "List[Any]"):
+                 outputs: "List[Any]", forks: "bool" = True):
         self.counts = counts
+        self._forks = forks
         self._loop, self._log = loop, log
         self._table = table
-        self._child: "Child | None" = None  # which writes
+        self._writer: "Child | Portions | None" = None  # that is at work
         self._written = 0  # versions of all outputs so far
         self._late: "List[Any]" = []  # outputs to be written when it has ended
         self._acts = {output: functools.partial(self._publish, output) for output in outputs}
@@ -9970,42 +10028,56 @@ class Publisher:
                 self._loop.within(output.pause, publish)
 
     def _publish(self, output):
-        """Has it written by a child, now or as soon as the one that is at work has ended."""
+        """Has it written, now or as soon as the writer that is at work has ended."""
         if not output.follows_changes:
             self._loop.after(output.pause, self._acts[output])
-        if self._child is not None:
+        if self._writer is not None:
             if output not in self._late:
                 self._late.append(output)
             return
         self._written += 1
+        if not self._forks:
+            self._writer = Portions(self._loop, output, self._written, self._ended)
+            return
         act = functools.partial(_try_to_write, output, self._written)
         try:
-            self._child = Child(self._loop, act, self._ended)
+            self._writer = Child(self._loop, act, self._ended)
         except OSError as error:
-            self._ended(f"cannot write {output.path}: {error.strerror}")
+            self._ended(_failure(error, output.path))
 
     def _ended(self, failure):
-        self._child = None
+        self._writer = None
         if failure:
             self._log.limited(failure, "error")
         if self._late:
             output = self._late.pop(0)
             self._publish(output)
 
+    def stop(self) -> "None":
+        """Another one publishes from now on."""
+        for publish in self._acts.values():
+            self._loop.cancel(publish)
+        if self._writer is not None:
+            self._writer.end()
+
     def close(self) -> "None":
-        """Removes what was published, and what a child is about to publish."""
-        if self._child is not None:
-            self._child.end()
+        """Removes what was published, and what is about to be."""
+        self.stop()
         for output in self._acts:
             output.remove()
+
+
+def _failure(error, path):
+    return f"cannot write {error.filename or path}: {error.strerror}"
 
 
 def _try_to_write(output, number):
     """In a child: writes; returns what went wrong."""
     try:
-        output.write(number)
+        for _ in output.steps(number):
+            pass
     except OSError as error:
-        return f"cannot write {error.filename or output.path}: {error.strerror}"
+        return _failure(error, output.path)
     return ""
 
 
@@ -10545,7 +10617,8 @@ def make_publisher(settings, options, daemon):
         return None
     for output in outputs:
         output.try_out()
-    return Publisher(daemon.loop, daemon.log, table, counts, outputs)
+    forks = daemon.disk.kind in (IN_FILE, NOT_KEPT)  # the others have a thread
+    return Publisher(daemon.loop, daemon.log, table, counts, outputs, forks)
 
 
 def write_pid(path):

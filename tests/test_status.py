@@ -425,10 +425,16 @@ def tree(folder):
     return found
 
 
-def test_the_tree(box):
+def written_by(box, writer):
+    """The options with which a child of the daemon writes, or its loop: where it has a thread."""
+    return {"child": [], "loop": ["--state-dir", box.folder]}[writer]
+
+
+@pytest.mark.parametrize("writer", ["child", "loop"])
+def test_the_tree(box, writer):
     state = box.path("state")
     os.mkdir(state)
-    daemon = box.daemon("-m", state)
+    daemon = box.daemon("-m", state, *written_by(box, writer))
     status = os.path.join(state, "status")
     holder, gate = box.hold("a", "-r", "R1", "-l", "PW")
     units, other = box.hold("b", "-r", "pool[5]", "-q", "2")
@@ -509,10 +515,11 @@ sys.exit(flomd.main())
 """
 
 
-def test_the_metrics(box):
+@pytest.mark.parametrize("writer", ["child", "loop"])
+def test_the_metrics(box, writer):
     path = box.path("flomd.prom")
     daemon = box.start(*PYTHON, "-c", METRICS.format(root=ROOT), "-f", "--no-files", *box.address,
-                       "--metrics", path)
+                       "--metrics", path, *written_by(box, writer))
     box.foreground.append(daemon)
     wait_until(lambda: os.path.exists(path) and os.path.exists(box.socket))
     holder, gate = box.hold("a", "-r", "R1")
@@ -620,11 +627,12 @@ def test_two_daemons_with_one_folder_remove_their_own_trees(box):
     assert second.end().status == 0 and os.listdir(folder) == []
 
 
-def test_a_tree_that_cannot_be_written(box):
+@pytest.mark.parametrize("writer", ["child", "loop"])
+def test_a_tree_that_cannot_be_written(box, writer):
     """One line says so, and the daemon serves on."""
     state = box.path("state")
     os.mkdir(state)
-    daemon = box.daemon("-m", state)
+    daemon = box.daemon("-m", state, *written_by(box, writer))
     wait_until(lambda: os.path.exists(os.path.join(state, "status")))
     os.rename(state, box.path("away"))
     assert box.run("-r", "R1", "--", "true").status == 0
