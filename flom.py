@@ -2063,11 +2063,14 @@ def daemon_environment() -> "dict[str, str]":
 
 
 def daemon_options(settings: "Settings"):
-    """Yields the options that hand on to the daemon what has been set, and only that."""
+    """Yields the options that hand on to the daemon what has been set, and only that.  One of a
+    quorum is the init system's: of [Quorum] nothing is handed on."""
     values = {**settings.values, "Lifespan": settings["Lifespan"]}
     yield "--no-files"
     for setting in SETTINGS:
-        if DAEMON in setting.users and setting.key in values and setting.key != "Verbose":
+        if setting.group == "Quorum" or setting.key == "Verbose":
+            continue
+        if DAEMON in setting.users and setting.key in values:
             yield from setting.options(values[setting.key])
 
 

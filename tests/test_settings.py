@@ -419,3 +419,15 @@ def test_the_machine_id_is_32_hex_digits_and_stays():
     assert len(first) == 32
     assert set(first) <= set("0123456789abcdef")
     assert flom.machine_id() == first
+
+
+def test_a_client_hands_nothing_of_a_quorum_on():
+    """Its file may be the one that the daemon of this host reads, too."""
+    settings = flom.Settings()
+    settings.values["MaxResources"] = 7
+    for setting in flom.SETTINGS:
+        if setting.group == "Quorum":
+            settings.values[setting.key] = setting.default
+    options = list(flom.daemon_options(settings))
+    assert "--max-resources=7" in options
+    assert not [option for option in options if "etcd" in option]
