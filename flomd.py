@@ -51,6 +51,7 @@ import errno
 import fcntl
 import functools
 import heapq
+import io
 import itertools
 import operator
 import os
@@ -5537,8 +5538,10 @@ class Thread:
     A bug ends the thread.  What it had to do has failed then, and another thread goes on.
     """
 
-    def __init__(self, loop: "Loop"):
+    def __init__(self, loop: "Loop", name: "str" = "disk"):
         self._loop = loop
+        self._name = name
+        self._is_finished = False
         # (work, whom to tell) that nobody was told of yet
         self._begun: "Deque[Tuple[Work | Task, Callable[[Any], object]]]" = collections.deque()
         self._start()
@@ -5552,16 +5555,15 @@ class Thread:
         self._ours, self._theirs = socket.socketpair()
         self._ours.setblocking(False)
         self._loop.watch(self._ours, self._handle)
-        thread = threading.Thread(target=self._run, name="disk", daemon=True)
+        thread = threading.Thread(target=self._run, name=self._name, daemon=True)
         try:
             thread.start()
         except RuntimeError as error:  # there are too many
             raise OSError(errno.EAGAIN, str(error))
 
     def _run(self):
-        """In the thread.  Signals are the main thread's."""
-        numbers = set(signal_names())
-        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+        """In the thread."""
+        block_signals()
         with self._theirs:  # its end tells the loop of a bug
             try:
                 self._obey()
@@ -5569,11 +5571,18 @@ class Thread:
                 _, self._bug, _ = sys.exc_info()
 
     def _obey(self):
-        while self._theirs.recv(1):
+        while self._is_told():
             work = self._todo.popleft()
             work.do()
             self._done.append(work)
-            self._theirs.send(b".")
+            with contextlib.suppress(ConnectionError):  # finish() was called
+                self._theirs.send(b".")
+
+    def _is_told(self):
+        """Waits until there is something to do; returns whether there is."""
+        with contextlib.suppress(ConnectionError):
+            return self._theirs.recv(1) != b""
+        return False
 
     def do(self, work: "Work | Task", hear: "Callable[[Any], object]") -> "None":
         """Has work.do() called in the thread, and then hear(work) by the loop."""
@@ -5585,11 +5594,11 @@ class Thread:
     def _handle(self, events):
         has_come = self._ours.recv(64)
         self._hear()
-        if not has_come:
+        if not has_come and not self._is_finished:
             self._begin_again()
 
     def _hear(self):
-        while self._done:
+        while self._done and not self._is_finished:
             self._done.popleft()
             work, hear = self._begun.popleft()
             hear(work)
@@ -5607,15 +5616,23 @@ class Thread:
         raise RuntimeError("a bug has ended the thread that waits for the disk") from bug
 
     def finish(self, seconds: "float") -> "None":
-        """Waits so many s, at most, until all is done, and ends the thread."""
+        """Waits so many s, at most, until all is done, and ends the thread, after all that it was
+        told to do.  Of what is not done by then nobody hears."""
         until = time.monotonic() + seconds
         while self._begun and time.monotonic() < until:
             readable, _, _ = select.select([self._ours], [], [], until - time.monotonic())
             if readable and not self._ours.recv(64):
                 break
             self._hear()
+        self._is_finished = True
         self._loop.forget(self._ours)
         self._ours.close()
+
+
+def block_signals() -> "None":
+    """In a thread: signals are the main thread's."""
+    numbers = set(signal_names())
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
 
 
 # The store.
@@ -6318,7 +6335,10 @@ Range = collections.namedtuple("Range", "first end limit")
 Guard = collections.namedtuple("Guard", "key what value")
 Transaction = collections.namedtuple("Transaction", "guards changes")
 Entry = collections.namedtuple("Entry", "key text revision")
-Answer = collections.namedtuple("Answer", "outcome cluster revision succeeded entries more")
+# The reason of an answer is one line for people, "" when nothing is wrong.
+Answer = collections.namedtuple(
+    "Answer", "outcome cluster revision succeeded entries more reason")
+Answer.__new__.__defaults__ = ("",)
 
 # What a daemon keeps from one term to the next: the prefix of its keys; its own leader record,
 # free and without an epoch; the cluster that it knows; the members; digits(n), n random hex
@@ -6331,9 +6351,9 @@ def outcome_of(status: "int") -> "str":
     return OUTCOMES.get(status, UNKNOWN)
 
 
-def failure(outcome: "str") -> "Answer":
+def failure(outcome: "str", reason: "str" = "") -> "Answer":
     """The answer where nothing was answered that could be read."""
-    return Answer(outcome, "", 0, False, (), False)
+    return Answer(outcome, "", 0, False, (), False, reason)
 
 
 def end_of(prefix: "str") -> "str":
@@ -7015,6 +7035,840 @@ def _rank(change):
 def _size(key, text):
     """Bytes of a change."""
     return len(key.encode()) + len((text or "").encode())
+
+
+# --- Etcd ---------------------------------------------------------------------------------------
+# How the members of the cluster are asked: over HTTP/1.1, with JSON.  Nothing here knows what is
+# asked for, or judges of time, but for the time that an answer may take.
+#
+# The problem: a member may be stopped, cut off, or answer one byte a second; a name may take a
+# minute to resolve; what answers may be a proxy or a web server.  The loop waits for none of them.
+#
+# The solution.  A thread asks, one request at a time, over one connection that is kept.  Each step
+# of a request, from the connection to the last byte of the answer, has what is left of the time of
+# the whole.  Names are resolved by other threads, which nobody waits for when an address is known.
+# A thread and what it has open are one generation: stop() ends it, and nobody hears of it again.
+#
+# An answer is believed only when all of it could be read and is what etcd answers to such a
+# request; everything else is UNKNOWN, and the reason says what is wrong.  So is a refusal that
+# does not come from etcd (a web server's 404), and the third refusal in a row: the next member is
+# asked then.  Nothing is asked again here but to be admitted: the rules of a quorum know what may be.
+#
+# What has come on a connection before a request was sent is no answer to it, and a transaction
+# that is done has a higher revision than all that the same member has told before.
+#
+# Words.  A place: where a member listens.  A link: the connection to it.  The token: what etcd
+# gives to whoever has said name and password; it is lost when a member is started again.
+
+MOST_ANSWER = 8 * 1024 * 1024  # bytes; to read them as JSON holds up the loop
+PIECE = 65536  # bytes of an answer that are read at once
+MOST_REFUSALS = 3  # of one member in a row
+LEAST_PAGE = 50  # keys, however slow a member is
+ETCD_PORT = 2379  # where a URL has none
+NO_ROOM = "database space exceeded"
+NOT_AN_ETCD = "not an etcd"
+TIMED_OUT = "timed out"
+
+Access = collections.namedtuple("Access", "urls user password_file ca certificate private_key")
+Access.__doc__ = """The members, and how they are told who asks; what is not given is None."""
+Place = collections.namedtuple("Place", "scheme host port")
+
+# What housekeeping asks besides: the keys of a Range as they were at a revision; to forget what
+# was before a revision; the version of the member, which is the text of the only entry.
+RangeAt = collections.namedtuple("RangeAt", "first end limit revision")
+Compaction = collections.namedtuple("Compaction", "revision")
+Version = collections.namedtuple("Version", "")
+
+
+def access_of(settings: "Settings") -> "Access":
+    """How the settings say that etcd is to be asked."""
+    urls = settings["EtcdUrls"].split(",")
+    return Access(tuple(urls), settings["EtcdUser"], settings["EtcdPasswordFile"],
+                  settings["EtcdCa"], settings["EtcdCertificate"], settings["EtcdPrivateKey"])
+
+
+def check_access(access: "Access") -> "None":
+    """Raises UsageError where the files for etcd cannot be read, or are not what is wanted."""
+    try:
+        _client_context(access)
+        _password(access)
+    except (OSError, ValueError) as error:
+        raise UsageError(_words_of(error))
+
+
+def place_of(url: "str") -> "Place":
+    """Where the member with this URL listens."""
+    found = re.fullmatch(r"""
+        (https?)://
+        (?: \[ ([^]]+) \] | ([^:/]+) )  # an IPv6 address, or another host
+        (?: : ([0-9]+) )?               # the port
+        """, url, re.VERBOSE)
+    assert found, url
+    scheme, six, other, port = found.groups()
+    return Place(scheme, six or other, int(port or ETCD_PORT))
+
+
+# Requests and answers.
+
+class _Strange(Exception):
+    """What has come is not what etcd answers: one line."""
+
+
+def _in_base64(text):
+    data = text.encode("utf-8", "surrogateescape")
+    return binascii.b2a_base64(data, newline=False).decode()
+
+
+def _from_base64(text):
+    if not isinstance(text, str):
+        raise _Strange("no text in base64")
+    try:
+        return decode_name(text)
+    except ProtocolError as error:
+        raise _Strange(str(error))
+
+
+def _encode_range(request):
+    return {"key": _in_base64(request.first), "range_end": _in_base64(request.end),
+            "limit": str(request.limit)}
+
+
+def _encode_range_at(request):
+    body = _encode_range(request)
+    body["revision"] = str(request.revision)
+    return body
+
+
+_COMPARED = {VALUE: "value", MODIFIED: "mod_revision", CREATED: "create_revision"}
+
+
+def _encode_guard(guard):
+    value = str(guard.value)
+    if guard.what == VALUE:
+        value = _in_base64(guard.value)
+    return {"key": _in_base64(guard.key), "target": guard.what, "result": "EQUAL",
+            _COMPARED[guard.what]: value}
+
+
+def _encode_change(change):
+    key, text = change
+    if text is None:
+        return {"request_delete_range": {"key": _in_base64(key)}}
+    return {"request_put": {"key": _in_base64(key), "value": _in_base64(text)}}
+
+
+def _encode_transaction(request):
+    guards = [_encode_guard(guard) for guard in request.guards]
+    changes = [_encode_change(change) for change in request.changes]
+    found = {"request_range": {"key": _in_base64(request.guards[0].key)}}
+    return {"compare": guards, "success": changes, "failure": [found]}
+
+
+def _encode_compaction(request):
+    return {"revision": str(request.revision)}
+
+
+def _number(fields, name, default=None):
+    """A number of 64 bits, which JSON has as a text.  Without a default it must be there."""
+    found = fields.get(name, default)
+    if isinstance(found, str) and re.fullmatch("[0-9]{1,20}", found, re.ASCII):
+        return int(found)
+    if type(found) is int and found >= 0:
+        return found
+    raise _Strange(f"no number is its {name}")
+
+
+def _truth(fields, name):
+    found = fields.get(name, False)
+    if type(found) is not bool:
+        raise _Strange(f"its {name} is neither true nor false")
+    return found
+
+
+def _list(fields, name):
+    """The objects of a list, which may be left out when it is empty."""
+    found = fields.get(name, [])
+    if not isinstance(found, list):
+        raise _Strange(f"no list is its {name}")
+    for fields in found:
+        if not isinstance(fields, dict):
+            raise _Strange(f"no object is in its {name}")
+    return found
+
+
+def _object(fields, name):
+    found = fields.get(name)
+    if not isinstance(found, dict):
+        raise _Strange(f"no object is its {name}")
+    return found
+
+
+def _entries(fields):
+    found = []
+    for kept in _list(fields, "kvs"):
+        key, text = _from_base64(kept.get("key")), _from_base64(kept.get("value", ""))
+        found.append(Entry(key, text, _number(kept, "mod_revision")))
+    return tuple(found)
+
+
+def _cluster_and_revision(fields):
+    header = _object(fields, "header")
+    cluster, revision = _number(header, "cluster_id"), _number(header, "revision")
+    if not cluster or not revision:
+        raise _Strange("it tells no cluster, or no revision")
+    return str(cluster), revision
+
+
+def _read_range(request, fields):
+    cluster, revision = _cluster_and_revision(fields)
+    entries, more = _entries(fields), _truth(fields, "more")
+    for entry in entries:
+        if not request.first <= entry.key < request.end:
+            raise _Strange("a key that was not asked for")
+    if more and not entries:
+        raise _Strange("there are more keys than none")
+    return Answer(DONE, cluster, revision, True, entries, more, "")
+
+
+def _read_transaction(request, fields):
+    cluster, revision = _cluster_and_revision(fields)
+    succeeded, responses = _truth(fields, "succeeded"), _list(fields, "responses")
+    if not succeeded:
+        if len(responses) != 1:
+            raise _Strange("it does not say what it has found")
+        entries = _entries(_object(responses[0], "response_range"))
+        return Answer(DONE, cluster, revision, False, entries, False, "")
+    if len(responses) != len(request.changes):
+        raise _Strange("it has not done what was asked for")
+    return Answer(DONE, cluster, revision, True, (), False, "")
+
+
+def _read_compaction(_, fields):
+    cluster, revision = _cluster_and_revision(fields)
+    return Answer(DONE, cluster, revision, True, (), False, "")
+
+
+def _read_version(_, fields):
+    version = fields.get("etcdserver")
+    if not isinstance(version, str):
+        raise _Strange("it tells no version")
+    return Answer(DONE, "", 0, True, (Entry("version", version, 0),), False, "")
+
+
+# By the kind of a request: its path, how it is written, how its answer is read.
+_REQUEST_KINDS = {
+    Range: ("/v3/kv/range", _encode_range, _read_range),
+    RangeAt: ("/v3/kv/range", _encode_range_at, _read_range),
+    Transaction: ("/v3/kv/txn", _encode_transaction, _read_transaction),
+    Compaction: ("/v3/kv/compaction", _encode_compaction, _read_compaction),
+    Version: ("/version", None, _read_version),
+}
+_AUTHENTICATE = "/v3/auth/authenticate"
+
+
+def encode_request(request: "tuple") -> "Tuple[str, bytes]":
+    """(path, body) of a request; the body is the same bytes each time, b"" of one without."""
+    import json
+    path, encode_body, _ = _REQUEST_KINDS[type(request)]
+    if encode_body is None:
+        return path, b""
+    body = encode_body(request)
+    return path, json.dumps(body, separators=(",", ":")).encode()
+
+
+def read_answer(request: "tuple", status: "int", body: "bytes") -> "Answer":
+    """What an HTTP answer to the request means.  Raises nothing: whatever cannot be read has the
+    outcome UNKNOWN."""
+    if status != 200:
+        return _read_refusal(status, body)
+    _, _, read_fields = _REQUEST_KINDS[type(request)]
+    try:
+        return read_fields(request, _fields_of(body))
+    except _Strange as error:
+        return failure(UNKNOWN, f"{NOT_AN_ETCD}: {error}")
+
+
+def _fields_of(body):
+    """The JSON object; raises _Strange."""
+    import json
+    try:
+        fields = json.loads(body.decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise _Strange("it answers without JSON")
+    if not isinstance(fields, dict):
+        raise _Strange("it answers without an object")
+    return fields
+
+
+# What refusals say, and in other words where those of etcd do not tell what is to be done.
+_SAID = {
+    "CommonName of client": "it refuses a client certificate that has a CN, since authentication "
+                            "is on; make one without",
+    "user name is empty": "user name is empty: authentication is on, see --etcd-user",
+    "invalid user ID or password": "wrong name or password, see --etcd-password-file",
+}
+_NO_TOKEN = ("invalid auth token", "revision of auth store is old", "user name is empty")
+
+
+def _read_refusal(status, body):
+    """Only what etcd itself has refused is certainly not done."""
+    text = _message_of(body)
+    for part, words in _SAID.items():
+        if part in text:
+            return failure(outcome_of(status), words)
+    if not text:
+        return failure(UNKNOWN, f"{NOT_AN_ETCD}: HTTP status {status}")
+    for prefix in ("etcdserver: ", "mvcc: "):
+        if text.startswith(prefix):
+            text = text[len(prefix):]
+    return failure(outcome_of(status), text)
+
+
+def _message_of(body):
+    """What an error says, of both generations of the gateway; "" when it is none of etcd's."""
+    try:
+        fields = _fields_of(body)
+    except _Strange:
+        text = body[:500].decode("utf-8", "replace").strip()
+        return text if text.startswith("CommonName of client") else ""
+    code, message = fields.get("code"), fields.get("message")
+    if type(code) is not int or not isinstance(message, str):
+        return ""
+    return visible(message[:500])
+
+
+# Names, and what is said of failures.
+
+def _password(access):
+    """The password for etcd, or ""; raises OSError or ValueError."""
+    if access.password_file is None:
+        return ""
+    with open(access.password_file, encoding="utf-8") as file:
+        return file.read().rstrip("\r\n")
+
+
+def _client_context(access):
+    """The context for members with https, or None; raises ValueError."""
+    import ssl
+    if not any(place_of(url).scheme == "https" for url in access.urls):
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # which compares the name of the host
+    reading = access.ca
+    try:
+        if access.ca:
+            context.load_verify_locations(access.ca)
+        else:
+            context.load_default_certs()
+        if access.certificate:
+            reading = f"{access.certificate} with {access.private_key}"
+            context.load_cert_chain(access.certificate, access.private_key, password=b"")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{reading}: {_words_of(error)}")
+    if hasattr(context, "minimum_version"):
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    else:  # Python 3.6
+        context.options |= ssl.OP_NO_SSLv3 | ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    return context
+
+
+def _words_of(error):
+    """One line on an error of a file, a socket or TLS."""
+    import ssl
+    if isinstance(error, (ssl.SSLError, ssl.CertificateError)):
+        return _words_of_tls(error)
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    name = getattr(error, "filename", None)
+    if name:
+        return f"{name}: {said}"
+    return said[:1].lower() + said[1:]
+
+
+def _words_of_tls(error):
+    import ssl
+    said = getattr(error, "verify_message", None)  # Python 3.7 and later
+    if isinstance(error, ssl.CertificateError) and not said:
+        said = str(error)
+    if said:
+        return f"its certificate is not accepted: {said}"
+    said = getattr(error, "reason", None) or str(error)
+    if said == "WRONG_VERSION_NUMBER":
+        return "it answers https without TLS"
+    return f"TLS: {said}"
+
+
+def _find_addresses(place, flags=0):
+    """What getaddrinfo says of a place; raises OSError or UnicodeError."""
+    return socket.getaddrinfo(place.host, place.port, 0, socket.SOCK_STREAM, 0, flags)
+
+
+class _Resolver:
+    """Finds the addresses of places, each in a thread that may take as long as it likes."""
+
+    def __init__(self):
+        import threading
+        self._threading = threading
+        self._changed = threading.Condition()
+        self._known = {}  # addresses by place
+        self._reasons = {}  # by place: why nothing was found the last time
+        self._searched = set()  # the places that are searched now
+
+    def addresses(self, place: "Place", until: "float") -> "list":
+        """Those that are known; where none are, those that are found before `until` (s,
+        monotonic).  Raises OSError."""
+        try:
+            return _find_addresses(place, socket.AI_NUMERICHOST)
+        except (OSError, UnicodeError):
+            pass  # it is a name
+        with self._changed:
+            if place not in self._known:
+                self._search(place)
+            while place not in self._known and place in self._searched:
+                left = until - time.monotonic()
+                if left <= 0:
+                    raise OSError(f"{place.host} is not resolved yet")
+                self._changed.wait(left)
+            if place not in self._known:
+                raise OSError(self._reasons[place])
+            return self._known[place]
+
+    def look_again(self, place: "Place") -> "None":
+        """The addresses of the place may have changed."""
+        with self._changed:
+            if place in self._known:
+                self._search(place)
+
+    def _search(self, place):
+        if place in self._searched:
+            return
+        thread = self._threading.Thread(target=self._run, args=(place,), name="resolver",
+                                        daemon=True)
+        self._searched.add(place)
+        try:
+            thread.start()
+        except RuntimeError as error:  # there are too many
+            self._searched.remove(place)
+            self._reasons[place] = str(error)
+
+    def _run(self, place):
+        block_signals()
+        found: "list" = []
+        reason = f"{place.host} has no address"
+        try:
+            found = _find_addresses(place)
+        except (OSError, UnicodeError) as error:
+            reason = f"cannot resolve {place.host}: {_words_of(error)}"
+        with self._changed:
+            self._searched.remove(place)
+            self._reasons[place] = reason
+            if found:
+                self._known[place] = found
+            self._changed.notify_all()
+
+
+# A connection.
+
+class _Stream(io.RawIOBase):
+    """What comes from a member.  No read lasts longer than `until` (s, monotonic)."""
+
+    def __init__(self, connection):
+        self.until = 0.0
+        self._connection = connection
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        self._connection.settimeout(left_until(self.until))
+        return self._connection.recv_into(buffer)
+
+
+class _Buffered(io.BufferedReader):
+    """Stays open when an answer is whole, after which http.client closes its file."""
+
+    def close(self):
+        """Nothing: the socket is closed by its link."""
+
+
+def left_until(until: "float") -> "float":
+    """s until then (monotonic); raises socket.timeout when there are none."""
+    left = until - time.monotonic()
+    if left <= 0:
+        raise socket.timeout(TIMED_OUT)
+    return left
+
+
+class _Link:
+    """The connection to a member.  `until`: when what is under way must have come to its end."""
+
+    def __init__(self, place: "Place", addresses: "list", context: "Any", until: "float"):
+        self.place = place
+        self.refusals = 0  # in a row
+        self.highest = 0  # revision that it has told
+        self._host = f"{place.host}:{place.port}"
+        if ":" in place.host:
+            self._host = f"[{place.host}]:{place.port}"
+        self._socket = self._connect(addresses, until)
+        if place.scheme == "https":
+            self._socket = self._secure(context, until)
+        self._stream = _Stream(self._socket)
+        self._reader = _Buffered(self._stream)
+
+    @staticmethod
+    def _connect(addresses, until):
+        """A socket that is connected to the first address that takes it; raises OSError."""
+        failed: "OSError" = socket.timeout(TIMED_OUT)
+        for number, (family, kind, protocol, _, address) in enumerate(addresses):
+            connection = socket.socket(family, kind, protocol)
+            try:
+                connection.settimeout(left_until(until) / (len(addresses) - number))
+                connection.connect(address)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return connection
+            except OSError as error:
+                connection.close()
+                failed = error
+        raise failed
+
+    def _secure(self, context, until):
+        wrapped = secured(self._socket, context, server_hostname=self.place.host)
+        try:
+            wrapped.settimeout(left_until(until))
+            wrapped.do_handshake()
+        except (OSError, ValueError):
+            wrapped.close()
+            raise
+        return wrapped
+
+    def makefile(self, _):
+        """For http.client: where it reads the answer."""
+        return self._reader
+
+    def is_quiet(self) -> "bool":
+        """Whether it is open and nothing has come for which nobody has asked."""
+        self._stream.until = 0.0
+        try:
+            if self._reader.peek(1):
+                return False
+        except socket.timeout:
+            pass  # there is nothing in the buffer
+        try:
+            self._socket.settimeout(0)
+            self._socket.recv(1)
+        except _nothing_yet():
+            return True
+        except OSError:
+            pass
+        return False
+
+    def ask(self, path: "str", body: "bytes", token: "str",
+            until: "float") -> "Tuple[int, bytes]":
+        """(status, body) of the whole answer.  Raises OSError, ValueError, HTTPException."""
+        import http.client
+        method = "POST" if body else "GET"
+        head = (f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n")
+        if token:
+            head += f"Authorization: {token}\r\n"
+        self._socket.settimeout(left_until(until))
+        self._socket.sendall(f"{head}\r\n".encode() + body)
+        self._stream.until = until
+        response = http.client.HTTPResponse(self, method=method)  # type: ignore[arg-type]
+        response.begin()
+        data = self._read_body(response)
+        if response.will_close:
+            self._socket.close()
+        return response.status, data
+
+    @staticmethod
+    def _read_body(response):
+        """Raises ValueError for what is too long, or cut off."""
+        pieces = []
+        size = 0
+        while True:
+            piece = response.read(PIECE)
+            if not piece:
+                break
+            pieces.append(piece)
+            size += len(piece)
+            if size > MOST_ANSWER:
+                raise TooLong("its answer is too long")
+        if response.length:
+            raise ValueError("its answer was cut off")
+        return b"".join(pieces)
+
+    def is_open(self) -> "bool":
+        """Whether it can be asked again."""
+        return self._socket.fileno() >= 0
+
+    def close(self) -> "None":
+        """Ends it."""
+        self._socket.close()
+
+
+class TooLong(ValueError):
+    """An answer of more than MOST_ANSWER bytes."""
+
+
+def _nothing_yet():
+    """What a read raises when there is nothing to be read."""
+    import ssl
+    return BlockingIOError, ssl.SSLWantReadError
+
+
+# Asking.
+
+class _Inquirer:
+    """Asks in the thread; all of it belongs to one generation."""
+
+    def __init__(self, access: "Access", resolver: "_Resolver"):
+        self._access = access
+        self._resolver = resolver
+        self._context: "Any" = None
+        self._link: "Any" = None
+        self._token = ""
+        self._page = 0  # keys that a page may have, 0: as many as are asked for
+
+    def ask(self, url: "str", request: "tuple", until: "float") -> "Answer":
+        """The answer of the member to the request, before `until` (s, monotonic)."""
+        import http.client
+        place = place_of(url)
+        try:
+            return self._ask(place, self._fitting(request), until)
+        except socket.timeout:
+            self._take_less(request, LEAST_PAGE)
+            reason = TIMED_OUT
+        except TooLong as error:
+            self._take_less(request, 1)
+            reason = str(error)
+        except http.client.RemoteDisconnected:
+            reason = "it has closed the connection without an answer"
+        except http.client.HTTPException as error:
+            reason = f"{NOT_AN_ETCD}: {type(error).__name__}"
+        except (OSError, ValueError) as error:
+            reason = _words_of(error)
+        self._fail(place)
+        return failure(UNKNOWN, visible(reason))
+
+    def close(self) -> "None":
+        """Ends the link."""
+        if self._link is not None:
+            self._link.close()
+        self._link = None
+
+    def _fail(self, place):
+        """The next link is made anew, with what files and names say then."""
+        self.close()
+        self._context = None
+        self._resolver.look_again(place)
+
+    def _ask(self, place, request, until):
+        self._open_link(place, until)
+        if self._access.user and not self._token:
+            refusal = self._authenticate(until)
+            if refusal is not None:
+                return self._count(refusal)
+        answer = self._ask_once(request, until)
+        if self._needs_token(answer) and self._authenticate(until) is None:
+            answer = self._ask_once(request, until)
+        return self._count(answer)
+
+    def _ask_once(self, request, until):
+        path, body = encode_request(request)
+        status, data = self._link.ask(path, body, self._token, until)
+        answer = read_answer(request, status, data)
+        if answer.outcome == DONE:
+            return self._unless_old(request, answer)
+        return answer
+
+    def _open_link(self, place, until):
+        link = self._link
+        if link is not None and link.place == place and link.is_open() and link.is_quiet():
+            return
+        self.close()
+        addresses = self._resolver.addresses(place, until)
+        if place.scheme == "https" and self._context is None:
+            self._context = _client_context(self._access)
+        self._link = _Link(place, addresses, self._context, until)
+
+    def _count(self, answer):
+        """A member that refuses again and again may do so alone."""
+        if answer.outcome != NOT_DONE:
+            self._link.refusals = 0
+            return answer
+        self._link.refusals += 1
+        if self._link.refusals == MOST_REFUSALS:
+            self._link.refusals = 0
+            return answer._replace(outcome=UNKNOWN)
+        return answer
+
+    def _unless_old(self, request, answer):
+        """An answer that comes a second time, from a proxy perhaps, is none."""
+        link = self._link
+        is_change = isinstance(request, Transaction) and answer.succeeded
+        if is_change and answer.revision <= link.highest:
+            link.close()
+            return failure(UNKNOWN, "its answer is older than what was asked")
+        link.highest = max(link.highest, answer.revision)
+        return answer
+
+    # To be admitted.
+
+    def _authenticate(self, until):
+        """Gets a token; returns None, or how it was refused."""
+        import json
+        self._token = ""
+        login = {"name": self._access.user, "password": _password(self._access)}
+        status, data = self._link.ask(_AUTHENTICATE, json.dumps(login).encode(), "", until)
+        if status == 200:
+            return self._take_token(data)
+        refusal = _read_refusal(status, data)
+        if "authentication is not enabled" in refusal.reason:
+            return None  # then it needs no token
+        return refusal
+
+    def _take_token(self, data):
+        try:
+            token = _fields_of(data).get("token")
+        except _Strange as error:
+            return failure(UNKNOWN, f"{NOT_AN_ETCD}: {error}")
+        if not isinstance(token, str) or not re.fullmatch("[!-~]+", token):
+            return failure(UNKNOWN, f"{NOT_AN_ETCD}: it gives no token")
+        self._token = token
+        return None
+
+    def _needs_token(self, answer):
+        """Whether the same request may be done with another token."""
+        if answer.outcome != NOT_DONE or not self._access.user:
+            return False
+        return any(part in answer.reason for part in _NO_TOKEN)
+
+    # Pages.
+
+    def _fitting(self, request):
+        """A page of which a part fits into the time and the length of an answer."""
+        if isinstance(request, Range) and self._page and request.limit > self._page:
+            return request._replace(limit=self._page)
+        return request
+
+    def _take_less(self, request, least):
+        if isinstance(request, Range) and request.limit > 1:
+            limit = self._page or request.limit
+            self._page = max(least, min(limit, request.limit) // 2)
+
+
+class _Question:
+    """What the thread has to do: to ask one member."""
+
+    def __init__(self, inquirer: "_Inquirer", url: "str", request: "tuple", until: "float"):
+        self.url = url
+        self.answer = failure(UNKNOWN)
+        self._inquirer = inquirer
+        self._request = request
+        self._until = until
+
+    def do(self) -> "None":
+        """In the thread."""
+        self.answer = self._inquirer.ask(self.url, self._request, self._until)
+
+    def fail(self, reason: "str") -> "None":
+        """A bug has ended the thread."""
+        self.answer = failure(UNKNOWN, reason)
+
+
+class Etcd:
+    """Asks the members of the cluster, in a thread of its own.  Raises CannotServe where it never
+    could."""
+
+    def __init__(self, loop: "Loop", log: "Log", access: "Access"):
+        self.access = access
+        self._loop, self._log = loop, log
+        self._load_modules()
+        try:
+            check_access(access)
+        except UsageError as error:
+            raise CannotServe(f"etcd: {error}")
+        self._resolver = _Resolver()
+        self._thread: "Any" = None
+        self._inquirer: "Any" = None
+        # of each member that was asked: what is wrong with it, "" when nothing is
+        self._reasons: "Dict[str, str]" = {}
+        self._lost: "set" = set()  # the members that did not answer when they were asked last
+
+    @staticmethod
+    def _load_modules():
+        """Before a thread needs them: two that load modules may wait for each other."""
+        try:
+            import encodings.idna  # noqa: F401
+            import http.client  # noqa: F401
+            import json  # noqa: F401
+            import ssl  # noqa: F401
+            import threading  # noqa: F401
+        except ImportError as error:
+            raise CannotServe(f"--etcd needs all of Python's standard library: {error}")
+
+    @property
+    def reachable(self) -> "int":
+        """The number of members that have obeyed or refused what they were asked last."""
+        return len(self._reasons) - len(self._lost)
+
+    @property
+    def trouble(self) -> "str":
+        """What is wrong with members that were asked: one line, "" when nothing is."""
+        found = [f"{url}: {reason}" for url, reason in self._reasons.items() if reason]
+        return "; ".join(sorted(found))
+
+    def start(self) -> "None":
+        """Begins a generation.  Raises OSError."""
+        self.stop()
+        self._thread = Thread(self._loop, "etcd")
+        self._inquirer = _Inquirer(self.access, self._resolver)
+
+    def ask(self, url: "str", request: "tuple", seconds: "float",
+            hear: "Callable[[Answer], object]") -> "None":
+        """Has hear(answer) called by the loop, within so many s or shortly after.  What is asked
+        while something is under way waits for its end, which counts."""
+        until = time.monotonic() + seconds
+        question = _Question(self._inquirer, url, request, until)
+        self._thread.do(question, functools.partial(self._hear, hear))
+
+    def stop(self) -> "None":
+        """Ends the generation: no answer to what was asked is heard.  Its thread ends by itself,
+        as soon as the time of what is under way is over."""
+        if self._thread is None:
+            return
+        self._thread.do(Task(self._inquirer.close), ignore)
+        self._thread.finish(0)
+        self._thread = None
+
+    def _hear(self, hear, question):
+        self._note(question.url, question.answer)
+        hear(question.answer)
+
+    def _note(self, url, answer):
+        """Logs what has changed."""
+        if answer.outcome == UNKNOWN:
+            self._lost.add(url)
+        else:
+            self._lost.discard(url)
+        before = self._reasons.get(url, "")
+        reason = answer.reason
+        if answer.outcome == DONE:
+            reason = ""
+        self._reasons[url] = reason
+        if reason == before:
+            return
+        if reason:
+            self._log.limited(f"etcd {url}: {reason}{self._cure(reason)}", "error")
+        else:
+            self._log.limited(f"etcd {url} answers again", "info")
+
+    @staticmethod
+    def _cure(reason):
+        if NO_ROOM not in reason:
+            return ""
+        return ("; until there is room nobody can lead.  Cure: etcdctl compact REVISION, etcdctl "
+                "defrag on each member, etcdctl alarm disarm; then have etcd compact by itself "
+                "(ETCD_AUTO_COMPACTION_RETENTION=1)")
 
 
 # --- Loop ---------------------------------------------------------------------------------------

@@ -34,8 +34,9 @@ class Certificates:
     """A folder with the files NAME.pem and NAME.key.
 
     `ca` signs `good` (whose common name is the id of this host), `wrong` (another common name),
-    `nameless` (none), `double` (another and the id, which ssl lists last) and `expired`; `other`,
-    an authority that nobody trusts, signs `stranger`.
+    `nameless` (none), `double` (another and the id, which ssl lists last), `expired` and `server`
+    (of the host 127.0.0.1, also called localhost); `other`, an authority that nobody trusts, signs
+    `stranger`.
     """
 
     def __init__(self, folder):
@@ -49,14 +50,20 @@ class Certificates:
         self._sign("nameless", "/O=somebody")
         self._sign("double", f"/CN=somebody{right}")
         self._sign("expired", right, end="20200102000000Z")
+        self._sign("server", "/O=server", hosts="IP:127.0.0.1,DNS:localhost")
         self._sign("stranger", right, authority="other")
 
-    def _sign(self, name, subject, authority="ca", end=None):
+    def _sign(self, name, subject, authority="ca", end=None, hosts=None):
         """Signs for two days, or to a date: `openssl ca` alone can do that in every version."""
         request = os.path.join(self.folder, f"{name}.csr")
         openssl("req", *KEY, "-subj", subject, "-keyout", self.key(name),
                 "-out", request)
         dates = ("-startdate", "20200101000000Z", "-enddate", end) if end else ("-days", "2")
+        if hosts:
+            more = os.path.join(self.folder, f"{name}.hosts")
+            with open(more, "w") as file:
+                file.write(f"subjectAltName={hosts}\n")
+            dates += ("-extfile", more)
         openssl("ca", "-batch", "-notext", "-preserveDN", "-config", self._settings(name), *dates,
                 "-cert", self.pem(authority), "-keyfile", self.key(authority),
                 "-in", request, "-out", self.pem(name))

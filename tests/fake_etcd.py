@@ -14,6 +14,7 @@ import collections
 import json
 import http.server
 import operator
+import select
 import socket
 import socketserver
 import sys
@@ -24,6 +25,7 @@ CLUSTER_ID = 6458432214418862501
 MEMBER_ID = 13922825120356555596
 MOST_OPERATIONS = 128
 CHUNKED_FROM = 2048  # bytes of an answer
+DRIP_PAUSE = 0.02
 
 # What a member can be told to do with a request.
 BEFORE_503 = "503, and nothing is done"
@@ -35,6 +37,7 @@ SILENCE_AFTER = "no answer, and it is done"
 DELAY = "no answer, and it is done when deliver() is called"
 DUPLICATE = "it is done and answered, and done once more when deliver() is called"
 SPLIT = "each byte of the answer is sent alone"
+DRIP = "a byte of the answer each DRIP_PAUSE s"
 TOKEN = "401"
 OLD_TOKEN = "400, the revision of auth store is old"
 NO_SPACE = "429"
@@ -439,7 +442,8 @@ class Gateway(http.server.BaseHTTPRequestHandler):
         header["revision"] = str(self.etcd.revision - self.member.behind)
         if self.member.cluster_id is not None:
             header["cluster_id"] = str(self.member.cluster_id)
-        self._send(200, self._text(answer), "application/json", fault == SPLIT)
+        pause = {SPLIT: 0, DRIP: DRIP_PAUSE}.get(fault)
+        self._send(200, self._text(answer), "application/json", pause)
 
     def _text(self, answer):
         separators = (",", ":") if self.etcd.generation == 1 else (", ", ":")
@@ -455,7 +459,7 @@ class Gateway(http.server.BaseHTTPRequestHandler):
             status = {412: 400}.get(status, status)
             self._send(status, self._text({"code": code, "message": message}), "application/json")
 
-    def _send(self, status, text, kind, split=False, trailer=False):
+    def _send(self, status, text, kind, pause=None, trailer=False):
         """Long answers, and errors of the first generation, are chunked; those have a trailer."""
         data = text.encode()
         is_chunked = trailer or len(data) > CHUNKED_FROM
@@ -469,17 +473,24 @@ class Gateway(http.server.BaseHTTPRequestHandler):
         else:
             head += f"Content-Length: {len(data)}\r\n\r\n"
         data = head.encode() + data
-        pieces = [data[index:index + 1] for index in range(len(data))] if split else [data]
-        self._send_pieces(pieces)
+        if pause is None:
+            self._send_pieces([data])
+        else:
+            self._send_pieces([data[index:index + 1] for index in range(len(data))], pause)
 
     def _send_raw(self, data):
-        self._send_pieces([data])
+        """With the last of it comes the end, so that nobody asks again in between."""
+        with suppress(OSError):
+            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+            self.request.sendall(data)
+            self.request.shutdown(socket.SHUT_WR)
         self._close()
 
-    def _send_pieces(self, pieces):
+    def _send_pieces(self, pieces, pause=0):
         try:
             for piece in pieces:
                 self.request.sendall(piece)
+                select.select([], [], [], pause)
         except OSError:
             self._close()
 
