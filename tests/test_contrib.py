@@ -600,6 +600,23 @@ def test_openrc(box, service):
     wait_until(lambda: not box.daemons())
 
 
+@pytest.mark.parametrize("command", [
+    ["sysvinit/flomd", "start"], ["runit/flomd/run"],
+    ["/bin/sh", "-euc", '. "$1"; . "$2"; $command $command_args', "sh", "conf", "openrc/flomd"]],
+    ids=["sysvinit", "runit", "openrc"])
+def test_a_quorum_wants_other_options(box, service, command):
+    """They go together, and the file that tells which cluster it is stands in STATE_DIR."""
+    text = read(service.program).replace('"$@"', '--check-config "$@"')
+    box.write("flomd", text.replace("exec ", f'echo "$@" >{box.path("words")}\nexec '))
+    options = "--no-files -a 10.77.0.1 --etcd http://10.77.0.1:2379 --etcd-prefix /flom/main/"
+    defaults = service.defaults("conf", FLOMD_OPTIONS=options)
+    words = [contrib(*word.split("/")) if word.count("/flomd") else word for word in command]
+    words = [defaults if word == "conf" else word for word in words]
+    done = box.start(*words, env={"FLOMD_DEFAULTS": defaults}, cwd=box.folder).end()
+    assert (done.status, done.err) == (0, "")
+    assert f"--etcd-state {box.folder}/cluster " in read(box.path("words"))
+
+
 @pytest.fixture
 def runit(box, service):
     """A copy of the service directory, with its settings."""
