@@ -3075,6 +3075,7 @@ class Catalogue:
         self.names = 0  # bytes of the names that they keep
         self.forgotten = 0  # the greatest token of grants of which nothing else is known any more
         self.stalled = False  # kinds whose elements are unique grant nothing
+        self.strict = False  # see LockTable.be_strict()
         self.changed = Changes()
 
     def has_room(self, resource, times):
@@ -3122,9 +3123,17 @@ class Catalogue:
 
     def promise(self, holder, grace):
         """The holder is told again for how long (ms) it is kept without its client."""
+        grace = self.grace_of(holder, grace)
         if holder.grace != grace:
             holder.grace = grace
             self.changed.holders[holder.token] = holder
+
+    def grace_of(self, holder, grace):
+        """What counts (ms) when this grace is told; whether the client hears of it is not known,
+        so where that matters the one that was told before counts, too."""
+        if self.strict:
+            return max(holder.grace or 0, grace or 0) or None
+        return grace
 
     def set_used(self, resource):
         """Somebody holds or awaits the resource."""
@@ -3282,22 +3291,31 @@ class Books:
 
     def move(self, holder, request):
         """The holder has a new session, that of the request."""
-        del self.requests[holder.session]
-        del holder.resource.holders[holder.session]
         self.absent.pop(holder.session, None)
+        self._give_session(holder, request.session)
         before = (holder.pid, holder.local, holder.grace)
-        if before != (request.pid, request.local, request.grace):
+        grace = self.catalogue.grace_of(holder, request.grace)
+        if before != (request.pid, request.local, grace):
             self.catalogue.changed.holders[holder.token] = holder
-        holder.session = request.session
         holder.origin = request.origin
         holder.local = request.local
         holder.pid = request.pid
         holder.uid = request.uid
         holder.life = request.life
-        holder.grace = request.grace
+        holder.grace = grace
         holder.since = request.since
-        self.requests[holder.session] = holder
-        holder.resource.holders[holder.session] = holder
+
+    def set_absent(self, holder, session):
+        """The client of the holder is not there any more."""
+        self._give_session(holder, session)
+        self.absent[session] = holder
+
+    def _give_session(self, holder, session):
+        del self.requests[holder.session]
+        del holder.resource.holders[holder.session]
+        holder.session = session
+        self.requests[session] = holder
+        holder.resource.holders[session] = holder
 
     def remove(self, request, committed=False):
         """The request is no more; committed: the command of a holder succeeded."""
@@ -3542,7 +3560,7 @@ class Recovery:
         decisions if it is that holder, None if it is to be looked at like any other.
 
         The client may have lost its connection before it was told of the grant: then it asks
-        without a token.  When the client of an absent holder asks for something else, it has no
+        without a token.  A client has one lock at a time: when it asks for another one, it has no
         use for what it held.
         """
         holder = self._holder_like(request)
@@ -3550,9 +3568,12 @@ class Recovery:
             return None
         if holder.same(request):
             return self._hand_over(holder, request)
+        decisions = []
         if holder.session not in self.books.absent:
-            return None
-        decisions = self.queues.leave(holder, now, committed=True)
+            if holder.name == request.name:
+                return None
+            decisions.append(Decision(holder.session, None))
+        decisions += self.queues.leave(holder, now, committed=True)
         return decisions + self._place(request, now)
 
     def _holder_like(self, request):
@@ -3588,6 +3609,8 @@ class Recovery:
         books = self.books
         resource = request.resource
         token = request.reclaim
+        if self.catalogue.strict:
+            return "nothing is known of it"
         if token in books.holders:
             return "another has its token"
         if token > books.last_token and (books.knows_all or token >> 32 == books.epoch > 0):
@@ -3853,6 +3876,11 @@ class LockTable:
             return []
         return self.release(session, False, now)
 
+    def set_absent(self, session, absent):
+        """The client of a holder is not there any more: `absent` is in the place of its session
+        until it comes back."""
+        self._books.set_absent(self.requests[session], absent)
+
     def expire(self, now):
         """Does what is due at `now`."""
         self._passing.searches = 0
@@ -3882,6 +3910,11 @@ class LockTable:
     def know_all(self):
         """Those who have been restored, and nobody else, hold locks of a daemon before."""
         self._books.knows_all = True
+
+    def be_strict(self):
+        """What is not known was never told: no other reclaim is granted.  And what was told counts
+        until its client knows better: no grace becomes shorter."""
+        self._catalogue.strict = True
 
     def cover(self, token: "int"):
         """It is known on disk that tokens up to this one may have been given."""
@@ -4629,6 +4662,15 @@ class Absent(Identity):
     connection = None
     peer_id = None
     holds = None  # nothing that it could unlock
+
+    @classmethod
+    def of(cls, session: "Identity", name_of: "Callable[[int], str]") -> "Absent":
+        """In place of the session of a client that was there."""
+        absent = cls(session.peer, name_of)
+        absent.ours = session.ours
+        absent.about = session.about
+        absent.uid = session.uid
+        return absent
 
 
 # Records.
@@ -6312,6 +6354,7 @@ RELEASES = {
     "slow reader": False,
     "protocol error": False,
 }
+END_OF_FILE, RESET, TIMED_OUT, SLOW, BROKEN = list(RELEASES)[1:]
 
 # The order of the changes of one batch, which may be cut anywhere: rank by (kind of key, removed).
 # Half of a batch may lose a number, but not have it twice: a value is taken back before it is
@@ -8272,7 +8315,7 @@ class Silent:
             connection, until = next(iter(self._until.items()))
             if now >= until:
                 del self._until[connection]
-                self._loop.guarded(nothing, connection.close, "silent")
+                self._loop.guarded(nothing, connection.close, "silent", TIMED_OUT)
         if self._until:
             self._loop.at(until, self._close)
 
@@ -8300,8 +8343,8 @@ class Reporting:
 class Connection:
     """One client."""
     __slots__ = ("connections", "socket", "is_open", "peer", "session", "certified", "surplus",
-                 "closing", "output", "batch", "_wanted", "_is_paused", "_pieces",
-                 "_is_reporting", "_is_writing", "_is_deaf", "_credentials")
+                 "closing", "output", "batch", "end", "_wanted", "_is_paused", "_pieces",
+                 "_is_reporting", "_is_writing", "_is_deaf", "_failed", "_credentials")
     would_block: "tuple" = WOULD_BLOCK
 
     def __init__(self, connections: "Connections", accepted: "socket.socket", peer: "str"):
@@ -8315,12 +8358,14 @@ class Connection:
         self.closing = False
         self.output: "bytes | memoryview" = b""  # what the client has not taken yet
         self.batch: "object | None" = None  # until it is stored nothing is read
+        self.end = RESET  # how it has ended, when it has, in a word of RELEASES
         self._wanted = NO_CALLS  # what the client has said, and was not done yet
         self._is_paused = False  # the loop does not watch it
         self._pieces: "Iterator[str]" = NO_PIECES  # of a report, that follow the output
         self._is_reporting = False
         self._is_writing = False  # the loop tells when it can be written
         self._is_deaf = False  # nothing can be sent any more
+        self._failed = False  # the system has told, once, that the connection is broken
         self._credentials: "tuple | None" = None  # not asked for yet
 
     # Reading.
@@ -8395,13 +8440,25 @@ class Connection:
             data = self.socket.recv(MOST_READ)
         except self.would_block:
             return
-        except OSError:
-            data = b""
+        except OSError as error:
+            end = RESET
+            if isinstance(error, TimeoutError):
+                end = TIMED_OUT
+            self.close(end=end)
+            return
         if not data:
-            self.close()
+            self._reach_end()
         if not data or self.closing:
             return
         self._do(self.session.calls(data))
+
+    def _reach_end(self):
+        """Nothing is left to be read.  Of a broken connection the system says the same, when it
+        has told of that already."""
+        if self._failed:
+            self.close(end=RESET)
+        else:
+            self.close(end=END_OF_FILE)
 
     def _do(self, wanted):
         """Does what the client wants; the rest of it later, as soon as it waits for a batch."""
@@ -8418,7 +8475,7 @@ class Connection:
                         self._wanted = wanted
                     return
         except ProtocolError as error:
-            self.close(str(error))
+            self.close(str(error), BROKEN)
 
     # Writing.
 
@@ -8449,7 +8506,7 @@ class Connection:
         if not self._is_writing:
             self._write()
         if len(self.output) > MOST_UNREAD:
-            self.close("does not read")
+            self.close("does not read", SLOW)
 
     def finish(self) -> "None":
         """Half-closes when everything is written."""
@@ -8481,7 +8538,8 @@ class Connection:
                     self.output = memoryview(self.output)[sent:]
         except self.would_block:
             pass
-        except OSError:
+        except OSError as error:
+            self._failed = not isinstance(error, BrokenPipeError)  # that one had ended before
             self._stop_sending()
             return
         is_left = bool(self.output)
@@ -8539,12 +8597,14 @@ class Connection:
         except OSError as error:
             self.close(f"cannot be watched: {error.strerror}")
 
-    def close(self, reason: "str" = "") -> "None":
-        """Ends the connection, for a reason to be logged; what it held goes on to others.  The
-        client does not see the end before the end of its lock is stored."""
+    def close(self, reason: "str" = "", end: "str" = RESET) -> "None":
+        """Ends the connection, for a reason to be logged; `end` is a word of RELEASES.  What it
+        held goes on to others, or is kept for its client.  The client does not see the end before
+        the end of its lock is stored."""
         if not self.is_open:
             return
         self.is_open = False
+        self.end = end
         if reason:
             self.connections.log.limited(f"{self.peer}: {reason}; connection closed")
         self.connections.loop.forget(self.socket)
@@ -9539,7 +9599,8 @@ def _is_named(connection, peer_id):
 LATE = 5  # s after which nobody waits any more for a batch to be stored, but for a grant
 LOOK_AT_STORE = 0.2  # s between two looks at batches that are not stored yet
 UNSAVED = 1  # s at most until a change is stored that nobody waits for
-WAITS_FOR_STORE = (OK, EVICTED)  # verdicts
+WAITS_FOR_STORE = (OK, EVICTED, None)  # verdicts
+A_LEADER_SAYS = (OK, BUSY)  # verdicts on which a client relies: a leader that is deposed is silent
 CANNOT_STORE = "the daemon cannot store it now"
 
 
@@ -9629,11 +9690,14 @@ class Batches:
         records = self._take_records()
         if batch.token >> 32 > disk.epoch and not disk.cover(batch.token):
             return
+        done = functools.partial(self._is_stored, batch)
         if records:
-            done = functools.partial(self._is_stored, batch)
             batch.is_accepted = disk.commit(records, done)
+        elif batch.connections and disk.kind == IN_ETCD:
+            batch.is_accepted = True
+            disk.confirm(done)
         elif not batch.token or disk.kind != NOT_KEPT:
-            self._is_stored(batch)
+            done()
 
     def _is_stored(self, batch):
         """It counts; it is said when all before it are.  One that counts at once is not pending
@@ -9689,11 +9753,16 @@ class Batches:
         self._is_stored(batch)
 
     def _is_new_grant(self, detail):
-        """Whether it is a grant of which nobody knows; a holder that asks again, on whatever
-        connection, has been told of its own, or its memory was."""
+        """Whether it is a grant of which nobody knows."""
         if not isinstance(detail, Decision) or detail.verdict != OK:
             return False
-        return detail.token > self._told and detail.session.request.reclaim is None
+        return self.is_untold(detail.token, detail.session)
+
+    def is_untold(self, token: "int", session: "Any") -> "bool":
+        """Whether nobody was told of the grant with this token, which the session has asked for; a
+        holder that asks again, on whatever connection, has been told of its own, or its memory
+        was."""
+        return token > self._told and session.request.reclaim is None
 
     def _look(self):
         """Nobody waits for ever for a disk that does not store."""
@@ -9770,6 +9839,7 @@ class Server:
         self._decisions: "Deque[Tuple[Connection, Decision]]" = collections.deque()
         self._is_delivering = False
         self._next_date: "float | None" = None  # of the table
+        self._is_leader = disk.kind == IN_ETCD
         self._progress = Progress(self)
         self._pings = Pings(disk)
         self.orders = Orders(self, settings, log, connections, life)
@@ -9858,7 +9928,7 @@ class Server:
         """ms for which the lock will be kept when its client has lost this daemon, -1: as long as
         its process lives; None where nobody would know of it."""
         disk = self.disk
-        if disk.kind == IN_ETCD:
+        if self._is_leader:
             return disk.grace_for(request.kill)
         if disk.kind == NOT_KEPT or disk.failing:
             return None
@@ -9926,6 +9996,8 @@ class Server:
                 batch = self.batches.join(connection)
                 if verdict == OK and decision.token > batch.token:
                     batch.token = decision.token
+            elif self._is_leader and self._answers_reclaim(decision):
+                self.batches.join(connection)
             batch = connection.batch
             if batch is None:
                 self._decisions.append((connection, decision))
@@ -9938,6 +10010,13 @@ class Server:
         if self.table.next_date() != self._next_date:
             self._plan()
 
+    @staticmethod
+    def _answers_reclaim(decision):
+        """Where it is refused its client takes the lock for lost, so no other leader may have
+        followed, under which it is not."""
+        request = decision.session.request
+        return request is not None and request.reclaim is not None
+
     def _tell_now(self):
         """A bug costs the connection of the session that was to be told, and no other decision."""
         self._is_delivering = True
@@ -9949,6 +10028,8 @@ class Server:
     def _tell(self, connection, decision):
         """Sees to what comes before the decision is told, and tells it."""
         verdict = decision.verdict
+        if verdict in A_LEADER_SAYS and not self.disk.may_tell():
+            return
         if self.publisher is not None:
             self.publisher.note(decision)
         session = decision.session
@@ -10017,17 +10098,42 @@ class Server:
         session = connection.session
         request = self.table.requests.get(session)
         if request is not None:
-            if request.state is HELD:
-                self._is_lost(connection)
-            self._free(session)
+            is_holder = request.state is HELD
+            if is_holder and self.publisher is not None:
+                self.publisher.counts.lost += 1
+            if is_holder and self._is_kept(connection, request):
+                self._keep(connection, request)
+            else:
+                self._end(connection, request)
         if not self._connections.open:
             self._life.was_used()
 
-    def _is_lost(self, connection):
-        """Its client sees the end when the end of the lock is stored."""
-        self.batches.join(connection)
+    def _is_kept(self, connection, holder):
+        """Whether the end of its connection leaves an absent holder: in a quorum, unless its
+        client meant to release it.  A new grant that was not told is nobody's.  To one that was
+        known before, and was not told so on this connection, the end of it means nothing."""
+        if not self._is_leader:
+            return False
+        if connection.session.holds is None:
+            return not self.batches.is_untold(holder.token, connection.session)
+        return not RELEASES[connection.end]
+
+    def _keep(self, connection, holder):
+        """Its client may come back."""
+        session = connection.session
+        absent = Absent.of(session, self._connections.users.name)
+        self.table.set_absent(session, absent)
+        seconds = self.absences.keep(holder)
+        self._log.limited(f"{holder.name!r}, of {absent}, is kept for {seconds:.0f} s: its "
+                          f"connection ended by {connection.end}", "info")
         if self.publisher is not None:
-            self.publisher.counts.lost += 1
+            self.publisher.changed()
+
+    def _end(self, connection, request):
+        """Its client sees the end of the connection when the end of its lock is stored."""
+        if request.state is HELD:
+            self.batches.join(connection)
+        self._free(connection.session)
 
     def _free(self, session):
         decisions = self.table.gone(session, self.loop.now)
@@ -10226,6 +10332,7 @@ class Absences:
         self._watched: "List[Request]" = []  # whose processes are looked at
         self._round: "List[Request]" = []  # those that are left of the look that has begun
         self._graces: "List[Tuple[float, int, Request]]" = []  # a heap, by the end of the grace
+        self._until: "Dict[int, float]" = {}  # token: the last end, which counts
 
     @staticmethod
     def _can_look():
@@ -10245,9 +10352,25 @@ class Absences:
             if same_processes and is_command and self.can_watch(holder):
                 self._watched.append(holder)
             else:
-                self._give_grace(holder)
+                self._give_grace(holder, self._begun)
         if self._watched:
             self._loop.after(0, self._look)
+
+    def begin_term(self, claimed_at: "float", grace: "int") -> "None":
+        """The leader of a quorum serves, whose claim was confirmed at `claimed_at` (s, boot), and
+        which promises this grace (ms) at least.  No process tells of the end of its lock: it may
+        have run on the host of another leader."""
+        self.grace = grace
+        self._table.be_strict()
+        now = self._loop.now
+        self._begun = now.mono - (now.boot - claimed_at)
+        for holder in self._table.absent.values():
+            self._give_grace(holder, self._begun)
+
+    def keep(self, holder: "Request") -> "float":
+        """The holder has become absent, in a quorum; returns for how long it is kept (s)."""
+        now = self._loop.now.mono
+        return self._give_grace(holder, now) - now
 
     # Their processes.
 
@@ -10274,19 +10397,22 @@ class Absences:
         if state == ENDED:
             self._end(holder, f"process {holder.pid} has ended")
         elif state == UNCERTAIN or not holder.life and name != FLOM:
-            self._give_grace(holder)
+            self._give_grace(holder, self._begun)
         else:
             self._watched.append(holder)
 
     # Their graces.
 
-    def _give_grace(self, holder):
+    def _give_grace(self, holder, since):
+        """It is kept from `since` on (s, monotonic); returns the end."""
         promised = holder.grace or 0
-        until = self._begun + max(promised, self.grace) / 1000
+        until = kept_until(since, promised, self.grace)
+        self._until[holder.token] = until
         entry = until, holder.token, holder
         heapq.heappush(self._graces, entry)
         if self._graces[0] is entry:
             self._loop.at(until, self._end_graces)
+        return until
 
     def _end_graces(self):
         """Ends those whose grace is over, a part of them in this turn."""
@@ -10294,7 +10420,10 @@ class Absences:
         for _ in range(MOST_LOOKED_AT):
             if not self._graces or self._graces[0][0] > now:
                 break
-            _, _, holder = heapq.heappop(self._graces)
+            until, token, holder = heapq.heappop(self._graces)
+            if self._until.get(token) != until:
+                continue  # it has come back, and is absent anew
+            del self._until[token]
             if self._is_absent(holder):
                 self._loop.guarded(nothing, self._end, holder, "its grace is over")
         if self._graces:

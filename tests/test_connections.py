@@ -1,12 +1,14 @@
 """What a connection sends, to those who read slowly, too; a report goes out in portions."""
 import signal
 import socket
+import struct
 import types
 from unittest import mock
 
 import flomd
 import pytest
 from fakes import PING, message
+from world import wait_until
 
 
 class Log:
@@ -314,6 +316,90 @@ def test_who_takes_nothing_more_is_told_and_has_a_time_to_end(links, monkeypatch
     links.loop.run()
     links.loop._stopped = False
     assert server.seen == ["ping", "end"] and not connection.is_open
+
+
+def tcp(links):
+    """(a new connection over TCP, its client's socket)"""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        client = socket.create_connection(listener.getsockname())
+        server, _ = listener.accept()
+    server.setblocking(False)
+    before = set(links.connections.open)
+    links.connections.welcome(server, "127.0.0.1:50190")
+    links.clients.append(client)
+    connection, = links.connections.open - before
+    return connection, client
+
+
+def reset(client):
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
+def send_until_deaf(connection):
+    """Says something to one that has gone, until the system says so."""
+    def fails():
+        connection.send(b"x")
+        return connection._is_deaf
+    wait_until(fails)
+
+
+def end_well(links, connection, client):
+    client.close()
+
+
+def end_well_before_it_is_told(links, connection, client):
+    client.close()
+    send_until_deaf(connection)
+
+
+def shut(links, connection, client):
+    client.shutdown(socket.SHUT_WR)
+
+
+def end_by_reset(links, connection, client):
+    reset(client)
+
+
+def end_by_reset_before_it_is_told(links, connection, client):
+    reset(client)
+    send_until_deaf(connection)
+
+
+def talk_rubbish(links, connection, client):
+    client.send(b"rubbish</msg>")
+
+
+def take_nothing(links, connection, client):
+    connection.send(b"x" * (1 << 24))
+
+
+def be_silent(links, connection, client):
+    links.loop.running_since -= flomd.PATIENCE
+    links.connections.silent._until[connection] = 0
+    links.connections.silent._close()
+
+
+def have_a_bug(links, connection, client):
+    client.send(ping())  # for which there is no call
+
+
+@pytest.mark.parametrize("act, end", [
+    (end_well, "end of file"), (end_well_before_it_is_told, "end of file"), (shut, "end of file"),
+    (end_by_reset, "reset"), (end_by_reset_before_it_is_told, "reset"),
+    (talk_rubbish, "protocol error"), (take_nothing, "slow reader"), (be_silent, "timed out"),
+    (have_a_bug, "reset")])
+def test_how_a_connection_has_ended(links, act, end):
+    """The system tells of a reset once: a reader who is told later would see an end of file."""
+    connection, client = tcp(links)
+    act(links, connection, client)
+    for _ in range(100):
+        if not connection.is_open:
+            break
+        links.turn()
+    assert connection.end == end and links.gone == [connection]
 
 
 # While a connection has a batch

@@ -636,10 +636,18 @@ def test_what_it_had_is_committed_then():
     assert world.ask("C", "_S_x[1]") == "C granted 2"
 
 
-def test_a_holder_that_is_there_does_not_end_so():
+def test_a_holder_that_is_there_ends_so_too():
+    """A client has one lock; it knows no more of the connection on which it was granted this."""
     world = known("R")
-    assert world.ask("B2", "P", ident="B", key="l") == "B2 granted"
-    assert set(world.holders) == {"A", "B", "B2"}
+    assert world.ask("C", "Q") == "C queued"
+    assert world.ask("B2", "P", ident="B", key="l") == "B closed, C granted, B2 granted"
+    assert set(world.holders) == {"A", "C", "B2"}
+
+
+def test_a_holder_that_is_there_keeps_what_it_has_when_it_asks_for_more_of_it():
+    world = known("R")
+    assert world.ask("B2", "Q", "PR", ident="B", key="l", wait=0) == "B2 busy"
+    assert set(world.holders) == {"A", "B"}
 
 
 @pytest.mark.parametrize("key, reclaimed", [("x", False), (None, False), ("x", True)])
@@ -697,6 +705,27 @@ def test_tokens_go_on_behind_those_of_the_memory(window):
     table = flomd.restore(window.records, lambda: flomd.LockTable(epoch=5), window.clock, False,
                           str)
     assert table.request(make_request("B", "Q"), window.clock)[0].token == (90 << 32) + 8
+
+
+# Where nothing is granted that is not remembered
+
+def test_no_reclaim_is_granted_that_is_not_known(world):
+    world.ask("A", "R", "PR", key="k")
+    world.ask("B", "R", "PR")
+    token = world.holders["A"].token
+    world.leave("A")
+    world.table.be_strict()
+    assert reclaim(world, "A2", "R", "PR", reclaim=token) == "A2 busy"
+    assert world.told[0].reason == "nothing is known of it"
+
+
+def test_no_grace_becomes_shorter(world):
+    world.table.be_strict()
+    for told, counts in ((25000, 25000), (40000, 40000), (30000, 40000), (None, 40000)):
+        request = make_request("A", "R", ident="A", key="k")
+        request.grace = told
+        world.table.request(request, world.clock)
+        assert world.table.requests["A"].grace == counts
 
 
 # Nothing can be stored

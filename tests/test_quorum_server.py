@@ -14,8 +14,8 @@ class Chain:
     failing = ""
     marked = False
 
-    def __init__(self):
-        self.epoch = 1
+    def __init__(self, epoch):
+        self.epoch = epoch
         self.asked = []  # what is to be called when etcd has answered
         self.pings = []
         self.stored = {}
@@ -70,8 +70,18 @@ class Chain:
 class World(test_server.World):
     """A server whose store is a Chain."""
 
+    def __init__(self, claimed=0):
+        super().__init__()
+        now = self.loop.now
+        self.server.absences.begin_term(now.boot - claimed, GRACE)
+
+    EPOCH = 1
+
     def make_disk(self, later):
-        return Chain()
+        return Chain(self.EPOCH)
+
+    def make_table(self):
+        return flomd.LockTable(epoch=self.EPOCH)
 
     def settle(self):
         """Ends the turn; etcd answers, until nothing is left."""
@@ -83,20 +93,59 @@ class World(test_server.World):
     def ping(self, client):
         self.connections.calls["ping"](client, None)
 
-    def holder(self, name="R", **more):
-        """A client of ours that holds."""
+    def ours(self, name="R", ident=None, **more):
+        """A client of ours that has asked; with a resource's name for an id, if none is given."""
         client = self.client()
         client.session.ours = True
-        client.ask(name, ident=name, proof=name, **more)
+        ident = ident or name
+        client.ask(name, ident=ident, proof=ident, **more)
+        return client
+
+    def waiter(self, name="R", **more):
+        """Another one, who asks for the same."""
+        return self.ours(name, "other", **more)
+
+    def holder(self, name="R", **more):
+        """A client of ours that holds."""
+        client = self.ours(name, **more)
         self.settle()
         assert client.told == [0]
         client.told.clear()
         return client
 
 
+    def absent(self):
+        return [holder.name for holder in self.table.absent.values()]
+
+    def until(self):
+        """The s for which the absent holders are kept."""
+        return [round(until - self.loop.now.mono) for until, _, _ in
+                sorted(self.server.absences._graces, key=lambda entry: entry[0])]
+
+    def run(self, seconds):
+        self.loop.after(seconds, self.loop.stop)
+        self.loop.run()
+        self.loop._stopped = False
+
+
 @pytest.fixture
 def world():
     return World()
+
+
+class Later(World):
+    """The world of the next leader, which knows what was stored."""
+    EPOCH = 2
+
+    def __init__(self, before, claimed=0):
+        self.records = {key: text for key, text in before.disk.stored.items() if text is not None}
+        super().__init__(claimed)
+
+    def make_table(self):
+        table = super().make_table()
+        for _ in flomd.restoring(self.records, table, flomd.Moment(), False, str, moved=True):
+            pass
+        return table
 
 
 # Pings
@@ -182,3 +231,233 @@ def test_the_grace_is_that_of_the_store(world):
     client.session.ours = True
     assert client.ask(kill=7000).grace == GRACE + 7000
     assert world.client().ask("Q").grace is None  # FLoM's
+
+
+# The end of a connection
+
+FAILURES = [end for end, frees in flomd.RELEASES.items() if not frees]
+
+
+@pytest.mark.parametrize("end", FAILURES)
+def test_a_connection_that_has_failed_leaves_an_absent_holder(world, end):
+    holder = world.holder()
+    token = world.table.requests[holder.session].token
+    waiter = world.waiter(kill=5000)
+    stored = dict(world.disk.stored)
+    holder.close(end=end)
+    world.settle()
+    assert world.absent() == ["R"] and world.until() == [25] and waiter.told == [1]
+    assert world.disk.stored == stored and world.disk.holders() == [token]
+    again = world.ours(wait=0, reclaim=token)
+    world.settle()
+    assert again.told == [0] and not world.absent() and not again.batch
+    again.unlock()
+    world.settle()
+    assert waiter.told == [1, 0]
+
+
+@pytest.mark.parametrize("how", ["end of file", "unlock"])
+def test_what_its_client_releases_is_free(world, how):
+    holder, waiter = world.holder(), world.waiter()
+    if how == "unlock":
+        holder.unlock()
+    else:
+        holder.close()
+    world.settle()
+    assert not world.absent() and waiter.told == [1, 0]
+
+
+def test_a_waiter_whose_connection_has_failed_waits_no_more(world):
+    world.holder()
+    waiter = world.waiter()
+    waiter.close(end="reset")
+    assert not world.absent() and world.table.waiting == 0
+
+
+def test_floms_client_is_absent_too_and_nobody_comes_back(world):
+    client = world.client()
+    client.ask()
+    world.settle()
+    client.close(end="reset")
+    assert world.absent() == ["R"] and world.until() == [25]
+    other = world.client()
+    other.ask(wait=0)
+    assert other.told == [4]
+
+
+def test_the_grace_counts_from_the_failure_and_ends(world):
+    world.server.absences.grace = 50
+    waiting = []
+    for name, grace in (("R", 30), ("Q", 200), ("P", None)):
+        holder = world.holder(name)
+        world.table.requests[holder.session].grace = grace
+        waiting.append(world.ours(name, f"waiter for {name}"))
+        world.run(0.02)
+        holder.close(end="reset")
+    world.run(0.07)
+    assert world.absent() == ["Q"]
+    world.run(0.15)
+    world.settle()
+    assert not world.absent() and [one.told for one in waiting] == [[1, 0]] * 3
+
+
+def test_who_has_come_back_and_fails_again_has_a_whole_grace(world):
+    world.server.absences.grace = 0
+    holder = world.holder()
+    request = world.table.requests[holder.session]
+    for _ in range(4):
+        request.grace = 100
+        holder.close(end="reset")
+        world.run(0.06)
+        assert world.absent() == ["R"]
+        holder = world.ours(reclaim=request.token)
+        world.settle()
+    assert holder.told == [0]
+    world.run(0.12)
+    assert world.table.holding == 1 and not world.server.absences._until
+
+
+@pytest.mark.parametrize("end", ["reset", "end of file"])
+def test_a_grant_that_was_not_told_is_nobodys(world, end):
+    """It may have been stored all the same; its client runs no command."""
+    client = world.ours()
+    waiter = world.waiter()
+    world.turn()
+    client.close(end=end)
+    world.settle()
+    assert not world.absent() and client.told == [] and waiter.told == [1, 0]
+    assert world.disk.holders() == [world.table.requests[waiter.session].token]
+
+
+@pytest.mark.parametrize("end", ["reset", "end of file"])
+@pytest.mark.parametrize("reclaims", [True, False])
+def test_one_that_comes_back_and_leaves_before_it_was_told_keeps_its_lock(world, end, reclaims):
+    """Its command runs: it has closed the connection since the answer took too long."""
+    holder = world.holder()
+    token = world.table.requests[holder.session].token
+    again = world.ours(wait=0, reclaim=token if reclaims else None)
+    world.turn()
+    again.close(end=end)
+    world.settle()
+    assert not holder.is_open and world.absent() == ["R"]
+    last = world.ours(reclaim=token)
+    world.settle()
+    assert last.told == [0] and not world.absent()
+
+
+def test_the_old_connection_is_closed_when_the_reclaim_counts(world):
+    """Also where its own grant was not told: it is not granted twice."""
+    holder = world.ours()
+    world.turn()
+    again = world.ours()
+    world.turn()
+    assert holder.is_open and again.told == []
+    world.settle()
+    assert again.told == [0] and not holder.is_open and world.table.holding == 1
+    assert list(world.table.requests) == [again.session]
+
+
+def test_the_eviction_of_an_absent_holder(world):
+    world.holder().close(end="reset")
+    giver, waiter = world.client(), world.waiter()
+    giver.is_from_this_host = lambda: True
+    world.server.orders.evict(giver, ("R", {}))
+    world.turn()
+    assert giver.told == [] and waiter.told == [1]
+    world.settle()
+    assert b'rc="0"' in giver.told[0] and waiter.told == [1, 0] and not world.absent()
+
+
+def test_a_report_shows_it_as_it_was(world):
+    def holder_element():
+        pieces = "".join(flomd.report(world.table, "", world.loop.now))
+        return pieces[pieces.index("<holder"):pieces.index("/>", pieces.index("<holder"))]
+    holder = world.holder()
+    holder.session.about = {"host": "db1", "pid": "7", "cmd": "vacuum"}
+    before = holder_element()
+    holder.close(end="reset")
+    assert holder_element().replace(' absent="1"', "") == before != holder_element()
+
+
+# The next leader
+
+def test_a_former_holder_is_kept_from_the_claim_on(world):
+    world.holder()
+    world.table.requests[world.holder("Q").session].grace = 60000
+    world.disk.stored.update(flomd.everything(world.table))
+    later = Later(world, claimed=3)
+    assert later.absent() == ["R", "Q"] and later.until() == [22, 57]
+    assert not later.server.absences._watched
+
+
+def test_a_former_holder_is_itself_and_nobody_else(world):
+    token = world.table.requests[world.holder().session].token
+    gone = world.holder("Q")
+    old = world.table.requests[gone.session].token
+    gone.unlock()
+    world.settle()
+    later = Later(world)
+    known, unknown = later.ours(reclaim=token), later.ours("Q", reclaim=old, wait=0)
+    later.turn()
+    assert known.told == unknown.told == []
+    later.settle()
+    assert known.told == [0] and unknown.told == [4] and later.table.holding == 1
+
+
+def test_a_former_holder_that_was_not_told_gets_what_was_stored(world):
+    world.ours()
+    world.turn()
+    later = Later(world)
+    again = later.ours()
+    later.settle()
+    assert again.told == [0] and not later.absent() and later.table.holding == 1
+
+
+def test_a_former_holder_that_asks_for_another_lock_has_ended(world):
+    world.holder()
+    later = Later(world)
+    waiter = later.client()
+    waiter.ask()
+    other = later.client()
+    other.ask("Q", ident="R", proof="R")
+    later.settle()
+    assert other.told == [0] and waiter.told == [1, 0]
+
+
+# What is told, and when
+
+def test_what_stores_nothing_is_told_when_etcd_has_confirmed_that_nobody_else_leads(world):
+    holder = world.holder()
+    stored = dict(world.disk.stored)
+    holder.ask(ident="R", proof="R", grace=GRACE)
+    world.turn()
+    assert holder.told == [] and world.disk.confirmed == 1
+    world.settle()
+    assert holder.told == [0] and world.disk.stored == stored
+
+
+def test_what_refuses_queues_or_reports_waits_for_nothing(world):
+    world.holder()
+    busy, waiter = world.waiter(wait=0), world.ours("R", "waiter")
+    assert busy.told == [4] and waiter.told == [1] and not world.disk.asked
+
+
+def test_a_change_that_nobody_waits_for_is_not_confirmed(world):
+    world.server.batches.commit()
+    assert not world.disk.asked and world.disk.confirmed == 0
+
+
+def test_a_deposed_leader_tells_no_grant_and_refuses_no_reclaim(world):
+    client = world.ours()
+    unknown = world.ours("Q", wait=0, reclaim=1)
+    world.turn()
+    world.disk.leads = False
+    world.settle()
+    assert client.told == unknown.told == []
+
+
+def test_the_end_of_a_lock_that_is_not_stored_is_not_acknowledged(world):
+    holder, waiter = world.holder(), world.waiter()
+    holder.release()
+    world.turn()
+    assert holder.batch is not None and waiter.told == [1]

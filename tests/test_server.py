@@ -28,6 +28,7 @@ class Client:
     on_grant = None  # what a grant is to do to it
     finished = closing = False
     batch = None
+    end = flomd.END_OF_FILE
 
     def __init__(self, world):
         self.world, self.told, self.is_open = world, [], True
@@ -44,14 +45,17 @@ class Client:
     def tell(self, decision):
         if not self.is_open:
             return
+        if decision.verdict is None:
+            self.close()
+            return
         if decision.verdict == flomd.OK and self.on_grant:
             self.on_grant()
         self.session.answer(decision)
         self.told.append(decision.verdict)
 
-    def close(self):
+    def close(self, _="", end=flomd.END_OF_FILE):
         if self.is_open:
-            self.is_open = False
+            self.is_open, self.end = False, end
             self.world.connections.closed(self)
 
     def finish(self):
