@@ -37,6 +37,8 @@ Exit status: that of COMMAND, 128 + n when signal n killed it; of flom, with a l
 #   grace            how long a daemon, or the next one, keeps a lock for a holder that has no
 #                    connection
 #   reclaim          a holder's request to the next daemon for the lock that it has lost
+#   ping             a message by which a claim asks whether its daemon still serves
+#   last known good  when the last ping, or request, that was answered was sent
 #   recovery window  the time in which a new daemon grants to those alone who reclaim
 #   obstacle         what keeps a reclaim, or the start of a daemon, from succeeding at present
 #   steps            a generator that does what may take time, and yields what it waits for
@@ -1386,7 +1388,8 @@ class LockLost(LockError):
 
 
 class DaemonUnavailable(LockError):
-    """There is no daemon, or it does not serve."""
+    """There is no daemon, or it does not serve; `may_pass`: another may do so in a moment."""
+    may_pass = False
 
 
 class Useless(DaemonUnavailable):
@@ -1730,6 +1733,11 @@ def input_of(sock, until: "float"):
     return sock.fileno(), READ, until - clock()
 
 
+def waiting_for(step):
+    """The steps that are this one alone."""
+    yield step
+
+
 def finish(steps, until: "float" = FOREVER):
     """Runs steps to their end and returns their result; None when `until` (monotonic s) is first.
 
@@ -1864,17 +1872,25 @@ def where_looked_for(settings: "Settings") -> "str":
     return settings["SocketName"] or default_socket()
 
 
+def of_several_addresses(settings: "Settings") -> "bool":
+    """Whether a daemon and its stand-ins, or those of a quorum, are named."""
+    return "," in (settings["UnicastAddress"] or "")
+
+
 def no_daemon(settings: "Settings", why: "str" = "") -> "DaemonUnavailable":
     """The error when nobody listens where a daemon was looked for."""
     return DaemonUnavailable(f"no daemon at {where_looked_for(settings)}{why}")
 
 
-def locating(settings, diary, resolving=resolving_here):
-    """Steps to [(family, address)] where a daemon may be; DaemonUnavailable, UsageError."""
+def locating(settings, diary, resolving=resolving_here, leave_to_quorum=bool):
+    """Steps to [(family, address)] where a daemon may be; DaemonUnavailable, UsageError.
+
+    `leave_to_quorum` is called when the answer of a group says that it is that of a quorum.
+    """
     if settings["UnicastAddress"]:
         return (yield from _locating_hosts(settings, diary, resolving))
     if settings["MulticastAddress"]:
-        return (yield from _locating_group(settings, diary, resolving))
+        return (yield from _locating_group(settings, diary, resolving, leave_to_quorum))
     return [(socket.AF_UNIX, where_looked_for(settings))]
 
 
@@ -1894,7 +1910,7 @@ def _locating_hosts(settings, diary, resolving):
     return list(dict.fromkeys(found))
 
 
-def _locating_group(settings, diary, resolving):
+def _locating_group(settings, diary, resolving, leave_to_quorum):
     """Steps to the addresses of the group's daemon, [] when none answers."""
     name, port = settings["MulticastAddress"], settings["MulticastPort"]
     index = interface_index(settings)
@@ -1905,9 +1921,12 @@ def _locating_group(settings, diary, resolving):
         with socket.socket(family, socket.SOCK_DGRAM) as asker:
             asker.setblocking(False)
             aim(asker, settings["DiscoveryTTL"], index)
-            return (yield from _asking_group(asker, group, settings, diary))
+            data, found = yield from _asking_group(asker, group, settings, diary)
     except OSError as error:
         raise DaemonUnavailable(f"multicast group {name}/{port}: {error.strerror}")
+    if found and decode(data)["msg"].get("quorum") == "1":
+        leave_to_quorum()
+    return found
 
 
 def check_group(settings, family, group):
@@ -1923,7 +1942,7 @@ def check_group(settings, family, group):
 
 
 def _asking_group(asker, group, settings, diary):
-    """Steps to the addresses in the first answer, [] when none comes."""
+    """Steps to (datagram, addresses) of the first answer, (b"", []) when none comes."""
     name = f"{settings['MulticastAddress']}/{settings['MulticastPort']}"
     question = encode(DISCOVER, 8)
     for _ in range(settings["DiscoveryAttempts"]):
@@ -1933,9 +1952,10 @@ def _asking_group(asker, group, settings, diary):
         data, found = yield from hearing(asker, until)
         if found:
             diary.say(f"reply from {name} is '{data.decode()}'", sys.stdout)
-            return found
-    diary.say(f"no reply from {name}", sys.stdout)
-    return []
+            break
+    else:
+        diary.say(f"no reply from {name}", sys.stdout)
+    return data, found
 
 
 def hearing(asker, until: "float"):
@@ -1975,6 +1995,7 @@ def told_addresses(message, source):
 # starts one where that is allowed, and says why none is to be had.
 CANNOT_SERVE = 1
 AGAIN = 0.02  # s between two looks, two tries
+LATER = 0.25  # s between two tries where several addresses may serve by turns
 RECOVERY_WINDOW = 2000  # ms in which a new daemon grants only to those who held before
 RESTART = 1  # s at most between two starts of a daemon
 LATECOMER = 5  # s for another's daemon to listen, when ours came too late or cannot serve
@@ -2201,6 +2222,7 @@ class Starter:
         self.order = ""
         self._recovering = False
         self._another_may_come = False
+        self._has_quorum = False
         self._return_until = 0.0  # until then a daemon that has ended may be started again
         self._start: "Start | None" = None
         self._given_up: "list[Start]" = []  # starts that nobody waits for any more
@@ -2231,6 +2253,10 @@ class Starter:
         """Whether a start has begun and not ended."""
         return self._start is not None
 
+    def leave_to_quorum(self):
+        """None is ever started here: it would be a rival of those among whom one is chosen."""
+        self._has_quorum = True
+
     def expect_another(self):
         """A daemon has ended: another may come, also where none may be started here."""
         self._another_may_come = True
@@ -2245,7 +2271,7 @@ class Starter:
         self._check()
         if not self._start:
             if self._obstacle() or clock() < self._next_start:
-                yield pause(AGAIN)
+                yield pause(self._pause_before_look())
                 return
             self._start = Start(self._command_line(), self._launch)
         start = self._start
@@ -2267,6 +2293,12 @@ class Starter:
             self.until = min(self.until, clock() + LATECOMER)
         self._next_start = clock() + self._pause
 
+    def _pause_before_look(self):
+        """s until the next look, if none is started: not often where it may take long."""
+        if clock() < self._return_until:
+            return AGAIN
+        return LATER
+
     def _check(self):
         """Raises DaemonUnavailable when it is of no use to look for a daemon any longer."""
         obstacle = self._obstacle()
@@ -2286,6 +2318,8 @@ class Starter:
         An address at which nobody listens does not tell.  A group is asked for long enough.
         """
         settings = self._settings
+        if of_several_addresses(settings):  # one of the others may take the lead, or the address
+            return not self.order
         if self.order or clock() >= self._return_until:
             return False
         if settings["UnicastAddress"]:
@@ -2296,9 +2330,11 @@ class Starter:
         """Why no daemon may be started here, "" when one may."""
         if self._settings["Lifespan"] == 0:
             return "-d 0 forbids starting one"
+        if self._has_quorum:
+            return "a quorum decides who serves"
         if not self._allowed:
             return "start_daemon=True is not given"
-        if "," in (self._settings["UnicastAddress"] or ""):
+        if of_several_addresses(self._settings):
             return "with several addresses none is started"
         return self.order
 
@@ -2327,6 +2363,11 @@ class Starter:
 # ends before that has not unlocked.  So it is sent a ping together with the unlock (LEAVING), and
 # answers that when the unlock is stored (LEFT).  A FLoM daemon would die of the ping.
 #
+# Of several daemons that take the lead by turns (a quorum) the one that leads may be cut off, or
+# stopped, and another lead in its place, long before its connections end.  So it wants pings,
+# whose answers say that it was still leading when they were sent.  An end of the connection says
+# nothing of the kind: a daemon that was stopped for a minute ends its connections only then.
+#
 # Additions of ours travel as attributes that FLoM ignores.  A FLoM daemon drops a message longer
 # than 511 bytes, and dies of a byte that is not UTF-8: so ours are ASCII, and are left out when
 # the message grows too long, those first that matter least.
@@ -2342,6 +2383,7 @@ NEXT = {  # (state, verb, step): {rc, None of a ping: next state}
     (HOLDING, LOCK, 24): {STOPPED: ENDING, EVICTED: TAKEN_AWAY},
     (LEAVING, LOCK, 24): {STOPPED: LEAVING, EVICTED: LEAVING},
     (LEAVING, PING, 16): {None: LEFT}}
+UNANSWERED_PINGS = 2  # intervals after which a daemon that has not answered is doubted
 LONGEST = 511  # bytes of a message that FLoM's daemon reads
 ENDLESS = 65536  # bytes of a message that flomd and flom read: more is no message
 CHAIN = 8  # ids of FLOM_SESSION that are told and handed on
@@ -2428,16 +2470,81 @@ def check_element(name: "str", text: "str | None"):
         raise ProtocolError(f"it grants the element {str(text)[:40]!r}")
 
 
+class Pings:
+    """When to ping a daemon that wants it, and when it is known to have served.
+
+    Dates are s of boot_clock, and handed in.  `interval`: s from an answer to the next ping, 0.0:
+    the daemon wants none.  `good`: when that was sent which was answered last.
+    """
+
+    def __init__(self):
+        self.interval = 0.0
+        self.good = 0.0
+        self._half_grace = FOREVER  # s
+        self._next = FOREVER
+        self._sent = FOREVER  # when the ping was sent that is not answered; FOREVER: there is none
+
+    def begin(self, asked: "float", interval: "int | None", grace: "int | None", now: "float"):
+        """The request that was sent at `asked` is answered; interval and grace (ms) are told."""
+        self.good = asked
+        if interval:
+            self.interval = interval / 1000
+            self._next = now + self.interval
+            if grace is not None and grace >= 0:
+                self._half_grace = grace / 2000
+
+    def due(self, now: "float") -> "bytes":
+        """The ping that is to be sent now, b"" for none: there is one unanswered at a time."""
+        if now < self._next:
+            return b""
+        self._next = FOREVER
+        self._sent = now
+        return encode(PING, 8)
+
+    def hasten(self):
+        """The next one is due at once, unless one is unanswered."""
+        if not self.are_unanswered:
+            self._next = 0.0
+
+    def answer(self, now: "float") -> "bool":
+        """Notes an answer; False when there is no ping that it could belong to."""
+        if not self.are_unanswered:
+            return False
+        self.good = self._sent
+        self._sent = FOREVER
+        self._next = now + self.interval
+        return True
+
+    @property
+    def are_unanswered(self) -> "bool":
+        """Whether one was sent and not answered yet."""
+        return self._sent < FOREVER
+
+    def date(self) -> "float":
+        """When one is due, or has been unanswered for too long."""
+        return min(self._next, self._sent + UNANSWERED_PINGS * self.interval)
+
+    def is_silent(self, now: "float") -> "bool":
+        """Whether the daemon has left a ping unanswered for too long."""
+        return now >= self._sent + UNANSWERED_PINGS * self.interval
+
+    def is_late(self, now: "float") -> "bool":
+        """Whether what is read now may have been overtaken: another may lead for some time."""
+        return bool(self.interval) and now > self.good + self._half_grace
+
+
 class Session:
     """A request's life: `receive` takes bytes, returns answers, keeps `state`.
 
     `daemon`: the id of a daemon of ours, None before the first answer and of FLoM's.  `grace`: ms
     for which it keeps the lock of a holder that is not connected, -1: as long as the holder's
-    process lives, None: it tells nothing.
+    process lives, None: it tells nothing.  `asked`: when the request was sent (boot_clock).
     """
 
     def __init__(self):
         self.state = ASKING
+        self.asked = 0.0
+        self.pings = Pings()
         self.daemon: "str | None" = None
         self.grace: "int | None" = None
         self._buffer = b""
@@ -2450,12 +2557,12 @@ class Session:
             message += encode(PING, 8)
         return message
 
-    def receive(self, data: "bytes") -> "list[types.SimpleNamespace]":
-        """The answers that are complete with `data`.  ProtocolError."""
+    def receive(self, data: "bytes", now: "float" = 0.0) -> "list[types.SimpleNamespace]":
+        """The answers that are complete with `data`, read `now` (boot_clock).  ProtocolError."""
         *messages, self._buffer = (self._buffer + data).split(END)
         answers = []
         for message in messages:
-            answers += self._take(decode(message + END))
+            answers += self._take(decode(message + END), now)
         self._check_rest()
         return answers
 
@@ -2468,10 +2575,12 @@ class Session:
             raise ProtocolError("it wants TLS")
         raise ProtocolError(f"it says {plain(repr(start), 60)}")
 
-    def _take(self, message):
+    def _take(self, message, now):
         """[answer] in a message, [] in one that is none; takes the step that it tells."""
         verb, step = message["msg"]["verb"], message["msg"]["step"]
         if (verb, step) == (PING, 8):  # no daemon asks so; harmless
+            return []
+        if (verb, step) == (PING, 16) and self.pings.answer(now):  # not that of the unlock
             return []
         answer = message.get("answer")
         rc = None
@@ -2487,6 +2596,7 @@ class Session:
         if step == 16:
             self.daemon = about.get("daemon")
             self.grace = about.get("grace")
+            self.pings.begin(self.asked, about.get("ping"), self.grace, now)
         found = {**about, **answer}
         if "reason" in found:
             found["reason"] = visible(found["reason"][:500])
@@ -2499,13 +2609,16 @@ class Session:
 #
 # A daemon may have several addresses.  In a Race they are tried side by side until one connection
 # is made.  There the daemon is asked, and nowhere else meanwhile: two might both grant.  If that
-# address is of no use the Race goes on with those that are left.
+# address is of no use the Race goes on with those that are left.  Where nobody listens somebody
+# may in a moment: so such an address is tried again as long as another one says nothing at all.
 PATIENCE, GOODBYE = 10, 5  # s: for a first answer, for the daemon's EOF after ours
 NO_TLS = 1  # s for a daemon that ends in each handshake of TLS, and may just have been restarted
 SEVERAL, EACH = 15, 6  # s: PATIENCE with several addresses in all, with each but the last
 STAGGER = 0.25  # s from one connection attempt to the next
 CHUNK = 65536  # bytes read at once
 NOBODY = {errno.ENOENT, errno.ECONNREFUSED, errno.ECONNRESET}  # connect: nobody listens there
+OUT_OF_REACH = {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN,
+                errno.ENETDOWN}  # so the kernel's keepalive, too, ends a connection
 NOT_YET = {errno.EINPROGRESS, errno.EALREADY, errno.EINTR, errno.EAGAIN}
 KEEPALIVE = (15, 5, 3)  # s, s, probes: a holder is to learn of a dead network before the daemon
 
@@ -2657,7 +2770,13 @@ class Connection:
         data = self.take()
         if not data:
             return None
-        return self.session.receive(data)
+        return self.session.receive(data, boot_clock())
+
+    def ping(self):
+        """Sends a ping if one is due; raises Gone."""
+        message = self.session.pings.due(boot_clock())
+        if message:
+            self.send(message)
 
     def answering(self, until: "float"):
         """Steps to the next answers, [] when there are none before `until`."""
@@ -2796,7 +2915,8 @@ class Race:
         self._own_socket = not settings["SocketName"]
         self._running: "dict[Any, Any]" = {}  # address: the steps that connect to it
         self._failure = ""
-        self._nobody = False  # at one address nobody listens: a daemon may be started there
+        self._refusing: "set[Any]" = set()  # nobody listens there: a daemon may be started
+        self._may_pass = False  # the last failure may be none in a moment
         self._was_interrupted = False  # the last failure was an end in the handshake
 
     def winning(self):
@@ -2827,6 +2947,8 @@ class Race:
                 del self._running[address]
                 if end.value:
                     return end.value, wait
+                if self._running and address in self._refusing:
+                    self.left.append(address)
         return None, wait
 
     def _next_step(self, wait, next_date):
@@ -2861,10 +2983,11 @@ class Race:
                 return connection
         except OSError as error:
             self._failure = f"cannot connect to {where}: {explain(error)}"
+            self._may_pass = error.errno in OUT_OF_REACH
             if connection and connection.is_connected:
                 self._was_interrupted = is_end(error)
             elif error.errno in NOBODY:
-                self._nobody = True
+                self._refusing.add(address)
             return None
 
     def asking(self, ask):
@@ -2891,8 +3014,10 @@ class Race:
             raise wrong
         if self._was_interrupted:
             raise Interrupted(self._failure)
-        if self._failure and not self._nobody:
-            raise DaemonUnavailable(self._failure)
+        if self._failure and not self._refusing:
+            failure = DaemonUnavailable(self._failure)
+            failure.may_pass = self._may_pass
+            raise failure
         return None
 
 
@@ -3061,6 +3186,21 @@ def covers(holder: "dict", settings: "Settings") -> "bool":
 # stays open until another one is answered, to which the lock moves; and at the end of the claim an
 # unlock follows it.
 #
+# A daemon of a quorum wants pings while the claim waits and while the lock is held.
+# * Its grace counts from the sending of the last ping that it has answered, whatever ends the
+#   connection.
+# * One that leaves a ping unanswered is *doubted*.  A waiter closes the connection, so that it
+#   never waits at two, and asks again.  A holder reclaims on another connection; the old one stays
+#   open, since a daemon that is merely slow would take its end for an unlock.
+# * Several connections may then be open.  The one on which was asked last `decides`: the old one
+#   by the answer to a ping until a reclaim is sent, from then on the reclaim by its answer.
+# * Where a reclaim is not answered in time it is not repeated: its connection stays open, and the
+#   other addresses are asked.
+# * An OK that is read later than half the grace after what was answered last was sent (flom was
+#   stopped with the OK in its buffer) is no grant: another may lead by now.  It is reclaimed, and
+#   asked for anew where that is refused.
+# * No daemon is ever started beside a quorum.
+#
 # The life of a Claim: asking (`connection` is None), held (`connection` is that of the grant),
 # lost (`loss` says why, until it is held again), released.  One that counts a lock of the command
 # above as its own (--deadlock reuse) is held without a connection.
@@ -3073,8 +3213,9 @@ HURRY = 2  # s: how long to try every AGAIN
 SELDOM = 0.5  # s between two tries after that
 HAS_OTHER_HOLDER = "it was granted to somebody else"
 STOPPED_IT = "it was stopped"
-OUT_OF_REACH = {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN,
-                errno.ENETDOWN}  # so the kernel's keepalive ends a connection
+UNANSWERED_PING = "a ping was not answered"
+READ_LATE = "its OK was read too late"
+SOON = 3  # s at least for a first answer of a daemon that wants pings
 UNANSWERED = KEEPALIVE[0] + KEEPALIVE[1] * KEEPALIVE[2]  # s for which it has had no answer then
 DURATION = " for ([0-9]+):([0-9]{2}):([0-9]{2})"  # in a reason, as old as the answer
 
@@ -3143,6 +3284,18 @@ def longer_by(seconds: "float", text: "str") -> "str":
     return re.sub(DURATION, add, text)
 
 
+def date_of_ping(connection: "Connection") -> "float":
+    """When a ping is due, or will have been unanswered for too long (monotonic s)."""
+    return clock() + connection.session.pings.date() - boot_clock()
+
+
+def element_of(answers, before: "str | None") -> "str | None":
+    """The element in the last of the answers, `before` without one."""
+    if not answers:
+        return before
+    return answers[-1].element
+
+
 def promised_until(connection: "Connection", code: "int") -> "float":
     """Until when a lock is kept whose connection has ended (boot_clock); 0: it is not, as far as
     is known.
@@ -3151,13 +3304,16 @@ def promised_until(connection: "Connection", code: "int") -> "float":
     can have ended, and the next one begun, soon after.  When the kernel has had no answer for
     UNANSWERED s, this system may have been suspended during them: as long as it was at all since
     the connection was made.  What has ended with another error the daemon may have seen end, too:
-    then it has freed the lock.
+    then it has freed the lock.  One that wants pings keeps it whatever the error is.
     """
-    grace = connection.session.grace
+    session = connection.session
+    grace = session.grace
     if grace is None:
         return 0.0
     if grace < 0:
         return FOREVER
+    if session.pings.interval:
+        return session.pings.good + grace / 1000
     if code == 0:
         return boot_clock() + grace / 1000
     if code in OUT_OF_REACH:
@@ -3173,8 +3329,9 @@ class Claim:
     made under.  `connection`: that of the grant, None when nothing is held.  `loss`: the LockLost,
     None while the lock is held.  `kept_until`: when others may be granted the lost lock
     (boot_clock), 0 where no daemon has promised anything; `grace`: what the last one has promised,
-    as in Session, 0 for nothing.  `unread`: more may have come in on the
-    connection.  `resolving`: how hosts are resolved, resolving_here or resolving_apart.
+    as in Session, 0 for nothing.  `interval`: s between the pings that the last daemon wanted, 0.0
+    for none.  `unread`: more may have come in on the connection.  `resolving`: how hosts are
+    resolved, resolving_here or resolving_apart.
     """
 
     def __init__(self, settings: "Settings", diary: "Diary", command: "str", starter: "Starter",
@@ -3195,6 +3352,7 @@ class Claim:
         self.loss: "Any" = None
         self.kept_until = 0.0
         self.grace = 0
+        self.interval = 0.0
         self.unread = False
         self.resolving: "Any" = resolving_here
         self._command, self._progress = command, progress
@@ -3206,10 +3364,13 @@ class Claim:
         self._is_final = False  # it was taken away, or granted to somebody else
         self._may_be_remembered = False  # it is lost, but its daemon may have stored it
         self._reclaim: "Any" = None  # the steps that reclaim it
-        self._silent: "list[Connection]" = []  # those on which a reclaim was not answered in time
+        self._silent: "list[Connection]" = []  # open until a reclaim is answered on another
+        self._decides: "Any" = None  # the one of them whose answer counts
+        self._doubted: "Any" = None  # the address of the daemon that left a ping unanswered
+        self._has_waited = False  # in the queue of a daemon that wants pings
         self._farewell = b""  # the unlock, when the claim ends
         self._patience = PATIENCE  # s for finding a daemon that serves
-        if "," in (settings["UnicastAddress"] or ""):
+        if of_several_addresses(settings):
             self._patience = SEVERAL
         self._latest: "Any" = None  # the connection that was made last
         self._context = None
@@ -3233,13 +3394,29 @@ class Claim:
             if not self._reuse():
                 self._about = self._introduction()
                 self._check_length()
-                self.connection, answer = finish(self._asking())
-                self.element, self.token = answer.element, answer.token
+                finish(self._acquiring())
             self._owner = self._keeper = os.getpid()
         finally:
             self._starter.close()
             if not self._owner:  # a signal handler may raise after the grant, too
                 self._abandon()
+
+    def _acquiring(self):
+        """Steps to the lock.  An OK that was read late is reclaimed."""
+        while True:
+            self.connection, answer = yield from self._asking()
+            self.element, self.token = answer.element, answer.token
+            while self.connection and self._is_late():
+                self._doubt(READ_LATE)
+                yield from self._reclaiming(self._deadline)
+            if self.connection:
+                return
+            self._is_final = False  # nothing has run: there is nothing to be lost
+            self.loss = None
+
+    def _is_late(self):
+        """Whether the OK that was read last is no grant."""
+        return self.connection.session.pings.is_late(boot_clock())
 
     def _reuse(self):
         """Counts as held what a command above holds, if that is wanted and as good.
@@ -3271,6 +3448,7 @@ class Claim:
             "id": self.chain[0],
             "key": self._key,
             "life": life,
+            "kill": self.settings["KillAfter"],
             "parent": ",".join(self.chain[1:]) or None,
             "pid": os.getpid(),
             "user": plain(login(), 32),
@@ -3287,6 +3465,7 @@ class Claim:
     def _abandon(self):
         """Ends the request that an exception has cut short."""
         self.connection = None
+        self._close_silent()
         if self._latest:
             self._latest.close()
 
@@ -3362,7 +3541,7 @@ class Claim:
             return False
         if self.kept_until == FOREVER:
             return self.name.startswith("_S_") and (rollback or self._is_asking())
-        if not self.kept_until:
+        if not self.kept_until or self.interval:  # the next leader keeps it from its claim on
             return self._may_be_remembered
         return boot_clock() < self.kept_until
 
@@ -3383,6 +3562,7 @@ class Claim:
         for connection in self._silent:
             connection.close()
         self._silent = []
+        self._decides = None
 
     def succeed(self, previous: "Claim"):
         """Takes the place of a claim of the same lock that has ended, or is lost.
@@ -3405,6 +3585,7 @@ class Claim:
         A daemon that ends before its first answer is asked for again, until patience ends.
         """
         starter = self._starter
+        self._has_waited = False
         starter.begin(self._patience, recovering=self.loss is not None)
         until = clock() + NO_TLS
         bare = False
@@ -3416,7 +3597,7 @@ class Claim:
                 yield from starter.trying()
             except LeftQueue as gone:
                 self.diary.say(f"waiting for {self.name}: {gone.where}: {gone}; asking again")
-                starter.begin(self._patience, recovering=True)
+                starter.begin(self._patience_after_queue(), recovering=True)
                 starter.expect_another()
                 until = starter.until
             except Interrupted:
@@ -3426,10 +3607,38 @@ class Claim:
                 yield pause(AGAIN)
             except Gone as gone:
                 if clock() >= starter.until:
-                    raise self._silence(gone)
+                    raise self._last_word(self._silence(gone))
                 starter.expect_another()
                 bare = not bare and self._is_long()
                 yield pause(AGAIN)
+            except DaemonUnavailable as error:
+                if not self._may_go_on(error):
+                    raise self._last_word(error)
+                yield pause(LATER)
+
+    def _patience_after_queue(self):
+        """s for which one that has lost its place looks for the next daemon.
+
+        Where several lead by turns one will, some time; nobody could be started in its place.
+        """
+        if not self.interval:
+            return self._patience
+        self._has_waited = True
+        return max(0, self._deadline - clock())
+
+    def _may_go_on(self, error):
+        """Whether a daemon is looked for in spite of the error."""
+        if self.loss or clock() >= self._starter.until:
+            return False
+        if self._has_waited:
+            return error.reason is None  # no daemon has said it
+        return error.may_pass and self._patience == SEVERAL
+
+    def _last_word(self, error):
+        """The error that ends the search: who has waited was not granted the lock in time."""
+        if self._has_waited and error.reason is None:
+            return refusal(LATE, "", self.settings)
+        return error
 
     def _silence(self, gone):
         text = f"{gone.where} does not answer: {gone}"
@@ -3439,6 +3648,8 @@ class Claim:
 
     def _patience_with(self, race):
         """s in which the winner of a race must answer."""
+        if self.interval:
+            return min(EACH, max(SOON, UNANSWERED_PINGS * self.interval))
         if race.left:
             return EACH
         if self._silent:  # each takes a descriptor
@@ -3453,9 +3664,11 @@ class Claim:
         if bare:
             about = None
         lost: "Any" = {}
+        wait = clock() < self._deadline
         if self.loss:
+            wait = False
             lost = {"reclaim": self.token, "held": self.element}
-        return lock_message(self.settings, about, clock() < self._deadline, **lost)
+        return lock_message(self.settings, about, wait, **lost)
 
     def _is_long(self):
         """Whether a FLoM daemon would close the connection rather than read the request."""
@@ -3466,8 +3679,9 @@ class Claim:
 
         Raises the refusal.
         """
-        addresses = yield from locating(self.settings, self.diary, self.resolving)
-        race = Race(self.settings, addresses, self._context, self._make)
+        addresses = yield from locating(self.settings, self.diary, self.resolving,
+                                        self._starter.leave_to_quorum)
+        race = Race(self.settings, self._in_turn(addresses), self._context, self._make)
 
         def ask(connection):
             self._latest = connection
@@ -3475,18 +3689,33 @@ class Claim:
             return connection, (yield from self._granting(connection, bare, patience))
         return (yield from race.asking(ask))
 
+    def _in_turn(self, addresses):
+        """The addresses that are to be asked: the one that is doubted comes last, and where a
+        reclaim is still unanswered it is not repeated."""
+        if not self.interval:
+            return addresses
+        asked = {connection.address for connection in self._silent
+                 if connection.session.state == ASKING}
+        left = [address for address in addresses if address not in asked]
+        left.sort(key=lambda address: address == self._doubted)
+        return left
+
     def _granting(self, connection, bare, patience):
         """Steps from the request to the granting answer; raises the refusal, Useless, Gone."""
         try:
             answer = yield from self._asking_first(connection, bare, patience)
             while connection.session.state == WAITING:
                 answer = yield from self._waiting(connection, answer)
-            if answer.rc == OK:
-                check_element(self.name, answer.element)
-                return answer
+            return self._decided(answer)
         except ProtocolError as error:
             raise Useless(f"{connection.where} is no lock daemon: {error}")
+
+    def _decided(self, answer):
+        """The answer if it grants; raises the refusal, ProtocolError."""
         rc = answer.rc
+        if rc == OK:
+            check_element(self.name, answer.element)
+            return answer
         if rc == STOPPED:
             self._starter.order = STOPPED_IT
         if rc == BUSY and self.settings["Timeout"] > 0:
@@ -3495,7 +3724,9 @@ class Claim:
 
     def _asking_first(self, connection, bare, patience):
         """Steps from the request to its first answer."""
+        connection.session.asked = boot_clock()
         connection.send(self._message(bare))
+        self._decides = None  # this one does
         try:
             answers = yield from connection.answering(clock() + patience)
         except GeneratorExit:
@@ -3506,22 +3737,38 @@ class Claim:
                     "lock daemon")
             if self.loss:
                 self._silent.append(connection)
+                if self.interval:
+                    self._decides = connection
                 raise Silent(text)
-            raise Useless(text)
+            useless = Useless(text)
+            useless.may_pass = True
+            raise useless
+        self._note_daemon(connection.session)
         if self._context and self.settings["TlsCheckPeerId"]:
             connection.check_name(answers[0].peerid)
         return answers[-1]
+
+    def _note_daemon(self, session):
+        """Notes what the daemon of a first answer wants."""
+        self.interval = session.pings.interval
+        if self.interval:
+            self._starter.leave_to_quorum()
 
     def _waiting(self, connection, answer):
         """Steps from one answer to the next; tells what it waits for."""
         text = self._waits_for(answer)
         self.diary.say(text)
         self._progress.note(text)
+        deadline = self._deadline
+        if self.loss:  # a reclaim does not wait
+            deadline = 0.0
         try:
-            answers: "list[Any]" = []
-            while not answers and clock() < self._deadline:
-                date = min(self._deadline, self._progress.date())
-                answers = yield from connection.answering(date)
+            answers: "Any" = []
+            while not answers and clock() < deadline:
+                self._ping(connection)
+                date = min(deadline, self._progress.date(), date_of_ping(connection))
+                yield input_of(connection.sock, date)
+                answers = connection.receive()
                 if not answers:
                     self._progress.tell()
         except Gone as gone:
@@ -3529,6 +3776,13 @@ class Claim:
         if not answers:  # how long is as old as the answer
             raise refusal(LATE, without_duration(answer.reason or ""), self.settings)
         return answers[-1]
+
+    def _ping(self, connection):
+        """Pings the daemon if it is time for it; Gone when it leaves one unanswered."""
+        connection.ping()
+        if connection.session.pings.is_silent(boot_clock()):
+            self._doubted = connection.address
+            raise Gone(UNANSWERED_PING, connection.where)
 
     def _waits_for(self, answer):
         text = f"waiting for {self.name}"
@@ -3554,6 +3808,7 @@ class Claim:
         try:
             answers = connection.receive()
             self._check_state(answers)
+            connection.ping()
         except (ProtocolError, DaemonUnavailable) as error:
             self._lose(f"{where}: {error}")
             return False
@@ -3563,7 +3818,35 @@ class Claim:
                 self.kept_until = promised_until(connection, gone.code)
             return False
         self.unread = answers is not None
+        pings, now = connection.session.pings, boot_clock()
+        if pings.is_silent(now) or self._life and pings.is_late(now):
+            self._doubt(UNANSWERED_PING)
+            return False
         return True
+
+    def next_look(self) -> "float":
+        """When to look although nothing has come (monotonic s)."""
+        if self.unread:
+            return clock()
+        if self.connection is None:
+            return FOREVER
+        return date_of_ping(self.connection)
+
+    def confirm(self) -> "bool":
+        """As look, for one who looks seldom: where the daemon wants pings, one has been answered
+        that was sent no longer than an interval before; takes an interval at most.
+        """
+        until = clock() + self.interval
+        while self.look():
+            pings = self.connection and self.connection.session.pings
+            if not self.interval or not pings or boot_clock() < pings.good + self.interval:
+                return True
+            pings.hasten()
+            if clock() >= until:
+                self._doubt(UNANSWERED_PING)
+            elif pings.are_unanswered:
+                finish(waiting_for(input_of(self.connection.sock, until)), until)
+        return False
 
     def _check_state(self, answers):
         """Notes what the daemon has said about the lock; raises Gone when it has taken it away."""
@@ -3574,14 +3857,27 @@ class Claim:
         if state == ENDING:  # the lock is held until its EOF
             self._starter.order = STOPPED_IT
 
+    def _doubt(self, reason):
+        """The lock counts as lost until it is reclaimed, or the old connection proves alive."""
+        connection = self.connection
+        self._silent.append(connection)
+        self._decides = connection
+        self._doubted = connection.address
+        self._set_lost(f"{connection.where}: {reason}")
+        self.kept_until = promised_until(connection, 0)
+
     def _lose(self, reason):
         if self.connection:
             self.connection.close()
+        self._set_lost(reason)
+
+    def _set_lost(self, reason):
+        """The lock is lost; its connection, which may have ended, is no longer that of a grant."""
+        if self.connection:
             self._may_be_remembered = self._has_memory(self.connection.session)
             self.grace = self.connection.session.grace or 0
         self.connection = None
         self.unread = False
-        self._deadline = 0.0  # a reclaim does not wait
         self.kept_until = 0.0
         self.loss = LockLost(f"the lock on {self.name} is lost: {reason}")
         self.loss.reason = reason
@@ -3589,7 +3885,7 @@ class Claim:
     def _has_memory(self, session):
         """Whether it is held at a daemon of ours with a memory, which that of a group has not."""
         is_of_group = self.settings["MulticastAddress"] and not self.settings["UnicastAddress"]
-        return bool(session.daemon) and not is_of_group
+        return bool(session.daemon) and bool(session.pings.interval or not is_of_group)
 
     def _lose_for_good(self, reason):
         self._lose(reason)
@@ -3606,8 +3902,10 @@ class Claim:
             self._reclaim = self._reclaiming()
         return self._reclaim
 
-    def _reclaiming(self):
-        """As reclaiming.  A lock that was refused or taken away is not asked for again.
+    def _reclaiming(self, until=FOREVER):
+        """As reclaiming; `until`: when to give up (monotonic s), with a Timeout.
+
+        A lock that was refused or taken away is not asked for again.
 
         What the system fails to do is an obstacle, and may be none a moment later: a folder is
         gone, an interface down, no descriptor or process is to be had.
@@ -3631,6 +3929,8 @@ class Claim:
                 self._close_silent()
                 return False
             self.diary.say(f"reclaiming {self.name}: {obstacle}")
+            if clock() >= until:
+                raise refusal(LATE, "", self.settings)
             if clock() < hurry:
                 yield pause(AGAIN)
             else:
@@ -3638,8 +3938,8 @@ class Claim:
 
     def _reclaiming_once(self):
         """Steps to True when the lock is held again, False when others had it meanwhile."""
-        connection, answer = yield from self._asking()
-        known = connection.session.daemon and answer.element == self.element
+        connection, element = yield from self._asking_beside_the_old()
+        known = connection.session.daemon and element == self.element
         if known or kind_of(self.name) not in WITH_ELEMENT:
             self.connection = connection
             self.loss = None
@@ -3649,6 +3949,55 @@ class Claim:
         yield from connection.unlocking(self.name, True, clock() + GOODBYE)
         self._lose_for_good(HAS_OTHER_HOLDER)
         return False
+
+    def _asking_beside_the_old(self):
+        """Steps to (connection, element) of a reclaim that is granted, or of the one that decides
+        when it does so before a reclaim is sent on another."""
+        steps = self._asking()
+        try:
+            while True:
+                found = self._read_silent()
+                if found:
+                    return found
+                descriptor, events, seconds = next(steps)
+                yield descriptor, events, min(seconds, LATER)
+        except StopIteration as end:
+            connection, answer = end.value
+            return connection, answer.element
+        finally:
+            steps.close()
+
+    def _read_silent(self):
+        """(connection, element) of the one that decides, once it says that the lock is held; None
+        before.  Forgets those that have ended; raises the refusal."""
+        if not self.interval:
+            return None
+        for connection in list(self._silent):
+            try:
+                answers = connection.receive()
+            except (Gone, ProtocolError, DaemonUnavailable):
+                self._drop(connection)
+                continue
+            if connection is not self._decides:
+                continue
+            if self._says_held(connection):
+                self._silent.remove(connection)
+                return connection, element_of(answers, self.element)
+            if connection.session.state in (WAITING, REFUSED, TAKEN_AWAY):
+                self._drop(connection)
+                self._decided(answers[-1])
+        return None
+
+    def _says_held(self, connection):
+        """Whether the daemon has answered what it was asked last, and not too long ago."""
+        pings, state = connection.session.pings, connection.session.state
+        return state == HOLDING and not pings.are_unanswered and not pings.is_late(boot_clock())
+
+    def _drop(self, connection):
+        connection.close()
+        self._silent.remove(connection)
+        if self._decides is connection:
+            self._decides = None
 
 
 class Lock:
@@ -3748,7 +4097,7 @@ class Lock:
     @property
     def lost(self) -> "bool":
         """True when the lock was granted, not released, and its daemon has vanished."""
-        return self._claim.is_ours() and not self._claim.look()
+        return self._claim.is_ours() and not self._claim.confirm()
 
     def check(self):
         """Returns when this process holds the lock; reclaims it if its daemon vanished.
@@ -3759,7 +4108,7 @@ class Lock:
         claim = self._claim
         if not claim.is_ours():
             raise LockError(f"{self.name} is not held by this process")
-        if claim.look():
+        if claim.confirm():
             return
         if not finish(claim.reclaiming(), clock() + RECOVERY_WINDOW / 1000):
             raise claim.loss
@@ -4167,7 +4516,16 @@ class Loss:
         self.give_up()
         self.terminated = True
         self._kill(signal.SIGTERM)
-        self.dates["kill"] = clock() + self._claim.settings["KillAfter"] / 1000
+        self.dates["kill"] = clock() + self._time_to_end()
+
+    def _time_to_end(self):
+        """s from TERM to KILL.  To one that wants pings the grace is long enough for both; where
+        TERM comes late, since flom was stopped, KILL does not."""
+        seconds = self._claim.settings["KillAfter"] / 1000
+        if self._claim.interval:
+            left = self._claim.kept_until - BEFORE / 2 - boot_clock()
+            seconds = max(0, min(seconds, left))
+        return seconds
 
     def _kill_again(self):
         self._kill(signal.SIGKILL)
@@ -4444,8 +4802,8 @@ class Command:
     def _next_date(self):
         """When to look again although no signal has come."""
         dates = [FOREVER]
-        if self.claim.unread:
-            dates.append(clock())
+        if self.claim.settings["OnLockLoss"] != "ignore":
+            dates.append(self.claim.next_look())
         if self._loss:
             dates.append(self._loss.next_date())
         if self.claim.diary.unwritten:
@@ -4757,7 +5115,9 @@ def stop_daemon(options, settings):
     """-x and -X: obeyed is EOF, refused is an answer with a reason."""
     put(f"Starting FLoM daemon {options.action} shutdown...", sys.stdout)
     immediate = options.action == "immediate"
-    pid, _ = give_order(settings, element("shutdown", ("immediate", int(immediate))))
+    pid, answer = give_order(settings, element("shutdown", ("immediate", int(immediate))))
+    if answer and answer.get("reason"):
+        put(visible(answer["reason"]), sys.stdout)
     if immediate and pid:
         until = clock() + 1
         while clock() < until and is_running(pid):

@@ -426,25 +426,31 @@ LINGER = b"\1\0\0\0\0\0\0\0"  # a close resets the connection
 class OurDaemon:
     """A daemon of ours in threads, whose memory outlives its ends by `die`, to the next `begin`.
 
-    `grace`: what it tells (ms), None: nothing.  `element`: that of each grant.  `does`: what it
-    does about a message in place of its work, {"lock", "reclaim", "unlock" or "ping": an rc to
-    refuse with, "close", "reset", "die", "hang", a function that is called before the work, or a
-    context in which it is done}.
+    `grace`, `ping`: what it tells (ms), None: nothing.  `element`: that of each grant.  `reason`:
+    that of each other answer.  `leads`: it serves at once.  Between `stop` and `go_on` it does
+    nothing, as by STOP.  `does`: what it does about a message in place of its work, {"lock",
+    "reclaim", "unlock" or "ping": an rc to refuse with, "close", "reset", "die", "hang", a
+    function that is called before the work, or a context in which it is done}.
     `holders`: {name: (id, key, token)}, names in base64; `messages`: [(kind, {tag: attributes})];
     `rolled_back`: the tokens that were.
     """
 
-    def __init__(self, family, address, grace=None, element=None, **does):
+    def __init__(self, family, address, grace=None, element=None, ping=None, reason=None,
+                 leads=True, **does):
         self.family, self.address, self.grace, self.does = family, address, grace, does
-        self.element = element
+        self.element, self.ping, self.reason = element, ping, reason
         self.holders, self.messages, self.rolled_back, self.runs = {}, [], [], 0
         self.changed, self.connections, self.threads = threading.Condition(), set(), []
         self.carriers = {}  # {name: the connection of its holder}
         self.listener = None
         self.life = threading.RLock()  # it begins and dies in one thread after the other
-        self.begin()
+        self.goes_on = threading.Event()
+        self.goes_on.set()
+        if leads:
+            self.begin()
 
     def close(self):
+        self.goes_on.set()
         self.die()
         for thread in self.threads:
             thread.join(10)
@@ -481,6 +487,16 @@ class OurDaemon:
             self.connections.clear()
             self.changed.notify_all()
 
+    def stop(self):
+        self.goes_on.clear()
+
+    def go_on(self):
+        self.goes_on.set()
+
+    def be_deposed(self):
+        """Another leads: from now on it changes nothing in the memory of all."""
+        self.carriers.clear()
+
     def reset(self):
         """It ends, and resets its connections."""
         with self.changed:
@@ -512,7 +528,8 @@ class OurDaemon:
         with connection, suppress(OSError):
             while connection in self.connections:
                 data = read_message(connection)
-                if not data:
+                self.goes_on.wait(20)
+                if not data or connection not in self.connections:
                     break
                 held = self._obey(connection, parse(data), held)
         with self.changed:
@@ -560,14 +577,14 @@ class OurDaemon:
         name, asker = resource["name"], (session["id"], session["key"])
         step = 16
         with self.changed:
-            while name in self.holders and self.holders[name][:2] != asker:
+            while self._has_other_holder(name, asker) or not self.goes_on.is_set():
                 if kind == "reclaim" or resource["wait"] == "0":
                     self._answer(connection, step, 4)
                     return None
                 if step == 16:
                     self._answer(connection, step, 1)
                     step = 24
-                self.changed.wait(10)
+                self._answer_pings(connection)
                 if connection not in self.connections:
                     raise OSError("it has died")
             if name not in self.holders:
@@ -576,13 +593,34 @@ class OurDaemon:
             self._answer(connection, step, 0, self.holders[name][2], self.element)
         return name
 
+    def _has_other_holder(self, name, asker):
+        return name in self.holders and self.holders[name][:2] != asker
+
+    def _answer_pings(self, connection):
+        """Waits for a change; meanwhile it answers the pings of one that waits."""
+        if self.ping is None:
+            self.changed.wait(10)
+            return
+        self.changed.wait(0.01)
+        if self.goes_on.is_set() and select.select([connection], [], [], 0)[0]:
+            data = read_message(connection)
+            if not data:
+                raise OSError("it has gone")
+            self.messages.append(("ping", parse(data)))
+            action = self.does.get("ping")
+            if callable(action):
+                action()
+            connection.sendall(message(PING, 16))
+
     def _answer(self, connection, step, rc, token=None, element=None):
         about = ""
         if step == 16:
             grace = "" if self.grace is None else f' grace="{self.grace}"'
-            about = f'<session peerid="{PEER}" daemon="{self.runs:016x}"{grace}/>'
+            ping = "" if self.ping is None else f' ping="{self.ping}"'
+            about = f'<session peerid="{PEER}" daemon="{self.runs:016x}"{grace}{ping}/>'
         told = "" if token is None else f' token="{token}"'
         told += "" if element is None else f' element="{element}"'
+        told += "" if self.reason is None or rc == 0 else f' reason="{self.reason}"'
         connection.sendall(message(LOCK, step, f'{about}<answer rc="{rc}"{told}/>'))
 
     # What it does in place of its work

@@ -435,6 +435,7 @@ def lost_claim(kept_until, choice="term", kill_after=5000):
     return types.SimpleNamespace(
         name="R1", kept_until=kept_until, reclaiming=reclaiming, loss=flom.LockLost("it is lost"),
         settings={"OnLockLoss": choice, "KillAfter": kill_after}, grace=60000,
+        interval=0.0,
         diary=types.SimpleNamespace(tell=lambda text: None))
 
 
