@@ -5,6 +5,9 @@
         its lock.  They stop, when they have had their turn, at the end of standard input.
     etcd_load.py probe LOG HOSTS
         takes a lock of its own on each host, again and again, until the end of standard input
+    etcd_load.py fill URL PREFIX KEY NUMBER
+        copies the holder whose key (h/TOKEN, behind the prefix) is given so many times, with other
+        tokens, names and clients
 
 Lines of the log, whose times are of CLOCK_MONOTONIC, which all hosts of a machine share:
 
@@ -13,10 +16,14 @@ Lines of the log, whose times are of CLOCK_MONOTONIC, which all hosts of a machi
 
 The time of `serve` is that of the question.
 """
+import base64
 import collections
 import contextlib
+import http.client
+import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -33,6 +40,7 @@ WORK = os.path.join(os.path.dirname(os.path.abspath(__file__)), "etcd_work.py")
 PORT = 28015
 PAUSE = 0.05  # s between two probes of a host
 STUBBORN = 0.2  # of the commands
+BATCH = 100  # operations in a transaction
 
 Found = collections.namedtuple("Found", "runs overlaps tokens_back twice statuses longest serves")
 
@@ -97,6 +105,35 @@ def probe(path, hosts):
     stop.set()
     for thread in threads:
         thread.join()
+
+
+def ask_etcd(connection, path, question):
+    """The answer of a member, as JSON."""
+    connection.request("POST", f"/v3/kv/{path}", json.dumps(question))
+    answer = connection.getresponse()
+    data = answer.read().decode()
+    if answer.status != 200:
+        sys.exit(f"{path}: {answer.status} {data}")
+    return json.loads(data)
+
+
+def coded(text):
+    return base64.b64encode(text.encode()).decode()
+
+
+def fill(url, prefix, key, number):
+    connection = http.client.HTTPConnection(url.rpartition("/")[2])
+    found = ask_etcd(connection, "range", {"key": coded(prefix + key)})["kvs"][0]
+    text, token = base64.b64decode(found["value"]).decode(), int(key[2:], 16)
+    for first in range(0, int(number), BATCH):
+        puts = []
+        for one in range(first + 1, min(first + BATCH, int(number)) + 1):
+            changed = re.sub(' (id|proof)="[^"]*"', rf' \1="{one:016x}"', " " + text)
+            changed = re.sub(' name="[^"]*"', f' name="{coded(f"held{one}")}"', changed)
+            puts.append({"request_put": {"key": coded(f"{prefix}h/{token + one:016x}"),
+                                         "value": coded(changed[1:])}})
+        ask_etcd(connection, "txn", {"success": puts})
+    connection.close()
 
 
 # The checker
@@ -187,4 +224,4 @@ def serves_after(found, moment):
 
 
 if __name__ == "__main__":
-    {"drive": drive, "probe": probe}[sys.argv[1]](*sys.argv[2:])
+    {"drive": drive, "probe": probe, "fill": fill}[sys.argv[1]](*sys.argv[2:])

@@ -149,6 +149,7 @@ class World:
         self.network.add_backbone(HOSTS)
         self.members = {host.number: Member(host, guarded) for host in self.hosts}
         self.urls = ",".join(member.address(2379) for member in self.members.values())
+        self.addresses = ",".join(host.ipv4 for host in self.hosts)
         self.daemons, self.load, self.log = {}, [], hosts[0].path("load")
         self.stopped = set()
 
@@ -178,6 +179,10 @@ class World:
 
     def kill_daemon(self, number):
         end_process(self.daemons[number])
+
+    def kill_daemons(self):
+        for number in self.daemons:
+            self.kill_daemon(number)
 
     def start_daemons(self, *options):
         for number in self.members:
@@ -243,11 +248,10 @@ class World:
 
     def start_load(self, clients):
         """Half of the clients on each client host; a third process asks who serves."""
-        addresses = ",".join(host.ipv4 for host in self.hosts)
         each = clients // len(self.client_hosts)
         for host, name in zip(self.client_hosts, "ab"):
-            self._start_load(host, "drive", self.log, FLOM, addresses, str(each), name, SEED)
-        self._start_load(self.client_hosts[0], "probe", self.log, addresses)
+            self._start_load(host, "drive", self.log, FLOM, self.addresses, str(each), name, SEED)
+        self._start_load(self.client_hosts[0], "probe", self.log, self.addresses)
 
     def _start_load(self, host, *words):
         self.load.append(host.start(*PYTHON, LOAD, *words, stdin=subprocess.PIPE))

@@ -19,7 +19,8 @@ def log(*commands):
     return lines
 
 
-GOOD = [command(0, 1, 2, 10), command(0, 2.5, 3, 11), command(1, 2, 9, 12, lock="_s_x[1]", value=1)]
+GOOD = [command(0, 1, 2, 10), command(0, 2.5, 3, 11),
+        command(1, 2, 9, 12, lock="_s_x[1]", value=1)]
 
 
 def test_a_good_log():

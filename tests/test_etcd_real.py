@@ -4,6 +4,7 @@
 row of a table (pytest -s), and appends it to the file that FLOM_ETCD_TABLE names.
 """
 import collections
+import json
 import os
 import re
 import signal
@@ -13,14 +14,16 @@ import time
 
 import pytest
 from etcd_load import serves_after
-from etcd_world import CLIENT_HOSTS, HOSTS, TTL, Guarded, World, end_process, missing
+from etcd_world import (CLIENT_HOSTS, HOSTS, LOAD, PREFIX, TTL, Guarded, World, end_process,
+                        missing)
 from test_readme import block, bring, done, furnish
-from world import ROOT, SOAK, chance, pass_time, read, wait_until
+from world import PYTHON, ROOT, SOAK, chance, pass_time, read, wait_until
 
 pytestmark = [pytest.mark.etcd, pytest.mark.in_time]
 
 CLIENTS = 20
 ROUNDS = 20 if SOAK else 1
+HOLDERS = 100000 if SOAK else 10000
 AGAIN = TTL + 3  # s within which everything works again
 RANDOM = 600  # s of faults by chance
 HEAD = ("fault", "rounds", "s until served", "s until all", "longest wait", "statuses",
@@ -342,6 +345,36 @@ def test_transactions_of_a_cycle(world):
     assert int(figures["cycles"]) >= 10 * made
 
 
+def test_many_holders_are_taken_over(world):
+    """They are loaded, and released together when their grace is over, by one leader."""
+    world.start()
+    client = world.client_hosts[0]
+    holder, gate = client.hold("one", "-a", world.addresses, "-d", "0", address=())
+    key, = world.members[1].ask("get", "--prefix", f"{PREFIX}h/", "--keys-only").split()
+    world.kill_daemons()
+    filled = world.hosts[0].start(*PYTHON, LOAD, "fill", world.members[1].address(2379), PREFIX,
+                                  key[len(PREFIX):], str(HOLDERS)).end(600)
+    assert filled == (0, "", "")
+    world.start_load(0)
+    begun = time.monotonic()
+    world.start_daemons()
+    served = world.await_service(begun, 120)
+    term, leader = world.record()["term"], world.await_leader()
+    print(f"{HOLDERS} holders: served after {served:.1f} s")
+    gate.open()
+    assert holder.end(60).status == 0
+
+    def held():
+        report = client.run("-a", world.hosts[leader - 1].ipv4, "--status", "--json", address=())
+        assert report.status == 0, (report, world.said())
+        return sum(len(one["holders"]) for one in json.loads(report.out)["resources"]
+                   if one["name"].startswith("held"))
+    assert held() == HOLDERS
+    wait_until(lambda: held() == 0, 120)
+    assert world.record()["term"] == term, world.said()
+    world.end_load()
+
+
 # Certificates and passwords
 
 def test_certificates_and_passwords(guarded_world):
@@ -353,13 +386,12 @@ def test_certificates_and_passwords(guarded_world):
     world.start_daemons(*world.guarded.of_flomd())
     world.await_leader()
     term, client = world.record()["term"], world.client_hosts[0]
-    addresses = ",".join(host.ipv4 for host in world.hosts)
-    assert client.run("-a", addresses, "-d", "0", "--", "true", address=()) == (0, "", "")
+    assert client.run("-a", world.addresses, "-d", "0", "--", "true", address=()) == (0, "", "")
     for member in world.members.values():
         member.kill()
         member.start()
         world.await_etcd()
-    assert client.run("-a", addresses, "-d", "0", "--", "true", address=()) == (0, "", "")
+    assert client.run("-a", world.addresses, "-d", "0", "--", "true", address=()) == (0, "", "")
     assert world.record()["term"] == term, world.said()
 
 
