@@ -5419,11 +5419,7 @@ class JournalFile:
         os.rename(self.path, path)
         self.path, self.is_new = path, False
         if self.synced:
-            folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            sync_folder(os.path.dirname(path))
 
     def is_at_its_path(self) -> "bool":
         """Whether the path still leads to it."""
@@ -5523,6 +5519,15 @@ class Work:
     def is_stored(self) -> "bool":
         """Whether its batch counts."""
         return self.was_replaced() or (self.file is not None and not self.failure)
+
+
+def sync_folder(path: "str") -> "None":
+    """The names in the folder are on the disk.  Raises OSError."""
+    folder = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def failure_of(act: "Act") -> "str":
@@ -7095,7 +7100,8 @@ def _size(key, text):
 # An answer is believed only when all of it could be read and is what etcd answers to such a
 # request; everything else is UNKNOWN, and the reason says what is wrong.  So is a refusal that
 # does not come from etcd (a web server's 404), and the third refusal in a row: the next member is
-# asked then.  Nothing is asked again here but to be admitted: the rules of a quorum know what may be.
+# asked then.  Nothing is asked again here but to be admitted: what may be is for the rules of a
+# quorum to say.
 #
 # What has come on a connection before a request was sent is no answer to it, and a transaction
 # that is done has a higher revision than all that the same member has told before.
@@ -7359,6 +7365,8 @@ def _read_refusal(status, body):
     for part, words in _SAID.items():
         if part in text:
             return failure(outcome_of(status), words)
+    if not text and status == 404:
+        return failure(UNKNOWN, f"{NOT_AN_ETCD}, or one without enable-grpc-gateway")
     if not text:
         return failure(UNKNOWN, f"{NOT_AN_ETCD}: HTTP status {status}")
     for prefix in ("etcdserver: ", "mvcc: "):
@@ -7912,6 +7920,356 @@ class Etcd:
         return ("; until there is room nobody can lead.  Cure: etcdctl compact REVISION, etcdctl "
                 "defrag on each member, etcdctl alarm disarm; then have etcd compact by itself "
                 "(ETCD_AUTO_COMPACTION_RETENTION=1)")
+
+
+# The memory as it lies in etcd.  A key there has a limited length, and a name has not: so the key
+# of a resource has the SHA-256 of its name, and its text begins with the name itself.
+
+_holder_key = re.compile("h/[0-9a-f]{16}").fullmatch
+_named_key = re.compile("[rv]/([0-9a-f]{64})(/.+)?").fullmatch
+_named_text = re.compile('name="([A-Za-z0-9+/=]+)" (.*)', re.DOTALL).fullmatch
+
+
+@functools.lru_cache(QUOTED)
+def _digest_of(encoded):
+    """The SHA-256, in hex digits, of the name that is `encoded` in base64."""
+    import hashlib
+    name = decode_name(encoded).encode("utf-8", "surrogateescape")
+    return hashlib.sha256(name).hexdigest()
+
+
+def stored(records: "Iterable[Tuple[str, str | None]]") -> "List[Tuple[str, str | None]]":
+    """The changes that store these records, as batch_of() and everything() make them.  That of the
+    daemon is left out: the leader record says the same."""
+    found: "List[Tuple[str, str | None]]" = []
+    for key, text in records:
+        kind, rest = key[:2], key[2:]
+        if kind in (OF_RESOURCE, OF_VALUE):
+            name, value = rest, ""
+            if kind == OF_VALUE:
+                name, _, value = rest.rpartition("/")
+                value = f"/{value}"
+            key = f"{kind}{_digest_of(name)}{value}"
+            if text is not None:
+                text = f'name="{name}" {text}'
+        if kind in STORED_KINDS:
+            found.append((key, text))
+    return found
+
+
+def remembered(entries: "Iterable[Tuple[str, str]]") -> "List[Tuple[str, str]]":
+    """The records that were stored as these keys, which begin behind the prefix, and texts: for
+    restore().  Raises BrokenMemory for what stored() has not made."""
+    return [_record_of(key, text) for key, text in entries]
+
+
+def _record_of(key, text):
+    if _holder_key(key):
+        return key, text
+    found_key, found_text = _named_key(key), _named_text(text)
+    if found_key is None or found_text is None:
+        raise BrokenMemory(f"{visible(key[:100])} in etcd is not what a daemon stores")
+    name, text = found_text.groups()
+    digest, value = found_key.groups(default="")
+    is_value = key.startswith(OF_VALUE)
+    try:
+        fits = _digest_of(name) == digest
+    except ProtocolError:
+        fits = False
+    if not fits or is_value == (value == ""):
+        raise BrokenMemory(f"{visible(key[:100])} in etcd has the wrong name")
+    return f"{key[:2]}{name}{value}", text
+
+
+# What a daemon remembers of the cluster itself.
+
+CLUSTERS = "/var/lib/flomd"  # where --etcd-state lies if nobody says
+CLUSTER_HEAD = "flomd cluster 1\n"
+REVISION_AT = len(CLUSTER_HEAD) + len("revision ")
+NOTED = 5  # s between two revisions that are written
+
+_cluster_text = re.compile(r"""
+    flomd\ cluster\ 1\n
+    revision\ ([0-9]{20})\n
+    id\ ([0-9]{0,20})\n
+    mark\ ("[^\n]*")\n
+    """, re.VERBOSE | re.ASCII).fullmatch
+
+
+def cluster_path(settings: "Settings") -> "str":
+    """The path of the file that says which cluster it is: that of a prefix /flom/NAME/ is NAME."""
+    if settings["EtcdState"]:
+        return settings["EtcdState"]
+    name = settings["EtcdPrefix"].strip("/")
+    if name.startswith("flom/"):
+        name = name[len("flom/"):]
+    return os.path.join(CLUSTERS, name.replace("/", "-"))
+
+
+class ClusterFile:
+    """The file of --etcd-state.
+
+    Id and mark change once; then a whole file takes the path.  The revision, a lower bound, is
+    changed in place and not synced: a write of twenty digits is not torn, and when the end of it
+    is lost with the system, the bound is lower.
+    """
+
+    def __init__(self, log: "Log", path: "str"):
+        self.path = path
+        self._log = log
+        self._known = ("", "")  # id and mark in the file
+        self._revision = 0  # in the file
+        self._noted_at = 0.0  # s, monotonic
+        self._fails = False
+
+    def read(self, is_new: "bool" = False) -> "Cluster":
+        """The cluster that is known.  `is_new`: any other is as good (--etcd-new-cluster).  Raises
+        CannotServe where the file is damaged, or cannot be read or written."""
+        try:
+            with open(self.path, encoding="ascii") as file:
+                text = file.read()
+        except FileNotFoundError:
+            with serving(f"cannot write {self.path}"):
+                self._replace(Cluster())
+            return Cluster(is_new=is_new)
+        except (OSError, ValueError) as error:
+            raise CannotServe(f"cannot read {self.path}: {_words_of(error)}")
+        if is_new:
+            return Cluster(is_new=True)
+        return self._cluster_of(text)
+
+    def _cluster_of(self, text):
+        import json
+        found = _cluster_text(text)
+        try:
+            revision, id, mark = found.groups()  # type: ignore[union-attr]
+            mark = json.loads(mark)
+        except (AttributeError, ValueError):
+            raise CannotServe(f"{self.path} is damaged, and nobody knows which etcd it was; with "
+                              "--etcd-new-cluster any is the right one")
+        self._known = id, mark
+        self._revision = int(revision)
+        return Cluster(id, mark, self._revision)
+
+    def write(self, cluster: "Cluster") -> "None":
+        """Notes what has changed: to be called after each answer, it seldom has to do anything."""
+        if cluster.is_new:
+            return
+        if (cluster.id, cluster.mark) != self._known:
+            self._try(self._replace, cluster)
+        elif cluster.revision != self._revision and time.monotonic() >= self._noted_at + NOTED:
+            self._try(self._change_revision, cluster)
+
+    def finish(self, cluster: "Cluster") -> "None":
+        """The last time: the revision is written, too."""
+        self._noted_at = -NOTED
+        self.write(cluster)
+
+    def _try(self, write, cluster):
+        self._noted_at = time.monotonic()
+        reason = failure_of(functools.partial(write, cluster))
+        if reason and not self._fails:
+            self._log.error(f"cannot write {self.path}: {reason}")
+        self._fails = reason != ""
+
+    def _replace(self, cluster):
+        """Raises OSError."""
+        import json
+        new = f"{self.path}.new"
+        text = (f"{CLUSTER_HEAD}revision {cluster.revision:020}\n"
+                f"id {cluster.id}\nmark {json.dumps(cluster.mark)}\n")
+        with open(new, "w", encoding="ascii") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, self.path)
+        sync_folder(os.path.dirname(self.path) or ".")
+        self._known = cluster.id, cluster.mark
+        self._revision = cluster.revision
+
+    def _change_revision(self, cluster):
+        """Raises OSError."""
+        number = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.pwrite(number, f"{cluster.revision:020}".encode(), REVISION_AT)
+        finally:
+            os.close(number)
+        self._revision = cluster.revision
+
+
+# What is looked after beside the chain.
+
+LOOK_ROUND = 60  # s between two looks at all members
+CHECK, CHECK_FIRST = 3600, 60  # s between two looks whether somebody compacts; to the first
+COMPACT = 300  # s
+NEVER_COMPACTED = 500000  # revisions that are not there any more where somebody compacts
+KEPT_REVISIONS = 10000  # by --etcd-compact
+TO_ANSWER, TO_WAIT = 5, 30  # s for a look at a member, for the rest
+OLDEST_ETCD = (3, 4, 0)
+FIRST_LOSING, LAST_LOSING = (3, 5, 0), (3, 5, 2)  # versions that lose data
+
+_version_of = re.compile(r"([0-9]+)\.([0-9]+)\.([0-9]+)", re.ASCII).match
+
+
+def refusal_of(version: "str") -> "str":
+    """Why an etcd of this version is not used, "" if it is."""
+    found = _version_of(version)
+    if found is None:
+        return f"{visible(version[:40])!r} is no version of etcd"
+    numbers = tuple(int(number) for number in found.groups())
+    if numbers < OLDEST_ETCD:
+        return f"etcd {version} is too old, 3.4 is needed"
+    if FIRST_LOSING <= numbers <= LAST_LOSING:
+        return f"etcd {version} can lose data after a crash, later ones do not"
+    return ""
+
+
+class _Silence:
+    """The log of who tells in other words what it has seen."""
+
+    def limited(self, *_):
+        """Nothing."""
+
+
+class Housekeeping:
+    """Looks after versions, reachable members and the room in etcd, in a thread of its own, so
+    that no beat is delayed.
+
+    refusal    why nobody may lead in this cluster, "" if one may
+    trouble    what the operator should know, "" if nothing
+    """
+
+    def __init__(self, loop: "Loop", log: "Log", access: "Access", prefix: "str",
+                 compacts: "bool" = False):
+        self.refusal = ""
+        self.trouble = ""
+        self._loop, self._log = loop, log
+        self._etcd = Etcd(loop, _Silence(), access)  # type: ignore[arg-type]
+        self._urls = access.urls
+        self._url = access.urls[0]  # of a member that has answered
+        self._left: "List[str]" = []  # members to be looked at in this round
+        self._versions: "Dict[str, str]" = {}
+        self._leader_key = prefix + LEADER_KEY
+        self._compacts = compacts
+        self._told = len(access.urls)  # members that were reachable by the last line in the log
+        self._leads = False
+        self._is_denied = False  # to compact
+
+    @property
+    def reachable(self) -> "int":
+        """The number of members that have answered lately."""
+        return self._etcd.reachable
+
+    @property
+    def versions(self) -> "List[str]":
+        """The versions of etcd that members have told, each once."""
+        return sorted(set(self._versions.values()))
+
+    def knows_version(self) -> "bool":
+        """Whether any member has told its version.  Nobody claims before."""
+        return len(self._versions) > 0
+
+    def start(self) -> "None":
+        """Begins to look after the members.  Raises OSError."""
+        self._etcd.start()
+        self._look_round()
+
+    def stop(self) -> "None":
+        """Ends."""
+        self.follow()
+        self._loop.cancel(self._look_round)
+        self._etcd.stop()
+
+    def lead(self) -> "None":
+        """This daemon leads, so it looks after the room."""
+        self._leads = True
+        if self._compacts:
+            self._loop.after(COMPACT, self._compact)
+        else:
+            self._loop.after(CHECK_FIRST, self._check)
+
+    def follow(self) -> "None":
+        """This daemon does not lead any more."""
+        self._leads = False
+        self.trouble = ""
+        self._loop.cancel(self._check)
+        self._loop.cancel(self._compact)
+
+    # The members.
+
+    def _look_round(self):
+        self._left = list(self._urls)
+        self._look_at_next()
+
+    def _look_at_next(self):
+        if self._left:
+            url = self._left.pop(0)
+            self._etcd.ask(url, Version(), TO_ANSWER, functools.partial(self._hear_version, url))
+            return
+        self._tell_reachable()
+        self._loop.after(LOOK_ROUND, self._look_round)
+
+    def _hear_version(self, url, answer):
+        if answer.outcome == DONE:
+            self._url = url
+            self._versions[url] = answer.entries[0].text
+            self._judge_versions()
+        self._look_at_next()
+
+    def _judge_versions(self):
+        reasons = [refusal_of(version) for version in self.versions]
+        before = self.refusal
+        self.refusal = next(filter(None, reasons), "")
+        if self.refusal and self.refusal != before:
+            self._log.error(f"{self.refusal}: nobody can lead")
+
+    def _tell_reachable(self):
+        number = self.reachable
+        if number != self._told:
+            level = "info" if number == len(self._urls) else "error"
+            self._log.limited(f"{number} of {len(self._urls)} members of etcd answer", level)
+        self._told = number
+
+    # The room.
+
+    def _ask_revision(self, hear):
+        request = Range(self._leader_key, self._leader_key + "\0", 0)
+        self._etcd.ask(self._url, request, TO_WAIT, hear)
+
+    def _check(self):
+        self._loop.after(CHECK, self._check)
+        self._ask_revision(self._check_at)
+
+    def _check_at(self, answer):
+        """Asks for the leader record as it was long ago."""
+        then = answer.revision - NEVER_COMPACTED
+        if answer.outcome == DONE and then > 0:
+            request = RangeAt(self._leader_key, self._leader_key + "\0", 0, then)
+            self._etcd.ask(self._url, request, TO_WAIT, self._hear_of_then)
+
+    def _hear_of_then(self, answer):
+        if answer.outcome == UNKNOWN or not self._leads:
+            return
+        self.trouble = ""
+        if answer.outcome == DONE:
+            self.trouble = ("nobody compacts etcd, and it will be full: have it compact by itself "
+                            "(ETCD_AUTO_COMPACTION_RETENTION=1)")
+            self._log.error(self.trouble)
+
+    def _compact(self):
+        self._loop.after(COMPACT, self._compact)
+        self._ask_revision(self._compact_at)
+
+    def _compact_at(self, answer):
+        then = answer.revision - KEPT_REVISIONS
+        if answer.outcome == DONE and then > 0 and self._leads:
+            self._etcd.ask(self._url, Compaction(then), TO_WAIT, self._hear_of_compaction)
+
+    def _hear_of_compaction(self, answer):
+        is_denied = answer.outcome == NOT_DONE and "permission denied" in answer.reason
+        if is_denied and not self._is_denied:
+            self._log.error("etcd does not let --etcd-user compact (3.5 wants root)")
+        self._is_denied = is_denied
 
 
 # --- Loop ---------------------------------------------------------------------------------------

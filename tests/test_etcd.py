@@ -35,7 +35,8 @@ class Log:
     def limited(self, text, level="warning"):
         self.lines.append(f"{level}: {text}")
 
-    error = info = limited
+    def error(self, text):
+        self.limited(text, "error")
 
 
 class World:
@@ -262,7 +263,8 @@ ENTRY = b'{"key":"L3gvYQ==","mod_revision":"7","value":"MQ=="}'
     b'{"header":{}}', b'{"header":{"cluster_id":"5"}}', b'{"header":{"revision":"5"}}',
     b'{"header":{"cluster_id":"five","revision":"7"}}', b'{"header":[]}',
     b'{"header":{"cluster_id":"5","revision":"-7"}}',
-    b'{"header":{"cluster_id":"5","revision":-7}}', b'{"header":{"cluster_id":"5","revision":7.5}}',
+    b'{"header":{"cluster_id":"5","revision":-7}}',
+    b'{"header":{"cluster_id":"5","revision":7.5}}',
     b'{"header":{"cluster_id":"5","revision":"' + b"7" * 5000 + b'"}}',
     b"{" + HEADER + b',"kvs":{}}', b"{" + HEADER + b',"kvs":[1]}',
     b"{" + HEADER + b',"kvs":[{}]}', b"{" + HEADER + b',"kvs":[{"key":"!","mod_revision":"7"}]}',
@@ -278,7 +280,8 @@ def test_a_range_is_believed_only_when_all_of_it_is_right(body):
 
 
 @pytest.mark.parametrize("body", [
-    b"{" + HEADER + b"}", b"{" + HEADER + b',"succeeded":true}', b"{" + HEADER + b',"succeeded":1}',
+    b"{" + HEADER + b"}", b"{" + HEADER + b',"succeeded":true}',
+    b"{" + HEADER + b',"succeeded":1}',
     b"{" + HEADER + b',"succeeded":true,"responses":[{},{}]}',
     b"{" + HEADER + b',"responses":[{}]}', b"{" + HEADER + b',"responses":[{"response_put":{}}]}',
     b"{" + HEADER + b',"responses":[{"response_range":[]}]}',
@@ -292,11 +295,12 @@ def test_a_transaction_is_believed_only_when_all_of_it_is_right(body):
 
 @pytest.mark.parametrize("answer, reason", [
     (response(b"<html>Hello</html>"), "not an etcd: it answers without JSON"),
-    (response(b"not here", "404 Not Found"), "not an etcd: HTTP status 404"),
-    (response(b"Not Found\n", "404 Not Found"), "not an etcd: HTTP status 404"),
+    (response(b"not here", "404 Not Found"), "not an etcd, or one without enable-grpc-gateway"),
+    (response(b"Not Found\n", "404 Not Found"), "not an etcd, or one without enable-grpc-gateway"),
     (response(b"", "401 Unauthorized"), "not an etcd: HTTP status 401"),
     (response(b'{"error":"forbidden"}', "403 Forbidden"), "not an etcd: HTTP status 403"),
-    (response(b"", "302 Found", "Location: http://127.0.0.1/\r\n"), "not an etcd: HTTP status 302"),
+    (response(b"", "302 Found", "Location: http://127.0.0.1/\r\n"),
+     "not an etcd: HTTP status 302"),
     (response(b"", "204 No Content"), "not an etcd: HTTP status 204"),
     (b"SSH-2.0-OpenSSH_9.2\r\n", "not an etcd: BadStatusLine"),
     (b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 1000 + b"\r\n", "not an etcd: HTTPException"),
