@@ -8457,6 +8457,11 @@ class Loop:
         """act() is not called, if it has a date."""
         self._dates.pop(act, None)
 
+    def drop(self, act: "Act") -> "None":
+        """act() is not called, neither at a date nor at the end of the turn."""
+        self.cancel(act)
+        self._last = [other for other in self._last if other != act]
+
     def at_end_of_turn(self, act: "Act") -> "None":
         """act() is called once when all else that belongs to this turn is done."""
         if act not in self._last:
@@ -8577,6 +8582,9 @@ PATIENCE = 10  # s
 PIECES, LARGEST = 300, 256 * 1024  # of a report in one turn of the loop, pieces and bytes
 NO_PIECES: "Iterator[str]" = iter(())
 NO_CALLS: "Iterator[tuple]" = iter(())
+NEVER_STORED = object()  # a batch for which one waits that is not to be read any more
+MOST_IGNORED = 64  # readings of what nobody wants to know
+ABORTS = struct.pack("ii", 1, 0)  # as SO_LINGER: what the client has not got is lost
 LOCAL = "local"  # the peer on a UNIX socket
 RESERVE = 32  # files that are not for clients: listeners, log, state, a few to refuse clients
 
@@ -8643,6 +8651,27 @@ class Connections:
         self.open.discard(connection)
         self.gone(connection)
 
+    def ignore(self) -> "None":
+        """Nothing of any client is read from now on, and nobody is closed."""
+        self.silent.stop()
+        self.reports.stop()
+        for connection in self.open:
+            connection.batch = NEVER_STORED
+
+    def part(self) -> "None":
+        """Every client sees an end of file."""
+        for connection in list(self.open):
+            connection.part()
+        self.open.clear()
+
+    def abandon(self) -> "None":
+        """Every connection is reset."""
+        self.ignore()
+        self.users.close()
+        for connection in list(self.open):
+            connection.abandon()
+        self.open.clear()
+
 
 class Silent:
     """The connections whose clients must say or take something within PATIENCE s.  All have the
@@ -8664,6 +8693,10 @@ class Silent:
     def forget(self, connection: "Connection") -> "None":
         """The client has done so, or has gone."""
         self._until.pop(connection, None)
+
+    def stop(self) -> "None":
+        """Nobody is closed any more."""
+        self._loop.drop(self._close)
 
     def _close(self):
         """Closes those whose time is over."""
@@ -8690,6 +8723,10 @@ class Reporting:
         """The connection has sent what it had; it will be called for the next portion."""
         self._waiting.append(connection)
         self._loop.within(0, self._next)
+
+    def stop(self) -> "None":
+        """Nothing more of any report is sent."""
+        self._loop.drop(self._next)
 
     def _next(self):
         connection = self._waiting.popleft()
@@ -8971,6 +9008,33 @@ class Connection:
         finally:
             if self.batch is None:
                 self._close_socket()
+
+    def part(self) -> "None":
+        """Ends the connection whatever the client has said: a system that has bytes which were not
+        read would reset it.  Nobody is told of the end."""
+        self._leave_loop()
+        with contextlib.suppress(OSError):
+            self.socket.send(self.output)
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.socket, socket.SHUT_WR)
+        with contextlib.suppress(OSError):
+            for _ in range(MOST_IGNORED):
+                if not socket.socket.recv(self.socket, MOST_READ):
+                    break
+        self._close_socket()
+
+    def abandon(self) -> "None":
+        """Resets the connection: what was sent and has not arrived is lost.  Nobody is told of the
+        end."""
+        self._leave_loop()
+        with contextlib.suppress(OSError):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORTS)
+        self._close_socket()
+
+    def _leave_loop(self):
+        if self.is_open:
+            self.is_open = False
+            self.connections.loop.forget(self.socket)
 
     def _close_socket(self):
         try:
@@ -9960,6 +10024,7 @@ UNSAVED = 1  # s at most until a change is stored that nobody waits for
 WAITS_FOR_STORE = (OK, EVICTED, None)  # verdicts
 A_LEADER_SAYS = (OK, BUSY)  # verdicts on which a client relies: a leader that is deposed is silent
 CANNOT_STORE = "the daemon cannot store it now"
+HANDED_OVER = "this daemon ended; another one takes over"
 
 
 class Batch:
@@ -9995,6 +10060,7 @@ class Batches:
         self._loop = loop
         self._take_records = take_records
         self._give_back = give_back
+        self._is_over = False  # what is not stored is not for this daemon any more
         self._open = Batch()  # of this turn
         self._told = disk.epoch << 32  # the greatest token of all batches that were said
         self._pending: "Deque[Batch]" = collections.deque()
@@ -10036,6 +10102,8 @@ class Batches:
 
     def _await(self, batch):
         """Those who wait for it wait on, or go on without."""
+        if self._is_over:
+            return
         self._pending.append(batch)
         if batch.is_accepted:
             batch.until = self._loop.now.mono + LATE
@@ -10082,6 +10150,24 @@ class Batches:
         for connection in batch.connections:
             if connection.is_held_up():
                 guarded(connection.close, connection.resume)
+
+    def stop(self) -> "None":
+        """What has changed by now is given to the store, and nobody is let go without it."""
+        self.commit()
+        self._is_over = True
+        for act in (self.commit, self._look):
+            self._loop.drop(act)
+
+    def abandon(self) -> "None":
+        """Nothing is stored any more, and nobody is told.  Connections that have ended already are
+        open until their end is stored: they are reset."""
+        self._is_over = True
+        for act in (self.commit, self._look):
+            self._loop.drop(act)
+        for batch in [*self._pending, self._open]:
+            for connection in batch.connections:
+                connection.abandon()
+        self._pending.clear()
 
     def untold_grants(self) -> "List[Decision]":
         """Those of which nobody knows yet, since they are not stored."""
@@ -10197,7 +10283,8 @@ class Server:
         self._decisions: "Deque[Tuple[Connection, Decision]]" = collections.deque()
         self._is_delivering = False
         self._next_date: "float | None" = None  # of the table
-        self._is_leader = disk.kind == IN_ETCD
+        self.leads = disk.kind == IN_ETCD  # as one daemon of a quorum
+        self._is_over = False  # the ends of connections mean nothing any more
         self._progress = Progress(self)
         self._pings = Pings(disk)
         self.orders = Orders(self, settings, log, connections, life)
@@ -10286,7 +10373,7 @@ class Server:
         """ms for which the lock will be kept when its client has lost this daemon, -1: as long as
         its process lives; None where nobody would know of it."""
         disk = self.disk
-        if self._is_leader:
+        if self.leads:
             return disk.grace_for(request.kill)
         if disk.kind == NOT_KEPT or disk.failing:
             return None
@@ -10354,7 +10441,7 @@ class Server:
                 batch = self.batches.join(connection)
                 if verdict == OK and decision.token > batch.token:
                     batch.token = decision.token
-            elif self._is_leader and self._answers_reclaim(decision):
+            elif self.leads and self._answers_reclaim(decision):
                 self.batches.join(connection)
             batch = connection.batch
             if batch is None:
@@ -10455,6 +10542,8 @@ class Server:
         """A connection has ended; what it held or waited for goes on to others."""
         session = connection.session
         request = self.table.requests.get(session)
+        if self._is_over:
+            return
         if request is not None:
             is_holder = request.state is HELD
             if is_holder and self.publisher is not None:
@@ -10470,7 +10559,7 @@ class Server:
         """Whether the end of its connection leaves an absent holder: in a quorum, unless its
         client meant to release it.  A new grant that was not told is nobody's.  To one that was
         known before, and was not told so on this connection, the end of it means nothing."""
-        if not self._is_leader:
+        if not self.leads:
             return False
         if connection.session.holds is None:
             return not self.batches.is_untold(holder.token, connection.session)
@@ -10552,6 +10641,33 @@ class Server:
             if connection.session.holds is None:
                 connection.close()
 
+    def hand_over(self) -> "None":
+        """The end of a leader in good order begins: what was decided is given to the store.  From
+        now on nothing that a client says or does counts, and no ping is answered."""
+        self._stop()
+        self.batches.stop()
+        self._connections.ignore()
+
+    def part(self) -> "None":
+        """Its end: another daemon may lead now.  Every client sees an end of file; who has ordered
+        it is told."""
+        self.orders.tell_end()
+        self._connections.part()
+
+    def abandon(self) -> "None":
+        """Another daemon may lead already.  Nobody is told anything, every connection is reset,
+        and nothing of this server is called any more by the loop."""
+        self._stop()
+        self.batches.abandon()
+        self._connections.abandon()
+
+    def _stop(self):
+        self._is_over = True
+        for act in (self._expire, self.clear_mark):
+            self.loop.drop(act)
+        for part in (self.absences, self._progress, self._pings):
+            part.stop()
+
     def say_farewell(self, reason: "str") -> "None":
         """Tells all clients of ours that nobody should start another daemon; what was decided
         before is told before, where it is stored at once."""
@@ -10588,6 +10704,7 @@ class Pings:
 
     def __init__(self, disk: "Disk"):
         self._disk = disk
+        self._is_over = False
         # connection: its pings that have come while the store was asked for the one before
         self._asked: "Dict[Connection, int]" = {}
 
@@ -10607,7 +10724,13 @@ class Pings:
         done = functools.partial(self._confirmed, connection, number)
         self._disk.ping(done)
 
+    def stop(self) -> "None":
+        """No ping is answered any more."""
+        self._is_over = True
+
     def _confirmed(self, connection, number):
+        if self._is_over:
+            return
         more = self._asked.pop(connection)
         if not connection.is_open:
             return
@@ -10730,6 +10853,11 @@ class Absences:
         now = self._loop.now.mono
         return self._give_grace(holder, now) - now
 
+    def stop(self) -> "None":
+        """None of them ends any more."""
+        for act in (self._look, self._end_graces):
+            self._loop.drop(act)
+
     # Their processes.
 
     def _look(self):
@@ -10817,6 +10945,10 @@ class Progress:
         reason = held_by(in_the_way, self._loop.now)
         return decision._replace(reason=reason)
 
+    def stop(self) -> "None":
+        """Nobody is told any more."""
+        self._loop.drop(self._tell)
+
     def _tell(self):
         known = self._told
         self._told = {}
@@ -10865,18 +10997,29 @@ class Orders:
         self._users = connections.users
         self._tls = connections.tls
         self._life = life
+        self._given: "List[Connection]" = []  # who has ordered the end, and waits for it
 
     def shutdown(self, connection: "Connection", immediate: "bool") -> "None":
-        """Ends the daemon at once, or when it is idle."""
+        """Ends the daemon at once, or when it is idle; in a quorum it hands over in any case."""
         reason = self._may_not_stop(connection)
         if reason:
             self._log.limited(f"{connection.peer}: may not stop the daemon: {reason}")
             self.refuse(connection, reason)
+        elif self._server.leads:
+            self._given.append(connection)
+            self._life.stop_by_order(connection)
         elif immediate:
             self._life.stop_by_order(connection)
         else:
             self._life.quiesce()
             connection.close()
+
+    def tell_end(self) -> "None":
+        """Tells those who have ordered the end what has become of it."""
+        answer = element("answer", ("rc", OK), ("reason", HANDED_OVER))
+        for connection in self._given:
+            if connection.is_open:
+                connection.send(encode(MANAGEMENT, 16, answer))
 
     def evict(self, connection: "Connection", detail: "tuple") -> "None":
         """Takes a lock away from its holder, or a waiter out of its queue."""

@@ -1,8 +1,13 @@
 """What the server of a quorum tells its clients, and when: its store is etcd, which answers when
 the test says so."""
+import socket
+import ssl
+
 import flomd
 import pytest
 import test_server
+from certificates import Certificates
+from fakes import LOCK, MANAGEMENT, b64, message
 
 PONG = flomd.Session.pong
 PING, GRACE = 2000, 25000  # ms
@@ -461,3 +466,177 @@ def test_the_end_of_a_lock_that_is_not_stored_is_not_acknowledged(world):
     holder.release()
     world.turn()
     assert holder.batch is not None and waiter.told == [1]
+
+
+# The end of a leader
+
+class Site(World):
+    """The same with clients that have sockets."""
+    PEER = "127.0.0.1:50190"
+
+    def __init__(self):
+        super().__init__()
+        self.ordered, self.clients = [], []
+        self.server._life.stop_by_order = self.ordered.append
+        self.server.orders._life = self.server._life
+
+    def connect(self):
+        """(a new connection over TCP, its client's socket)"""
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(1)
+            client = socket.create_connection(listener.getsockname(), 10)
+            accepted, _ = listener.accept()
+        accepted.setblocking(False)
+        before = set(self.connections.open)
+        self.connections.welcome(accepted, self.PEER)
+        self.clients.append(client)
+        connection, = self.connections.open - before
+        return connection, client
+
+    def serve(self):
+        """A turn of the loop, and what follows from it."""
+        self.loop.after(0, self.loop.stop)
+        self.loop.run()
+        self.loop._stopped = False
+        self.turn()
+
+    def ask_by_wire(self, client, name, wait=1):
+        ident = f"{name}{self.clients.index(client)}"
+        client.sendall(message(LOCK, 8, f'<session peerid="1" client="flom.py/1.0" id="{ident}" '
+                                        f'key="{ident}"/><resource name="{b64(name)}" mode="5" '
+                                        f'wait="{wait}" create="1" lifespan="0"/>'))
+        self.serve()
+
+
+@pytest.fixture
+def site(monkeypatch):
+    monkeypatch.setattr(flomd, "Session", test_server.Told)
+    made = Site()
+    yield made
+    for client in made.clients:
+        client.close()
+    made.server.abandon()
+
+
+def is_reset(client):
+    with pytest.raises(ConnectionResetError):
+        client.recv(1)
+    return True
+
+
+def dates(world):
+    """What the loop is about to call for the server."""
+    return [act for act in [*world.loop._dates, *world.loop._last] if act != world.loop.stop]
+
+
+def test_a_leader_that_is_deposed_resets_all_and_calls_nothing(site):
+    clients = []
+    for name in ("holder", "ended", "pending", "paused", "idle"):
+        connection, client = site.connect()
+        clients.append(client)
+        if name != "idle":
+            site.ask_by_wire(client, name)
+        if name in ("holder", "ended"):
+            site.disk.answer()
+            assert b'rc="0"' in client.recv(1000)
+        if name == "ended":
+            client.shutdown(socket.SHUT_WR)
+        if name == "paused":
+            client.sendall(flomd.encode(flomd.PING, 8))
+        site.serve()
+    site.server.absences.keep(site.table.holders[min(site.table.holders)])
+    given = list(site.disk.asked)
+    site.server.batches.changed()
+    site.server.abandon()
+    assert all(map(is_reset, clients))
+    assert not dates(site) and not site.loop._watched and not site.connections.open
+    for done in given:  # nothing happens any more
+        done()
+    site.server.batches.commit()
+    assert not dates(site) and not site.log.lines[1:]
+
+
+def test_a_leader_that_is_deposed_while_it_has_something_stored(site):
+    """The store may see at any of its calls that the time is over."""
+    _, client = site.connect()
+    for name in ("commit", "ping", "confirm"):
+        setattr(site.disk, name, lambda *_: site.server.abandon() or True)
+    site.ask_by_wire(client, "R")
+    site.serve()
+    assert is_reset(client) and not dates(site)
+
+
+def test_a_connection_of_tls_is_reset_too(site, tmp_path):
+    made = Certificates(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(made.pem("server"), made.key("server"))
+    site.connections.tls = context
+    _, bare = site.connect()
+    client = made.context().wrap_socket(bare, do_handshake_on_connect=False)
+    site.clients.append(client)
+    client.setblocking(False)
+    for _ in range(100):
+        try:
+            client.do_handshake()
+            break
+        except ssl.SSLWantReadError:
+            site.serve()
+    client.setblocking(True)
+    site.ask_by_wire(client, "R")
+    site.server.abandon()
+    assert is_reset(client)
+
+
+def test_a_leader_that_hands_over_hears_nobody_and_all_see_an_end_of_file(site):
+    _, holder = site.connect()
+    site.ask_by_wire(holder, "R")
+    site.disk.answer()
+    holder.recv(1000)
+    _, late = site.connect()
+    site.ask_by_wire(late, "Q")
+    asked = len(site.disk.asked)
+    _, waiter = site.connect()
+    site.ask_by_wire(waiter, "R")
+    waiter.recv(1000)
+    _, newcomer = site.connect()
+    site.server.hand_over()
+    assert len(site.disk.asked) == asked and len(site.disk.holders()) == 2
+    holder.sendall(flomd.encode(flomd.PING, 8))
+    waiter.shutdown(socket.SHUT_WR)
+    site.ask_by_wire(newcomer, "P")
+    for _ in range(3):
+        site.serve()
+    assert site.table.holding == 2 and len(site.table.requests) == 3
+    assert len(site.disk.asked) == asked and not site.disk.pings and not dates(site)
+    site.server.part()
+    assert [client.recv(1000) for client in (holder, late, waiter, newcomer)] == [b""] * 4
+
+
+def test_what_was_decided_in_the_last_turn_is_stored(site):
+    _, client = site.connect()
+    client.sendall(message(LOCK, 8, f'<resource name="{b64("R")}" mode="5" create="1"/>'))
+    for _ in range(5):
+        site.loop._turn(0.01)
+    assert not site.disk.asked
+    site.server.hand_over()
+    assert len(site.disk.holders()) == 1
+
+
+@pytest.mark.parametrize("immediate", [0, 1])
+def test_who_has_ordered_the_end_is_told_what_has_become_of_it(site, immediate):
+    _, holder = site.connect()
+    site.ask_by_wire(holder, "R")
+    site.disk.answer()
+    holder.recv(1000)
+    _, giver = site.connect()
+    order = f'<session peerid="1"/><shutdown immediate="{immediate}"/>'
+    giver.sendall(message(MANAGEMENT, 8, order))
+    site.serve()
+    assert len(site.ordered) == 1
+    site.server.hand_over()
+    site.serve()
+    site.server.part()
+    told = giver.recv(1000)
+    assert b'rc="0" reason="this daemon ended; another one takes over"' in told
+    assert giver.recv(1000) == holder.recv(1000) == b""
