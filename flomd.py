@@ -4525,9 +4525,10 @@ class Counts:
 
 
 def metrics(table: "LockTable", counts: "Counts", sessions: "int", epoch: "int",
-            failing: "bool") -> "Iterator[str]":
+            failing: "bool", more: "Iterable[tuple]" = ()) -> "Iterator[str]":
     """Yields the lines of the figures in Prometheus' text format, version 0.0.4, or "" where it
-    has counted for a while; `failing`: the memory cannot be written."""
+    has counted for a while; `failing`: the memory cannot be written; `more` figures are rows:
+    name, form, what it means, {what follows the name: value}."""
     numbers: "Dict[str, int]" = collections.Counter()
     names = iter(list(table.resources))
     for name in names:
@@ -4535,15 +4536,14 @@ def metrics(table: "LockTable", counts: "Counts", sessions: "int", epoch: "int",
         numbers.update(map(kind_of, itertools.islice(names, COUNTED_AT_ONCE)))
         yield ""
     rows = _families(table, counts, sessions, epoch, failing, numbers)
-    for name, form, meaning, values in rows:
+    for name, form, meaning, values in [*rows, *more]:
         yield f"# HELP flomd_{name} {meaning}\n# TYPE flomd_{name} {form}\n"
         for labels, value in values.items():
             yield f"flomd_{name}{labels} {value}\n"
 
 
 def _families(table, counts, sessions, epoch, failing, numbers):
-    """The metrics as rows: name, form, what it means, {what follows the name: value}; `numbers` of
-    resources by their kinds."""
+    """The figures as rows; `numbers` of resources by their kinds."""
     granted = counts.verdicts[OK]
     return [
         ("sessions", "gauge", "Open connections.", {"": sessions}),
@@ -9624,6 +9624,12 @@ def _option(given, name):
 # its waiters away (who find the other daemon), and ends when its holders have finished.  A daemon
 # whose answers carry no id is FLoM's, which cannot drain: ours does.
 #
+# A quorum (see there) has no election here: etcd decides who serves, whatever becomes of
+# datagrams.  All of its daemons answer, with the address of the one that leads, and say that they
+# are a quorum.  A daemon without one that meets them drains whatever the order; both say so in
+# their logs, since somebody has started what should not be there.  They ask, too, but only to find
+# such a daemon, or another quorum that was given the same group.
+#
 # Not here on purpose: to agree on one daemon while the network is parted.
 
 CANDIDACY, QUESTIONS = 0.4, 4  # s, and questions in that time
@@ -9644,8 +9650,10 @@ MULTICAST: "Dict[int, Tuple[int, int, int, str]]" = {
     socket.AF_INET6: (socket.IPPROTO_IPV6, 29, socket.IPV6_JOIN_GROUP, "@I")}
 
 # A message of another daemon or client.  `pair` is None when it is not one of ours; `network` has
-# the attributes address and port of an answer; `sender` is an address as the socket tells it.
-Heard = collections.namedtuple("Heard", "pair network sender")
+# the attributes address and port of an answer; `sender` is an address as the socket tells it;
+# `quorum`: its sender says that it is one of a quorum.
+Heard = collections.namedtuple("Heard", "pair network sender quorum")
+FOR_ALL = 0  # `started` in the answers of a quorum: older than any daemon
 
 
 class Group:
@@ -9720,12 +9728,13 @@ class Group:
             return "::"
         return "0.0.0.0"
 
-    def ask(self) -> "None":
-        """Sends one question to the group; a network that is down is asked again later."""
+    def ask(self, **more: "object") -> "None":
+        """Sends one question to the group, with more attributes; a network that is down is asked
+        again later."""
         started, ident = self.pair
+        question = encode(DISCOVER, QUESTION, daemon=ident, started=started, **more)
         with contextlib.suppress(OSError):
-            self.asking.sendto(encode(DISCOVER, QUESTION, daemon=ident, started=started),
-                               self.address)
+            self.asking.sendto(question, self.address)
 
     def answer(self, question: "Heard", network: "str") -> "None":
         """Answers one question; `network` is the element that says where this daemon listens."""
@@ -9733,6 +9742,16 @@ class Group:
         if question.pair is not None:
             started, ident = self.pair
             data = encode(DISCOVER, ANSWER, network, daemon=ident, started=started)
+        self._send(data, question)
+
+    def answer_for(self, question: "Heard", record: "Record") -> "None":
+        """Answers one question for the leader of a quorum."""
+        host, port = address_in(record)
+        network = element("network", ("address", host), ("port", port))
+        data = encode(DISCOVER, ANSWER, network, daemon=record.daemon, started=FOR_ALL, quorum=1)
+        self._send(data, question)
+
+    def _send(self, data, question):
         with contextlib.suppress(OSError):
             self.listening.sendto(data, question.sender)
 
@@ -9758,7 +9777,8 @@ class Group:
                 continue
             if head.get("daemon") == self.pair[1]:
                 continue  # its own id is never another daemon's
-            yield Heard(_pair_of(head), elements.get("network", {}), sender)
+            is_quorum = head.get("quorum") == "1"
+            yield Heard(_pair_of(head), elements.get("network", {}), sender, is_quorum)
 
     def leave(self) -> "None":
         """Closes the sockets."""
@@ -9862,8 +9882,8 @@ class Member:
             if "port" not in answer.network:
                 continue
             host, port = _address_in(answer)
-            line = f"another daemon answers for the group: {host!r} port {port}"
-            self._log.limited(line, "error")
+            who = "a quorum" if answer.quorum else "another daemon"
+            self._log.limited(f"{who} answers for the group: {host!r} port {port}", "error")
             if answer.pair is None or answer.pair < self._group.pair:
                 self._verify(answer)
 
@@ -9895,6 +9915,77 @@ class Member:
         group.leave()
         if self._probe is not None:
             self._probe.end()
+
+
+class QuorumMember:
+    """A daemon of a quorum in its group.  record() returns the leader record, None while there is
+    no leader that is known."""
+
+    def __init__(self, loop: "Loop", log: "Log", group: "Group",
+                 record: "Callable[[], Record | None]"):
+        self._loop, self._log = loop, log
+        self._group = group
+        self._record = record
+        self._other = ""  # the address of another leader, of which the last answer told
+        self.label = group.label
+        loop.watch(group.listening, self._hear_questions)
+        loop.watch(group.asking, self._hear_answers)
+        self._ask_again()
+
+    def _ask_again(self):
+        import random
+        self._group.ask(quorum=1)
+        self._loop.after(OFTEN * random.uniform(0.8, 1.2), self._ask_again)
+
+    def _hear_questions(self, events):
+        """Answers the questions that have come."""
+        for question in self._group.questions():
+            if question.pair is not None and not question.quorum:
+                self._log.limited(f"a daemon without quorum is in the group, on "
+                                  f"{question.sender[0]}", "error")
+            record = self._record()
+            if record is not None and question.sender[1] != self._group.port:
+                self._group.answer_for(question, record)
+
+    def _hear_answers(self, events):
+        """Looks for others that serve the group."""
+        for answer in self._group.answers():
+            if "port" not in answer.network:
+                continue
+            host, port = _address_in(answer)
+            if answer.quorum:
+                self._compare(f"{host} port {port}")
+            else:
+                self._log.limited(f"a daemon without quorum answers for the group: {host!r} port "
+                                  f"{port}", "error")
+
+    def _compare(self, theirs):
+        """Daemons of one quorum tell of the same leader, but for the moment of a change."""
+        record = self._record()
+        if record is None:
+            return
+        host, port = address_in(record)
+        ours = f"{host} port {port}"
+        if theirs == ours:
+            return
+        if theirs == self._other:
+            self._log.limited(f"another quorum serves the group: its leader is at {theirs}, that "
+                              f"of this one at {ours}", "error")
+        self._other = theirs
+
+    def close(self) -> "None":
+        """Leaves the group."""
+        self._loop.cancel(self._ask_again)
+        self._loop.forget(self._group.listening)
+        self._loop.forget(self._group.asking)
+        self._group.leave()
+
+
+def address_in(record: "Record") -> "Tuple[str, int]":
+    """(host, port) of a leader; the host without the interface of an IPv6 address."""
+    host, _, port = record.address.rpartition(":")
+    host, _, _ = host.strip("[]").partition("%")
+    return host, int(port)
 
 
 def _announced(address):
@@ -10403,6 +10494,7 @@ class Server:
             ("listening", plain(listening)),
             ("memory", self._memory()),
             ("window", self._window()),
+            *self._life.about(),
         )
         introduction = f'{Session.first_to_ours}<answer rc="0"/>{about}'
         pieces = report(self.table, introduction, self.loop.now)
@@ -11119,6 +11211,7 @@ class Daemon:
     `pair` is (ms since 1970 at which it began, its id); `disk` has begun.
     Raises CannotServe.
     """
+    status = 0  # of the process
 
     def __init__(self, settings: "Settings", log: "Log", pair: "tuple", disk: "Disk",
                  table: "LockTable", connections: "Connections"):
@@ -11143,6 +11236,18 @@ class Daemon:
     def since(self) -> "int":
         """When it began: s since 1970."""
         return self.pair[0] // 1000
+
+    def greeting(self) -> "str":
+        """A line for the log."""
+        return f"serving {self.listening()}"
+
+    def about(self) -> "list":
+        """More attributes for the head of a status report."""
+        return []
+
+    def figures(self) -> "list":
+        """More figures, as metrics() wants them."""
+        return []
 
     def listening(self) -> "str":
         """Where clients find the daemon, in one line."""
@@ -11255,9 +11360,10 @@ class Daemon:
 
 
 class Signals:
-    """TERM and INT end the daemon, USR1 lets it end when idle, HUP opens its log again."""
+    """TERM and INT end the daemon, USR1 lets it end when idle, HUP opens its log again.  `daemon`
+    is what obeys."""
 
-    def __init__(self, daemon: "Daemon"):
+    def __init__(self, daemon: "Any"):
         self._loop = daemon.loop
         self._actions: "Dict[int, Act]" = {
             signal.SIGTERM: functools.partial(daemon.stop_by_signal, "SIGTERM"),
@@ -11334,25 +11440,17 @@ class Tree:
     def steps(self, number: "int") -> "Iterator[None]":
         """Writes the tree of this number, in steps.  Raises OSError."""
         name = f".status-{self._daemon}-{number}"
-        shown = self._shown()
-        if shown == name:  # that of a publisher before this one
-            name += "-again"
-        yield from self._removing(shown)  # what a daemon left that was killed
-        try:
-            yield from self._write(name)
-        except OSError:
-            yield from self._removing(self._shown())
-            raise
-        yield from self._removing(self._shown())
-
-    def _write(self, name):
         top = self._below(name)
         link = f"{top}-link"
-        os.mkdir(top)
-        yield from self._write_files(top)
-        if self._daemon in (os.getpid(), os.getppid()):  # it was not killed meanwhile
-            os.symlink(name, link)
-            os.replace(link, self._status)
+        self._remove_but(self._shown())  # what a daemon left that was killed
+        try:
+            os.mkdir(top)
+            yield from self._write_files(top)
+            if self._daemon in (os.getpid(), os.getppid()):  # it was not killed meanwhile
+                os.symlink(name, link)
+                os.replace(link, self._status)
+        finally:
+            self._remove_but(self._shown())
 
     def _below(self, name):
         return os.path.join(self.path, name)
@@ -11376,12 +11474,11 @@ class Tree:
                 file.write(visible(str(content)) + "\n")
             yield
 
-    def _removing(self, kept):
-        """Removes, in steps, the trees and links that nobody needs any more, but the one of this
-        name."""
+    def _remove_but(self, kept):
+        """Removes the trees and links that nobody needs any more, but the one of this name."""
         for name in os.listdir(self.path):
             if name.startswith(".status-") and name != kept and not self._is_anothers(name):
-                yield from self._remove(self._below(name))
+                self._remove(self._below(name))
 
     def _is_anothers(self, name):
         """Whether a tree of this name belongs to another daemon, which lives."""
@@ -11396,14 +11493,15 @@ class Tree:
             pass  # it is another user's
         return True
 
-    def _remove(self, path):
-        if os.path.islink(path) or not os.path.isdir(path):
+    @staticmethod
+    def _remove(path):
+        if os.path.islink(path):
             os.unlink(path)
-            yield
             return
-        for name in os.listdir(path):
-            yield from self._remove(os.path.join(path, name))
-        os.rmdir(path)
+        for folder, _, files in os.walk(path, topdown=False):
+            for file in files:
+                os.unlink(os.path.join(folder, file))
+            os.rmdir(folder)
 
     def remove(self) -> "None":
         """Removes what was published, as far as it can be removed."""
@@ -11411,8 +11509,7 @@ class Tree:
             with contextlib.suppress(OSError):
                 os.unlink(self._status)
         with contextlib.suppress(OSError):
-            for _ in self._removing(""):
-                pass
+            self._remove_but("")
 
 
 class MetricsFile:
@@ -11670,6 +11767,7 @@ def notify(text: "str") -> "None":
         path = "\0" + path[1:]  # an abstract name
     with contextlib.suppress(OSError):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as messenger:
+            messenger.setblocking(False)
             messenger.sendto(text.encode(), path)
 
 
@@ -11844,6 +11942,625 @@ def is_loopback(host) -> "bool":
         if not ipaddress.ip_address(number).is_loopback:
             return False
     return bool(found)
+
+
+# --- Terms --------------------------------------------------------------------------------------
+# The life of a daemon of a quorum, see Quorum: a candidate, then perhaps the leader, then a
+# candidate again.  The rules are there; here they meet the loop, etcd and the clients.
+#
+# Words.  The campaign: all of it, from the start of the process to its end.  A term: what there is
+# while this daemon leads, the table, the connections and whatever is made of them.  A stage: a
+# candidate, or a leader that loads the memory, serves, or resigns; there is one at a time.
+#
+#     candidate    it reads the record; its address is bound, and refuses clients
+#     loads        its claim was confirmed; it reads the memory and restores it, in portions
+#     serves       clients find it; a Term
+#     resigns      it has handed over: the record becomes free, and then the process ends
+#
+# Deposed.  Nothing of a term is left: its connections are reset, its table, its store and all that
+# knows them are thrown away, and the thread that asks etcd gives way to another one.  So whatever
+# was on its way, an answer of etcd, a request of a client, a date, finds nobody.
+#
+# The order in a turn of the loop.  First the present is looked at: where the deadline has passed
+# the daemon is deposed, before it hears anybody.  What etcd answers is judged by the time at which
+# it is heard, and whatever it allows to be told is told at once.
+#
+# A memory that cannot be.  Who cannot believe what he reads must not serve: an empty table would
+# grant what others hold.  So the daemon resigns, says so, and does not claim for BARRED s; another
+# one may be of a version that can read it, or somebody may mend it.
+
+RESTORED_AT_ONCE = 0.05  # s of a turn for the memory; then the others come
+DECODED_AT_ONCE = 500  # keys, between two looks at the clock
+BARRED = 60  # s in which it does not claim after it could not read the memory
+LAST_BEAT = 2  # s that the end waits for etcd
+STATUS_PAUSE = 5  # s between two lines of status for the init system
+LASTING = 1  # s for which something is wrong until it is told
+CANDIDATE, LEADER = "candidate", "leader"  # roles, for people
+
+
+class Chain:
+    """The store of a leader, in place of a Disk.  act() is called when there is something for
+    etcd; `leader` is the Leader, whose memory is restored.
+
+    After close() nothing is stored and nobody is called.
+    """
+    kind = IN_ETCD
+    failing = ""
+    marked = False  # the memory knows everybody who can hold a lock
+
+    def __init__(self, loop: "Loop", leader: "Leader", act: "Act"):
+        self.epoch = leader.epoch
+        self._loop = loop
+        self._leader = leader
+        self._act = act
+        self._is_open = True
+
+    def close(self) -> "None":
+        """The daemon leads no more, or is about to end."""
+        self._is_open = False
+
+    def commit(self, records: "Iterable[Tuple[str, str | None]]", done: "Act") -> "bool":
+        """Stores a batch of records.  done() is called when etcd has confirmed it."""
+        if self._is_open:
+            self._leader.write(stored(records), done, self._loop.now)
+            self._act()
+        return True
+
+    def confirm(self, done: "Act") -> "None":
+        """done() is called when it is certain that nobody else led at this instant."""
+        self.commit((), done)
+
+    def ping(self, done: "Act") -> "None":
+        """As confirm(), but it can wait for a beat, which many share."""
+        if self._is_open:
+            self._leader.ping(done, self._loop.now)
+            self._act()
+
+    def may_tell(self) -> "bool":
+        """Whether this daemon leads at this very instant, by its clock."""
+        if not self._is_open:
+            return False
+        if not self._leader.look(Moment()):
+            self.close()
+            self._loop.at_end_of_turn(self._act)
+        return self._is_open
+
+    def away(self, now: "Moment") -> "float":
+        """s for which etcd has not answered."""
+        return self._leader.unanswered_for(now)
+
+    def mark(self, held: "bool") -> "bool":
+        """There is no mark, and no need of one."""
+        return True
+
+    def cover(self, token: "int") -> "bool":
+        """The epoch becomes that of a token which is to be told; the record has it when what is
+        told is stored."""
+        self.epoch = token >> 32
+        self._leader.epoch = self.epoch
+        return True
+
+    def ping_for(self) -> "int":
+        """ms between two pings that clients are to send."""
+        return ping_interval(self._leader.record.ttl)
+
+    def grace_for(self, kill: "int") -> "int":
+        """ms for which a lock is kept for an absent client."""
+        return grace_for(self._leader.record.ttl, kill)
+
+
+class Term(Daemon):
+    """The parts of a daemon that leads, and how they end: by its campaign alone."""
+
+    def __init__(self, campaign: "Campaign", disk: "Any", table: "LockTable",
+                 connections: "Connections"):
+        super().__init__(campaign.settings, campaign.log, campaign.pair, disk, table, connections)
+        self._campaign = campaign
+
+    def listening(self) -> "str":
+        """Where clients find it, in one line."""
+        labels = super().listening()
+        if self._campaign.member is not None:
+            labels += f" {self._campaign.member.label}"
+        return labels
+
+    def about(self) -> "list":
+        """What the head of a status report says, as attributes."""
+        return self._campaign.about()
+
+    def figures(self) -> "list":
+        """What --metrics says of the quorum."""
+        return self._campaign.figures()
+
+    def was_used(self) -> "None":
+        """It stays, whether anybody needs it or not."""
+
+    def rest(self) -> "None":
+        """It stays."""
+
+    def stop_by_order(self, connection: "Connection") -> "None":
+        """Hands over."""
+        self._campaign.hand_over(f"the order came from {connection.peer}")
+
+    def quiesce(self) -> "None":
+        """Hands over: its clients find the next leader."""
+        self._campaign.hand_over("it was told to end")
+
+    def drain(self, reason: "str") -> "None":
+        """It is not the one that has to go."""
+
+    def forsake(self) -> "None":
+        """It leads no more: nobody is told anything."""
+        self.disk.close()
+        self.server.abandon()
+        self.hide()
+
+    def resign(self) -> "None":
+        """It is about to lead no more: nobody is heard."""
+        self.server.hand_over()
+        self.disk.close()
+        self.hide()
+
+
+class NobodysTerm:
+    """What a candidate publishes, in place of a Term: figures of itself, and an empty table."""
+    kind = IN_ETCD
+    failing = ""
+    epoch = 0
+
+    def __init__(self, campaign: "Campaign", table: "LockTable"):
+        self.loop, self.log = campaign.loop, campaign.log
+        self.figures = campaign.figures
+        self.table = table
+        self.disk = self
+        self.connections = ()
+
+
+class Notices:
+    """What a candidate tells people of the leader that it sees, each thing once."""
+
+    def __init__(self, quorum: "Quorum", log: "Log"):
+        self._quorum = quorum
+        self._log = log
+        self._term: "str | None" = None  # that was seen last
+        self._trouble = ""
+        self._trouble_at = NEVER  # s, boot: when it is told
+
+    def see(self, candidate: "Candidate", now: "Moment") -> "None":
+        """It has looked at the record."""
+        self._see_trouble(candidate.trouble, now)
+        record = candidate.record
+        if record is None or record.term == self._term:
+            return
+        self._term = record.term
+        if is_free(record):
+            self._log.info("nobody leads")
+            return
+        self._log.info(f"{record.host} leads, at {record.address}, in cluster "
+                       f"{self._quorum.cluster.id}, term {record.term}")
+        self._compare(record)
+
+    def _see_trouble(self, trouble, now):
+        """It is told when it lasts: what is read in two steps can change in between."""
+        if trouble != self._trouble:
+            self._trouble = trouble
+            self._trouble_at = now.boot + LASTING
+        if trouble and now.boot >= self._trouble_at:
+            self._trouble_at = NEVER
+            self._log.error(f"{trouble}; this daemon does not claim")
+
+    def _compare(self, record):
+        """Daemons that take turns should be alike."""
+        mine = self._quorum.mine
+        for name in ("policy", "ttl"):
+            theirs, ours = getattr(record, name), getattr(mine, name)
+            if theirs != ours:
+                self._log.error(f"{record.host} leads with {name} {theirs}, and this daemon would "
+                                f"with {ours}: they should be alike")
+
+
+class Campaign:
+    """A daemon of a quorum, from its start to its end.
+
+    `pair` is (ms since 1970 at which it began, its id); `listener` has the address; `quorum` what
+    it keeps from one term to the next, of which `file` notes the cluster.  make_table(epoch),
+    make_connections() and make_publisher(term) make what a term needs; there may be nothing to be
+    published, None.  Raises CannotServe.
+    """
+    status = 0  # of the process
+
+    def __init__(self, settings: "Settings", log: "Log", loop: "Loop", pair: "tuple",
+                 quorum: "Quorum", file: "ClusterFile", listener: "TermListener",
+                 group: "Group | None", make_table: "Callable", make_connections: "Callable",
+                 make_publisher: "Callable"):
+        self.settings = settings
+        self.log = log
+        self.loop = loop
+        self.pair = pair
+        self.term: "Term | None" = None
+        self._quorum = quorum
+        self._file = file
+        self._listener = listener
+        self._make_table = make_table
+        self._make_connections = make_connections
+        self._make_publisher = make_publisher
+        access = access_of(settings)
+        self._etcd = Etcd(loop, log, access)
+        self._house = Housekeeping(loop, log, access, quorum.prefix, settings["EtcdCompact"])
+        self._asker: "Any" = None  # the Candidate or Leader; None: neither
+        self._asked_at = 0.0  # s, boot
+        self._latency = 0.0  # s, of the last transaction
+        self._connections: "Any" = None  # those of the next term
+        self._steps: "Any" = None  # of the memory that is restored
+        self._table: "Any" = None  # that is restored
+        self._publisher: "Publisher | None" = None
+        self._is_barred = False
+        self._ends = ""  # why it is to end
+        self._notices = Notices(quorum, log)
+        self.member: "QuorumMember | None" = None  # of its group
+        if group is not None:
+            self.member = QuorumMember(loop, log, group, self.leading_record)
+        self._peer_id = machine_id()
+
+    # The beginning and the end.
+
+    def begin(self) -> "None":
+        """Becomes a candidate.  Raises CannotServe."""
+        self.loop.look_first(self._look_first)
+        with serving("cannot ask etcd"):
+            self._house.start()
+            self._etcd.start()
+        self._connections = self._make_connections()
+        self._show_nobody()
+        self._stand()
+
+    def run(self) -> "None":
+        """Until it is told to end."""
+        self.loop.run()
+
+    def greeting(self) -> "str":
+        """A line for the log."""
+        quorum = self._quorum
+        return (f"candidate at {self._listener.label}, for {quorum.prefix} in etcd at "
+                f"{' '.join(quorum.members.urls)}")
+
+    def stop_by_signal(self, name: "str") -> "None":
+        """Hands over."""
+        self.hand_over(f"it got {name}")
+
+    def quiesce(self) -> "None":
+        """Hands over, as any signal lets it."""
+        self.hand_over("it got SIGUSR1")
+
+    def hand_over(self, reason: "str") -> "None":
+        """Ends, so that another daemon can serve at once."""
+        if self._ends:
+            return
+        self._ends = reason
+        self.log.info(f"ending: {reason}")
+        self.loop.after(LAST_BEAT, self._end)
+        asker = self._asker
+        if isinstance(asker, Leader):
+            self._resign()
+        elif asker is None or asker.deadline == NEVER:
+            self._end()
+        # else a claim is on its way, which may be done
+
+    def _resign(self):
+        if self.term is not None:
+            self.term.resign()
+        self._house.follow()
+        self._steps = None
+        self._asker.resign()
+        self._go_on()
+
+    def _end(self):
+        """From now on nothing is done."""
+        if isinstance(self._asker, Leader) and not is_free(self._asker.record):
+            seconds = self._asker.times.ttl
+            self.log.error(f"etcd does not answer; another daemon serves in {seconds:.0f} s")
+        if self.term is not None:
+            self.term.server.part()
+        self._asker = None
+        self.loop.stop()
+
+    def close(self) -> "None":
+        """The last acts of the process, which ends the connections."""
+        self._file.finish(self._quorum.cluster)
+        if self._publisher is not None:
+            self._publisher.close()
+        if self.member is not None:
+            self.member.close()
+
+    # Asking.
+
+    def _look_first(self):
+        """The deadline may have passed while this process, or its host, was stopped."""
+        asker = self._asker
+        if asker is not None and not asker.look(self.loop.now):
+            self._change()
+
+    def _go_on(self):
+        """Has etcd asked what is to be asked now."""
+        now = Moment()
+        asker = self._asker
+        if asker is None:
+            return
+        if not asker.look(now):
+            self._change()
+            return
+        request = asker.next_request(now)
+        if request is not None:
+            self._asked_at = now.boot
+            hear = functools.partial(self._hear, asker)
+            self._etcd.ask(self._quorum.members.current, request, asker.times.copy, hear)
+        date = asker.next_date()
+        self.loop.at(now.mono + date - now.boot, self._go_on)
+
+    def _hear(self, asker, answer):
+        """The answer of etcd.  It came before this instant, which counts, and not after it."""
+        now = Moment()
+        if asker is not self._asker:
+            return
+        if not asker.look(now):
+            self._change()
+            return
+        told = asker.answer(answer, now)
+        self._file.write(self._quorum.cluster)
+        if isinstance(asker, Leader):
+            self._latency = now.boot - self._asked_at
+        if not self._ends:
+            for done in told:
+                self.loop.guarded(nothing, done)
+        self._understand(asker)
+
+    def _understand(self, asker):
+        """What follows from what was heard."""
+        if asker is not self._asker:
+            return
+        if asker.over:
+            self._change()
+            return
+        if isinstance(asker, Candidate):
+            self._notices.see(asker, Moment())
+            if self._ends and asker.deadline == NEVER:
+                self._end()
+        elif asker.stage == LOADS and asker.is_loaded() and self._steps is None:
+            self._steps = self._restoring(asker)
+            self._restore()
+        self._go_on()
+
+    # The stages.
+
+    def _change(self):
+        """What it was is over."""
+        asker = self._asker
+        self._asker = None
+        self.loop.cancel(self._go_on)
+        if isinstance(asker, Candidate):
+            if asker.leader is not None:
+                self._load(asker.leader)
+                return
+            self.log.limited(f"the claim failed: {asker.over}")
+        elif asker.stage != RESIGNS or not is_free(asker.record):
+            self.log.error(asker.over)
+            self._forsake()
+        if self._ends:
+            self._end()
+        else:
+            self._begin_anew()
+
+    def _forsake(self):
+        """Deposed: the term is gone, whatever was going on."""
+        self._house.follow()
+        self._steps = None
+        self._table = None
+        term = self.term
+        self.term = None
+        if term is not None:
+            term.forsake()
+
+    def _begin_anew(self):
+        """With another thread, and connections that nobody knows."""
+        self._etcd.start()
+        if self._connections is None:
+            self._connections = self._make_connections()
+        pause = BARRED if self._is_barred else 0
+        self._is_barred = False
+        self.loop.after(pause, self._stand)
+        self._show_nobody()
+
+    def _show_nobody(self):
+        self._publish(NobodysTerm(self, self._make_table(0)))
+        self._tell_status()
+
+    def _stand(self):
+        """A candidate, in a cluster that may be used."""
+        if self._house.refusal or not self._house.knows_version():
+            self.loop.after(POLL, self._stand)
+            return
+        self._asker = Candidate(self._quorum, Moment())
+        self._go_on()
+
+    def _load(self, leader):
+        """Its claim was confirmed: it leads, and serves when it knows the memory."""
+        self._asker = leader
+        if self._ends:
+            self._resign()
+        else:
+            self._go_on()
+
+    def _restoring(self, leader):
+        """Makes the table of what was read; yields now and then."""
+        records: "Dict[str, str]" = {}
+        loaded = iter(leader.loaded)
+        while True:
+            entries = list(itertools.islice(loaded, DECODED_AT_ONCE))
+            if not entries:
+                break
+            records.update(remembered(entries))
+            yield
+        leader.loaded = []
+        tokens = [int(key[len(OF_HOLDER):], 16) for key in records if key.startswith(OF_HOLDER)]
+        leader.epoch = epoch_after(epoch_of_the_clock(), leader.record, tokens)
+        table = self._table = self._make_table(leader.epoch)
+        name_of = self._connections.users.name
+        yield from restoring(records, table, Moment(), False, name_of, moved=True)
+
+    def _restore(self):
+        """A portion of it; the beats come between two."""
+        leader, steps = self._asker, self._steps
+        if steps is None:
+            return
+        until = time.monotonic() + RESTORED_AT_ONCE
+        try:
+            for _ in steps:
+                if time.monotonic() >= until:
+                    self.loop.after(0, self._restore)
+                    return
+        except (BrokenMemory, ValueError) as error:
+            self._bar(error)
+        else:
+            self._serve(leader)
+
+    def _bar(self, error):
+        """An empty table would grant what others hold."""
+        self.log.error(f"the memory below {self._quorum.prefix} in etcd is damaged, and not "
+                       f"serving is better than to grant what others hold: {error}")
+        self._is_barred = True
+        self._table = None
+        self._resign()
+
+    def _serve(self, leader):
+        """The memory is restored: clients may come."""
+        table = self._table
+        self._steps = None
+        self._table = None
+        leader.lead(leader.epoch)
+        chain = Chain(self.loop, leader, self._go_on)
+        table.cover((chain.epoch + 1 << 32) - 1)
+        table.know_all()
+        Session.introduce(self._peer_id, self.pair[1], chain.ping_for())
+        connections = self._connections
+        self._connections = None
+        term = self.term = Term(self, chain, table, connections)
+        term.server.absences.begin_term(leader.claimed_at, self._quorum.mine.grace)
+        try:
+            self._listener.begin(connections.welcome)
+        except CannotServe as error:
+            self.status = 1
+            self.hand_over(str(error))
+            return
+        term.ways.append(self._listener)
+        self._house.lead()
+        self._publish(term)
+        term.server.publisher = self._publisher
+        seconds = Moment().boot - leader.claimed_at
+        self.log.info(f"serving {term.listening()}: {table.holding} holders were taken over in "
+                      f"{seconds:.1f} s")
+        self._tell_status()
+
+    def _publish(self, term):
+        """The figures and the tree are those of the term from now on."""
+        if self._publisher is not None:
+            self._publisher.stop()
+            self._publisher = None
+        try:
+            self._publisher = self._make_publisher(term)
+        except CannotServe as error:
+            self.log.limited(str(error), "error")
+        if self._publisher is not None:
+            self._publisher.begin()
+
+    # For people.
+
+    def _tell_status(self):
+        """To the init system, now and every few s."""
+        self.loop.after(STATUS_PAUSE, self._tell_status)
+        notify(f"STATUS={self._status()}")
+
+    def _status(self):
+        asker = self._asker
+        if isinstance(asker, Leader):
+            return (f"{LEADER}, term {asker.record.term}; {self._house.reachable} members of etcd "
+                    f"answer in {self._latency * 1000:.0f} ms; {self._left():.0f} s are left")
+        record = self._record()
+        if record is None:
+            return f"{CANDIDATE}; etcd tells of no leader"
+        if is_free(record):
+            return f"{CANDIDATE}; nobody leads"
+        return (f"{CANDIDATE}; {record.host} leads at {record.address}, its record is "
+                f"{self._age():.0f} s old")
+
+    def _record(self):
+        """The leader record that was read or confirmed last; None: none is known."""
+        if self._asker is None:
+            return None
+        return self._asker.record
+
+    def leading_record(self) -> "Record | None":
+        """The record of the daemon that leads, as far as it is known: a candidate has seen it
+        within its ttl."""
+        record = self._record()
+        if record is None or is_free(record) or self._age() > record.ttl / 1000:
+            return None
+        if isinstance(self._asker, Leader) and self.term is None:
+            return None  # it does not serve yet, or not any more
+        return record
+
+    def _age(self):
+        """s since the record was seen to change."""
+        asker, now = self._asker, Moment()
+        if isinstance(asker, Leader):
+            return now.boot - asker.confirmed_at
+        if asker is None or asker.record is None:
+            return 0.0
+        return now.boot - asker.seen_at
+
+    def _left(self):
+        """s to the deadline of a leader."""
+        if not isinstance(self._asker, Leader):
+            return 0.0
+        return max(0.0, self._asker.deadline - Moment().boot)
+
+    def figures(self) -> "list":
+        """What --metrics says of the quorum, as rows for metrics()."""
+        record, host = self._record(), {}
+        if record is not None and not is_free(record):
+            host[f'{{host="{plain(record.host)}"}}'] = 1
+        leads = int(self.term is not None)
+        return [
+            ("leads", "gauge", "1 while this daemon serves its quorum.", {"": leads}),
+            ("leader", "gauge", "The host of the daemon that leads.", host),
+            ("record_age_seconds", "gauge", "Time since the leader record was seen to change.",
+             {"": f"{self._age():.3f}"}),
+            ("deadline_seconds", "gauge", "Time until it ceases to lead, without etcd.",
+             {"": f"{self._left():.3f}"}),
+            ("etcd_members", "gauge", "Members of etcd that answered when they were asked last.",
+             {"": self._house.reachable}),
+            ("etcd_trouble", "gauge", "1 while somebody has to do something about etcd.",
+             {"": int(self._trouble() != "")}),
+            ("etcd_latency_seconds", "gauge", "Time that etcd took for the last transaction.",
+             {"": f"{self._latency:.6f}"}),
+        ]
+
+    def about(self) -> "list":
+        """Of a leader, as attributes for the head of a status report: `members` that answer, ms of
+        the last beat, ms that are left to the deadline."""
+        record = self._record() or self._quorum.mine
+        return [
+            ("role", LEADER),
+            ("leader", self._quorum.mine.host),
+            ("term", record.term),
+            ("members", self._house.reachable),
+            ("latency", round(self._latency * 1000)),
+            ("left", round(self._left() * 1000)),
+            ("trouble", plain(self._trouble()) or None),
+        ]
+
+    def _trouble(self):
+        """What somebody has to do something about, "" for nothing."""
+        return self._house.refusal or self._house.trouble or self._etcd.trouble
 
 
 # --- Main ---------------------------------------------------------------------------------------
@@ -12100,18 +12817,25 @@ def make_publisher(settings, options, daemon):
 
     def figures():
         disk = daemon.disk
-        return metrics(table, counts, len(daemon.connections), disk.epoch, bool(disk.failing))
+        return metrics(table, counts, len(daemon.connections), disk.epoch, bool(disk.failing),
+                       daemon.figures())
+    outputs = make_outputs(settings, options, table, figures)
+    if not outputs:
+        return None
+    forks = daemon.disk.kind in (IN_FILE, NOT_KEPT)  # the others have a thread
+    return Publisher(daemon.loop, daemon.log, table, counts, outputs, forks)
+
+
+def make_outputs(settings, options, table, figures):
+    """[output] of what is to be published; raises CannotServe where that cannot be."""
     outputs: "List[Any]" = []
     if settings["MountPointVFS"]:
         outputs.append(Tree(settings["MountPointVFS"], table))
     if options.metrics:
         outputs.append(MetricsFile(options.metrics, figures))
-    if not outputs:
-        return None
     for output in outputs:
         output.try_out()
-    forks = daemon.disk.kind in (IN_FILE, NOT_KEPT)  # the others have a thread
-    return Publisher(daemon.loop, daemon.log, table, counts, outputs, forks)
+    return outputs
 
 
 def write_pid(path):
@@ -12133,7 +12857,7 @@ def remove_pid(path):
 def prepare(settings, options, log):
     """A daemon that listens and is found; raises CannotServe or SteppedBack."""
     check_one_address(settings)
-    pair = (int(time.time() * 1000), os.urandom(8).hex())
+    pair = new_pair()
     with contextlib.ExitStack() as undo:  # what is open is closed when a later step fails
         group = join_group(settings, pair, undo)
         guard, disk = open_disk(settings, options, log, group)
@@ -12155,6 +12879,66 @@ def prepare(settings, options, log):
         begin(daemon, group, guard, publisher)
         undo.pop_all()
     return daemon
+
+
+def new_pair():
+    """(ms since 1970, an id) for this run of the daemon."""
+    return int(time.time() * 1000), os.urandom(8).hex()
+
+
+# A daemon of a quorum.
+
+def prepare_candidate(settings, options, log):
+    """A candidate, which has its address; raises CannotServe."""
+    pair = new_pair()
+    loop = Loop(log)
+    host, port = settings["UnicastAddress"], settings["UnicastPort"]
+    with contextlib.ExitStack() as undo:
+        bound = bound_socket(host, port, settings["NetworkInterface"])
+        listener = TermListener(loop, log, bound, None)
+        undo.callback(listener.leave)
+        group = None
+        if settings["MulticastAddress"]:
+            group = Group(settings, pair)
+            undo.callback(group.leave)
+        file = ClusterFile(log, cluster_path(settings))
+        cluster = file.read(options.etcd_new_cluster)
+        quorum = make_quorum(settings, pair, listener.address, cluster)
+        parts = {
+            "make_table": functools.partial(table_of_term, settings, options),
+            "make_connections": functools.partial(
+                Connections, loop, log, settings, options.max_clients),
+            "make_publisher": functools.partial(make_publisher, settings, options),
+        }
+        campaign = Campaign(settings, log, loop, pair, quorum, file, listener, group, **parts)
+        undo.callback(campaign.close)
+        Signals(campaign)
+        if options.pid_file:
+            undo.callback(remove_pid, options.pid_file)
+            write_pid(options.pid_file)
+        campaign.begin()
+        undo.pop_all()
+    return campaign
+
+
+def make_quorum(settings, pair, address, cluster):
+    """What this daemon keeps from one term to the next."""
+    ttl = settings["EtcdTtl"]
+    mine = Record(RECORD_LAYOUT, "", 0, "", ttl, grace_for(ttl, 0), 0, settings["Policy"], pair[1],
+                  show_address(address), os.uname().nodename, os.getpid())
+    members = Members(settings["EtcdUrls"].split(","))
+    return Quorum(settings["EtcdPrefix"], mine, cluster, members, random_digits)
+
+
+def random_digits(number):
+    """So many random hex digits, an even number."""
+    return os.urandom(number // 2).hex()
+
+
+def table_of_term(settings, options, epoch):
+    """An empty lock table of a leader."""
+    first_fit = settings["Policy"] == "first-fit"
+    return LockTable(first_fit, epoch, None, options.max_waiters, settings["MaxResources"])
 
 
 def check_one_address(settings):
@@ -12207,10 +12991,11 @@ def serve(settings, options):
     """Serves, and ends the process with the daemon; returns the status when it cannot serve."""
     log = make_log(settings, options)
     starter = NoStarter() if options.foreground else detach()
+    begin_to_serve = prepare_candidate if settings["EtcdUrls"] else prepare
     try:
         with serving("cannot begin to serve"):
             log.open()
-            daemon = prepare(settings, options, log)
+            daemon = begin_to_serve(settings, options, log)
     except CannotServe as error:
         complain(error)
         starter.tell(1)
@@ -12219,7 +13004,7 @@ def serve(settings, options):
         log.info(str(error))
         starter.tell(3)
         return 3
-    log.info(f"serving {daemon.listening()}")
+    log.info(daemon.greeting())
     starter.tell(0)
     notify("READY=1")
     try:
@@ -12227,7 +13012,7 @@ def serve(settings, options):
     finally:
         end(daemon, options)
     log.info("ended")
-    os._exit(0)  # Python would close the connections first, and then take its time
+    os._exit(daemon.status)  # Python would close the connections first, and then take its time
 
 
 def end(daemon, options):

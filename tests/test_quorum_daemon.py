@@ -1,12 +1,18 @@
 """Daemons of a quorum: their options, their terms, as real processes on a fake etcd."""
+import json
 import os
+import re
+import signal
 import socket
+import time
 
 import flom
 import flomd
 import pytest
 
-from world import free_port
+from fake_etcd import AFTER_503, FakeEtcd
+from fakes import FlomClient, b64
+from world import COUNT, FLOMD, can_connect, endpoint, free_port, pass_time, read, wait_until
 
 GOOD = {
     "EtcdUrls": "http://10.0.0.1:2379,https://[::1]:2379",
@@ -156,3 +162,277 @@ def test_a_daemon_that_is_started_again_has_its_address(address):
     address.listener.leave()
     bound = flomd.bound_socket(*address.address, None)
     address.listener = flomd.TermListener(address.loop, None, bound, None)
+
+
+# Daemons
+
+TTL = 5  # s, the least that there is
+PREFIX = "/flom/x/"
+
+
+class Quorum:
+    """Daemons at 127.0.0.1, 127.0.0.2 … and one port, with a fake etcd between them."""
+
+    def __init__(self, box, members=3):
+        self.box, self.etcd = box, FakeEtcd(members)
+        self.port, self.daemons = free_port(), {}
+        self.name = f"q{self.port}"
+
+    def start(self, number, *options, program=(FLOMD,), **more):
+        """Starts one in the foreground; its pid file is there when it is a candidate."""
+        ready = self.box.path(f"{self.name}.{number}.pid")
+        daemon = self.box.flomd(
+            "-f", "--no-files", "-a", f"127.0.0.{number}", "-p", str(self.port), "--etcd",
+            ",".join(self.etcd.urls), "--etcd-prefix", PREFIX, "--etcd-ttl", f"{TTL}s",
+            "--etcd-state", self.box.path(f"{self.name}.{number}.cluster"), "--pid-file", ready,
+            *options, program=program, **more)
+        self.box.foreground.append(daemon)
+        self.daemons[number] = daemon
+        return daemon
+
+    def record(self):
+        return json.loads(self.etcd.keys.get(PREFIX + "leader", "{}"))
+
+    def leader(self):
+        """The number of the daemon that the record names, if it accepts clients; 0: none."""
+        record = self.record()
+        for number in self.daemons:
+            leads = record.get("term") and record["address"] == f"127.0.0.{number}:{self.port}"
+            if leads and can_connect(self.at(number)):
+                return number
+        return 0
+
+    def await_leader(self, *numbers, seconds=10):
+        """The number of the leader, when it is one of these."""
+        return wait_until(lambda: self.leader() in (numbers or self.daemons) and self.leader(),
+                          seconds)
+
+    def at(self, number):
+        """The options of a client of one daemon."""
+        return "-a", f"127.0.0.{number}", "-p", str(self.port)
+
+    def everywhere(self):
+        """Those of a client that knows all of them."""
+        hosts = ",".join(f"127.0.0.{number}" for number in self.daemons)
+        return "-a", hosts, "-p", str(self.port)
+
+    def said(self, number):
+        return self.daemons[number].err
+
+    def kill(self, number):
+        self.box.kill(self.daemons[number].pid)
+        del self.daemons[number]
+
+    def end(self, number):
+        """Ends one in good order; s that it took."""
+        daemon, begun = self.daemons.pop(number), time.monotonic()
+        daemon.terminate()
+        assert daemon.end().status == 0
+        return time.monotonic() - begun
+
+    def status(self, number):
+        """The report of one as text."""
+        with FlomClient(*endpoint(self.at(number))) as client:
+            client.socket.sendall(flom.status_request("flom.py"))
+            data = b""
+            while not data.endswith(flom.END):
+                data += client.socket.recv(65536)
+            return data.decode()
+
+    def head(self, number):
+        """The attributes of the element daemon in its report."""
+        found = re.search("<daemon ([^>]*)/>", self.status(number)).group(1)
+        return dict(re.findall('([a-z]+)="([^"]*)"', found))
+
+    def holders(self):
+        """The texts of the holders in etcd, by their tokens."""
+        begin = PREFIX + "h/"
+        return {int(key[len(begin):], 16): text for key, text in self.etcd.keys.items()
+                if key.startswith(begin)}
+
+    def close(self):
+        for daemon in self.daemons.values():
+            if daemon.poll() is None:
+                daemon.send_signal(signal.SIGCONT)
+                daemon.terminate()
+        for daemon in self.daemons.values():
+            daemon.wait(timeout=10)
+        for member in self.etcd.members:
+            member.close()
+
+
+@pytest.fixture
+def quorums(box):
+    """Makes quorums in the box."""
+    made = []
+
+    def make(*numbers, members=3):
+        made.append(Quorum(box, members))
+        for number in numbers:
+            made[-1].start(number)
+        return made[-1]
+    yield make
+    for quorum in made:
+        quorum.close()
+
+
+@pytest.mark.processes
+def test_one_serves_and_the_next_one_takes_over_when_it_hands_over(box, quorums):
+    quorum = quorums(1, 2, 3)
+    first = quorum.await_leader()
+    holder, gate = box.hold("a", "-r", "R", address=quorum.everywhere())
+    head = quorum.head(first)
+    assert head["memory"] == "etcd" and head["role"] == "leader"
+    assert head["term"] == quorum.record()["term"] and int(head["members"]) >= 1
+    assert 0 <= int(head["latency"]) < 1000 and 0 < int(head["left"]) <= 4500
+    held, = quorum.holders()
+    ended = quorum.end(first) + time.monotonic()
+    second = quorum.await_leader()
+    assert second != first and ended < 1 + time.monotonic()
+    assert box.run("-r", "R", "-o", "0", "--", "true", address=quorum.at(second)).status == 98
+    wait_until(lambda: 'absent="1"' not in quorum.status(second))
+    assert list(quorum.holders()) == [held]
+    # an order, and a signal, end it in the same way
+    result = box.run("-X", address=quorum.at(second))
+    assert result.status == 0
+    assert quorum.daemons.pop(second).end().status == 0
+    third = quorum.await_leader()
+    gate.open()
+    assert holder.end() == (0, "", "")
+    wait_until(lambda: quorum.holders() == {})
+    quorum.daemons[third].send_signal(signal.SIGUSR1)
+    assert quorum.daemons.pop(third).end().status == 0
+    assert quorum.record()["term"] == ""
+
+
+@pytest.mark.processes
+def test_how_long_a_change_takes(quorums):
+    """From TERM to the next one that listens: the median of three."""
+    quorum, times = quorums(1, 2), []
+    for _ in range(3):
+        leader = quorum.await_leader()
+        other = 3 - leader
+        wait_until(lambda: "leads, at" in quorum.said(other))
+        begun = time.monotonic()
+        quorum.daemons[leader].terminate()
+        quorum.await_leader(other)
+        times.append(time.monotonic() - begun)
+        assert quorum.daemons.pop(leader).end().status == 0
+        quorum.start(leader)
+        wait_until(lambda: "leads, at" in quorum.said(leader))
+    assert sorted(times)[1] < 0.5
+
+
+@pytest.mark.processes
+def test_what_can_befall_a_leader(box, quorums):
+    """Killed; stopped and continued after another one leads; without etcd for longer than it may
+    be.  All at once, since each takes as long as the ttl."""
+    killed, stopped, alone = quorums(1, 2), quorums(1, 2), quorums(1)
+    all_three = killed, stopped, alone
+    first = [quorum.await_leader() for quorum in all_three]
+    holders = [box.hold(quorum.name, "-r", "R", address=quorum.everywhere())
+               for quorum in all_three]
+    for quorum in all_three:
+        assert box.run("-r", "_s_n[9]", "-i", "1h", "--", "true",
+                       address=quorum.everywhere()).status == 0
+    held = [max(quorum.holders()) for quorum in all_three]
+    begun = time.monotonic()
+    killed.kill(first[0])
+    stopped.daemons[first[1]].send_signal(signal.SIGSTOP)
+    for member in alone.etcd.members:
+        member.pause()
+    wait_until(lambda: not can_connect(alone.at(first[2])), 10)
+    assert 3.4 < time.monotonic() - begun < 5.5
+    assert "lost etcd for" in alone.said(1) and "another daemon takes over" in alone.said(1)
+    for member in alone.etcd.members:
+        member.resume()
+    for quorum, before in zip((killed, stopped), first):
+        quorum.await_leader(3 - before, seconds=15)
+    assert 3.4 < time.monotonic() - begun < TTL + 3
+    alone.await_leader()
+    pass_time(max(0, begun + 2 * TTL - time.monotonic()))
+    stopped.daemons[first[1]].send_signal(signal.SIGCONT)
+    wait_until(lambda: "no longer serving" in stopped.said(first[1]))
+    assert not can_connect(stopped.at(first[1]))
+    for quorum, token in zip(all_three, held):
+        leader = quorum.await_leader()
+        wait_until(lambda: 'absent="1"' not in quorum.status(leader))
+        assert list(quorum.holders()) == [token]
+        number = box.run("-r", "_s_n[9]", "--", "echo", address=quorum.at(leader))
+        assert number == (0, "2\n", "")
+    for holder, gate in holders:
+        gate.open()
+        status, out, err = holder.end()
+        assert (status, out) == (0, "") and err.endswith("the lock on R is held again\n")
+
+
+@pytest.mark.processes
+def test_what_etcd_can_do_to_a_leader(box, quorums):
+    """An answer that comes after all; a cluster that is another one, or was built anew."""
+    unsure, other, wiped = quorums(1), quorums(1, members=1), quorums(1)
+    for quorum in (unsure, other, wiped):
+        quorum.await_leader()
+    term = unsure.record()["term"]
+    for member in unsure.etcd.members:
+        member.misbehave(AFTER_503, 2)
+    assert box.run("-r", "R", "--", "true", address=unsure.at(1)).status == 0
+    wait_until(lambda: not any(member.faults for member in unsure.etcd.members))
+    assert unsure.record()["term"] == term and unsure.holders() == {}
+    other.etcd.members[0].cluster_id = 77
+    wiped.etcd.wipe()
+    wait_until(lambda: "etcd is another cluster, 77 in place of" in other.said(1))
+    wait_until(lambda: "etcd has lost what it knew" in wiped.said(1))
+    for quorum in (other, wiped):
+        wait_until(lambda: not can_connect(quorum.at(1)))
+    assert wiped.etcd.keys == {}
+
+
+@pytest.mark.processes
+def test_nobody_serves_with_a_memory_that_cannot_be(box, quorums):
+    quorum = quorums(1)
+    quorum.await_leader()
+    holder, gate = box.hold("a", "-r", "R", address=quorum.everywhere())
+    token, = quorum.holders()
+    text = quorum.holders()[token]
+    quorum.etcd.put(f"{PREFIX}h/{token + 1:016x}", text)  # excludes the first
+    quorum.end(1)
+    quorum.start(1)
+    wait_until(lambda: "is damaged" in quorum.said(1))
+    wait_until(lambda: quorum.record()["term"] == "")
+    assert not can_connect(quorum.at(1)) and len(quorum.holders()) == 2
+    gate.open()
+    box.kill(holder.pid)
+
+
+@pytest.mark.processes
+def test_many_holders_are_taken_over(quorums):
+    """Without losing the leadership, which their number could cost."""
+    quorum = quorums()
+    for number in range(COUNT.taken_over):
+        token = (1 << 32) + number
+        quorum.etcd.put(f"{PREFIX}h/{token:016x}", (
+            f'name="{b64(f"R{number}")}" boot="1.000000" since="1789984800.000000" '
+            f'peer="10.0.0.1:48" mode="5" grace="17500" client="1" id="{number:016x}"'))
+    quorum.etcd.put(PREFIX + "id", "00112233445566aa")
+    free = flomd.Record(1, "", 0, "0a0b0c0d", 5000, 17500, 9, "fair", "f", "10.9.9.9:1", "h", 7)
+    quorum.etcd.put(PREFIX + "leader", flomd.text_of(free))
+    quorum.start(1)
+    quorum.await_leader(seconds=60)
+    assert f"{COUNT.taken_over} holders were taken over" in quorum.said(1)
+    assert quorum.said(1).count("serving") == 1 and "no longer" not in quorum.said(1)
+    wait_until(lambda: quorum.record()["epoch"] > 9)
+
+
+@pytest.mark.processes
+def test_a_candidate_is_ready_whether_etcd_is_there_or_not(box):
+    port, pid_file = free_port(), box.path("pid")
+    done = box.flomd("--no-files", "-a", "127.0.0.1", "-p", str(port), "--etcd",
+                     f"http://127.0.0.1:{free_port()}", "--etcd-prefix", PREFIX, "--pid-file",
+                     pid_file, "--etcd-state", box.path("cluster"), "--log", box.path("dlog"))
+    assert done.end() == (0, "", "")
+    second = box.flomd("-f", "--no-files", "-a", "127.0.0.1", "-p", str(port), "--etcd",
+                       "http://127.0.0.1:1", "--etcd-prefix", PREFIX, "--etcd-state",
+                       box.path("other")).end()
+    assert second.status == 1 and "Address already in use" in second.err
+    box.kill(int(read(pid_file)), signal.SIGTERM)
+    assert "candidate at" in read(box.path("dlog")) and "ended" in read(box.path("dlog"))

@@ -52,13 +52,13 @@ def compiled(*scripts):
 
 # How often the tests do what they repeat.
 Count = collections.namedtuple(
-    "Count", "rounds kills heals messages candidates connections holders siege hostile")
+    "Count", "rounds kills heals messages candidates connections holders siege hostile taken_over")
 SOAK = os.environ.get("FLOM_SOAK") == "1"
 COUNT = Count(rounds=3, kills=8, heals=2, messages=5000, candidates=4, connections=100,
-              holders=100, siege=10, hostile=2000)  # siege: s
+              holders=100, siege=10, hostile=2000, taken_over=10000)  # siege: s
 if SOAK:
     COUNT = Count(rounds=20, kills=200, heals=20, messages=500000, candidates=20, connections=500,
-                  holders=1000, siege=60, hostile=100000)
+                  holders=1000, siege=60, hostile=100000, taken_over=100000)
 
 # What tests do by chance they do by chance(), drawn anew in each run.
 SEED = os.environ["FLOM_SEED"]
