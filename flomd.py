@@ -11440,17 +11440,25 @@ class Tree:
     def steps(self, number: "int") -> "Iterator[None]":
         """Writes the tree of this number, in steps.  Raises OSError."""
         name = f".status-{self._daemon}-{number}"
+        shown = self._shown()
+        if shown == name:  # that of a publisher before this one
+            name += "-again"
+        yield from self._removing(shown)  # what a daemon left that was killed
+        try:
+            yield from self._write(name)
+        except OSError:
+            yield from self._removing(self._shown())
+            raise
+        yield from self._removing(self._shown())
+
+    def _write(self, name):
         top = self._below(name)
         link = f"{top}-link"
-        self._remove_but(self._shown())  # what a daemon left that was killed
-        try:
-            os.mkdir(top)
-            yield from self._write_files(top)
-            if self._daemon in (os.getpid(), os.getppid()):  # it was not killed meanwhile
-                os.symlink(name, link)
-                os.replace(link, self._status)
-        finally:
-            self._remove_but(self._shown())
+        os.mkdir(top)
+        yield from self._write_files(top)
+        if self._daemon in (os.getpid(), os.getppid()):  # it was not killed meanwhile
+            os.symlink(name, link)
+            os.replace(link, self._status)
 
     def _below(self, name):
         return os.path.join(self.path, name)
@@ -11474,11 +11482,12 @@ class Tree:
                 file.write(visible(str(content)) + "\n")
             yield
 
-    def _remove_but(self, kept):
-        """Removes the trees and links that nobody needs any more, but the one of this name."""
+    def _removing(self, kept):
+        """Removes, in steps, the trees and links that nobody needs any more, but the one of this
+        name."""
         for name in os.listdir(self.path):
             if name.startswith(".status-") and name != kept and not self._is_anothers(name):
-                self._remove(self._below(name))
+                yield from self._remove(self._below(name))
 
     def _is_anothers(self, name):
         """Whether a tree of this name belongs to another daemon, which lives."""
@@ -11493,15 +11502,14 @@ class Tree:
             pass  # it is another user's
         return True
 
-    @staticmethod
-    def _remove(path):
-        if os.path.islink(path):
+    def _remove(self, path):
+        if os.path.islink(path) or not os.path.isdir(path):
             os.unlink(path)
+            yield
             return
-        for folder, _, files in os.walk(path, topdown=False):
-            for file in files:
-                os.unlink(os.path.join(folder, file))
-            os.rmdir(folder)
+        for name in os.listdir(path):
+            yield from self._remove(os.path.join(path, name))
+        os.rmdir(path)
 
     def remove(self) -> "None":
         """Removes what was published, as far as it can be removed."""
@@ -11509,7 +11517,8 @@ class Tree:
             with contextlib.suppress(OSError):
                 os.unlink(self._status)
         with contextlib.suppress(OSError):
-            self._remove_but("")
+            for _ in self._removing(""):
+                pass
 
 
 class MetricsFile:
