@@ -2016,20 +2016,39 @@ def daemon_program() -> "list[str]":
         looked, paths = f"$FLOMD ({named})", [named]
     for path in paths:
         if os.path.isfile(path):
-            return [interpreter(), path] if path.endswith(".py") else [path]
+            return _command_of(path)
     raise DaemonUnavailable(f"flomd.py is not in {looked}; put it beside flom.py, or start it "
                             "by hand and use -d 0")
 
 
 def _possible_programs(folder):
-    """Paths where flomd may be: beside flom.py, which need not be executable, and in PATH."""
-    yield os.path.join(folder, "flomd.py")
+    """Paths where flomd may be: beside flom.py, which need not be executable, and in PATH.
+
+    `flomd` first: beside an installed flom.py it is the launcher, which finds compiled code.
+    """
     yield os.path.join(folder, "flomd")
+    yield os.path.join(folder, "flomd.py")
     for other in search_path():
         for name in ("flomd", "flomd.py"):
             path = os.path.join(other, name)
             if os.access(path, os.X_OK):
                 yield path
+
+
+def _command_of(path):
+    """[program] or [python, script]: the words that run the flomd at `path`.
+
+    Python compiles a script anew at each start.  A module it takes from __pycache__, where pip,
+    for one, has put it: then flomd is imported.
+    """
+    if not path.endswith(".py"):
+        return [path]
+    folder, name = os.path.split(path)
+    compiled = f"{folder}/__pycache__/flomd.{sys.implementation.cache_tag}.pyc"
+    if name != "flomd.py" or not os.path.exists(compiled):
+        return [interpreter(), path]
+    code = f"import sys; sys.path.append({folder!r}); import flomd; flomd.main()"
+    return [interpreter(), "-IS", "-c", code]
 
 
 def interpreter() -> "str":
