@@ -412,7 +412,8 @@ def test_the_command_is_completed(box, shell):
 # Shell scripts
 
 SCRIPTS = ["sysvinit/flomd", "openrc/flomd", "runit/flomd/run", "runit/flomd/finish",
-           "runit/flomd/log/run", "checksums.sh", "tls/make-certificates.sh"]
+           "runit/flomd/log/run", "checksums.sh", "tls/make-certificates.sh",
+           "install.sh", "debian-package.sh"]
 
 
 @pytest.mark.processes
@@ -665,6 +666,13 @@ def test_launchd(box, service):
 
 
 # systemd
+
+@pytest.mark.parametrize("name", ["flomd.service", "flomd-quorum.service"])
+def test_what_systemd_cannot_run_is_not_tried_again_and_again(name):
+    """Without the program, the user, the group or namespaces nothing would change."""
+    (told,) = unit(name)["RestartPreventExitStatus"]
+    assert {"99", "203", "216", "217", "226"} <= set(told.split())
+
 
 def unit(name):
     """{key: [values]} of a unit."""
