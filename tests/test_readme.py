@@ -260,25 +260,35 @@ def test_the_deploy_lock(box, texts):
     assert [os.stat(key).st_mode & 0o077 for key in keys] == [0] * 3
 
 
-@runs("install -m 755", "[Daemon]\nSocketName")
+@runs("sh contrib/install.sh  ")
+def test_the_installation(box, texts):
+    """It goes below the box, by DESTDIR; so what it has compiled, and where from, is not run."""
+    furnish(box)
+    bring(box)
+    assert "contrib/debian-package.sh" in README and "install.sh: " not in README
+    said = done(box, f"DESTDIR={box.folder} " + block(*texts).text).out
+    assert said.startswith(f"flom {flom.VERSION} is in {box.folder}/usr/local")
+    for name in ("bin/flom", "bin/flomd", "share/man/man1/flom.1"):
+        assert os.path.exists(box.path(f"usr/local/{name}"))
+    done(box, f"DESTDIR={box.folder} sh contrib/install.sh --uninstall")
+    assert not os.path.exists(box.path("usr"))
+
+
+@runs("sh contrib/install.sh --systemd", "[Daemon]\nSocketName")
 def test_the_systemd_service(box, texts):
     furnish(box)
     bring(box)
     install, file = (block(text).text for text in texts)
-    for folder in ("usr/local/bin", "etc/systemd/system", "etc/sysusers.d", "run/flom"):
-        os.makedirs(box.path(folder))
-    for prefix in ("/usr/local/", "/etc/"):
-        install = install.replace(prefix, box.folder + prefix)
-    done(box, install)
-    assert box.events()[1:] == ["systemctl daemon-reload",
-                                "systemctl enable --now flomd.service"]
+    done(box, f"DESTDIR={box.folder} {install}")
     service = read(box.path("etc/systemd/system/flomd.service"))
     socket = re.search(r"FLOMD_OPTIONS=-s (\S+?)\"", service).group(1)
     assert "ExecStart=/usr/local/bin/flomd " in service and f"SocketName={socket}\n" in file
+    assert f"ListenStream={socket}\n" in read(box.path("etc/systemd/system/flomd.socket"))
+    os.makedirs(box.path("run/flom"))
     box.write("etc/flom.conf", file.replace("/run/", f"{box.folder}/run/"))
-    client = "usr/local/bin/flom -c etc/flom.conf -- echo x"
+    client = "flom -c etc/flom.conf -- echo x"
     assert "forbids starting one" in done(box, client, status=99).err
-    done(box, f"usr/local/bin/flomd -s {box.folder}/run/flom/socket")
+    done(box, f"flomd -s {box.folder}/run/flom/socket")
     assert done(box, client).out == "x\n"
 
 
