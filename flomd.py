@@ -10115,6 +10115,8 @@ UNSAVED = 1  # s at most until a change is stored that nobody waits for
 WAITS_FOR_STORE = (OK, EVICTED, None)  # verdicts
 A_LEADER_SAYS = (OK, BUSY)  # verdicts on which a client relies: a leader that is deposed is silent
 CANNOT_STORE = "the daemon cannot store it now"
+NO_QUORUM = "no quorum"
+WARN, REFUSE = 1, 2  # s without etcd until who waits is told, and who does not is refused
 HANDED_OVER = "this daemon ended; another one takes over"
 
 
@@ -10175,6 +10177,12 @@ class Batches:
             self.is_due = True
             self._loop.at_end_of_turn(self.commit)
         return batch
+
+    def hurry(self) -> "None":
+        """What has changed is stored at the end of this turn, although nobody waits for it."""
+        if not self.is_due:
+            self.is_due = True
+            self._loop.at_end_of_turn(self.commit)
 
     def changed(self) -> "None":
         """Something may have changed that nobody waits for: it need not be stored in this turn."""
@@ -10348,6 +10356,79 @@ class Batches:
         return None
 
 
+class QuorumBatches(Batches):
+    """Those of a leader.  When etcd does not answer nothing is said that waits for it: but who
+    waits for a grant is told why, and who does not want to wait is refused."""
+
+    def __init__(self, loop: "Loop", disk: "Any", take_records: "Callable[[], list]",
+                 give_back: "Callable[[Decision], object]"):
+        super().__init__(loop, disk, take_records, give_back)
+        self._warned: "set" = set()  # the connections that were told since etcd has answered
+
+    def _look(self):
+        """etcd may have been away for too long."""
+        away = self.disk.away(self._loop.now)
+        if away < WARN:
+            self._warned.clear()
+        else:
+            for batch in list(self._pending):
+                self._warn(batch, away >= REFUSE)
+        self.stored()
+        if self._pending:
+            self._loop.after(LOOK_AT_STORE, self._look)
+        else:
+            self._warned.clear()
+
+    def _warn(self, batch, refuses):
+        said, batch.said = batch.said, []  # which may grow meanwhile
+        left = []
+        for act, connection, detail in said:
+            is_told = isinstance(detail, Decision) and connection.is_open
+            if is_told and refuses and self._wants_no_wait(detail.session):
+                self._refuse(batch, act, connection, detail)
+                continue
+            left.append((act, connection, detail))
+            if is_told and detail.verdict == OK:
+                self._explain(act, connection, detail)
+        batch.said = left + batch.said
+
+    @staticmethod
+    def _wants_no_wait(session):
+        return session.state is ASKING and not session.request.wait
+
+    def _refuse(self, batch, act, connection, detail):
+        """A holder that asks for its own lock is not told that it is busy, which it is not."""
+        session = detail.session
+        verdict = LIMIT
+        if not session.ours:
+            verdict = BUSY
+        if self._is_new_grant(detail):
+            self._give_back(detail)
+        refusal = Decision(session, verdict, reason=NO_QUORUM)
+        guarded = self._loop.guarded
+        guarded(connection.close, act, connection, refusal)
+        if connection.batch is batch:
+            connection.batch = None
+            guarded(connection.close, connection.resume)
+
+    def _explain(self, act, connection, detail):
+        """Tells one who waits for a grant, once; who has gone meanwhile waits no more."""
+        session = detail.session
+        guarded = self._loop.guarded
+        if self._is_new_grant(detail) and connection.has_gone():
+            guarded(nothing, connection.close)
+        elif connection not in self._warned and self._can_be_told_to_wait(session):
+            self._warned.add(connection)
+            news = Decision(session, ENQUEUED, reason=NO_QUORUM)
+            guarded(connection.close, act, connection, news)
+
+    @staticmethod
+    def _can_be_told_to_wait(session):
+        if not session.request.wait:
+            return False
+        return session.state is ASKING or session.state is WAITING and session.ours
+
+
 class Server:
     """Does what clients want, delivers decisions, and frees what those held who are gone.
 
@@ -10368,7 +10449,10 @@ class Server:
         self._life = life
         # whether a client's id is to be the name in its certificate
         self.checks_ids = bool(connections.tls and settings["TlsCheckPeerId"])
-        self.batches = Batches(self.loop, disk, self._take_records, self._give_back)
+        make_batches = Batches
+        if disk.kind == IN_ETCD:
+            make_batches = QuorumBatches
+        self.batches = make_batches(self.loop, disk, self._take_records, self._give_back)
         self.batches.stored = self._was_stored
         # to be told at once
         self._decisions: "Deque[Tuple[Connection, Decision]]" = collections.deque()
@@ -10500,6 +10584,10 @@ class Server:
         pieces = report(self.table, introduction, self.loop.now)
         connection.finish_with(pieces)
 
+    def lacks_quorum(self) -> "bool":
+        """Whether the store does not answer for so long that who waits is told of it."""
+        return self.disk.away(self.loop.now) >= WARN
+
     def _memory(self):
         """How what is decided is stored, as the status report says it."""
         if self.disk.failing:
@@ -10530,9 +10618,7 @@ class Server:
                 continue  # nobody is there to be told
             verdict = decision.verdict
             if verdict in WAITS_FOR_STORE:
-                batch = self.batches.join(connection)
-                if verdict == OK and decision.token > batch.token:
-                    batch.token = decision.token
+                self._let_wait(connection, decision)
             elif self.leads and self._answers_reclaim(decision):
                 self.batches.join(connection)
             batch = connection.batch
@@ -10546,6 +10632,13 @@ class Server:
             self._tell_now()
         if self.table.next_date() != self._next_date:
             self._plan()
+
+    def _let_wait(self, connection, decision):
+        batch = self.batches.join(connection)
+        if decision.verdict == OK and decision.token > batch.token:
+            batch.token = decision.token
+        elif decision.verdict is None:  # what was granted on it and not told is another one's
+            connection.closing = True
 
     @staticmethod
     def _answers_reclaim(decision):
@@ -10601,6 +10694,7 @@ class Server:
 
     def _give_back(self, grant):
         """Ends what was granted, and was not told because it cannot be stored."""
+        self.batches.hurry()
         decisions = self.table.gone(grant.session, self.loop.now)
         self.deliver(decisions)
         self.released()
@@ -11020,7 +11114,8 @@ class Progress:
         self._server = server
         self._table = server.table
         self._loop = server.loop
-        self._told: "dict" = {}  # session: (position, the first holder in its way) as it knows it
+        # session: what it knows, (position, the first holder in its way, whether a quorum lacks)
+        self._told: "dict" = {}
 
     def explained(self, decision: "Decision") -> "Decision":
         """The decision, ENQUEUED or BUSY, with the reason for it."""
@@ -11031,11 +11126,19 @@ class Progress:
             return decision
         lane = resource.lane(request)
         in_the_way = Obstacles(resource, [lane]).of(lane)
+        lacks = False
         if decision.verdict == ENQUEUED:
-            self._told[session] = decision.position, in_the_way.first
+            lacks = self._server.lacks_quorum()
+            place = decision.position, in_the_way.first, lacks
+            self._told[session] = place
             self._loop.within(1, self._tell)
-        reason = held_by(in_the_way, self._loop.now)
+        reason = self._reason(in_the_way, lacks)
         return decision._replace(reason=reason)
+
+    def _reason(self, in_the_way, lacks):
+        if lacks:
+            return NO_QUORUM
+        return held_by(in_the_way, self._loop.now)
 
     def stop(self) -> "None":
         """Nobody is told any more."""
@@ -11067,11 +11170,12 @@ class Progress:
 
     def _news(self, session, position, in_the_way, known):
         """What the session does not know yet, as a list of decisions."""
-        place = position, in_the_way.first
+        lacks = self._server.lacks_quorum()
+        place = position, in_the_way.first, lacks
         self._told[session] = place
         if place == known[session]:
             return []
-        reason = held_by(in_the_way, self._loop.now)
+        reason = self._reason(in_the_way, lacks)
         return [Decision(session, ENQUEUED, position=position, reason=reason)]
 
 

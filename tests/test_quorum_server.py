@@ -8,6 +8,7 @@ import pytest
 import test_server
 from certificates import Certificates
 from fakes import LOCK, MANAGEMENT, b64, message
+from test_server import Client
 
 PONG = flomd.Session.pong
 PING, GRACE = 2000, 25000  # ms
@@ -501,8 +502,9 @@ class Site(World):
         self.loop._stopped = False
         self.turn()
 
-    def ask_by_wire(self, client, name, wait=1):
-        ident = f"{name}{self.clients.index(client)}"
+    def ask_by_wire(self, client, name, wait=1, ident=None):
+        if ident is None:
+            ident = f"{name}{self.clients.index(client)}"
         client.sendall(message(LOCK, 8, f'<session peerid="1" client="flom.py/1.0" id="{ident}" '
                                         f'key="{ident}"/><resource name="{b64(name)}" mode="5" '
                                         f'wait="{wait}" create="1" lifespan="0"/>'))
@@ -640,3 +642,153 @@ def test_who_has_ordered_the_end_is_told_what_has_become_of_it(site, immediate):
     told = giver.recv(1000)
     assert b'rc="0" reason="this daemon ended; another one takes over"' in told
     assert giver.recv(1000) == holder.recv(1000) == b""
+
+
+# No quorum
+
+def look(world, silent_for):
+    """etcd has not answered for so long (s) when the server looks."""
+    world.disk.silent_for = silent_for
+    world.server.batches._look()
+    world.turn()
+
+
+def test_who_waits_is_told_after_a_second_and_once(world):
+    client = world.ours()
+    told = []
+    client.tell = lambda decision: told.append(decision[1::4]) or Client.tell(client, decision)
+    world.turn()
+    look(world, 0.9)
+    assert told == []
+    for silent in (1.0, 1.2, 2.5, 8.0):
+        look(world, silent)
+    assert told == [(1, "no quorum")] and client.batch is not None
+    world.settle()
+    assert told == [(1, "no quorum"), (0, None)] and client.batch is None and client.resumed == 1
+
+
+def test_who_was_queued_and_is_granted_is_told_so_too(world):
+    holder, waiter, floms = world.holder(), world.waiter(), world.client()
+    world.holder("Q")
+    floms.ask("Q")
+    holder.release()
+    world.turn()
+    look(world, 1.5)
+    look(world, 1.7)
+    assert waiter.told == [1, 1] and floms.told == [1] and holder.told == []
+    world.settle()
+    assert waiter.told == [1, 1, 0]
+
+
+def test_a_request_that_comes_while_etcd_is_away(world):
+    world.ours("P")
+    world.turn()
+    look(world, 5)
+    waits, does_not = world.ours("Q"), world.ours("R", wait=0)
+    world.turn()
+    look(world, 5.2)
+    assert waits.told == [1] and does_not.told == [9]
+    assert [one.name for one in world.table.holders.values()] == ["P", "Q"]
+    world.settle()
+    assert waits.told == [1, 0] and set(world.disk.holders()) == set(world.table.holders)
+
+
+def test_who_does_not_wait_is_refused_after_two_seconds_and_holds_nothing(world):
+    client, waiter = world.ours(wait=0), world.waiter()
+    floms = world.client()
+    floms.ask("Q", wait=0)
+    world.turn()
+    look(world, 1.9)
+    assert client.told == floms.told == []
+    look(world, 2)
+    assert client.told == [9] and floms.told == [4] and waiter.told == [1]
+    assert client.batch is None and client.resumed == 1
+    look(world, 2.2)
+    assert waiter.told == [1, 1]
+    world.settle()
+    assert client.told == [9] and waiter.told == [1, 1, 0]
+    assert world.disk.holders() == [world.table.requests[waiter.session].token]
+
+
+def test_a_reclaim_is_not_refused_as_if_others_held_the_lock(world):
+    """It hears that there is no quorum, tries again, and is the holder throughout."""
+    token = world.table.requests[world.holder().session].token
+    again, unknown = world.ours(reclaim=token, wait=0), world.ours("Q", reclaim=7, wait=0)
+    world.turn()
+    look(world, 2)
+    assert again.told == unknown.told == [9] and world.table.holding == 1
+    again.close()
+    assert world.absent() == ["R"]
+    last = world.ours(reclaim=token, wait=0)
+    world.settle()
+    assert again.told == [9] and last.told == [0] and not world.absent()
+
+
+def test_a_holder_that_asks_again_keeps_what_it_has(world):
+    holder = world.holder()
+    holder.ask(ident="R", proof="R", wait=0)
+    holder.session.state = flomd.HOLDER_ASKS
+    world.turn()
+    look(world, 5)
+    assert holder.told == []
+    world.settle()
+    assert holder.told == [0] and world.table.holding == 1
+
+
+def test_an_end_that_is_not_stored_is_not_acknowledged_however_long_it_takes(world):
+    holder = world.holder()
+    holder.release()
+    holder.has_gone = lambda: True  # it has closed its side behind the unlock
+    holder.resumed = 0
+    world.turn()
+    for silent in (1, 2, 5, 8):
+        look(world, silent)
+    assert holder.is_open and holder.resumed == 0 and holder.batch is not None
+
+
+def test_who_has_gone_while_etcd_was_away_holds_nothing(world):
+    client, waiter = world.ours(), world.waiter()
+    world.turn()
+    client.has_gone = lambda: True
+    look(world, 1)
+    assert not client.is_open and not world.absent()
+    world.settle()
+    assert waiter.told == [1, 0] and client.told == []
+
+
+@pytest.mark.parametrize("how", ["refused", "gone"])
+def test_a_grant_that_has_moved_to_another_connection_is_not_told(site, how):
+    """The first one has waited for it all the time, and would take it for its own."""
+    _, first = site.connect()
+    _, second = site.connect()
+    site.ask_by_wire(first, "R", ident="aa")
+    site.ask_by_wire(second, "R", wait=0, ident="aa")
+    if how == "gone":
+        second.shutdown(socket.SHUT_WR)
+        site.serve()
+    look(site, 2)
+    for _ in range(3):
+        site.disk.answer()
+        site.serve()
+    assert first.recv(1000) == b"" and site.table.holding == 0
+    told = second.recv(1000)
+    assert b'rc="9" reason="no quorum"' in told or how == "gone" and told == b""
+
+
+def test_who_awaits_progress_learns_it_in_the_queue_and_when_it_is_over(world, monkeypatch):
+    world.holder()
+    waiter = world.client()
+    waiter.session.ours, waiter.session.about = True, {"progress": "1"}
+    said = []
+    waiter.tell = lambda decision: said.append(decision.reason)
+    waiter.ask()
+    progress = world.server._progress
+    for silent in (0.5, 1.5, 2.5, 0, 0.1):
+        world.disk.silent_for = silent
+        progress._tell()
+    assert len(said) == 3 and said[1] == "no quorum" and said[0] == said[2] != said[1]
+    world.disk.silent_for = 3
+    late = world.client()
+    late.session.ours, late.session.about, late.tell = True, {"progress": "1"}, waiter.tell
+    late.ask()
+    assert said[3:] == ["no quorum"]

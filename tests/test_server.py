@@ -132,6 +132,9 @@ class Disk:
     def may_tell(self):
         return True
 
+    def away(self, now):
+        return 0
+
     def mark(self, held):
         self.marks.append(held)
         if self.can_mark:
