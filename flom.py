@@ -3213,8 +3213,8 @@ def covers(holder: "dict", settings: "Settings") -> "bool":
 #   open, since a daemon that is merely slow would take its end for an unlock.
 # * Several connections may then be open.  The one on which was asked last `decides`: the old one
 #   by the answer to a ping until a reclaim is sent, from then on the reclaim by its answer.
-# * Where a reclaim is not answered in time it is not repeated: its connection stays open, and the
-#   other addresses are asked.
+# * Where a reclaim is not answered in time it is not repeated soon: its connection stays open, and
+#   the other addresses are asked.
 # * An OK that is read later than half the grace after what was answered last was sent (flom was
 #   stopped with the OK in its buffer) is no grant: another may lead by now.  It is reclaimed, and
 #   asked for anew where that is refused.
@@ -3710,14 +3710,22 @@ class Claim:
 
     def _in_turn(self, addresses):
         """The addresses that are to be asked: the one that is doubted comes last, and where a
-        reclaim is still unanswered it is not repeated."""
+        reclaim is still unanswered it is not repeated soon."""
         if not self.interval:
             return addresses
-        asked = {connection.address for connection in self._silent
-                 if connection.session.state == ASKING}
-        left = [address for address in addresses if address not in asked]
+        left = [address for address in addresses if not self._is_asked(address)]
         left.sort(key=lambda address: address == self._doubted)
         return left
+
+    def _is_asked(self, address):
+        """Whether a reclaim that was sent there may be answered yet.
+
+        The connection may be one of which the daemon's host, started anew, knows nothing.
+        """
+        asked = [connection.session.asked for connection in self._silent
+                 if connection.address == address and connection.session.state == ASKING]
+        patience = PATIENCE * 2 ** len(asked)  # each takes a descriptor
+        return bool(asked) and boot_clock() < max(asked) + patience
 
     def _granting(self, connection, bare, patience):
         """Steps from the request to the granting answer; raises the refusal, Useless, Gone."""
@@ -4115,14 +4123,17 @@ class Lock:
 
     @property
     def lost(self) -> "bool":
-        """True when the lock was granted, not released, and its daemon has vanished."""
+        """True when the lock was granted, not released, and its daemon has vanished, or does not
+        answer a ping where it wants them, once in a fifth of its ttl; that long it may take.
+        """
         return self._claim.is_ours() and not self._claim.confirm()
 
     def check(self):
         """Returns when this process holds the lock; reclaims it if its daemon vanished.
 
-        Raises LockLost when that fails within 2 s, LockError when the lock was not acquired or has
-        been released, and in a process made by fork.
+        Where the daemon wants pings it has answered one within the last fifth of its ttl; that is
+        waited for as long.  Raises LockLost when the reclaim fails within 2 s, LockError when the
+        lock was not acquired or has been released, and in a process made by fork.
         """
         claim = self._claim
         if not claim.is_ours():

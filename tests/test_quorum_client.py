@@ -2,6 +2,7 @@
 an OK that is read late, several addresses, and that it starts none.
 """
 import base64
+import os
 import re
 import select
 import signal
@@ -18,7 +19,7 @@ from world import free_port, pass_time, read, wait_until
 
 HOSTS = ("127.0.0.1", "127.0.0.2")
 WANTED = {"ping": 200, "grace": 25000}  # ms
-SOON = PATIENT + "flom.SOON = 0.3\n"
+SOON = PATIENT + "flom.SOON = 0.3; flom.EACH = 600\n"  # s
 R1 = base64.b64encode(b"R1").decode()
 
 
@@ -223,12 +224,19 @@ def test_pings_while_it_waits_and_while_it_holds(box, leaders, choice):
     if choice == "warn":
         wait_until(lambda: leader.count("ping") > number + 2)
     else:
-        pass_time(0.3)
+        used = processor_time(holder.pid)
+        pass_time(0.5)
         assert leader.count("ping") <= number + 1  # one was in the air
+        assert processor_time(holder.pid) - used < 0.1
     gate.open()
     assert holder.end() == (0, "", "") and leader.holders == {}
     assert leader.messages[0][1]["session"]["kill"] == "7000"
     assert leader.count("lock") == 1 and leader.count("unlock") == 1
+
+
+def processor_time(pid):
+    """s that a process has used."""
+    return sum(map(int, read(f"/proc/{pid}/stat").split()[13:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_a_daemon_without_pings_is_not_pinged(box, fake):
@@ -333,7 +341,7 @@ def test_once_a_reclaim_is_sent_its_answer_decides(box, leaders, is_known, statu
     """Whatever the old leader answers meanwhile."""
     leader, other = leaders()
     other.does = {"reclaim": Turn()}
-    holder, gate = hold(box, code=SOON + "flom.SOON = 600; flom.EACH = 600")
+    holder, gate = hold(box, code=SOON + "flom.SOON = 600")
     leader.stop()
     other.begin()
     assert other.does["reclaim"].came.wait(20)
@@ -512,6 +520,19 @@ def test_a_waiter_looks_for_a_leader_for_as_long_as_it_would_wait(box, leaders, 
     assert forever.end().status == 0
 
 
+def test_a_waiter_at_one_address_that_is_silent(box, leaders):
+    """A first request gives up where this one goes on."""
+    leader, _ = leaders()
+    box.address = ("-a", HOSTS[0], "-p", box.address[3])
+    occupy(leader)
+    waiter = wait(box, code=SOON + "flom.PATIENCE = 0.1")
+    leader.stop()
+    wait_until(lambda: len(open_at(leader)) == 1 and len(leader.connections) > 2)
+    set_free(leader)
+    leader.go_on()
+    assert waiter.end().status == 0
+
+
 def granted_to_a_stopped(box, leader, *options):
     """A flom that was granted the lock while it was stopped: the OK is in its buffer."""
     occupy(leader)
@@ -535,7 +556,9 @@ def test_an_ok_that_is_read_late_is_no_grant(box, leaders):
     assert len(open_at(leader)) == 2
     turn.may.set()
     assert waiter.end().status == 0 and box.events() == ["ran"]
-    assert leader.count("lock") == 1
+    waits = [(kind, found["resource"]["wait"]) for kind, found in leader.messages
+             if kind in ("lock", "reclaim")]
+    assert waits == [("lock", "1"), ("reclaim", "0")]
 
 
 def test_an_ok_that_is_read_late_and_refused(box, leaders):
