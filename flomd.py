@@ -7452,6 +7452,14 @@ def _find_addresses(place, flags=0):
     return socket.getaddrinfo(place.host, place.port, 0, socket.SOCK_STREAM, 0, flags)
 
 
+def _numeric_addresses(place):
+    """The address of a place whose host is a number; nothing where it is a name."""
+    try:
+        return _find_addresses(place, socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError):
+        return []
+
+
 class _Resolver:
     """Finds the addresses of places, each in a thread that may take as long as it likes."""
 
@@ -7463,13 +7471,18 @@ class _Resolver:
         self._reasons = {}  # by place: why nothing was found the last time
         self._searched = set()  # the places that are searched now
 
+    def look(self, place: "Place") -> "None":
+        """Begins to search, unless the place has a number."""
+        if not _numeric_addresses(place):
+            with self._changed:
+                self._search(place)
+
     def addresses(self, place: "Place", until: "float") -> "list":
         """Those that are known; where none are, those that are found before `until` (s,
         monotonic).  Raises OSError."""
-        try:
-            return _find_addresses(place, socket.AI_NUMERICHOST)
-        except (OSError, UnicodeError):
-            pass  # it is a name
+        found = _numeric_addresses(place)
+        if found:
+            return found
         with self._changed:
             if place not in self._known:
                 self._search(place)
@@ -7676,6 +7689,7 @@ class _Inquirer:
         self._resolver = resolver
         self._context: "Any" = None
         self._link: "Any" = None
+        self._failures = 0  # of links, whatever their members
         self._token = ""
         self._page = 0  # keys that a page may have, 0: as many as are asked for
 
@@ -7684,7 +7698,10 @@ class _Inquirer:
         import http.client
         place = place_of(url)
         try:
-            return self._ask(place, self._fitting(request), until)
+            answer = self._ask(place, self._fitting(request), until)
+            if answer.outcome == UNKNOWN:  # behind this link there may be a proxy
+                self._fail(place)
+            return answer
         except socket.timeout:
             self._take_less(request, LEAST_PAGE)
             reason = TIMED_OUT
@@ -7707,8 +7724,10 @@ class _Inquirer:
         self._link = None
 
     def _fail(self, place):
-        """The next link is made anew, with what files and names say then."""
+        """The next link is made anew, with what files and names say then.  If the place has
+        several addresses it begins with another one: some may lead to nothing."""
         self.close()
+        self._failures += 1
         self._context = None
         self._resolver.look_again(place)
 
@@ -7737,6 +7756,8 @@ class _Inquirer:
             return
         self.close()
         addresses = self._resolver.addresses(place, until)
+        first = self._failures % len(addresses)
+        addresses = addresses[first:] + addresses[:first]
         if place.scheme == "https" and self._context is None:
             self._context = _client_context(self._access)
         self._link = _Link(place, addresses, self._context, until)
@@ -7757,7 +7778,6 @@ class _Inquirer:
         link = self._link
         is_change = isinstance(request, Transaction) and answer.succeeded
         if is_change and answer.revision <= link.highest:
-            link.close()
             return failure(UNKNOWN, "its answer is older than what was asked")
         link.highest = max(link.highest, answer.revision)
         return answer
@@ -7828,7 +7848,7 @@ class _Question:
 
 class Etcd:
     """Asks the members of the cluster, in a thread of its own.  Raises CannotServe where it never
-    could."""
+    could.  `trouble`: what is wrong with the member that was asked last, "" when nothing is."""
 
     def __init__(self, loop: "Loop", log: "Log", access: "Access"):
         self.access = access
@@ -7841,6 +7861,7 @@ class Etcd:
         self._resolver = _Resolver()
         self._thread: "Any" = None
         self._inquirer: "Any" = None
+        self.trouble = ""
         # of each member that was asked: what is wrong with it, "" when nothing is
         self._reasons: "Dict[str, str]" = {}
         self._lost: "set" = set()  # the members that did not answer when they were asked last
@@ -7862,16 +7883,12 @@ class Etcd:
         """The number of members that have obeyed or refused what they were asked last."""
         return len(self._reasons) - len(self._lost)
 
-    @property
-    def trouble(self) -> "str":
-        """What is wrong with members that were asked: one line, "" when nothing is."""
-        found = [f"{url}: {reason}" for url, reason in self._reasons.items() if reason]
-        return "; ".join(sorted(found))
-
     def start(self) -> "None":
         """Begins a generation.  Raises OSError."""
         self.stop()
         self._thread = Thread(self._loop, "etcd")
+        for url in self.access.urls:
+            self._resolver.look(place_of(url))
         self._inquirer = _Inquirer(self.access, self._resolver)
 
     def ask(self, url: "str", request: "tuple", seconds: "float",
@@ -7906,6 +7923,9 @@ class Etcd:
         if answer.outcome == DONE:
             reason = ""
         self._reasons[url] = reason
+        self.trouble = ""
+        if reason:
+            self.trouble = f"{url}: {reason}"
         if reason == before:
             return
         if reason:
@@ -8099,12 +8119,12 @@ class ClusterFile:
 
 # What is looked after beside the chain.
 
-LOOK_ROUND = 60  # s between two looks at all members
+LOOK_ROUND, LOOK_SOON = 60, 0.5  # s between two looks at all members; before any has answered
 CHECK, CHECK_FIRST = 3600, 60  # s between two looks whether somebody compacts; to the first
 COMPACT = 300  # s
 NEVER_COMPACTED = 500000  # revisions that are not there any more where somebody compacts
 KEPT_REVISIONS = 10000  # by --etcd-compact
-TO_ANSWER, TO_WAIT = 5, 30  # s for a look at a member, for the rest
+TO_ANSWER, TO_WAIT = 2, 30  # s for a look at a member, for the rest
 OLDEST_ETCD = (3, 4, 0)
 FIRST_LOSING, LAST_LOSING = (3, 5, 0), (3, 5, 2)  # versions that lose data
 
@@ -8207,7 +8227,10 @@ class Housekeeping:
             self._etcd.ask(url, Version(), TO_ANSWER, functools.partial(self._hear_version, url))
             return
         self._tell_reachable()
-        self._loop.after(LOOK_ROUND, self._look_round)
+        if self.knows_version():
+            self._loop.after(LOOK_ROUND, self._look_round)
+        else:  # etcd may be started only now
+            self._loop.after(LOOK_SOON, self._look_round)
 
     def _hear_version(self, url, answer):
         if answer.outcome == DONE:

@@ -394,10 +394,62 @@ def count_accepted(member):
 
 def test_a_connection_is_kept(fake, world):
     accepted = count_accepted(fake.members[0])
-    fake.members[0].misbehave(fake_etcd.AFTER_503)
+    fake.members[0].misbehave(fake_etcd.NO_SPACE)
     for _ in range(5):
         world.ask(write("1"))
     assert len(accepted) == 1
+
+
+def test_behind_another_connection_there_may_be_another_member(fake, world):
+    """One URL may lead to a proxy, which keeps a connection with one of the members."""
+    accepted = count_accepted(fake.members[0])
+    fake.members[0].misbehave(fake_etcd.BEFORE_503, 3)
+    for _ in range(4):
+        world.ask(write("1"))
+    assert len(accepted) == 4
+
+
+def test_another_address_is_tried_after_a_failure(fake, open_world, monkeypatch):
+    """A name has two addresses, and behind the first of them a member that refuses to work."""
+    port = fake.members[0].port
+    with FakeEtcd() as broken:
+        broken.members[0].misbehave(fake_etcd.BEFORE_503, 99, "")
+        resolve = socket.getaddrinfo
+
+        def getaddrinfo(host, port, *rest):
+            if host == "two.example" and rest[-1] == socket.AI_NUMERICHOST:
+                raise socket.gaierror(socket.EAI_NONAME, "not a number")
+            if host == "two.example":
+                first = resolve("127.0.0.1", broken.members[0].port, *rest)
+                return first + resolve("127.0.0.1", port, *rest)
+            return resolve(host, port, *rest)
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        world = open_world([f"http://two.example:{port}"])
+        assert world.ask(write("1")).outcome == flomd.UNKNOWN
+        assert world.ask(write("1")).succeeded
+        broken.members[0].stop()
+        wait_until(lambda: not threads("resolver"))
+
+
+def test_the_address_is_one_of_ipv6(open_world):
+    try:
+        listener = socket.socket(socket.AF_INET6)
+        listener.bind(("::1", 0))
+    except OSError:
+        pytest.skip("there is no IPv6")
+    with listener:
+        listener.listen(1)
+        port = listener.getsockname()[1]
+        world, heard = open_world([f"http://[::1]:{port}"]), []
+        world.etcd.ask(world.urls[0], flomd.Version(), 10, heard.append)
+        accepted, _ = listener.accept()
+        with accepted:
+            asked = accepted.recv(4096).decode()
+            accepted.sendall(response(b'{"etcdserver":"3.4.23"}'))
+            world.turn_until(lambda: heard)
+    assert heard[0].entries[0].text == "3.4.23"
+    assert asked.startswith("GET /version HTTP/1.1\r\n")
+    assert f"\r\nHost: [::1]:{port}\r\n" in asked
 
 
 def test_a_member_that_was_started_again_is_asked_at_once(fake, world):
@@ -416,9 +468,7 @@ def test_what_came_before_it_was_asked_for_is_no_answer(fake, world):
 
 
 def test_an_answer_that_comes_again_is_none(fake, world):
-    fake.members[0].misbehave(fake_etcd.BEFORE_503)
     revision = world.ask(ALL).revision
-    assert world.ask(write("1")).outcome == flomd.UNKNOWN
     old = b'{"header":{"cluster_id":"5","revision":"%d"},"succeeded":true,"responses":[{}]}'
     fake.members[0].misbehave(response(old % revision))
     assert world.outcome(write("1")) == (flomd.UNKNOWN, "its answer is older than what was asked")

@@ -71,6 +71,17 @@ def test_each_member_is_looked_at(open_world):
     assert world.log.lines == []
 
 
+def test_etcd_may_be_started_later(fake, open_world):
+    for member in fake.members:
+        member.stop()
+    world = open_world()
+    world.turn_until(lambda: world.log.lines)
+    assert world.log.lines == ["error: 0 of 3 members of etcd answer"]
+    assert not world.keeping.knows_version()
+    fake.members[2].start()
+    world.turn_until(world.keeping.knows_version)
+
+
 def test_a_version_that_is_refused_is_told(fake, open_world):
     fake.version = "3.5.1"
     world = open_world()
