@@ -3053,7 +3053,8 @@ def starting_race(settings: "Settings", diary: "Diary", make=Connection):
 #
 # A report is {"daemon": entry, "resources": [entry], "parked": [entry]}; the entry of a resource
 # has "holders" and "waiters", lists of entries again.  An entry is a dictionary of attributes.
-INTEGERS = ("pid", "since", "position", "quantity", "idle", "absent", "window")
+INTEGERS = ("pid", "since", "position", "quantity", "idle", "absent", "window", "members",
+            "latency", "left")
 
 
 def fetch_report(settings: "Settings", diary: "Diary", make=Connection):
@@ -4936,15 +4937,32 @@ def report_table(report: "dict", width: "int | None") -> "str":
     return "\n".join(lines)
 
 
+# What the head of a report tells of a quorum: attribute, what it is called, its unit.
+QUORUM_HEAD = (
+    ("leader", "leader", ""),
+    ("term", "term", ""),
+    ("members", "members of etcd", ""),
+    ("latency", "latency", " ms"),
+    ("left", "left", " ms"),
+)
+
+
 def report_head(daemon: "dict") -> "list[str]":
-    """[line] on the daemon's memory and its recovery window, [] of one that tells nothing."""
+    """Lines on the daemon's memory, its recovery window, its quorum and what is wrong with that;
+    [] of one that tells nothing."""
     if "memory" not in daemon:
         return []
     line = f"memory: {daemon['memory']}"
     window = daemon.get("window")
     if isinstance(window, int) and window > 0:
         line += f", recovery window: {window} ms"
-    return [visible(line)]
+    for name, title, unit in QUORUM_HEAD:
+        if name in daemon:
+            line += f", {title}: {daemon[name]}{unit}"
+    lines = [visible(line)]
+    if "trouble" in daemon:
+        lines.append(visible(f"trouble: {daemon['trouble']}"))
+    return lines
 
 
 def states_of(resource: "dict"):

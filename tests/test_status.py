@@ -141,6 +141,18 @@ def test_a_memory_and_nobody_in_it():
         assert table == "memory: file\nnobody holds or awaits a lock"
 
 
+def test_the_head_tells_of_a_quorum():
+    data = message(LOCK, 16, '<daemon version="1" memory="etcd" window="0" role="leader" '
+                   'leader="h2" term="00c0ffee" members="3" latency="4" left="8700"/>')
+    report = flom.arrange_report(data)
+    assert [report["daemon"][name] for name in ("members", "latency", "left")] == [3, 4, 8700]
+    head, _ = flom.report_table(report, None).splitlines()
+    assert head == ("memory: etcd, leader: h2, term: 00c0ffee, members of etcd: 3, "
+                    "latency: 4 ms, left: 8700 ms")
+    report["daemon"]["trouble"] = "nobody\x1bcompacts"
+    assert flom.report_table(report, None).splitlines()[1] == "trouble: nobody\\x1bcompacts"
+
+
 def test_the_kinds_that_have_elements_and_nodes(box):
     gates, holders = [], []
     for name in ("red.green", "_s_a[1]", "/a/b"):
