@@ -12065,6 +12065,12 @@ def _is_wildcard(address):
     return False
 
 
+def check_files_for_etcd(settings: "Settings") -> "None":
+    """Raises UsageError where what --etcd needs cannot be read."""
+    if settings["EtcdUrls"]:
+        check_access(access_of(settings))
+
+
 def is_loopback(host) -> "bool":
     """Whether the name or number, if any, leads to this host alone."""
     import ipaddress
@@ -12330,7 +12336,7 @@ class Campaign:
         self._steps: "Any" = None  # of the memory that is restored
         self._table: "Any" = None  # that is restored
         self._publisher: "Publisher | None" = None
-        self._is_barred = False
+        self._damage = ""  # why it cannot believe the memory
         self._ends = ""  # why it is to end
         self._notices = Notices(quorum, log)
         self.member: "QuorumMember | None" = None  # of its group
@@ -12347,8 +12353,9 @@ class Campaign:
             self._house.start()
             self._etcd.start()
         self._connections = self._make_connections()
-        self._show_nobody()
+        self._publish(self._nobody())
         self._stand()
+        self._tell_status()
 
     def run(self) -> "None":
         """Until it is told to end."""
@@ -12422,8 +12429,8 @@ class Campaign:
         asker = self._asker
         if asker is None:
             return
-        if not asker.look(now):
-            self._change()
+        if not asker.look(now):  # the next turn begins with the change
+            self.loop.after(0, self._go_on)
             return
         request = asker.next_request(now)
         if request is not None:
@@ -12479,8 +12486,8 @@ class Campaign:
                 return
             self.log.limited(f"the claim failed: {asker.over}")
         elif asker.stage != RESIGNS or not is_free(asker.record):
-            self.log.error(asker.over)
             self._forsake()
+            self.log.error(asker.over)
         if self._ends:
             self._end()
         else:
@@ -12501,17 +12508,17 @@ class Campaign:
         self._etcd.start()
         if self._connections is None:
             self._connections = self._make_connections()
-        pause = BARRED if self._is_barred else 0
-        self._is_barred = False
+        pause = BARRED if self._damage else 0
         self.loop.after(pause, self._stand)
-        self._show_nobody()
+        self._show(self._nobody())
 
-    def _show_nobody(self):
-        self._publish(NobodysTerm(self, self._make_table(0)))
-        self._tell_status()
+    def _nobody(self):
+        """What is to be published while it does not serve."""
+        return NobodysTerm(self, self._make_table(0))
 
     def _stand(self):
         """A candidate, in a cluster that may be used."""
+        self._damage = ""
         if self._house.refusal or not self._house.knows_version():
             self.loop.after(POLL, self._stand)
             return
@@ -12545,25 +12552,25 @@ class Campaign:
 
     def _restore(self):
         """A portion of it; the beats come between two."""
-        leader, steps = self._asker, self._steps
-        if steps is None:
-            return
+        if self._steps is not None:
+            self.loop.guarded(self._bar, self._restore_portion)
+
+    def _restore_portion(self):
         until = time.monotonic() + RESTORED_AT_ONCE
         try:
-            for _ in steps:
+            for _ in self._steps:
                 if time.monotonic() >= until:
                     self.loop.after(0, self._restore)
                     return
-        except (BrokenMemory, ValueError) as error:
-            self._bar(error)
+        except BrokenMemory as error:
+            self._bar(str(error))
         else:
-            self._serve(leader)
+            self._serve(self._asker)
 
-    def _bar(self, error):
+    def _bar(self, reason="a bug"):
         """An empty table would grant what others hold."""
-        self.log.error(f"the memory below {self._quorum.prefix} in etcd is damaged, and not "
-                       f"serving is better than to grant what others hold: {error}")
-        self._is_barred = True
+        self._damage = f"the memory below {self._quorum.prefix} in etcd is damaged: {reason}"
+        self.log.error(f"{self._damage}; not to serve is better than to grant what others hold")
         self._table = None
         self._resign()
 
@@ -12585,26 +12592,31 @@ class Campaign:
             self._listener.begin(connections.welcome)
         except CannotServe as error:
             self.status = 1
-            self.hand_over(str(error))
+            self.log.error(str(error))
+            self.hand_over("it cannot serve")
             return
         term.ways.append(self._listener)
         self._house.lead()
-        self._publish(term)
-        term.server.publisher = self._publisher
         seconds = Moment().boot - leader.claimed_at
         self.log.info(f"serving {term.listening()}: {table.holding} holders were taken over in "
                       f"{seconds:.1f} s")
+        self._show(term)
+        term.server.publisher = self._publisher
+
+    def _show(self, term):
+        """From now on what is published is that of the term."""
+        try:
+            self._publish(term)
+        except CannotServe as error:
+            self.log.error(str(error))
         self._tell_status()
 
     def _publish(self, term):
-        """The figures and the tree are those of the term from now on."""
+        """Raises CannotServe."""
         if self._publisher is not None:
             self._publisher.stop()
             self._publisher = None
-        try:
-            self._publisher = self._make_publisher(term)
-        except CannotServe as error:
-            self.log.limited(str(error), "error")
+        self._publisher = self._make_publisher(term)
         if self._publisher is not None:
             self._publisher.begin()
 
@@ -12621,6 +12633,8 @@ class Campaign:
             return (f"{LEADER}, term {asker.record.term}; {self._house.reachable} members of etcd "
                     f"answer in {self._latency * 1000:.0f} ms; {self._left():.0f} s are left")
         record = self._record()
+        if self._trouble():
+            return f"{CANDIDATE}; {self._trouble()}"
         if record is None:
             return f"{CANDIDATE}; etcd tells of no leader"
         if is_free(record):
@@ -12696,7 +12710,10 @@ class Campaign:
 
     def _trouble(self):
         """What somebody has to do something about, "" for nothing."""
-        return self._house.refusal or self._house.trouble or self._etcd.trouble
+        if isinstance(self._asker, Candidate) and self._asker.trouble:
+            return self._asker.trouble
+        return (self._damage or self._house.refusal or self._house.trouble
+                or self._etcd.trouble)
 
 
 # --- Main ---------------------------------------------------------------------------------------
@@ -13164,7 +13181,8 @@ def check_configuration(options):
     examined = Examined(Lifespan=-1)
     fill_settings(examined, options)
     check_rules(examined, DAEMON)
-    examined.examine(check_announced, check_quorum, interface_index, tls_context)
+    examined.examine(check_announced, check_quorum, check_files_for_etcd, interface_index,
+                     tls_context)
     return examined.report("flomd")
 
 

@@ -10,9 +10,9 @@ import flom
 import flomd
 import pytest
 
-from fake_etcd import AFTER_503, FakeEtcd
+from fake_etcd import AFTER_503, CLUSTER_ID, FakeEtcd
 from fakes import FlomClient, b64
-from world import COUNT, FLOMD, can_connect, endpoint, free_port, pass_time, read, wait_until
+from world import COUNT, FLOMD, SOAK, can_connect, endpoint, free_port, pass_time, read, wait_until
 
 GOOD = {
     "EtcdUrls": "http://10.0.0.1:2379,https://[::1]:2379",
@@ -167,6 +167,7 @@ def test_a_daemon_that_is_started_again_has_its_address(address):
 # Daemons
 
 TTL = 5  # s, the least that there is
+RECORD = flomd.Record(1, "", 0, "0a0b0c0d", 5000, 17500, 0, "fair", "f", "10.9.9.9:1", "h", 7)
 PREFIX = "/flom/x/"
 
 
@@ -350,7 +351,7 @@ def test_what_can_befall_a_leader(box, quorums):
         quorum.await_leader(3 - before, seconds=15)
     assert 3.4 < time.monotonic() - begun < TTL + 3
     alone.await_leader()
-    pass_time(max(0, begun + 2 * TTL - time.monotonic()))
+    pass_time(max(0, begun + (2 * TTL if SOAK else 0) - time.monotonic()))
     stopped.daemons[first[1]].send_signal(signal.SIGCONT)
     wait_until(lambda: "no longer serving" in stopped.said(first[1]))
     assert not can_connect(stopped.at(first[1]))
@@ -368,7 +369,8 @@ def test_what_can_befall_a_leader(box, quorums):
 
 @pytest.mark.processes
 def test_what_etcd_can_do_to_a_leader(box, quorums):
-    """An answer that comes after all; a cluster that is another one, or was built anew."""
+    """An answer that comes after all; none at all, when it is to end; a cluster that is another
+    one, or was built anew."""
     unsure, other, wiped = quorums(1), quorums(1, members=1), quorums(1)
     for quorum in (unsure, other, wiped):
         quorum.await_leader()
@@ -378,6 +380,9 @@ def test_what_etcd_can_do_to_a_leader(box, quorums):
     assert box.run("-r", "R", "--", "true", address=unsure.at(1)).status == 0
     wait_until(lambda: not any(member.faults for member in unsure.etcd.members))
     assert unsure.record()["term"] == term and unsure.holders() == {}
+    for member in unsure.etcd.members:
+        member.pause()
+    unsure.daemons[1].terminate()
     other.etcd.members[0].cluster_id = 77
     wiped.etcd.wipe()
     wait_until(lambda: "etcd is another cluster, 77 in place of" in other.said(1))
@@ -385,6 +390,45 @@ def test_what_etcd_can_do_to_a_leader(box, quorums):
     for quorum in (other, wiped):
         wait_until(lambda: not can_connect(quorum.at(1)))
     assert wiped.etcd.keys == {}
+    assert unsure.daemons[1].end(4).status == 0
+    assert "etcd does not answer; another daemon serves in 5 s" in unsure.said(1)
+    assert unsure.record()["term"] == term
+
+
+@pytest.mark.processes
+def test_a_newer_layout_is_left_to_newer_daemons(quorums):
+    quorum = quorums()
+    free = flomd.text_of(RECORD._replace(v=2))
+    quorum.etcd.put(PREFIX + "id", "00112233445566aa")
+    quorum.etcd.put(PREFIX + "leader", free)
+    quorum.start(1)
+    wait_until(lambda: "newer layout 2; this daemon does not claim" in quorum.said(1))
+    assert quorum.etcd.keys[PREFIX + "leader"] == free
+
+
+@pytest.mark.processes
+def test_people_are_told_who_leads(box, quorums):
+    """In the log, to the init system and in the figures; and that daemons differ."""
+    figures = [box.path("figures1"), box.path("figures2")]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as init:
+        init.bind(box.path("init"))
+        init.settimeout(10)
+        quorum = quorums()
+        quorum.start(1, "--metrics", figures[0], env={"NOTIFY_SOCKET": box.path("init")})
+        told = [init.recv(4096).decode() for _ in range(3)]
+        quorum.await_leader()
+        quorum.start(2, "--metrics", figures[1], "--policy", "first-fit", "--etcd-ttl", "6s")
+    os.unlink(box.path("init"))
+    assert told[0] == "STATUS=candidate; etcd tells of no leader" and "READY=1" in told[:2]
+    told.remove("READY=1")
+    assert re.match("STATUS=leader, term [0-9a-f]{16}; 3 members of etcd answer in ", told[1])
+    wait_until(lambda: "leads with ttl 5000, and this daemon would with 6000" in quorum.said(2))
+    assert "leads with policy fair, and this daemon would with first-fit" in quorum.said(2)
+    assert f"leads, at 127.0.0.1:{quorum.port}, in cluster {CLUSTER_ID}" in quorum.said(2)
+    wait_until(lambda: "flomd_leads 1\n" in read(figures[0]))
+    assert 'flomd_leader{host="' in read(figures[0])
+    assert "flomd_etcd_trouble 0\n" in read(figures[0])
+    wait_until(lambda: os.path.exists(figures[1]) and "flomd_leads 0\n" in read(figures[1]))
 
 
 @pytest.mark.processes
@@ -414,8 +458,7 @@ def test_many_holders_are_taken_over(quorums):
             f'name="{b64(f"R{number}")}" boot="1.000000" since="1789984800.000000" '
             f'peer="10.0.0.1:48" mode="5" grace="17500" client="1" id="{number:016x}"'))
     quorum.etcd.put(PREFIX + "id", "00112233445566aa")
-    free = flomd.Record(1, "", 0, "0a0b0c0d", 5000, 17500, 9, "fair", "f", "10.9.9.9:1", "h", 7)
-    quorum.etcd.put(PREFIX + "leader", flomd.text_of(free))
+    quorum.etcd.put(PREFIX + "leader", flomd.text_of(RECORD._replace(epoch=9)))
     quorum.start(1)
     quorum.await_leader(seconds=60)
     assert f"{COUNT.taken_over} holders were taken over" in quorum.said(1)
