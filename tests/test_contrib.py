@@ -3,6 +3,7 @@
 What the shells and man pages say of options and exit statuses is compared with the programs.  A
 tool that is not installed skips its test; the same files are also read without it.
 """
+import ast
 import base64
 import glob
 import hashlib
@@ -207,6 +208,28 @@ def test_the_safety_page_tells_the_times_of_a_quorum():
     worst = [0, times.lead, ttl, term, term + kill, ttl + grace]
     told = re.findall(r"^\.It (\d+) s$", section(text, "A QUORUM"), re.MULTILINE)
     assert [int(second) for second in told] == worst
+
+
+DIFFERS = r"FILE|HOST|ID|N|NAME|ELEMENT|CLIENT|REASON|ADDRESS|PREFIX|URL|VERSION"
+
+
+def test_the_lines_of_the_log_are_those_of_the_daemon():
+    """Words in capitals and ... stand for what differs."""
+    said = "\n".join(texts_in(FLOMD_PY))
+    lines = [head for head, _ in items(section(page("flomd.8"), "DIAGNOSTICS"))]
+    assert len(lines) > 30
+    for line in lines:
+        for part in re.split(rf"\b(?:{DIFFERS})\b|\.\.\.|[;:'\"]", line[len("Li "):]):
+            assert part.strip(" ,") in said, line
+
+
+def texts_in(path):
+    """The texts in a script; those of an f-string in parts."""
+    for node in ast.walk(ast.parse(read(path))):
+        field = {"Constant": "value", "Str": "s"}.get(type(node).__name__)  # Python 3.6: Str
+        text = field and getattr(node, field)
+        if isinstance(text, str):
+            yield text
 
 
 @pytest.mark.processes
