@@ -8595,6 +8595,11 @@ class Loop:
 # A client may have said all that it wants and gone, before the first answer.  So one to which
 # nothing can be sent is not closed but *deaf*: what it has said is read, and done, to its end.
 #
+# How a connection has ended matters in a quorum, see RELEASES: only an end of file is in order.
+# The system tells of a reset once, and of an end of file after that.  So where sending has failed
+# the end that is read afterwards is none in order, unless the client had ended its side before:
+# then, and only then, sending fails with EPIPE.
+#
 # A client that is silent is closed after PATIENCE s: one that has not said its first message, does
 # not close its side after the last word, takes no part of its report, or is deaf.  A stall of the
 # daemon does not count: nobody was silent while it did not listen.
@@ -10126,6 +10131,23 @@ def _is_named(connection, peer_id):
 # does not want to wait is refused, who would wait is told to wait, and who ends is let go: that a
 # successor may know a holder too much does no harm.
 #
+# The leader of a quorum.  Another daemon may lead already, and it does not know.  So whatever it
+# says on which a client relies waits until etcd has confirmed that nobody else led when the client
+# asked: a grant for what stores it, an answer to a reclaim and to a ping for anything; and the
+# clock is looked at right before.  Who does not hear of it has what is stored: that is the rule
+# for everything which ends in between.
+#
+#     a new grant that was not told        is nobody's: when its connection ends, however, it ends
+#     a holder whose connection fails      is absent: it is kept for its grace, and may come back
+#     one that comes back, and ends before it was told so on the new connection
+#                                          is absent: to release it one must know that one has it
+#     a grant, whose client has moved to another connection before it was told on the first
+#                                          is told on the other one alone
+#     etcd is silent                       holders go on; who wants a lock is told so after WARN
+#                                          and REFUSE s; no end of a lock is acknowledged
+#     deposed                              abandon(): all connections are reset, nothing is said
+#     the orderly end                      hand_over(), and part() when another one may lead
+#
 # A bug costs one connection, and no decision is lost: each is told under a guard of its own.
 #
 # Not here on purpose: how changes become records, and where they are kept; when the daemon ends.
@@ -11005,7 +11027,8 @@ class Absences:
 
     A command on this host holds its lock as long as its process lives, which is looked at.
     Everybody else has the grace, from the start of this daemon on.  `grace` (ms) is what is
-    promised now; an earlier daemon may have promised more.
+    promised now; an earlier daemon may have promised more.  In a quorum all have the grace, from
+    the claim on, or from when their connections have failed.
     """
 
     def __init__(self, server: "Server", settings: "Settings", log: "Log"):
