@@ -6337,6 +6337,9 @@ LEAST_TO_RETURN = 5000  # ms in which a holder finds the next leader
 
 # What has become of a request, by the HTTP status of the answer.  Of every other status, and where
 # no answer comes, it is UNKNOWN: a request that was answered by 503 may be obeyed even later.
+# NOT_DONE says only that the same member is to be asked again, after a pause.  Nothing may rely on
+# more: the transaction that reaches the quota of etcd 3.4 is answered by 429, "database space
+# exceeded", and may be done all the same.
 DONE, NOT_DONE, UNKNOWN = "done", "not done", "unknown"
 NO_ANSWER = 0  # in place of a status: too late, cut off, not reached
 OUTCOMES = {
@@ -7360,7 +7363,7 @@ _NO_TOKEN = ("invalid auth token", "revision of auth store is old", "user name i
 
 
 def _read_refusal(status, body):
-    """Only what etcd itself has refused is certainly not done."""
+    """Whatever does not come from etcd itself is UNKNOWN."""
     text = _message_of(body)
     for part, words in _SAID.items():
         if part in text:

@@ -41,6 +41,7 @@ DRIP = "a byte of the answer each DRIP_PAUSE s"
 TOKEN = "401"
 OLD_TOKEN = "400, the revision of auth store is old"
 NO_SPACE = "429"
+NO_SPACE_AFTER = "429, and it is done, as the transaction that reaches the quota"
 DENIED = "403"
 
 # What is answered where something is wrong: HTTP status, code of gRPC, message.
@@ -428,8 +429,8 @@ class Gateway(http.server.BaseHTTPRequestHandler):
         if fault in REFUSALS:
             raise Refused(fault)
         answer = self.etcd.obey(self.path, body, self.headers.get("Authorization", ""))
-        if fault == AFTER_503:
-            raise Refused(BEFORE_503)
+        if fault in (AFTER_503, NO_SPACE_AFTER):
+            raise Refused({AFTER_503: BEFORE_503, NO_SPACE_AFTER: NO_SPACE}[fault])
         if fault == SILENCE_AFTER:
             return self._keep_silent()
         if fault == CLOSE_AFTER:

@@ -164,7 +164,8 @@ TXN = "kv/txn", {"success": [put("/x/a", "1")]}
 @pytest.mark.parametrize("fault, status, was_done", [
     (fake_etcd.BEFORE_503, 503, False), (fake_etcd.AFTER_503, 503, True),
     (fake_etcd.TOKEN, 401, False), (fake_etcd.OLD_TOKEN, 400, False),
-    (fake_etcd.NO_SPACE, 429, False), (fake_etcd.DENIED, 403, False),
+    (fake_etcd.NO_SPACE, 429, False), (fake_etcd.NO_SPACE_AFTER, 429, True),
+    (fake_etcd.DENIED, 403, False),
     (fake_etcd.SPLIT, 200, True), (b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\n\r\n", 302, False)])
 def test_it_misbehaves_once(etcd, asker, fault, status, was_done):
     etcd.members[0].misbehave(fault)

@@ -250,11 +250,13 @@ def test_a_request_that_was_refused_is_sent_again_after_a_pause(etcd):
     assert one.next_request(Now(1.5)) is claim and one.quorum.members.current == "u1"
 
 
-def test_an_earlier_copy_was_done(etcd):
+@pytest.mark.parametrize("refused, again", [(UNKNOWN, 1), (NOT_DONE, 1.5)])
+def test_an_earlier_copy_was_done(etcd, refused, again):
+    """Also one that was refused: the transaction that reaches the quota of etcd may be done."""
     one, claim = claiming(etcd)
     etcd.obey(claim)
-    one.answer(UNKNOWN, Now(1))
-    one.answer(etcd.obey(one.next_request(Now(1))), Now(2))
+    one.answer(refused, Now(1))
+    one.answer(etcd.obey(one.next_request(Now(again))), Now(2))
     assert one.leader is not None
     assert one.leader.deadline == 9 and one.leader.claimed_at == 2  # the first copy counts
 
