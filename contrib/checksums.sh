@@ -2,8 +2,11 @@
 # The SHA-256 sums of the two scripts, for hosts to which they are copied without pip:
 #
 #   contrib/checksums.sh >flom.sha256
-#   scp flom.py flomd.py flom.sha256 host:/usr/local/lib/flom/
-#   ssh host 'cd /usr/local/lib/flom && sha256sum -c flom.sha256'
+#   ssh db1 mkdir -p /usr/local/lib/flom
+#   scp flom.py flomd.py flom.sha256 db1:/usr/local/lib/flom/
+#   ssh db1 'cd /usr/local/lib/flom && sha256sum -c flom.sha256'
+#   ssh db1 ln -s /usr/local/lib/flom/flom.py /usr/local/bin/flom
+#   ssh db1 ln -s /usr/local/lib/flom/flomd.py /usr/local/bin/flomd
 set -eu
 cd "${1:-$(dirname "$0")/..}"
 for program in sha256sum gsha256sum 'shasum -a 256' 'openssl dgst -sha256 -r'; do
