@@ -2337,7 +2337,7 @@ class Starter:
         An address at which nobody listens does not tell.  A group is asked for long enough.
         """
         settings = self._settings
-        if of_several_addresses(settings):  # one of the others may take the lead, or the address
+        if self._has_quorum or of_several_addresses(settings):  # another may take the lead
             return not self.order
         if self.order or clock() >= self._return_until:
             return False
@@ -3988,7 +3988,9 @@ class Claim:
                 if found:
                     return found
                 descriptor, events, seconds = next(steps)
-                yield descriptor, events, min(seconds, LATER)
+                if self._decides:
+                    seconds = min(seconds, LATER)
+                yield descriptor, events, seconds
         except StopIteration as end:
             connection, answer = end.value
             return connection, answer.element

@@ -576,6 +576,16 @@ def test_an_ok_that_is_read_late_and_refused(box, leaders):
     assert waiter.end().status == 0 and box.events() == ["ran"]
 
 
+def test_an_ok_that_is_read_late_where_nobody_leads(box, leaders):
+    """A leader is looked for until -o is over."""
+    leader, _ = leaders(grace=1000)
+    waiter = granted_to_a_stopped(box, leader, "-o", "1500")
+    leader.die()
+    pass_time(1)
+    waiter.send_signal(signal.SIGCONT)
+    assert waiter.end().status == 98 and box.events() == []
+
+
 def test_an_ok_that_is_read_in_time(box, leaders):
     leader, _ = leaders()
     waiter = granted_to_a_stopped(box, leader)
@@ -685,6 +695,9 @@ def test_none_is_started_beside_that_of_a_group(monkeypatch, tells):
                                           starter.leave_to_quorum))
         thread.join()
     assert found == [(socket.AF_INET, ("127.0.0.3", 7))]
+    if tells:
+        starter.begin(10, recovering=False)
+        assert next(starter.trying()) == flom.pause(flom.AGAIN)  # another may lead in a moment
     starter.begin(0, recovering=False)
     with pytest.raises(flom.DaemonUnavailable) as caught:
         flom.finish(starter.trying())
