@@ -2038,14 +2038,13 @@ def _possible_programs(folder):
 def _command_of(path):
     """[program] or [python, script]: the words that run the flomd at `path`.
 
-    Python compiles a script anew at each start.  A module it takes from __pycache__, where pip,
-    for one, has put it: then flomd is imported.
+    Python compiles a script anew at each start, a module once, where it may keep that: beside an
+    installed module is a folder for it.  There flomd is imported, which takes half the time.
     """
     if not path.endswith(".py"):
         return [path]
     folder, name = os.path.split(path)
-    compiled = f"{folder}/__pycache__/flomd.{sys.implementation.cache_tag}.pyc"
-    if name != "flomd.py" or not os.path.exists(compiled):
+    if name != "flomd.py" or not os.path.isdir(os.path.join(folder, "__pycache__")):
         return [interpreter(), path]
     code = f"import sys; sys.path.append({folder!r}); import flomd; flomd.main()"
     return [interpreter(), "-IS", "-c", code]

@@ -301,10 +301,13 @@ install_all() {
 
 # What is said.
 
-running() {  # the processes of the daemons that this user may end
+running() {  # the processes of the daemons that this user may end; not that of systemd
+    main=
+    ! systemd_runs || main=$(systemctl show --property MainPID --value flomd.service)
     for comm in /proc/[0-9]*/comm; do
         process=${comm%/comm}
         process=${process##*/}
+        [ "$process" != "$main" ] || continue
         if [ "$(cat "$comm" 2>/dev/null)" = flomd ] && kill -0 "$process" 2>/dev/null; then
             echo "$process"
         fi
@@ -319,11 +322,18 @@ tell_installed() {
         *:"$prefix/bin":*) echo "Try: flom -- echo hello" ;;
         *) echo "Try: $prefix/bin/flom -- echo hello    ($prefix/bin is not in PATH)" ;;
     esac
+    tell_running
+}
+
+tell_running() {
     daemons=$(running | xargs)
+    [ -z "$daemons" ] || daemons="kill $daemons"
+    if [ -n "$systemd" ] && systemd_runs && systemctl --quiet is-active flomd.service; then
+        daemons="systemctl restart flomd.service${daemons:+; $daemons}"
+    fi
     [ -n "$daemons" ] || return 0
     echo "A daemon that runs is left alone, with the version that it has.  A new one takes over, and"
-    echo "keeps all locks, after: kill $daemons"
-    [ -z "$systemd" ] || echo "That of systemd: systemctl restart flomd.service"
+    echo "keeps all locks, after: $daemons"
 }
 
 tell_daemon() {

@@ -221,22 +221,55 @@ def test_shellcheck_has_nothing_to_say(box, name):
 
 # The daemon of what is installed
 
-def test_a_daemon_comes_compiled_where_python_has_kept_that(box):
-    """As pip does it; what is kept for another version of the file does no harm."""
+def test_a_daemon_comes_compiled_where_python_keeps_that(box):
+    """Beside an installed module; what is kept of another version of the file does no harm."""
     for script in (FLOM_PY, FLOMD_PY):
         shutil.copy(script, box.folder)
-    command = [PYTHON3, "-W", "error", box.path("flom.py"), *box.address, "-d", "0ms"]
-    subprocess.check_call([PYTHON3, "-m", "py_compile", box.path("flomd.py")])
-    run = command[:-2] + ["--", "true"]
-    for _ in range(2):
-        assert box.start(*run, cwd="/").end() == (0, "", "")
-        daemon = box.the_daemon()
-        words = read(f"/proc/{daemon}/cmdline").split("\0")
-        assert comm(daemon) == "flomd" and words[1:3] == ["-IS", "-c"]
-        assert words[4] == "--no-files"
+    command = [PYTHON3, "-W", "error", box.path("flom.py"), *box.address, "-d", "5s"]
+    kept = box.path(f"__pycache__/flomd.{CODE}")
+    for number in range(3):
+        assert box.start(*command, "--", "true", cwd="/").end() == (0, "", "")
+        words = read(f"/proc/{box.the_daemon()}/cmdline").split("\0")
+        imported = number > 0
+        assert comm(box.the_daemon()) == "flomd" and words[1:3] == (
+            ["-IS", "-c"] if imported else [box.path("flomd.py"), "--no-files"])
+        assert os.path.exists(kept) == imported
         assert box.start(*command, "-X").end().status == 0
         wait_until(lambda: box.daemons() == [])
-        os.utime(box.path("flomd.py"), (1, 1))
+        os.makedirs(box.path("__pycache__"), exist_ok=True)
+        os.utime(box.path("flomd.py"), (number, number))
+
+
+@pytest.mark.parametrize("tool", ["pip", "pipx", "uv"])
+def test_the_wheel(box, tool):
+    """Installed by each of them, run, and removed."""
+    if os.environ.get("FLOM_WHEEL") != "1":
+        pytest.skip("`tox -e wheel` runs it, with a package index")
+    need(tool)
+    source = box.path("source")
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "__pycache__", "tests"))
+    places = {"HOME": box.folder, "PIPX_HOME": box.path("venvs"), "PIPX_BIN_DIR": box.path("bin"),
+              "PIPX_MAN_DIR": box.path("man"), "UV_TOOL_DIR": box.path("venvs"),
+              "UV_TOOL_BIN_DIR": box.path("bin"), "UV_CACHE_DIR": box.path("cache")}
+    commands = {
+        "pip": (["pip", "install", source], ["pip", "uninstall", "-y", "pyflom"]),
+        "pipx": (["pipx", "install", source], ["pipx", "uninstall", "pyflom"]),
+        "uv": (["uv", "tool", "install", "--python", PYTHON3, source],
+               ["uv", "tool", "uninstall", "pyflom"])}
+    if tool == "pip":
+        subprocess.check_call([PYTHON3, "-m", "venv", box.folder])
+        commands["pip"][0][0] = commands["pip"][1][0] = box.path("bin/pip")
+    else:
+        os.mkdir(box.path("bin"))
+    add, remove = commands[tool]
+    subprocess.check_call(add, env={**os.environ, **places})
+    program = box.path("bin/flom")
+    for _ in range(2):
+        assert box.start(program, *box.address, "--", "echo", "x").end() == (0, "x\n", "")
+    assert comm(box.the_daemon()) == "flomd"
+    subprocess.check_call(remove, env={**os.environ, **places})
+    assert not any(os.path.basename(path) in ("flom", "flomd", "flom.1")
+                   for path in tree(box.folder) if not path.startswith(("source", "cache", ".")))
 
 
 # The Debian package
