@@ -8,6 +8,8 @@
     etcd_load.py fill URL PREFIX KEY NUMBER
         copies the holder whose key (h/TOKEN, behind the prefix) is given so many times, with other
         tokens, names and clients
+    etcd_load.py glut URL
+        writes to a key until etcd has no space any more; the status is that of its refusal
 
 Lines of the log, whose times are of CLOCK_MONOTONIC, which all hosts of a machine share:
 
@@ -136,6 +138,12 @@ def fill(url, prefix, key, number):
     connection.close()
 
 
+def glut(url):
+    connection = http.client.HTTPConnection(url.rpartition("/")[2])
+    while True:
+        ask_etcd(connection, "put", {"key": coded("other"), "value": coded("x" * 500000)})
+
+
 # The checker
 
 class Run:
@@ -224,4 +232,4 @@ def serves_after(found, moment):
 
 
 if __name__ == "__main__":
-    {"drive": drive, "probe": probe, "fill": fill}[sys.argv[1]](*sys.argv[2:])
+    {"drive": drive, "probe": probe, "fill": fill, "glut": glut}[sys.argv[1]](*sys.argv[2:])

@@ -35,7 +35,7 @@ class Member:
     def __init__(self, host, guarded):
         self.host, self.number = host, host.number
         self.data, self.guarded = host.path("etcd"), guarded
-        self.process = None
+        self.process, self.settings = None, {}
 
     def address(self, port):
         scheme = "https" if self.guarded and port == 2379 else "http"
@@ -52,7 +52,7 @@ class Member:
             "--initial-advertise-peer-urls", self.address(2380),
             "--initial-cluster", peers, "--initial-cluster-token", TOKEN,
             "--heartbeat-interval", str(HEARTBEAT), "--election-timeout", str(ELECTION),
-            "--logger", "zap", "--log-level", "error", *guards)
+            "--logger", "zap", "--log-level", "error", *guards, env=self.settings)
         self.host.foreground.append(self.process)
 
     def kill(self):
@@ -60,6 +60,17 @@ class Member:
 
     def wipe(self):
         shutil.rmtree(self.data)
+
+    def keep_data(self):
+        """Copies its data; it does not run."""
+        shutil.copytree(self.data, f"{self.data}.kept")
+
+    def put_back_data(self):
+        self.wipe()
+        os.rename(f"{self.data}.kept", self.data)
+
+    def revision(self):
+        return json.loads(self.ask("get", "x", "-w", "json"))["header"]["revision"]
 
     def ask(self, *words):
         """What etcdctl, asked on this host, says of this member; None when it fails."""
@@ -159,6 +170,17 @@ class World:
         for member in self.members.values():
             member.start()
 
+    def kill_etcd(self):
+        for member in self.members.values():
+            member.kill()
+
+    def compact(self):
+        """Removes the old revisions, and frees the space."""
+        member = self.members[1]
+        assert member.ask("compact", str(member.revision())) is not None
+        for member in self.members.values():
+            assert member.ask("defrag") is not None
+
     def await_etcd(self, seconds=30):
         wait_until(lambda: all(member.is_healthy() for member in self.members.values()), seconds)
 
@@ -183,6 +205,13 @@ class World:
     def kill_daemons(self):
         for number in self.daemons:
             self.kill_daemon(number)
+
+    def end_daemons(self):
+        """In good order."""
+        for daemon in self.daemons.values():
+            daemon.terminate()
+        for daemon in self.daemons.values():
+            assert daemon.end().status == 0, self.said()
 
     def start_daemons(self, *options):
         for number in self.members:

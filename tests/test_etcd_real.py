@@ -123,8 +123,7 @@ def continue_quorum(world, leader):
 
 
 def restart_etcd(world, leader):
-    for member in world.members.values():
-        member.kill()
+    world.kill_etcd()
     start_dead_members(world, leader)
 
 
@@ -255,8 +254,8 @@ def test_etcd_is_wiped(world):
     world.await_everybody(time.monotonic())
     row = Row("etcd wiped and started again")
     world.keep()
+    world.kill_etcd()
     for member in world.members.values():
-        member.kill()
         member.wipe()
     world.start_etcd()
     world.await_etcd()
@@ -387,6 +386,85 @@ def test_many_holders_are_taken_over(world):
     wait_until(lambda: held() == 0, 120)
     assert world.record()["term"] == term, world.said()
     world.end_load()
+
+
+# What etcd has lost, and what it has not
+
+def run(world, *words, **options):
+    """A client whose command prints its number of a sequence: its result."""
+    return world.client_hosts[0].run(
+        "-a", world.addresses, "-d", "0", "-i", "1h", "-r", "_s_x[1]", *words, "--", "echo",
+        address=(), **options)
+
+
+def test_older_data_is_not_used(world):
+    """Etcd is set back to yesterday, with its cluster id.  Nobody serves, not even after a restart,
+    until somebody says that this is the right one."""
+    world.start()
+    world.kill_etcd()
+    for member in world.members.values():
+        member.keep_data()
+    world.start_etcd()
+    world.await_etcd()
+    assert [run(world, seconds=30).out for _ in range(3)] == ["1\n", "2\n", "3\n"]
+    world.kill_etcd()
+    for member in world.members.values():
+        member.put_back_data()
+    world.start_etcd()
+    world.await_etcd()
+    lost = "etcd has lost what it knew"
+    wait_until(lambda: all(lost in daemon.err for daemon in world.daemons.values()), 20)
+    world.end_daemons()  # what is written each few seconds is written then
+    world.start_daemons()
+    wait_until(lambda: all(lost in daemon.err for daemon in world.daemons.values()), 20)
+    pass_time(TTL + 1)
+    assert "serving" not in "".join(daemon.err for daemon in world.daemons.values()), world.said()
+    world.kill_daemons()
+    world.start_daemons("--etcd-new-cluster")
+    assert run(world, seconds=30).status == 0, world.said()
+
+
+def test_no_space_and_the_cure(world):
+    """The log tells it; what is held meanwhile is lost, since nobody can lead."""
+    for member in world.members.values():
+        member.settings = {"ETCD_QUOTA_BACKEND_BYTES": "16000000"}
+    leader = world.start()
+    glut = world.hosts[0].start(*PYTHON, LOAD, "glut", world.members[1].address(2379))
+    assert "database space exceeded" in glut.end(60).err
+    wait_until(lambda: "no longer serving" in world.daemons[leader].err, 20)
+    assert "Cure: etcdctl compact" in world.daemons[leader].err
+    world.compact()
+    assert world.members[1].ask("alarm", "disarm") is not None
+    world.start_load(0)
+    assert world.await_service(time.monotonic()) < AGAIN
+    world.end_load()
+
+
+def test_compaction_is_not_noticed(world):
+    world.start()
+    term = world.record()["term"]
+    world.start_load(CLIENTS)
+    world.await_everybody(time.monotonic())
+    world.compact()
+    world.await_everybody(time.monotonic())
+    must_hold(world, world.end_load(), {0})
+    assert world.record()["term"] == term, world.said()
+
+
+def test_a_group(world):
+    """Clients that know the group alone find whoever leads; a daemon that serves the group without
+    etcd lets its clients go, though it was there before."""
+    group, host, client = ["-A", "239.255.0.1"], world.client_hosts[1], world.client_hosts[0]
+    rival = host.flomd("-f", "--no-files", *group, "-a", host.ipv4, *host.address)
+    wait_until(lambda: "serving" in rival.err)
+    leader = world.start(*group)
+    rival.wait(timeout=20)
+    assert "quorum" in rival.err and "without quorum" in world.daemons[leader].err, rival.err
+    assert client.run(*group, "-d", "0", "--", "true", address=()) == (0, "", "")
+    world.kill_daemon(leader)
+    wait_until(lambda: world.leader() not in (0, leader), 20)
+    wait_until(lambda: "serving" in world.daemons[world.leader()].err)
+    assert client.run(*group, "-d", "0", "--", "true", address=()) == (0, "", "")
 
 
 # Certificates and passwords
