@@ -6492,7 +6492,7 @@ def record_of(text: "str") -> "Record":
     import json
     try:
         fields = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise StrangeRecord("the leader record is damaged")
     if not isinstance(fields, dict):
         raise StrangeRecord("the leader record is damaged")
