@@ -3413,21 +3413,23 @@ class Claim:
             if not self._reuse():
                 self._about = self._introduction()
                 self._check_length()
-                finish(self._acquiring())
+                self._acquire()
             self._owner = self._keeper = os.getpid()
         finally:
             self._starter.close()
             if not self._owner:  # a signal handler may raise after the grant, too
                 self._abandon()
 
-    def _acquiring(self):
-        """Steps to the lock.  An OK that was read late is reclaimed."""
+    def _acquire(self):
+        """Asks for the lock, and reclaims it when its OK was read late."""
         while True:
-            self.connection, answer = yield from self._asking()
+            self.connection, answer = finish(self._asking())
             self.element, self.token = answer.element, answer.token
             while self.connection and self._is_late():
                 self._doubt(READ_LATE)
-                yield from self._reclaiming(self._deadline)
+                until = max(self._deadline, clock() + HURRY)
+                if finish(self._reclaiming(), until) is None:
+                    raise refusal(LATE, "", self.settings)
             if self.connection:
                 return
             self._is_final = False  # nothing has run: there is nothing to be lost
@@ -3929,10 +3931,8 @@ class Claim:
             self._reclaim = self._reclaiming()
         return self._reclaim
 
-    def _reclaiming(self, until=FOREVER):
-        """As reclaiming; `until`: when to give up (monotonic s), with a Timeout.
-
-        A lock that was refused or taken away is not asked for again.
+    def _reclaiming(self):
+        """As reclaiming.  A lock that was refused or taken away is not asked for again.
 
         What the system fails to do is an obstacle, and may be none a moment later: a folder is
         gone, an interface down, no descriptor or process is to be had.
@@ -3956,8 +3956,6 @@ class Claim:
                 self._close_silent()
                 return False
             self.diary.say(f"reclaiming {self.name}: {obstacle}")
-            if clock() >= until:
-                raise refusal(LATE, "", self.settings)
             if clock() < hurry:
                 yield pause(AGAIN)
             else:
