@@ -10306,15 +10306,19 @@ class Batches:
             self._loop.drop(act)
 
     def abandon(self) -> "None":
-        """Nothing is stored any more, and nobody is told.  Connections that have ended already are
-        open until their end is stored: they are reset."""
+        """Nothing is stored any more, and nobody is told."""
         self._is_over = True
         for act in (self.commit, self._look):
             self._loop.drop(act)
-        for batch in [*self._pending, self._open]:
-            for connection in batch.connections:
-                connection.abandon()
         self._pending.clear()
+
+    def waiting(self) -> "List[Connection]":
+        """The connections that wait; one that has ended, too, has its socket until its end is
+        stored."""
+        found: "List[Connection]" = []
+        for batch in [*self._pending, self._open]:
+            found += batch.connections
+        return found
 
     def untold_grants(self) -> "List[Decision]":
         """Those of which nobody knows yet, since they are not stored."""
@@ -10431,18 +10435,19 @@ class QuorumBatches(Batches):
         said, batch.said = batch.said, []  # which may grow meanwhile
         left = []
         for act, connection, detail in said:
-            is_told = isinstance(detail, Decision) and connection.is_open
-            if is_told and refuses and self._wants_no_wait(detail.session):
+            answers = isinstance(detail, Decision) and detail.verdict in A_LEADER_SAYS
+            if answers and refuses and self._wants_no_wait(connection, detail):
                 self._refuse(batch, act, connection, detail)
                 continue
             left.append((act, connection, detail))
-            if is_told and detail.verdict == OK:
+            if answers and detail.verdict == OK and connection.is_open:
                 self._explain(act, connection, detail)
         batch.said = left + batch.said
 
     @staticmethod
-    def _wants_no_wait(session):
-        return session.state is ASKING and not session.request.wait
+    def _wants_no_wait(connection, detail):
+        session = detail.session
+        return connection.is_open and session.state is ASKING and not session.request.wait
 
     def _refuse(self, batch, act, connection, detail):
         """A holder that asks for its own lock is not told that it is busy, which it is not."""
@@ -10706,7 +10711,7 @@ class Server:
     def _tell(self, connection, decision):
         """Sees to what comes before the decision is told, and tells it."""
         verdict = decision.verdict
-        if verdict in A_LEADER_SAYS and not self.disk.may_tell():
+        if self.leads and verdict in A_LEADER_SAYS and not self._may_tell(connection, decision):
             return
         if self.publisher is not None:
             self.publisher.note(decision)
@@ -10715,6 +10720,16 @@ class Server:
             if "progress" in session.about:
                 decision = self._progress.explained(decision)
         connection.tell(decision)
+
+    def _may_tell(self, connection, decision):
+        """Whether a leader may say so now.  A client that has closed the connection, before it was
+        told on it that it holds its lock again, does not release it."""
+        if not self.disk.may_tell():
+            return False
+        if decision.verdict == OK and self._answers_reclaim(decision) and connection.has_gone():
+            connection.close()
+            return False
+        return True
 
     def when_stored(self, connection: "Connection", act: "Callable",
                     detail: "object" = None) -> "None":
@@ -10887,11 +10902,15 @@ class Server:
         it is told."""
         self.orders.tell_end()
         self._connections.part()
+        for connection in self.batches.waiting():
+            connection.part()
 
     def abandon(self) -> "None":
         """Another daemon may lead already.  Nobody is told anything, every connection is reset,
         and nothing of this server is called any more by the loop."""
         self._stop()
+        for connection in self.batches.waiting():
+            connection.abandon()
         self.batches.abandon()
         self._connections.abandon()
 

@@ -351,6 +351,16 @@ def test_one_that_comes_back_and_leaves_before_it_was_told_keeps_its_lock(world,
     assert last.told == [0] and not world.absent()
 
 
+def test_who_has_closed_its_reclaim_before_it_is_answered_keeps_its_lock(world):
+    """It was not read meanwhile, and its end would be an end of file after the answer."""
+    token = world.table.requests[world.holder().session].token
+    again = world.ours(wait=0, reclaim=token)
+    world.turn()
+    again.has_gone = lambda: True
+    world.settle()
+    assert again.told == [] and not again.is_open and world.absent() == ["R"]
+
+
 def test_the_old_connection_is_closed_when_the_reclaim_counts(world):
     """Also where its own grant was not told: it is not granted twice."""
     holder = world.ours()
@@ -712,16 +722,20 @@ def test_who_does_not_wait_is_refused_after_two_seconds_and_holds_nothing(world)
 
 def test_a_reclaim_is_not_refused_as_if_others_held_the_lock(world):
     """It hears that there is no quorum, tries again, and is the holder throughout."""
-    token = world.table.requests[world.holder().session].token
+    holder = world.holder(wait=0)
+    holder.session.state = flomd.ASKING
+    token = world.table.requests[holder.session].token
     again, unknown = world.ours(reclaim=token, wait=0), world.ours("Q", reclaim=7, wait=0)
     world.turn()
     look(world, 2)
     assert again.told == unknown.told == [9] and world.table.holding == 1
+    assert holder.is_open  # it hears when the reclaim is stored
     again.close()
     assert world.absent() == ["R"]
     last = world.ours(reclaim=token, wait=0)
     world.settle()
     assert again.told == [9] and last.told == [0] and not world.absent()
+    assert holder.told == [] and not holder.is_open
 
 
 def test_a_holder_that_asks_again_keeps_what_it_has(world):
