@@ -7437,6 +7437,10 @@ def _words_of(error):
     return said[:1].lower() + said[1:]
 
 
+# Python before 3.10 calls by the second name what OpenSSL 3 calls an unexpected end of file.
+_NO_TLS = ("WRONG_VERSION_NUMBER", "KRB5_S_TKT_NYV")
+
+
 def _words_of_tls(error):
     import ssl
     said = getattr(error, "verify_message", None)  # Python 3.7 and later
@@ -7445,8 +7449,12 @@ def _words_of_tls(error):
     if said:
         return f"its certificate is not accepted: {said}"
     said = getattr(error, "reason", None) or str(error)
-    if said == "WRONG_VERSION_NUMBER":
+    if said in _NO_TLS or isinstance(error, ssl.SSLEOFError):
         return "it answers https without TLS"
+    if said == "CERTIFICATE_VERIFY_FAILED":  # Python 3.6
+        return "its certificate is not accepted"
+    if "ALERT" in said and ("CERTIFICATE" in said or "UNKNOWN_CA" in said):
+        return f"it does not accept the certificate of --etcd-certificate: {said}"
     return f"TLS: {said}"
 
 
@@ -7569,6 +7577,7 @@ class _Link:
 
     def __init__(self, place: "Place", addresses: "list", context: "Any", until: "float"):
         self.place = place
+        self.has_answered = False
         self.refusals = 0  # in a row
         self.highest = 0  # revision that it has told
         self._host = f"{place.host}:{place.port}"
@@ -7642,6 +7651,7 @@ class _Link:
         response = http.client.HTTPResponse(self, method=method)  # type: ignore[arg-type]
         response.begin()
         data = self._read_body(response)
+        self.has_answered = True
         if response.will_close:
             self._socket.close()
         return response.status, data
@@ -7713,6 +7723,8 @@ class _Inquirer:
             reason = str(error)
         except http.client.RemoteDisconnected:
             reason = "it has closed the connection without an answer"
+            if place.scheme == "http" and not self._link.has_answered:
+                reason += ", perhaps it wants https"
         except http.client.HTTPException as error:
             reason = f"{NOT_AN_ETCD}: {type(error).__name__}"
         except (OSError, ValueError) as error:

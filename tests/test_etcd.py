@@ -224,6 +224,7 @@ def test_housekeeping_is_asked_for(any_world):
 def test_what_goes_wrong_has_an_outcome_and_a_reason(fake, world, generation, fault, outcome,
                                                      reason):
     fake.generation = generation
+    world.ask(ALL)
     fake.members[0].misbehave(fault)
     assert world.outcome(write("1")) == (outcome, reason)
     assert world.etcd.trouble == f"{world.urls[0]}: {reason}"
@@ -700,7 +701,7 @@ def test_tls_wants_the_right_authority(tls_fake, certificates, open_world):
     access = dict(tls_access(certificates), ca=certificates.pem("other"))
     outcome, reason = open_world(tls_fake.urls, **access).outcome(write("1"))
     assert outcome == flomd.UNKNOWN
-    assert "certificate" in reason.lower()
+    assert "its certificate is not accepted" in reason
 
 
 def test_tls_without_the_certificate_that_is_wanted(tls_fake, certificates, open_world):
@@ -759,6 +760,12 @@ def test_authentication_of_a_real_one(open_world, password_file):
 
 
 @with_real_etcd
+def test_a_real_one_has_no_tls(any_url, certificates, open_world):
+    world = open_world([any_url.replace("http:", "https:")], ca=certificates.pem("ca"))
+    assert world.outcome(write("1")) == (flomd.UNKNOWN, "it answers https without TLS")
+
+
+@with_real_etcd
 def test_a_real_one_that_is_full(open_world):
     """The transaction that reaches the quota is refused, and may be done all the same (it was, in
     one of two runs of 3.4.23): a copy tells."""
@@ -793,9 +800,13 @@ def test_tls_of_a_real_one(certificates, open_world, password_file):
         world = open_world([real.url], **access)
         assert world.ask(write("1")).succeeded
         bare = open_world([real.url], ca=certificates.pem("ca"))
-        assert bare.ask(write("2", "1")).outcome == flomd.UNKNOWN
+        outcome, reason = bare.outcome(write("2", "1"))
+        assert outcome == flomd.UNKNOWN
+        assert "does not accept the certificate of --etcd-certificate" in reason
         plain = open_world([real.url.replace("https", "http")])
-        assert plain.ask(write("2", "1")).outcome == flomd.UNKNOWN
+        assert plain.outcome(write("2", "1")) == (
+            flomd.UNKNOWN,
+            "it has closed the connection without an answer, perhaps it wants https")
         enable_authentication(world)
         user = dict(user="flom", password_file=password_file)
         assert open_world([real.url], **access, **user).ask(write("2", "1")).succeeded
