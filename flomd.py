@@ -9938,12 +9938,15 @@ class Member:
             return
         self._next_probe = now + PROBE_PAUSE
         act = functools.partial(_is_there, self._group.settings, answer)
+        hear = functools.partial(self._verified, answer)
         with contextlib.suppress(OSError):  # the other daemon will answer again
-            self._probe = Child(self._loop, act, self._verified)
+            self._probe = Child(self._loop, act, hear)
 
-    def _verified(self, found):
+    def _verified(self, answer, found):
         self._probe = None
-        if found:
+        if found and answer.quorum:
+            self._drain("a quorum serves the group")
+        elif found:
             self._drain("another daemon serves the group")
 
     def look(self) -> "None":
@@ -12576,11 +12579,27 @@ class Campaign:
     def _stand(self):
         """A candidate, in a cluster that may be used."""
         self._damage = ""
-        if self._house.refusal or not self._house.knows_version():
+        if self._house.refusal:
             self.loop.after(POLL, self._stand)
+            return
+        if not self._house.knows_version():
+            self._ask_version()
             return
         self._asker = Candidate(self._quorum, Moment())
         self._go_on()
+
+    def _ask_version(self):
+        """No member has told its version: they are asked in turn, so that the log says why."""
+        url = self._quorum.members.current
+        seconds = Times(self._quorum.mine.ttl).copy
+        self._etcd.ask(url, Version(), seconds, self._hear_member)
+
+    def _hear_member(self, answer):
+        if answer.outcome == DONE:
+            self._quorum.members.answered()
+        else:
+            self._quorum.members.turn()
+        self.loop.after(POLL, self._stand)
 
     def _load(self, leader):
         """Its claim was confirmed: it leads, and serves when it knows the memory."""

@@ -135,7 +135,7 @@ def test_a_daemon_without_quorum_drains(hosts):
     two.foreground.append(alone)
     wait_until(lambda: "serving" in alone.err)
     etcd, daemon = quorum_on(one, GROUP)
-    wait_until(lambda: "draining: another daemon serves the group" in alone.err)
+    wait_until(lambda: "draining: a quorum serves the group" in alone.err)
     assert alone.end().status == 0
     assert "a quorum answers for the group: '10.77.0.1' port 28015" in alone.err
     wait_until(lambda: "a daemon without quorum" in daemon.err)
