@@ -5606,6 +5606,9 @@ class Thread:
         try:
             thread.start()
         except RuntimeError as error:  # there are too many
+            self._loop.forget(self._ours)
+            self._ours.close()
+            self._theirs.close()
             raise OSError(errno.EAGAIN, str(error))
 
     def _run(self):
@@ -7901,10 +7904,10 @@ class Etcd:
     def start(self) -> "None":
         """Begins a generation.  Raises OSError."""
         self.stop()
+        self._inquirer = _Inquirer(self.access, self._resolver)
         self._thread = Thread(self._loop, "etcd")
         for url in self.access.urls:
             self._resolver.look(place_of(url))
-        self._inquirer = _Inquirer(self.access, self._resolver)
 
     def ask(self, url: "str", request: "tuple", seconds: "float",
             hear: "Callable[[Answer], object]") -> "None":
@@ -12565,7 +12568,12 @@ class Campaign:
 
     def _begin_anew(self):
         """With another thread, and connections that nobody knows."""
-        self._etcd.start()
+        try:
+            self._etcd.start()
+        except OSError as error:
+            self.log.limited(f"cannot ask etcd: {error.strerror}", "error")
+            self.loop.after(POLL, self._begin_anew)
+            return
         if self._connections is None:
             self._connections = self._make_connections()
         pause = BARRED if self._damage else 0

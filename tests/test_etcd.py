@@ -505,6 +505,20 @@ def test_it_may_be_stopped_by_who_hears(fake, world):
     assert len(heard) == 1
 
 
+def test_a_thread_that_cannot_be_had_leaves_nothing(fake, world, monkeypatch):
+    def start(_):
+        raise RuntimeError("can't start new thread")
+    watched = len(world.loop._watched)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(OSError):
+            world.etcd.start()
+        world.etcd.stop()
+    assert len(world.loop._watched) == watched - 1
+    world.etcd.start()
+    assert world.ask(ALL).outcome == flomd.DONE
+
+
 def test_a_bug_in_the_thread_is_an_answer(fake, world, monkeypatch):
     def fail(*_):
         raise RuntimeError("a bug")
@@ -708,7 +722,7 @@ def test_tls_without_the_certificate_that_is_wanted(tls_fake, certificates, open
     world = open_world(tls_fake.urls, ca=certificates.pem("ca"))
     outcome, reason = world.outcome(write("1"))
     assert outcome == flomd.UNKNOWN
-    assert "TLS: " in reason or "closed" in reason or "reset" in reason
+    assert "--etcd-certificate" in reason or "closed" in reason or "reset" in reason
 
 
 def test_tls_where_there_is_none(fake, certificates, open_world):
