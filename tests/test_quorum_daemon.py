@@ -174,8 +174,8 @@ PREFIX = "/flom/x/"
 class Quorum:
     """Daemons at 127.0.0.1, 127.0.0.2 … and one port, with a fake etcd between them."""
 
-    def __init__(self, box, members=3):
-        self.box, self.etcd = box, FakeEtcd(members)
+    def __init__(self, box, members=3, **options):
+        self.box, self.etcd = box, FakeEtcd(members, **options)
         self.port, self.daemons = free_port(), {}
         self.name = f"q{self.port}"
 
@@ -267,8 +267,8 @@ def quorums(box):
     """Makes quorums in the box."""
     made = []
 
-    def make(*numbers, members=3):
-        made.append(Quorum(box, members))
+    def make(*numbers, members=3, **options):
+        made.append(Quorum(box, members, **options))
         for number in numbers:
             made[-1].start(number)
         return made[-1]
@@ -389,21 +389,30 @@ def test_what_etcd_can_do_to_a_leader(box, quorums):
     wait_until(lambda: "etcd has lost what it knew" in wiped.said(1))
     for quorum in (other, wiped):
         wait_until(lambda: not can_connect(quorum.at(1)))
+    wiped.end(1)
+    wiped.start(1)  # it has noted which cluster it was
+    wait_until(lambda: "this daemon does not claim" in wiped.said(1))
     assert wiped.etcd.keys == {}
+    wiped.end(1)
+    wiped.start(1, "--etcd-new-cluster")
+    wiped.await_leader()
     assert unsure.daemons[1].end(4).status == 0
     assert "etcd does not answer; another daemon serves in 5 s" in unsure.said(1)
     assert unsure.record()["term"] == term
 
 
 @pytest.mark.processes
-def test_a_newer_layout_is_left_to_newer_daemons(quorums):
-    quorum = quorums()
+def test_what_is_left_to_others(quorums):
+    """A record of a newer layout; an etcd that can lose data."""
+    losing, quorum = quorums(1, version="3.5.1"), quorums()
     free = flomd.text_of(RECORD._replace(v=2))
     quorum.etcd.put(PREFIX + "id", "00112233445566aa")
     quorum.etcd.put(PREFIX + "leader", free)
     quorum.start(1)
     wait_until(lambda: "newer layout 2; this daemon does not claim" in quorum.said(1))
     assert quorum.etcd.keys[PREFIX + "leader"] == free
+    wait_until(lambda: "etcd 3.5.1 can lose data after a crash" in losing.said(1))
+    assert losing.etcd.keys == {}
 
 
 @pytest.mark.processes
