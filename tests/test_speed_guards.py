@@ -3,6 +3,7 @@ import binascii
 import collections
 import hashlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -23,7 +24,8 @@ DEAR = {"asyncio", "base64", "configparser", "ctypes", "datetime", "getpass", "h
         "inspect", "ipaddress", "json", "logging", "pathlib", "platform", "queue", "shlex",
         "shutil", "ssl", "subprocess", "syslog", "tempfile", "typing", "urllib", "uuid", "xml",
         "zlib"}
-BARE = [sys.executable, "-I", "-S", "-B"]  # no site: nobody's .pth files
+PYTHON = [sys.executable, "-I", "-S"]  # no site: nobody's .pth files
+BARE = [*PYTHON, "-B"]
 RUN = """
 import os
 import sys
@@ -258,6 +260,37 @@ def test_objects_left_after_cycles(box):
         more = [now - then for now, then in zip(after, before)]
         return more[0] <= OBJECTS and more[1] <= BLOCKS
     wait_until(left)
+
+
+# Instructions
+
+# A start whose code is compiled, against the imports alone, which are most of it: a run with a
+# daemon, and flomd as far as its settings.
+STARTS = [("flom", OF_FLOM, 1.3, ["-s", "{socket}", "--", "true"]),
+          ("flomd", OF_FLOMD, 1.7, ["--check-config"])]
+
+
+@pytest.mark.parametrize("name, imports, most, arguments", STARTS, ids=["flom", "flomd"])
+def test_instructions_of_a_start(box, name, imports, most, arguments):
+    """Under cachegrind, to which no other process matters."""
+    if not shutil.which("valgrind"):
+        pytest.skip("no valgrind in PATH")
+    box.daemon()
+    box.write(f"{name}.py", read(os.path.join(ROOT, f"{name}.py")))
+    code = f"import sys; sys.path.append({box.folder!r}); import {name}; {name}.main()"
+    words = [word.format(socket=box.socket) for word in arguments]
+    assert box.start(*PYTHON, "-c", code, *words).end().status == 0  # compiles it
+    assert os.path.exists(box.path("__pycache__"))
+    alone = instructions(box, f"import {', '.join(imports)}")
+    assert instructions(box, code, *words) / alone <= most
+
+
+def instructions(box, *arguments):
+    """How many Python executes for this code."""
+    count = box.start("valgrind", "--tool=cachegrind", "--cache-sim=no",
+                      "--cachegrind-out-file=/dev/null", *PYTHON, "-c", *arguments).end(60)
+    assert count.status == 0, count
+    return int(re.search("I +refs: +([0-9,]+)", count.err).group(1).replace(",", ""))
 
 
 # Wake-ups
