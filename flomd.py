@@ -7452,7 +7452,7 @@ def _words_of_tls(error):
     if said:
         return f"its certificate is not accepted: {said}"
     said = getattr(error, "reason", None) or str(error)
-    if said in _NO_TLS or isinstance(error, ssl.SSLEOFError):
+    if said in _NO_TLS or isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
         return "it answers https without TLS"
     if said == "CERTIFICATE_VERIFY_FAILED":  # Python 3.6
         return "its certificate is not accepted"

@@ -675,6 +675,9 @@ def test_files_that_cannot_be_read(tmp_path):
 
 # TLS
 
+RESET = "connection reset by peer"  # by who closes and has not read all
+
+
 def tls_access(certificates, name="nameless"):
     return dict(ca=certificates.pem("ca"), certificate=certificates.pem(name),
                 private_key=certificates.key(name))
@@ -728,7 +731,9 @@ def test_tls_without_the_certificate_that_is_wanted(tls_fake, certificates, open
 def test_tls_where_there_is_none(fake, certificates, open_world):
     urls = [url.replace("http:", "https:") for url in fake.urls]
     world = open_world(urls, ca=certificates.pem("ca"))
-    assert world.outcome(write("1")) == (flomd.UNKNOWN, "it answers https without TLS")
+    outcome, reason = world.outcome(write("1"))
+    assert outcome == flomd.UNKNOWN
+    assert reason in ("it answers https without TLS", RESET)
 
 
 def test_no_tls_where_it_is_wanted(tls_fake, open_world):
@@ -773,10 +778,11 @@ def test_authentication_of_a_real_one(open_world, password_file):
         real.close()
 
 
-@with_real_etcd
-def test_a_real_one_has_no_tls(any_url, certificates, open_world):
+def test_no_tls_where_one_speaks_http(any_url, certificates, open_world):
     world = open_world([any_url.replace("http:", "https:")], ca=certificates.pem("ca"))
-    assert world.outcome(write("1")) == (flomd.UNKNOWN, "it answers https without TLS")
+    outcome, reason = world.outcome(write("1"))
+    assert outcome == flomd.UNKNOWN
+    assert reason in ("it answers https without TLS", RESET)
 
 
 @with_real_etcd
@@ -818,9 +824,10 @@ def test_tls_of_a_real_one(certificates, open_world, password_file):
         assert outcome == flomd.UNKNOWN
         assert "does not accept the certificate of --etcd-certificate" in reason
         plain = open_world([real.url.replace("https", "http")])
-        assert plain.outcome(write("2", "1")) == (
-            flomd.UNKNOWN,
-            "it has closed the connection without an answer, perhaps it wants https")
+        outcome, reason = plain.outcome(write("2", "1"))
+        assert outcome == flomd.UNKNOWN
+        assert reason in (
+            "it has closed the connection without an answer, perhaps it wants https", RESET)
         enable_authentication(world)
         user = dict(user="flom", password_file=password_file)
         assert open_world([real.url], **access, **user).ask(write("2", "1")).succeeded
