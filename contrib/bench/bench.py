@@ -464,7 +464,7 @@ def measure_etcd(bench, python):
     kept = bench.daemon(python, change="pass", path=f"127.0.0.1:{free_port()}", options=(
         "--etcd", url, "--etcd-prefix", ETCD_PREFIX, "--etcd-state", bench.path("cluster")))
     without = bench.daemon(python, change=NO_JOURNAL, path=f"127.0.0.1:{free_port()}", options=(
-        "--state-dir", tempfile.mkdtemp(dir=bench.folder)))
+        "--state-dir", tempfile.mkdtemp(dir=bench.folder), "--recovery-window", "0"))
 
     def run(process, address):
         """(µs of a cycle, µs computed, cycles for each transaction)"""
