@@ -2401,6 +2401,7 @@ NEXT = {  # (state, verb, step): {rc, None of a ping: next state}
     (HOLDING, LOCK, 24): {STOPPED: ENDING, EVICTED: TAKEN_AWAY},
     (LEAVING, LOCK, 24): {STOPPED: LEAVING, EVICTED: LEAVING},
     (LEAVING, PING, 16): {None: LEFT}}
+INTERVALS = 5  # between two pings, in the ttl of a quorum
 UNANSWERED_PINGS = 2  # intervals after which a daemon that has not answered is doubted
 LONGEST = 511  # bytes of a message that FLoM's daemon reads
 ENDLESS = 65536  # bytes of a message that flomd and flom read: more is no message
@@ -3194,8 +3195,9 @@ def covers(holder: "dict", settings: "Settings") -> "bool":
 # A daemon of ours has a memory: the next one knows who held what, and keeps it for him.  For how
 # long, the first answer says (`grace`).  Within that time nobody else has the lock, though it is
 # lost here.  And so at its end somebody has to tell the memory: an unlock that was not stored is
-# repeated, after a reclaim, as long as a goodbye may take (HURRY).  Only where the daemon sees the
-# end of this process (grace -1) nothing has to be told, but a rollback, which it does not see.
+# repeated, after a reclaim, as long as a goodbye may take (HURRY; at a quorum until the next leader
+# must have come).  Only where the daemon sees the end of this process (grace -1) nothing has to be
+# told, but a rollback, which it does not see.
 # Where nothing is promised the lock may be kept all the same: by a daemon that could not write
 # when it was granted, and can now, or by one that lives and has not seen the connection end.
 #
@@ -3495,7 +3497,8 @@ class Claim:
         return self._owner == os.getpid()
 
     def release(self, rollback: "bool") -> "bool":
-        """Releases the lock; takes at most 5 s.  False when it had been lost and is refused now.
+        """Releases the lock; takes at most 5 s, at a quorum 3 s and the ttl.  False when it had
+        been lost and is refused now.
 
         Nothing that is wrong with the connection is an error: its end frees the lock, and what
         the lock was held for is done.
@@ -3513,7 +3516,8 @@ class Claim:
 
         A refusal after an unlock says that the unlock is stored.
         """
-        until = clock() + GOODBYE
+        patience, hurry = self._times_to_part()
+        until = clock() + patience
         self._starter.order = "the lock is released"
         self._farewell = unlock_message(self.name, rollback)
         unlocked = False
@@ -3525,11 +3529,22 @@ class Claim:
                 continue
             limit = until
             if not self._starter.is_starting:
-                limit = min(until, clock() + HURRY)
+                limit = min(until, clock() + hurry)
             held = finish(self.reclaiming(), limit)
             if not held:
                 return unlocked or held is None
         return True
+
+    def _times_to_part(self):
+        """s for all of it, and s for a reclaim.
+
+        The next leader of a quorum comes after a ttl.  Not told that the lock is free, it would
+        keep it for the grace from then on, and nobody would have it meanwhile.
+        """
+        if not self.interval:
+            return GOODBYE, HURRY
+        takeover = INTERVALS * self.interval + SOON
+        return takeover, takeover
 
     def _is_asking(self):
         """Whether a reclaim may be answered yet."""
@@ -3544,11 +3559,15 @@ class Claim:
     def _unlock(self, rollback, until):
         """True when that is stored; otherwise the lock is lost, and may be kept."""
         connection = self.connection
-        if finish(connection.unlocking(self.name, rollback, until)):
+        limit = until
+        if self.interval:
+            limit = min(until, clock() + UNANSWERED_PINGS * self.interval)
+        stored = finish(connection.unlocking(self.name, rollback, limit))
+        if stored and (not self.interval or connection.session.state == LEFT):
             self.connection = None
             self._keeper = 0
             return True
-        self._lose(f"{connection.where}: it has ended")
+        self._lose(f"{connection.where}: it has ended, or does not answer")
         self.kept_until = promised_until(connection, 0)
         return False
 
@@ -4113,7 +4132,8 @@ class Lock:
 
     def release(self, rollback: "bool" = False):
         """Releases the lock; takes at most 5 s, 2 s of them to get a lost lock back, if a daemon
-        keeps it.  One that remains lost is forgotten, without an error.
+        keeps it; at a quorum 3 s and the ttl, after which the next leader must have come.  One that
+        remains lost is forgotten, without an error.
         """
         self._claim.release(rollback)
 

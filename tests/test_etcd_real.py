@@ -244,6 +244,7 @@ def test_a_fault(world, name):
     row.write(found)
     must_hold(world, found, FAULTS[name].statuses)
     assert max(row.served) < AGAIN, (row.served, world.said())
+    assert max(row.all) < AGAIN + TTL, (row.all, world.said())
 
 
 def test_etcd_is_wiped(world):

@@ -459,6 +459,19 @@ def test_a_command_that_ends_while_the_second_connection_is_made(box, leaders):
         one.close()
 
 
+def test_a_command_that_ends_while_nobody_leads(box, leaders):
+    """The next leader is told that the lock is free: it would keep it for its grace."""
+    leader, other = leaders()
+    holder, gate = hold(box, code=SOON + "flom.INTERVALS = 100; flom.GOODBYE = flom.HURRY = 0.1")
+    leader.stop()
+    gate.open()
+    wait_until(lambda: len(leader.connections) > 1)  # it has given the first one up
+    pass_time(0.5)
+    other.begin()
+    assert holder.end() == (0, "", "") and other.holders == {}
+    assert [kind for kind, _ in other.messages] == ["reclaim", "unlock", "ping"]
+
+
 def test_term_while_the_second_connection_is_made(box, leaders):
     """It is for the command."""
     leader, other = leaders()
