@@ -3195,9 +3195,9 @@ def covers(holder: "dict", settings: "Settings") -> "bool":
 # A daemon of ours has a memory: the next one knows who held what, and keeps it for him.  For how
 # long, the first answer says (`grace`).  Within that time nobody else has the lock, though it is
 # lost here.  And so at its end somebody has to tell the memory: an unlock that was not stored is
-# repeated, after a reclaim, as long as a goodbye may take (HURRY; at a quorum until the next leader
-# must have come).  Only where the daemon sees the end of this process (grace -1) nothing has to be
-# told, but a rollback, which it does not see.
+# repeated, after a reclaim, as long as a goodbye may take (HURRY; at a quorum until the next
+# leader must have come).  Only where the daemon sees the end of this process (grace -1) nothing
+# has to be told, but a rollback, which it does not see.
 # Where nothing is promised the lock may be kept all the same: by a daemon that could not write
 # when it was granted, and can now, or by one that lives and has not seen the connection end.
 #
@@ -4132,7 +4132,7 @@ class Lock:
 
     def release(self, rollback: "bool" = False):
         """Releases the lock; takes at most 5 s, 2 s of them to get a lost lock back, if a daemon
-        keeps it; at a quorum 3 s and the ttl, after which the next leader must have come.  One that
+        keeps it; at a quorum 3 s and the ttl, until the next leader must have come.  One that
         remains lost is forgotten, without an error.
         """
         self._claim.release(rollback)
