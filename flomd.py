@@ -7456,7 +7456,7 @@ def _words_of_tls(error):
         return "it answers https without TLS"
     if said == "CERTIFICATE_VERIFY_FAILED":  # Python 3.6
         return "its certificate is not accepted"
-    if "ALERT" in said and ("CERTIFICATE" in said or "UNKNOWN_CA" in said):
+    if re.search("alert.*(certificate|unknown.ca)", said, re.IGNORECASE):
         return f"it does not accept the certificate of --etcd-certificate: {said}"
     return f"TLS: {said}"
 
