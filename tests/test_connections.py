@@ -262,7 +262,8 @@ def test_a_bug_in_hearing_of_a_child_is_one_traceback_and_kills_nobody(links, mo
 def test_a_look_at_another_daemon_ends(links, monkeypatch):
     monkeypatch.setattr(flomd, "LONGEST_PROBE", 1)
     monkeypatch.setattr(flomd, "daemon_at", lambda *_: signal.pause())
-    answer = flomd.Heard((1, "aa"), {"address": "127.0.0.1", "port": 1}, ("127.0.0.1", 1))
+    answer = flomd.Heard((1, "aa"), {"address": "127.0.0.1", "port": 1}, ("127.0.0.1", 1),
+                          False)
     heard = []
     flomd.Child(links.loop, lambda: flomd._is_there(SETTINGS, answer), heard.append)
     run_until(links.loop, lambda: heard)
