@@ -26,10 +26,34 @@ def need(program):
         pytest.skip(f"{program} is not installed")
 
 
-def install(box, *options, shell=("sh",), destdir="", **more):
+def install(box, *options, shell=("sh",), destdir="", script=INSTALL, **more):
     """Runs install.sh to its end: (status, out, err)."""
-    env = {"DESTDIR": destdir, **more.pop("env", {})}
-    return box.start(*shell, INSTALL, *options, env=env, **more).end()
+    return box.start(*shell, script, *options, env={"DESTDIR": destdir}, **more).end()
+
+
+class Ordinary:
+    """Installs as an ordinary user, who need not be able to read what the tests can."""
+
+    def __init__(self, box):
+        os.chmod(box.folder, 0o755)
+        source = box.path("source")
+        shutil.copytree(os.path.join(ROOT, "contrib"), os.path.join(source, "contrib"))
+        for script in (FLOM_PY, FLOMD_PY):
+            shutil.copy(script, source)
+        subprocess.check_call(["chmod", "-R", "a+rX", source])
+        self.box, self.script = box, os.path.join(source, "contrib", "install.sh")
+
+    def become(self):
+        os.umask(0o077)
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setuid(NOBODY)
+
+    def install(self, *options):
+        done = install(self.box, *options, script=self.script, preexec_fn=self.become)
+        if "'/usr/bin/python3' is not Python" in done.err:
+            pytest.skip("there is no /usr/bin/python3")
+        return done
 
 
 def tree(folder):
@@ -75,31 +99,20 @@ def test_from_nothing_to_a_lock_and_back(box, prefix, shell):
 
 
 def test_an_ordinary_user_installs_at_home(box):
-    """Under the umask of a careful user, too; what is there already stays in all its rights."""
-    home = box.path("home")
+    """Under a careful umask, too."""
+    user, home = Ordinary(box), box.path("home")
     os.mkdir(home)
-
-    def ordinary():
-        os.umask(0o077)
-        if os.geteuid() == 0:
-            os.setgroups([])
-            os.setuid(NOBODY)
-
-    os.chmod(box.folder, 0o755)
     if os.geteuid() == 0:
         os.chown(home, NOBODY, NOBODY)
-    done = install(box, "--prefix", f"{home}/.local", "--python", "/usr/bin/python3",
-                   preexec_fn=ordinary)
-    if "is not Python" in done.err:
-        pytest.skip("there is no /usr/bin/python3")
+    prefix = ["--prefix", f"{home}/.local"]
+    done = user.install(*prefix, "--python", "/usr/bin/python3")
     assert (done.status, done.err) == (0, "")
     program = f"{home}/.local/bin/flom"
     assert stat.S_IMODE(os.stat(program).st_mode) == 0o755
     assert box.start(program, "--version").end().out.endswith(f" {flom.VERSION}\n")
-    assert install(box, "--prefix", "/opt/x", "--systemd", preexec_fn=ordinary).status == 1
-    assert install(box, "--prefix", f"{home}/.local", "--uninstall",
-                   preexec_fn=ordinary).status == 0
-    assert tree(home) == set()
+    refused = user.install("--prefix", f"{home}/x", "--systemd")
+    assert refused == (1, "", "install.sh: --systemd: only root can do that\n")
+    assert user.install(*prefix, "--uninstall").status == 0 and tree(home) == set()
 
 
 def test_a_launcher_is_alone_with_python_s_own_library(box, prefix):
@@ -182,27 +195,18 @@ def test_what_is_wrong_is_told_and_nothing_is_written(box, prefix, options, stat
 @pytest.mark.parametrize("way", ["a program", "a folder", "no permission"])
 def test_nothing_is_written_when_one_file_cannot_be(box, prefix, way):
     """Somebody else's program of this name, for one, is not overwritten."""
-    path, ordinary = f"{prefix}/share/man/man8", None
+    user, path = Ordinary(box), f"{prefix}/share/man/man8"
     if way == "a program":
         path = box.write("p/bin/flomd", "FLoM's\n")
     elif way == "a folder":
-        os.makedirs(f"{prefix}/share/man/man8/flomd.8")
+        os.makedirs(f"{path}/flomd.8")
     else:
         os.makedirs(path)
+    subprocess.check_call(["chmod", "-R", "a+rwX", prefix])
+    if way == "no permission":
         os.chmod(path, 0o555)
-        if os.geteuid() == 0:
-            for folder in (box.folder, prefix, f"{prefix}/bin"):
-                os.chmod(folder, 0o777)
-            for folder in ("share", "share/man"):
-                os.chmod(f"{prefix}/{folder}", 0o777)
-
-            def ordinary():
-                os.setgroups([])
-                os.setuid(NOBODY)
     before = tree(prefix)
-    done = install(box, "--prefix", prefix, "--python", "/usr/bin/python3", preexec_fn=ordinary)
-    if "is not Python" in done.err:
-        pytest.skip("there is no /usr/bin/python3")
+    done = user.install("--prefix", prefix, "--python", "/usr/bin/python3")
     assert done[:2] == (1, "") and path in done.err and done.err.count("\n") == 1
     assert tree(prefix) == before
 
@@ -283,8 +287,8 @@ def dpkg(box, root, *options):
 
 def test_the_debian_package(box):
     """It is made by any user, installed, and leaves nothing."""
-    for program in ("dpkg-deb", "dpkg", "xz"):
-        need(program)
+    need("dpkg-deb")
+    need("dpkg")
     made = box.start("sh", PACKAGE, box.path("out")).end()
     assert (made.status, made.err) == (0, "")
     package = box.path(f"out/flom_{flom.VERSION}_all.deb")
