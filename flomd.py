@@ -12682,7 +12682,8 @@ class Campaign:
         term.ways.append(self._listener)
         self._house.lead()
         seconds = Moment().boot - leader.claimed_at
-        self.log.info(f"serving {term.listening()}: {table.holding} holders were taken over in "
+        self.log.info(f"serving {term.listening()}, in cluster {self._quorum.cluster.id}, term "
+                      f"{leader.record.term}; {table.holding} holders were taken over in "
                       f"{seconds:.1f} s")
         self._show(term)
         term.server.publisher = self._publisher
