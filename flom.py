@@ -3562,6 +3562,7 @@ class Claim:
         limit = until
         if self.interval:
             limit = min(until, clock() + UNANSWERED_PINGS * self.interval)
+            self._doubted = connection.address
         stored = finish(connection.unlocking(self.name, rollback, limit))
         if stored and (not self.interval or connection.session.state == LEFT):
             self.connection = None

@@ -446,7 +446,7 @@ def test_a_command_that_ends_while_the_second_connection_is_made(box, leaders):
     """It had the lock to its end; the unlock goes where it may still be of use."""
     leader, other = leaders()
     sockets = full(other.address)
-    holder, gate = hold(box, code=SOON + "flom.STAGGER = 600; flom.HURRY = 0", status=3)
+    holder, gate = hold(box, code=SOON + "flom.STAGGER = 600", status=3)
     leader.stop()
     wait_until(lambda: is_connecting(other.address))
     gate.open()
@@ -477,7 +477,7 @@ def test_term_while_the_second_connection_is_made(box, leaders):
     leader, other = leaders()
     sockets = full(other.address)
     counter = Counter(box, "a")
-    holder = driven(box, SOON + "flom.STAGGER = 600; flom.HURRY = 0", "-r", "R1", "--",
+    holder = driven(box, SOON + "flom.STAGGER = 600", "-r", "R1", "--",
                     *counter.command)
     counter.wait()
     leader.stop()
@@ -764,6 +764,7 @@ def test_a_program_that_has_not_looked_for_long(leaders, lock):
     leader.stop()
     pass_time(0.3)
     assert lock.lost
+    leader.go_on()
 
 
 @pytest.mark.parametrize("word", ["lost", "check"])
@@ -780,6 +781,25 @@ def test_a_program_reclaims_at_the_next_leader(leaders, lock, word, monkeypatch)
     leader.be_deposed()
     assert other.count("reclaim") == 1 and not lock.lost and lock.token == token
     wait_until(lambda: not open_at(leader))
+
+
+@pytest.mark.parametrize("end", ["die", "stop"])
+def test_an_unlock_that_the_leader_does_not_acknowledge(box, leaders, end):
+    """The next one is waited for, and told, that the value came back, too."""
+    leader, other = leaders(element="1")
+    gate = box.gate("a")
+    gate.command[2] += "; exit 3"
+    code = SOON + "flom.INTERVALS = 100"
+    holder = driven(box, code, "-r", "_S_n[1]", "--", *gate.command)
+    gate.wait()
+    getattr(leader, end)()
+    leader.be_deposed()
+    gate.open()
+    wait_until(lambda: "a end" in box.events())
+    pass_time(0.5)
+    other.begin()
+    assert holder.end() == (3, "", "")
+    assert other.holders == {} and len(other.rolled_back) == 1
 
 
 @pytest.mark.parametrize("rollback", [False, True])
