@@ -426,19 +426,19 @@ LINGER = b"\1\0\0\0\0\0\0\0"  # a close resets the connection
 class OurDaemon:
     """A daemon of ours in threads, whose memory outlives its ends by `die`, to the next `begin`.
 
-    `grace`, `ping`: what it tells (ms), None: nothing.  `element`: that of each grant.  `reason`:
-    that of each other answer.  `leads`: it serves at once.  Between `stop` and `go_on` it does
-    nothing, as by STOP.  `does`: what it does about a message in place of its work, {"lock",
-    "reclaim", "unlock" or "ping": an rc to refuse with, "close", "reset", "die", "hang", a
-    function that is called before the work, or a context in which it is done}.
+    `grace`, `interval` (between pings): what it tells (ms), None: nothing.  `element`: that of
+    each grant.  `reason`: that of each other answer.  `leads`: it serves at once.  Between `stop`
+    and `go_on` it does nothing, as by STOP.  `does`: what it does about a message in place of its
+    work, {"lock", "reclaim", "unlock" or "ping": an rc to refuse with, "close", "reset", "die",
+    "hang", a function that is called before the work, or a context in which it is done}.
     `holders`: {name: (id, key, token)}, names in base64; `messages`: [(kind, {tag: attributes})];
     `rolled_back`: the tokens that were.
     """
 
-    def __init__(self, family, address, grace=None, element=None, ping=None, reason=None,
+    def __init__(self, family, address, grace=None, element=None, interval=None, reason=None,
                  leads=True, **does):
         self.family, self.address, self.grace, self.does = family, address, grace, does
-        self.element, self.ping, self.reason = element, ping, reason
+        self.element, self.interval, self.reason = element, interval, reason
         self.holders, self.messages, self.rolled_back, self.runs = {}, [], [], 0
         self.changed, self.connections, self.threads = threading.Condition(), set(), []
         self.carriers = {}  # {name: the connection of its holder}
@@ -598,7 +598,7 @@ class OurDaemon:
 
     def _answer_pings(self, connection):
         """Waits for a change; meanwhile it answers the pings of one that waits."""
-        if self.ping is None:
+        if self.interval is None:
             self.changed.wait(10)
             return
         self.changed.wait(0.01)
@@ -616,7 +616,7 @@ class OurDaemon:
         about = ""
         if step == 16:
             grace = "" if self.grace is None else f' grace="{self.grace}"'
-            ping = "" if self.ping is None else f' ping="{self.ping}"'
+            ping = "" if self.interval is None else f' ping="{self.interval}"'
             about = f'<session peerid="{PEER}" daemon="{self.runs:016x}"{grace}{ping}/>'
         told = "" if token is None else f' token="{token}"'
         told += "" if element is None else f' element="{element}"'

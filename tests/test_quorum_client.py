@@ -18,7 +18,7 @@ from fakes import DISCOVER, LOCK, PEER, PING, OurDaemon, Scripted, message, read
 from world import free_port, pass_time, read, wait_until
 
 HOSTS = ("127.0.0.1", "127.0.0.2")
-WANTED = {"ping": 200, "grace": 25000}  # ms
+WANTED = {"interval": 200, "grace": 25000}  # ms
 SOON = PATIENT + "flom.SOON = 0.3; flom.EACH = 600\n"  # s
 R1 = base64.b64encode(b"R1").decode()
 
@@ -212,7 +212,7 @@ def set_free(daemon):
 @pytest.mark.parametrize("choice", ["warn", "ignore"])
 def test_pings_while_it_waits_and_while_it_holds(box, leaders, choice):
     """With `ignore` only while it waits."""
-    leader, _ = leaders(ping=50)
+    leader, _ = leaders(interval=50)
     occupy(leader)
     gate = box.gate("a")
     holder = driven(box, SOON, "-r", "R1", "--on-lock-loss", choice, "--kill-after", "7s", "--",
@@ -396,7 +396,7 @@ def test_a_stopped_leader_holds_nobody_up(box, leaders):
 @pytest.mark.in_time
 def test_the_end_of_file_of_a_leader_that_was_stopped(box, leaders):
     """TERM comes by the last good ping: here 2 s after it, and 1 s before the grace is over."""
-    leader, _ = leaders(ping=100, grace=3000)
+    leader, _ = leaders(interval=100, grace=3000)
     counter = Counter(box, "a")
     holder = driven(box, SOON + "flom.BEFORE = 0.9", "-r", "R1", "--on-lock-loss", "term",
                     "--kill-after", "100", "--", *counter.command)
@@ -419,7 +419,7 @@ def test_the_end_of_file_of_a_leader_that_was_stopped(box, leaders):
 def test_an_answer_that_is_read_after_a_stop(box, leaders, choice, options):
     """It was in the buffer of a flom that was stopped: it is worth what its ping was.  `term` ends
     the command, with `warn` the lock is reclaimed."""
-    leader, _ = leaders(ping=100, grace=2000, **options)
+    leader, _ = leaders(interval=100, grace=2000, **options)
     counter = Counter(box, "a")
     holder = driven(box, SOON, "-r", "R1", "--on-lock-loss", choice, "--kill-after", "100", "--",
                     *counter.command)
@@ -491,7 +491,7 @@ def test_term_while_the_second_connection_is_made(box, leaders):
 
 
 def test_ignore_neither_pings_nor_reclaims(box, leaders):
-    leader, other = leaders(ping=50)
+    leader, other = leaders(interval=50)
     holder, gate = hold(box, "--on-lock-loss", "ignore")
     leader.stop()
     other.begin()
@@ -741,7 +741,7 @@ def lock(box, leaders):
 
 def test_a_program_pings_when_it_looks(leaders, lock):
     """And not more often than the daemon wants it."""
-    leader, _ = leaders(ping=300)
+    leader, _ = leaders(interval=300)
     lock.acquire()
     lock.check()
     assert not lock.lost and leader.count("ping") == 0
@@ -754,7 +754,7 @@ def test_a_program_pings_when_it_looks(leaders, lock):
 
 def test_a_program_that_has_not_looked_for_long(leaders, lock):
     """It does not take an old answer for a new one, nor its own silence for that of the daemon."""
-    leader, _ = leaders(ping=200, grace=1000)
+    leader, _ = leaders(interval=200, grace=1000)
     lock.acquire()
     for _ in range(2):
         pass_time(1.2)
