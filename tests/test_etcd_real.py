@@ -122,6 +122,14 @@ def continue_quorum(world, leader):
         world.signal(process, signal.SIGCONT)
 
 
+def stop_members_by_turns(world, leader):
+    """What was asked of one that is stopped, it obeys after another one has."""
+    for member in list(world.members.values()) * 2:
+        world.signal(member.process, signal.SIGSTOP)
+        pass_time(1.5)
+        world.signal(member.process, signal.SIGCONT)
+
+
 def restart_etcd(world, leader):
     world.kill_etcd()
     start_dead_members(world, leader)
@@ -140,6 +148,16 @@ def kill_host(world, leader):
 def start_host(world, leader):
     start_dead_members(world, leader)
     world.start_daemon(leader)
+
+
+def kill_all(world, leader):
+    world.kill_daemons()
+    world.kill_etcd()
+
+
+def start_all(world, leader):
+    world.start_etcd()
+    world.start_daemons()
 
 
 def pull_cable_of_clients(world, leader):
@@ -171,8 +189,10 @@ FAULTS = {
     "leader cut off from etcd": Fault(cut_from_etcd, heal_to_etcd, 2 * TTL, False, {0}),
     "leader's cables out": Fault(pull_cables, plug_cables, 2 * TTL, False, {0}),
     "leader's host dies": Fault(kill_host, start_host, TTL + 1, False, {0}),
+    "all three hosts die": Fault(kill_all, start_all, 1, True, LOST),
     "etcd's leader killed": Fault(kill_etcd_leader, start_dead_members, TTL, False, {0}),
     "no quorum of etcd for 20 s": Fault(stop_quorum, continue_quorum, 20, True, LOST),
+    "etcd's members stopped by turns": Fault(stop_members_by_turns, nothing, 0, False, {0}),
     "all of etcd restarted": Fault(restart_etcd, nothing, 0, False, LOST),
     # 99: one that has not spoken to a daemon gives up after 15 s
     "half of the clients cut off for 20 s": Fault(
