@@ -12795,10 +12795,13 @@ class Campaign:
 
     def _trouble(self):
         """What somebody has to do something about, "" for nothing."""
-        if isinstance(self._asker, Candidate) and self._asker.trouble:
-            return self._asker.trouble
-        return (self._damage or self._house.refusal or self._house.trouble
-                or self._etcd.trouble)
+        asker = self._asker
+        found = self._damage or self._house.refusal or self._house.trouble
+        if isinstance(asker, Candidate):
+            found = found or asker.trouble
+        if asker is not None and asker.unanswered_for(Moment()) > LASTING:
+            found = found or self._etcd.trouble
+        return found
 
 
 # --- Main ---------------------------------------------------------------------------------------

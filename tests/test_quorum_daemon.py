@@ -380,6 +380,7 @@ def test_what_etcd_can_do_to_a_leader(box, quorums):
     assert box.run("-r", "R", "--", "true", address=unsure.at(1)).status == 0
     wait_until(lambda: not any(member.faults for member in unsure.etcd.members))
     assert unsure.record()["term"] == term and unsure.holders() == {}
+    assert "trouble" not in unsure.head(1)
     for member in unsure.etcd.members:
         member.pause()
     unsure.daemons[1].terminate()
