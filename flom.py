@@ -78,7 +78,7 @@ if TYPE_CHECKING:
 #
 # Regular expressions are compiled when they are first needed, since flom is compiled and started
 # for each command.
-VERSION = "1.0"
+VERSION = "1.1"
 LOCK, UNLOCK, PING, DISCOVER, MANAGEMENT = 1, 2, 3, 4, 5  # verbs
 OK, ENQUEUED, WAIT_RESOURCE, BUSY, CANT_WAIT, IMPOSSIBLE = 0, 1, 2, 4, 5, 6  # rc of an answer
 DEADLOCK, STOPPED, LIMIT, EVICTED = 7, 8, 9, 10  # to clients of ours only
@@ -1502,7 +1502,7 @@ def _parser(options):
     """The parser that fills these options."""
     parser = Parser("flom [OPTION]... [--] COMMAND [ARG]...")
     group = "Actions and reports"
-    add_basics(parser, group, options, "flom.py")
+    add_basics(parser, group, options, "flom")
     parser.add(group, ["--json"], "status as JSON", switching(options, "json"))
     parser.add(group, ["--watch"], "status, every second", switching(options, "watch"))
     for action in ACTION_OPTIONS:

@@ -86,7 +86,7 @@ if TYPE_CHECKING:
 #
 # Regular expressions are compiled when they are first needed, since flom is compiled and started
 # for each command.
-VERSION = "1.0"
+VERSION = "1.1"
 LOCK, UNLOCK, PING, DISCOVER, MANAGEMENT = 1, 2, 3, 4, 5  # verbs
 OK, ENQUEUED, WAIT_RESOURCE, BUSY, CANT_WAIT, IMPOSSIBLE = 0, 1, 2, 4, 5, 6  # rc of an answer
 DEADLOCK, STOPPED, LIMIT, EVICTED = 7, 8, 9, 10  # to clients of ours only
@@ -12021,7 +12021,7 @@ def make_parser(options: "types.SimpleNamespace") -> "Parser":
         attribute = name.replace("-", "_")
         parser.add(group, [f"--{name}"], help, keeping(options, attribute, type), type.hint)
 
-    add_basics(parser, group, options, "flomd.py")
+    add_basics(parser, group, options, "flomd")
     parser.add(group, ["-f", "--foreground"], "do not detach, log to stderr",
                switching(options, "foreground"))
     parser.add(group, ["--no-files"], "read no configuration file", switching(options, "no_files"))

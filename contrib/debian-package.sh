@@ -2,7 +2,7 @@
 # Makes a Debian package, with dpkg-deb alone and as any user:
 #
 #   sh contrib/debian-package.sh [FOLDER]        FOLDER/flom_VERSION_all.deb; by default in dist/
-#   apt-get install ./dist/flom_1.0_all.deb
+#   apt-get install ./dist/flom_VERSION_all.deb
 #
 # It is the same for all Pythons from 3.6 on: its code is compiled where it is installed, and again
 # when another python3 comes.  The units are in it, but none is enabled.  The user flom is made for

@@ -165,7 +165,7 @@ def test_no_command(run, argv):
 # What is printed
 
 def test_version_and_help(run):
-    assert run("--version") == run("-v") == (0, f"flom.py {flom.VERSION}\n", "")
+    assert run("--version") == run("-v") == (0, f"flom {flom.VERSION}\n", "")
     status, out, err = run("--help")
     assert (status, err) == (0, "") and run("-h") == (0, out, "")
     for setting in CLIENTS:
@@ -424,7 +424,7 @@ LIKE_FLOM = [
     ("--tcp-keepalive-time=0 --tcp-keepalive-intvl=99999 --tcp-keepalive-probes=12345 -- echo a",
      "a\n", "", 0),
     ("--ignore-signal SIGXXXX --ignore-signal=SIGHUP -- echo a", "a\n", "unknown", 0),
-    ("--unique-id", flom.machine_id() + "\n", "", 0), ("--version", "flom.py .*\n", "", 0),
+    ("--unique-id", flom.machine_id() + "\n", "", 0), ("--version", "flom .*\n", "", 0),
     ("-x echo a", "", "flom: -x: 'echo' is not run beside it\n", 99),
     ("-X -- echo a", "", "flom: -X: 'echo' is not run beside it\n", 99)]
 

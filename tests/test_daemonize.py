@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 
+import flomd
 import pytest
 from fakes import FlomClient
 from world import (COUNT, FLOMD, PYTHON, can_connect, comm, endpoint, free_port, limit_files,
@@ -322,7 +323,7 @@ def test_a_wrong_option_is_one_line_and_status_99(box, options, named, value):
 
 
 def test_help_and_version(box):
-    assert box.flomd("--version").end() == (0, "flomd.py 1.0\n", "")
+    assert box.flomd("--version").end() == (0, f"flomd {flomd.VERSION}\n", "")
     done = box.flomd("--help").end()
     assert done.status == 0
     assert "--foreground" in done.out
