@@ -419,7 +419,7 @@ def test_the_end_of_file_of_a_leader_that_was_stopped(box, leaders):
 def test_an_answer_that_is_read_after_a_stop(box, leaders, choice, options):
     """It was in the buffer of a flom that was stopped: it is worth what its ping was.  `term` ends
     the command, with `warn` the lock is reclaimed."""
-    leader, _ = leaders(interval=100, grace=2000, **options)
+    leader, _ = leaders(interval=100, grace=1500, **options)
     counter = Counter(box, "a")
     holder = driven(box, SOON, "-r", "R1", "--on-lock-loss", choice, "--kill-after", "100", "--",
                     *counter.command)
@@ -431,7 +431,7 @@ def test_an_answer_that_is_read_after_a_stop(box, leaders, choice, options):
         wait_until(lambda: state(holder.pid) == "T")
     leader.does = {**options, "ping": stop}
     wait_until(lambda: state(holder.pid) == "T")
-    pass_time(2.5)
+    pass_time(1.6)
     assert leader.count("reclaim") == 0 and counter.signals() == []
     holder.send_signal(signal.SIGCONT)
     if choice == "term":
@@ -546,10 +546,10 @@ def test_a_waiter_at_one_address_that_is_silent(box, leaders):
     assert waiter.end().status == 0
 
 
-def granted_to_a_stopped(box, leader, *options):
+def granted_to_a_stopped(box, leader, *options, code=SOON):
     """A flom that was granted the lock while it was stopped: the OK is in its buffer."""
     occupy(leader)
-    waiter = wait(box, *options)
+    waiter = wait(box, *options, code=code)
     waiter.send_signal(signal.SIGSTOP)
     wait_until(lambda: state(waiter.pid) == "T")
     set_free(leader)
@@ -592,7 +592,7 @@ def test_an_ok_that_is_read_late_and_refused(box, leaders):
 def test_an_ok_that_is_read_late_where_nobody_leads(box, leaders):
     """A leader is looked for until -o is over."""
     leader, _ = leaders(grace=1000)
-    waiter = granted_to_a_stopped(box, leader, "-o", "1500")
+    waiter = granted_to_a_stopped(box, leader, "-o", "1500", code=SOON + "flom.HURRY = 0")
     leader.die()
     pass_time(1)
     waiter.send_signal(signal.SIGCONT)
@@ -754,15 +754,15 @@ def test_a_program_pings_when_it_looks(leaders, lock):
 
 def test_a_program_that_has_not_looked_for_long(leaders, lock):
     """It does not take an old answer for a new one, nor its own silence for that of the daemon."""
-    leader, _ = leaders(interval=200, grace=1000)
+    leader, _ = leaders(interval=400, grace=600)
     lock.acquire()
     for _ in range(2):
-        pass_time(1.2)
+        pass_time(0.5)
         assert not lock.lost
     lock.check()
     assert leader.count("reclaim") == 0
     leader.stop()
-    pass_time(0.3)
+    pass_time(0.5)
     assert lock.lost
     leader.go_on()
 
