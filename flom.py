@@ -867,6 +867,7 @@ class Settings:
         self.values: "dict" = {}  # by key: what has been set
         self.origins: "dict" = {}  # by key: option, keyword, or file and line
         self.warnings: "list" = []  # lines
+        self.skipped: "tuple" = ()  # groups that files may have for another program
         self.defaults = {setting.key: setting.default for setting in SETTINGS}
         self.defaults.update(defaults)
 
@@ -937,6 +938,8 @@ class Settings:
                 self.wrong(f"{place}: {text!r} is not [Group] or Key=value")
 
     def _take_entry(self, place, group, key, text, folder):
+        if group in self.skipped:
+            return
         origin = f"{place}: [{group}]/{key}"
         setting = SETTINGS_BY_PATH.get((group, key))
         if not setting:
@@ -1519,8 +1522,12 @@ def _choose(options, action, option, text):
     options.argument = text
 
 
+OF_DAEMONS = ("Quorum",)  # groups in files that are not for clients
+
+
 def option_settings(options: "types.SimpleNamespace", settings: "Settings"):
     """Fills `settings` from the files and the command line; raises UsageError."""
+    settings.skipped = OF_DAEMONS
     settings.read_files()
     if options.config_file is not None:
         settings.read_file(options.config_file, required=True)
@@ -1543,6 +1550,7 @@ def keyword_settings(keywords: "dict", files: "tuple") -> "Settings":
         rows[short] = rows[long]
     given = _given_keywords(keywords, rows)
     settings = Settings()
+    settings.skipped = OF_DAEMONS
     for path in files:
         settings.read_file(os.path.expanduser(path))
     for word, value in given.items():

@@ -875,6 +875,7 @@ class Settings:
         self.values: "dict" = {}  # by key: what has been set
         self.origins: "dict" = {}  # by key: option, keyword, or file and line
         self.warnings: "list" = []  # lines
+        self.skipped: "tuple" = ()  # groups that files may have for another program
         self.defaults = {setting.key: setting.default for setting in SETTINGS}
         self.defaults.update(defaults)
 
@@ -945,6 +946,8 @@ class Settings:
                 self.wrong(f"{place}: {text!r} is not [Group] or Key=value")
 
     def _take_entry(self, place, group, key, text, folder):
+        if group in self.skipped:
+            return
         origin = f"{place}: [{group}]/{key}"
         setting = SETTINGS_BY_PATH.get((group, key))
         if not setting:

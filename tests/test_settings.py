@@ -421,6 +421,18 @@ def test_the_machine_id_is_32_hex_digits_and_stays():
     assert flom.machine_id() == first
 
 
+def test_a_client_skips_what_is_for_daemons_alone(tmp_path):
+    """A mistake in it is the daemon's."""
+    path = tmp_path / "flom.conf"
+    path.write_text("[Quorum]\nEtcdTtl=soon\nColour=red\n[Resource]\nTimeout=7\n")
+    options, settings = flom.read_arguments(["-c", str(path), "--", "true"]), flom.Settings()
+    flom.option_settings(options, settings)
+    assert settings.warnings == [] and settings["EtcdTtl"] == 10000
+    assert flom.keyword_settings({}, (str(path),))["Timeout"] == settings["Timeout"] == 7
+    with pytest.raises(flom.UsageError):
+        read(flom.Settings(), tmp_path, "[Quorum]\nEtcdTtl=soon\n")
+
+
 def test_a_client_hands_nothing_of_a_quorum_on():
     """Its file may be the one that the daemon of this host reads, too."""
     settings = flom.Settings()
