@@ -12,7 +12,8 @@ import pytest
 
 from fake_etcd import AFTER_503, CLUSTER_ID, FakeEtcd
 from fakes import FlomClient, b64
-from world import COUNT, FLOMD, SOAK, can_connect, endpoint, free_port, pass_time, read, wait_until
+from world import (
+    COUNT, FLOMD, SOAK, can_connect, endpoint, free_port, pass_time, patched, read, wait_until)
 
 GOOD = {
     "EtcdUrls": "http://10.0.0.1:2379,https://[::1]:2379",
@@ -441,6 +442,14 @@ def test_people_are_told_who_leads(box, quorums):
     wait_until(lambda: os.path.exists(figures[1]) and "flomd_leads 0\n" in read(figures[1]))
 
 
+BROKEN = """
+def restoring(*_, **more):
+    yield
+    raise TypeError
+flomd.restoring = restoring
+"""
+
+
 @pytest.mark.processes
 def test_nobody_serves_with_a_memory_that_cannot_be(box, quorums):
     quorum = quorums(1)
@@ -451,9 +460,12 @@ def test_nobody_serves_with_a_memory_that_cannot_be(box, quorums):
     quorum.etcd.put(f"{PREFIX}h/{token + 1:016x}", text)  # excludes the first
     quorum.end(1)
     quorum.start(1)
-    wait_until(lambda: "is damaged" in quorum.said(1))
+    quorum.start(2, program=patched(BROKEN))
+    for number in (1, 2):
+        wait_until(lambda: "is damaged" in quorum.said(number))
     wait_until(lambda: quorum.record()["term"] == "")
-    assert not can_connect(quorum.at(1)) and len(quorum.holders()) == 2
+    assert "is damaged: a bug; not to serve" in quorum.said(2)
+    assert quorum.leader() == 0 and len(quorum.holders()) == 2
     gate.open()
     box.kill(holder.pid)
 
