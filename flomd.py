@@ -7113,7 +7113,8 @@ def _size(key, text):
 # quorum to say.
 #
 # What has come on a connection before a request was sent is no answer to it, and a transaction
-# that is done has a higher revision than all that the same member has told before.
+# that is done has a higher revision than all that the same member has told before.  An answer to
+# something else has no keys, and must not be taken for that of an empty memory.
 #
 # Words.  A place: where a member listens.  A link: the connection to it.  The token: what etcd
 # gives to whoever has said name and password; it is lost when a member is started again.
@@ -7125,6 +7126,7 @@ LEAST_PAGE = 50  # keys, however slow a member is
 ETCD_PORT = 2379  # where a URL has none
 NO_ROOM = "database space exceeded"
 NOT_AN_ETCD = "not an etcd"
+OF_OTHER_ANSWERS = ("succeeded", "responses", "token")  # than those to a range
 TIMED_OUT = "timed out"
 
 Access = collections.namedtuple("Access", "urls user password_file ca certificate private_key")
@@ -7280,11 +7282,16 @@ def _cluster_and_revision(fields):
 def _read_range(request, fields):
     cluster, revision = _cluster_and_revision(fields)
     entries, more = _entries(fields), _truth(fields, "more")
+    for name in OF_OTHER_ANSWERS:
+        if name in fields:
+            raise _Strange("it answers something else")
     for entry in entries:
         if not request.first <= entry.key < request.end:
             raise _Strange("a key that was not asked for")
     if more and not entries:
         raise _Strange("there are more keys than none")
+    if not more and _number(fields, "count", 0) != len(entries):
+        raise _Strange("it leaves out keys")
     return Answer(DONE, cluster, revision, True, entries, more, "")
 
 

@@ -259,6 +259,15 @@ HEADER = b'"header":{"cluster_id":"5","revision":"7"}'
 ENTRY = b'{"key":"L3gvYQ==","mod_revision":"7","value":"MQ=="}'
 
 
+@pytest.mark.parametrize("rest", [
+    b'"succeeded":true,"responses":[{"response_put":{}}]', b'"responses":[{"response_range":{}}]',
+    b'"token":"abc.12"', b'"count":"1"', b'"kvs":[%s],"count":"2"' % ENTRY])
+def test_what_answers_something_else_is_no_empty_memory(rest):
+    """As the answer to the request before, which comes a second time."""
+    body = b"{" + HEADER + b"," + rest + b"}"
+    assert flomd.read_answer(ALL, 200, body).outcome == flomd.UNKNOWN
+
+
 @pytest.mark.parametrize("body", [
     b"", b"{}", b"[]", b"null", b"<html>", b"{" + HEADER, b"\xff", b"[" * 100000, b'"header"',
     b'{"header":{}}', b'{"header":{"cluster_id":"5"}}', b'{"header":{"revision":"5"}}',
