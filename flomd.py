@@ -12410,6 +12410,7 @@ class Campaign:
         self._table: "Any" = None  # that is restored
         self._publisher: "Publisher | None" = None
         self._damage = ""  # why it cannot believe the memory
+        self._lack = ""  # why it cannot be a candidate
         self._ends = ""  # why it is to end
         self._notices = Notices(quorum, log)
         self.member: "QuorumMember | None" = None  # of its group
@@ -12578,17 +12579,28 @@ class Campaign:
 
     def _begin_anew(self):
         """With another thread, and connections that nobody knows."""
-        try:
-            self._etcd.start()
-        except OSError as error:
-            self.log.limited(f"cannot ask etcd: {error.strerror}", "error")
-            self.loop.after(POLL, self._begin_anew)
-            return
-        if self._connections is None:
-            self._connections = self._make_connections()
+        self._etcd.stop()
         pause = BARRED if self._damage else 0
-        self.loop.after(pause, self._stand)
+        self.loop.after(pause, self._prepare)
         self._show(self._nobody())
+
+    def _prepare(self):
+        """Gets what a candidate and its next term need.  The system may refuse it, or the files of
+        TLS are just replaced: then it is tried again."""
+        before, self._lack = self._lack, ""
+        try:
+            with serving("cannot ask etcd"):
+                self._etcd.start()
+            if self._connections is None:
+                self._connections = self._make_connections()
+        except CannotServe as error:
+            self._lack = f"{error}; this daemon does not claim"
+        if not self._lack:
+            self._stand()
+            return
+        self.loop.after(PAUSE, self._prepare)
+        if self._lack != before:
+            self.log.error(self._lack)
 
     def _nobody(self):
         """What is to be published while it does not serve."""
@@ -12806,7 +12818,7 @@ class Campaign:
     def _trouble(self):
         """What somebody has to do something about, "" for nothing."""
         asker = self._asker
-        found = self._damage or self._house.refusal or self._house.trouble
+        found = self._damage or self._lack or self._house.refusal or self._house.trouble
         if isinstance(asker, Candidate):
             found = found or asker.trouble
         if asker is not None and asker.unanswered_for(Moment()) > LASTING:

@@ -10,6 +10,7 @@ import flom
 import flomd
 import pytest
 
+from certificates import Certificates
 from fake_etcd import AFTER_503, CLUSTER_ID, FakeEtcd
 from fakes import FlomClient, b64
 from world import (
@@ -501,3 +502,23 @@ def test_a_candidate_is_ready_whether_etcd_is_there_or_not(box):
     assert second.status == 1 and "Address already in use" in second.err
     box.kill(int(read(pid_file)), signal.SIGTERM)
     assert "candidate at" in read(box.path("dlog")) and "ended" in read(box.path("dlog"))
+
+
+@pytest.mark.processes
+def test_a_certificate_that_is_being_replaced_when_a_leader_is_deposed(box, quorums):
+    """It cannot serve without, so it does not claim; it can as soon as the files are whole."""
+    folder = box.path("certificates")
+    os.mkdir(folder)
+    certificates = Certificates(folder)
+    quorum = quorums()
+    quorum.start(1, *certificates.options())
+    quorum.await_leader()
+    whole = read(certificates.pem("good"))
+    box.write("certificates/good.pem", "")
+    free = flomd.text_of(RECORD)
+    quorum.etcd.put(PREFIX + "leader", free)
+    wait_until(lambda: "this daemon does not claim" in quorum.said(1))
+    assert quorum.etcd.keys[PREFIX + "leader"] == free
+    box.write("certificates/good.pem", whole)
+    quorum.await_leader()
+    assert quorum.said(1).count("this daemon does not claim") == 1
