@@ -4936,33 +4936,101 @@ class Command:
 
 
 # --- Status report -------------------------------------------------------------------------------
-# A report as a person reads it: one line for each holder, each waiter, each parked request and
-# each resource that nobody uses.
+# A report as a person reads it: a head on the daemon, a row for each holder, each waiter, each
+# parked request and each resource that nobody uses, a line where two resources may be taken for
+# one, and last the counts.
 COLUMNS = ("RESOURCE", "KIND", "STATE", "ID", "HOST", "PID", "USER", "COMMAND", "HOW", "FOR")
 SHOWN_ID = 8  # digits of an id in the table
+MOST_TOLD = 3  # names in one line
 
 
-def report_table(report: "dict", width: "int | None") -> "str":
+def report_table(report: "dict", width: "int | None", height: "int | None" = None,
+                 notes: "tuple | list" = ()) -> "str":
     """The table of who holds, who waits in which order, who is parked, what is idle.
 
-    Above it stands what the daemon tells of its memory.  Its columns are aligned, its lines cut to
-    `width` (None: not cut).
+    Its columns are aligned, its rows cut to `width` (None: not cut).  With a `height` it fills at
+    most so many lines, all of them cut: who waits comes first, and the rows that do not fit are
+    counted.  The lines `notes` stand below the rows.
     """
     head = report_head(report["daemon"])
+    found = _states_in_order(report)
+    if not found:
+        return "\n".join([*head, *notes, "nobody holds or awaits a lock"])
+    end = [*notes, counts_line(report)]
+    if height is not None:
+        found.sort(key=_comes_later)
+        room = height - len(head) - len(end) - 1  # 1: the heads of the columns
+        if len(found) > room:
+            shown = max(1, room - 1)  # 1: the line that counts the others
+            end.insert(0, f"... and {len(found) - shown} more")
+            del found[shown:]
+    lines = [*head, *_aligned_rows(found, width), *end]
+    if height is not None:
+        lines = [line[:width] for line in lines]
+    return "\n".join(lines)
+
+
+def _states_in_order(report):
+    """[(resource, state, entry)] of all rows."""
+    parked = [dict(entry, holders=[], waiters=[entry]) for entry in report["parked"]]
+    found = []
+    for resource in report["resources"] + parked:
+        found += [(resource, state, entry) for state, entry in states_of(resource)]
+    return found
+
+
+def _comes_later(row):
+    """By what rows are sorted for a screen: who waits, who holds, what is idle."""
+    _, state, entry = row
+    if not entry:
+        return 2
+    return 0 if state.startswith("waits") else 1
+
+
+def _aligned_rows(found, width):
     rows = [COLUMNS]
     now = int(time.time())
-    parked = [dict(entry, holders=[], waiters=[entry]) for entry in report["parked"]]
-    for resource in report["resources"] + parked:
-        for state, entry in states_of(resource):
-            rows.append(table_row(resource, state, entry, now))
-    if len(rows) == 1:
-        return "\n".join(head + ["nobody holds or awaits a lock"])
+    for resource, state, entry in found:
+        rows.append(table_row(resource, state, entry, now))
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = head
     for row in rows:
         line = "  ".join(map(str.ljust, row, widths))
-        lines.append(line.rstrip()[:width])
-    return "\n".join(lines)
+        yield line.rstrip()[:width]
+
+
+def counts_line(report: "dict") -> "str":
+    """How many there are, in one line; who waits for a resource to be created waits, too."""
+    resources = report["resources"]
+    holders = [entry for resource in resources for entry in resource["holders"]]
+    absent = [entry for entry in holders if "absent" in entry]
+    waiting = len(report["parked"]) + sum(len(resource["waiters"]) for resource in resources)
+    line = f"{_number(len(resources), 'resource')}, {_number(len(holders), 'holder')}"
+    if absent:
+        line += f" ({len(absent)} absent)"
+    return f"{line}, {waiting} waiting"
+
+
+def _number(count, noun):
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def notes_on_sizes(report: "dict", name: "str") -> "list[str]":
+    """A line for numeric resources that may be taken for one, `a[5]` and `a[6]`; of those that are
+    like `name`, "" for all."""
+    wanted = name.partition("[")[0]
+    names: "dict" = {}
+    for resource in report["resources"]:
+        if resource.get("kind") == "numeric":
+            found = resource.get("name", "")
+            names.setdefault(found.partition("[")[0], []).append(found)
+    notes = []
+    for base, alike in names.items():
+        if len(alike) > 1 and wanted in ("", base):
+            told = ", ".join(alike[:MOST_TOLD])
+            if len(alike) > MOST_TOLD:
+                told += ", ..."
+            notes.append(visible(f"{told}: {len(alike)} resources, not one"))
+    return notes
 
 
 # What the head of a report tells of a quorum: attribute, what it is called, its unit.
@@ -5037,6 +5105,8 @@ def find_entry(report: "dict", ident: "str"):
     for entry, name, holds in entries_of(report):
         if entry.get("id", "").startswith(ident):
             found.append((entry, entry_line(entry, name, holds)))
+    whole = [(entry, line) for entry, line in found if entry.get("id") == ident]
+    found = whole or found
     if not found:
         raise UsageError(f"--evict: {ident!r} is nobody's id; see --status")
     if len(found) > 1 or not ident:
@@ -5066,19 +5136,21 @@ def entry_line(entry, name, holds):
 
 def show_status(options, settings):
     """--status, with --json or --watch; 0, for a name that nobody holds NOT_HELD."""
-    terminal = bool(sys.stdout) and sys.stdout.isatty()
+    screen = options.watch and bool(sys.stdout) and sys.stdout.isatty()
     while True:
         report = finish(fetch_report(settings, Diary(settings)))
+        notes = notes_on_sizes(report, settings.values.get("Name", ""))
         if "Name" in settings.values:
             keep_named(report, settings["Name"])
-        if options.watch and terminal:
+        if screen:
             clear_screen()
             put(time.strftime("%H:%M:%S"), sys.stdout)
         if options.json:
             import json
             show(json.dumps(report))
         else:
-            show(report_table(report, screen_width()))
+            columns, lines = screen_size()
+            show(report_table(report, columns, lines if screen else None, notes))
         if not options.watch:
             break
         time.sleep(1)
@@ -5088,13 +5160,17 @@ def show_status(options, settings):
     return 0
 
 
-def screen_width():
-    """The columns of the terminal that stdout is; None where it is none, or does not know."""
+def screen_size():
+    """(columns, lines) of the terminal that stdout is; None for what it is not, or what it does
+    not know.  Of the lines the time takes one, and the cursor another."""
+    columns = lines = None
     with contextlib.suppress(OSError, AttributeError):
-        columns = os.get_terminal_size(sys.stdout.fileno()).columns
-        if columns > 0:
-            return columns
-    return None
+        size = os.get_terminal_size(sys.stdout.fileno())
+        if size.columns > 0:
+            columns = size.columns
+        if size.lines > 0:
+            lines = size.lines - 2
+    return columns, lines
 
 
 def keep_named(report, name):

@@ -3963,8 +3963,13 @@ class LockTable:
         return self._books.window_until
 
     def known_as(self, ident):
-        """The holders and waiters whose reports bear this id; one, unless a client lies."""
-        return [request for request in self.requests.values() if request.ident == ident]
+        """The holders and waiters whose reports bear this id; one, unless a client lies.  Where
+        nobody has the whole id, those whose ids begin so."""
+        like = []
+        for request in self.requests.values():
+            if request.ident and request.ident.startswith(ident):
+                like.append(request)
+        return [request for request in like if request.ident == ident] or like
 
     def empty(self):
         """Whether nothing at all is left: no resource, not even an idle one, and no request."""

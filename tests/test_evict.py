@@ -4,7 +4,7 @@ import re
 
 import flom
 import pytest
-from fakes import MANAGEMENT, PEER, FlomClient, FlomDaemon, message, read_message
+from fakes import MANAGEMENT, PEER, FlomClient, FlomDaemon, b64, message, read_message
 from test_safety import ME, STRANGER, another, needs_root, shared  # noqa: F401
 from test_status import report
 from world import FLOM, PYTHON, endpoint, free_port, wait_until
@@ -72,7 +72,7 @@ def test_what_a_holder_does_is_said_by_on_lock_loss(box, loss, status):
 def test_the_first_digits_do_when_they_are_unique(place):
     holder, gate = place.hold("a")
     ident, = ids(place)
-    shown = place.run("--status").out.splitlines()[-1].split()[3]
+    shown = place.run("--status").out.splitlines()[-2].split()[3]
     assert shown == ident[:8]
     assert place.run("--evict", shown).status == 0
     gate.open()
@@ -157,6 +157,37 @@ def test_the_daemon_checks_the_id_again(box):
     with FlomClient(*name) as client:
         client.socket.sendall(message(MANAGEMENT, 8, f'<session peerid="{PEER}"/><evict id=""/>'))
         assert client.socket.recv(99) == b""
+
+
+def test_the_daemon_takes_first_digits_too(box):
+    """Of one id alone; a whole id is meant before those that begin with it."""
+    box.daemon()
+    name = endpoint(box.address)
+    holders = [FlomClient(*name) for _ in range(3)]
+    for number, (client, ident) in enumerate(zip(holders, ("aa", "aab", "b" * 16))):
+        client.socket.sendall(message(1, 8, (
+            f'<session peerid="{PEER}" client="flom.py/1" id="{ident}"/>'
+            f'<resource name="{b64(f"R{number}")}" mode="5" wait="0" create="1"/>')))
+        assert b'rc="0"' in read_message(client.socket)
+    for ident, rc, left in (("a", -1, 3), ("bc", -1, 3), ("bbb", 0, 2), ("aa", 0, 1),
+                            ("a", 0, 0)):
+        with FlomClient(*name) as client:
+            assert f'rc="{rc}"'.encode() in order(client, ident)
+        assert len(ids(box)) == left
+    for client in holders:
+        client.socket.close()
+
+
+def test_a_whole_id_is_meant_before_those_that_begin_with_it():
+    def entry(ident):
+        return {"id": ident, "host": ident}
+    report = {"resources": [{"name": "R1", "holders": [entry("aab"), entry("aa")],
+                             "waiters": [entry("b1"), {}]}], "parked": []}
+    assert flom.find_entry(report, "aa")[0]["host"] == "aa"
+    assert flom.find_entry(report, "b")[0]["host"] == "b1"
+    for ident in ("a", "c", ""):
+        with pytest.raises(flom.UsageError):
+            flom.find_entry(report, ident)
 
 
 def test_a_daemon_of_flom_is_never_sent_the_order(box):

@@ -365,8 +365,9 @@ def test_the_status(box, texts):
     holder, gate = box.hold("a", "-r", "backup")
     units, other = box.hold("b", "-r", "licence[5]", "-q", "2")
     waiter = box.waiter("-r", "backup", "--", "true")
-    head, *table = done(box, block(texts[0]).text).out.splitlines()
-    told_head, *told_table = block(texts[1]).text.splitlines()
+    head, *table, counts = done(box, block(texts[0]).text).out.splitlines()
+    told_head, *told_table, told_counts = block(texts[1]).text.splitlines()
+    assert counts == told_counts
     assert head.replace("synced", "file") == told_head  # the box has a StateDir
     shape = [[line.split()[n] for n in (0, 1, 2, -2)] for line in told_table]
     assert [[line.split()[n] for n in (0, 1, 2, -2)] for line in table] == shape

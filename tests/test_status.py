@@ -1,9 +1,12 @@
 """What flom tells: --status, -V while it waits, what the daemon publishes, --check-config."""
+import fcntl
 import json
 import os
 import re
 import socket
+import struct
 import sys
+import termios
 import time
 
 import flom
@@ -35,6 +38,8 @@ def table(box, *options, address=None):
     lines = done.out.splitlines()
     if lines[0].startswith("memory: "):
         del lines[0]
+    assert re.fullmatch(r"\d+ resources?, \d+ holders?( \(\d+ absent\))?, \d+ waiting",
+                        lines.pop())
     starts = [found.start() for found in re.finditer(r"\S+", lines[0])]
     assert lines[0].split() == HEAD
     ends = starts[1:] + [None]
@@ -130,6 +135,7 @@ def test_an_absent_holder_and_the_memory():
     assert [holder.get("absent") for holder in report["resources"][0]["holders"]] == [1, None]
     head, _, *rows = flom.report_table(report, None).splitlines()
     assert head == "memory: failing, recovery window: 1500 ms"
+    assert rows.pop() == "1 resource, 2 holders (1 absent), 0 waiting"
     assert [row.split() for row in rows] == [["R1", "simple", "absent", "a"],
                                              ["R1", "simple", "holds", "b"]]
 
@@ -151,6 +157,85 @@ def test_the_head_tells_of_a_quorum():
                     "latency: 4 ms, left: 8700 ms")
     report["daemon"]["trouble"] = "nobody\x1bcompacts"
     assert flom.report_table(report, None).splitlines()[1] == "trouble: nobody\\x1bcompacts"
+
+
+def a_report(*resources, parked=0):
+    """A report of resources (name, kind, number of holders, of waiters)."""
+    text = '<daemon version="1" memory="file"/>'
+    for name, kind, holders, waiters in resources:
+        text += f'<resource name="{b64(name)}" kind="{kind}">' + '<holder id="aa"/>' * holders
+        text += "".join(f'<waiter id="bb" position="{n + 1}"/>' for n in range(waiters))
+        text += "</resource>"
+    text += f'<parked name="{b64("R9")}" id="cc"/>' * parked
+    return flom.arrange_report(message(LOCK, 16, text))
+
+
+def test_the_counts():
+    report = a_report(("R1", "simple", 1, 2), ("R2", "simple", 0, 0), ("n[5]", "numeric", 3, 0),
+                      parked=1)
+    *_, counts = flom.report_table(report, None).splitlines()
+    assert counts == "3 resources, 4 holders, 3 waiting"
+
+
+def test_a_screen_shows_who_waits_before_who_holds():
+    """As many rows as fit, and how many do not."""
+    report = a_report(("idle", "simple", 0, 0), ("R1", "simple", 1, 2), ("R2", "simple", 1, 0),
+                      parked=1)
+    everything = flom.report_table(report, None).splitlines()
+
+    def states(height, width=None):
+        head, columns, *rows, counts = flom.report_table(report, width, height).splitlines()
+        assert (head, counts) == (everything[0], everything[-1])
+        return [row.split()[-1] if "more" in row else " ".join(row.split()[:3]) for row in rows]
+    rows = ["R1 simple waits", "R1 simple waits", "R9 waits for", "R1 simple holds",
+            "R2 simple holds", "idle simple idle"]
+    assert states(9) == states(99) == rows
+    for height in range(6, 9):
+        *_, more, counts = flom.report_table(report, None, height).splitlines()
+        assert states(height)[:-1] == rows[:height - 4]
+        assert more == f"... and {6 - (height - 4)} more"
+    assert states(1)[:-1] == rows[:1]  # one in any case
+    assert max(map(len, flom.report_table(report, 12, 7).splitlines())) == 12
+
+
+def test_watch_fills_the_screen(box):
+    box.daemon()
+    held = [box.hold(f"g{number}", "-r", f"R{number}") for number in range(6)]
+    waiter = box.waiter("-r", "R5", "--", "true")
+    screen, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 9, 200, 0, 0))
+    watcher = box.flom("--status", "--watch", stdout=terminal)
+    shown = ""
+    while "waiting" not in shown:
+        shown += os.read(screen, 9999).decode()
+    watcher.terminate()
+    watcher.end()
+    os.close(terminal)
+    os.close(screen)
+    _, memory, head, *rows, more, counts = shown.splitlines()
+    assert counts == "6 resources, 6 holders, 1 waiting" and len(shown.splitlines()) == 8
+    assert [row.split()[:3] for row in rows] == [
+        ["R5", "simple", "waits"], ["R0", "simple", "holds"], ["R1", "simple", "holds"]]
+    assert more == "... and 4 more" and head.split() == HEAD
+    for holder, gate in held:
+        gate.open()
+        assert holder.end().status == 0
+    assert waiter.end().status == 0
+
+
+def test_one_name_with_two_sizes(box):
+    """The table says that these are two resources, also when one of them is asked for."""
+    gates, holders = [], []
+    for name in ("licence[5]", "licence[6]", "pool[3]"):
+        holder, gate = box.hold(f"g{len(gates)}", "-r", name)
+        gates, holders = gates + [gate], holders + [holder]
+    line = "licence[5], licence[6]: 2 resources, not one"
+    for options in ((), ("-r", "licence[6]")):
+        assert box.run("--status", *options).out.splitlines()[-2] == line
+    assert "not one" not in box.run("--status", "-r", "pool[3]").out
+    end(gates, holders)
+    many = a_report(*[(f"n[{size}]", "numeric", 1, 0) for size in range(1, 6)])
+    assert flom.notes_on_sizes(many, "") == ["n[1], n[2], n[3], ...: 5 resources, not one"]
 
 
 def test_the_kinds_that_have_elements_and_nodes(box):
@@ -176,8 +261,9 @@ def test_a_terminal_that_does_not_know_its_width(box):
     assert os.get_terminal_size(terminal).columns == 0
     assert box.run("--status", stdout=terminal).status == 0
     os.close(terminal)
-    *_, head, row = os.read(screen, 9999).decode().splitlines()
+    *_, head, row, counts = os.read(screen, 9999).decode().splitlines()
     os.close(screen)
+    assert counts == "1 resource, 1 holder, 0 waiting"
     assert head.split() == HEAD and row.split()[:3] == ["R1", "simple", "holds"]
     end([gate], [holder])
 
