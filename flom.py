@@ -1363,7 +1363,7 @@ class Busy(LockError):
     prefix = ""
 
 
-class Timeout(LockError):
+class Timeout(LockError, TimeoutError):
     """The lock was not granted in time."""
     status = 98
     prefix = ""
@@ -1741,26 +1741,35 @@ def input_of(sock, until: "float"):
     return sock.fileno(), READ, until - clock()
 
 
-def waiting_for(step):
-    """The steps that are this one alone."""
-    yield step
+def limiting(steps, until: "float"):
+    """Steps that end with others, with their result; None when `until` (monotonic s) is first.
 
-
-def finish(steps, until: "float" = FOREVER):
-    """Runs steps to their end and returns their result; None when `until` (monotonic s) is first.
-
-    Whatever ends it, also an exception out of a signal handler, closes the steps, and thereby the
-    connection on which they wait.
+    Whatever ends them closes the others, and thereby the connection on which those wait.
     """
     try:
         while clock() < until:
             descriptor, events, seconds = next(steps)
-            _sleep(descriptor, events, min(seconds, until - clock()))
+            yield descriptor, events, min(seconds, until - clock())
     except StopIteration as end:
         return end.value
     finally:
         steps.close()
     return None
+
+
+def finish(steps, until: "float" = FOREVER):
+    """Runs steps to their end and returns their result; None when `until` (monotonic s) is first.
+
+    Whatever ends it, also an exception out of a signal handler, closes the steps.
+    """
+    limited = limiting(steps, until)
+    try:
+        while True:
+            _sleep(*next(limited))
+    except StopIteration as end:
+        return end.value
+    finally:
+        limited.close()
 
 
 def _sleep(descriptor, events, seconds):
@@ -3413,6 +3422,12 @@ class Claim:
 
         `started`: when the wait began (monotonic s), for the Timeout of the settings.
         """
+        with self.becoming_ours(started):
+            finish(self.acquiring())
+
+    @contextlib.contextmanager
+    def becoming_ours(self, started: "float | None" = None):
+        """A block in which the steps of `acquiring` are run; after it the lock is held."""
         if started is None:
             started = clock()
         limit = self.settings["Timeout"]
@@ -3420,25 +3435,26 @@ class Claim:
             self._deadline = started + limit / 1000
         self._context = tls_context(self.settings)
         try:
-            if not self._reuse():
-                self._about = self._introduction()
-                self._check_length()
-                self._acquire()
+            yield
             self._owner = self._keeper = os.getpid()
         finally:
             self._starter.close()
             if not self._owner:  # a signal handler may raise after the grant, too
                 self._abandon()
 
-    def _acquire(self):
-        """Asks for the lock, and reclaims it when its OK was read late."""
+    def acquiring(self):
+        """Steps that ask for the lock, and reclaim it when its OK was read late."""
+        if (yield from self._reusing()):
+            return
+        self._about = self._introduction()
+        self._check_length()
         while True:
-            self.connection, answer = finish(self._asking())
+            self.connection, answer = yield from self._asking()
             self.element, self.token = answer.element, answer.token
             while self.connection and self._is_late():
                 self._doubt(READ_LATE)
                 until = max(self._deadline, clock() + HURRY)
-                if finish(self._reclaiming(), until) is None:
+                if (yield from limiting(self._reclaiming(), until)) is None:
                     raise refusal(LATE, "", self.settings)
             if self.connection:
                 return
@@ -3449,15 +3465,15 @@ class Claim:
         """Whether the OK that was read last is no grant."""
         return self.connection.session.pings.is_late(boot_clock())
 
-    def _reuse(self):
-        """Counts as held what a command above holds, if that is wanted and as good.
+    def _reusing(self):
+        """Steps that count as held what a command above holds, if that is wanted and as good.
 
         It is neither asked for nor released, and only that command's flom watches it.
         """
         parents = self.chain[1:]
         if self.settings["Deadlock"] != "reuse" or not parents:
             return False
-        holder = finish(finding_outer_lock(self.settings, self.diary, parents, self._make))
+        holder = yield from finding_outer_lock(self.settings, self.diary, parents, self._make)
         if not holder:
             return False
         self.chain = parents
@@ -3511,16 +3527,21 @@ class Claim:
         Nothing that is wrong with the connection is an error: its end frees the lock, and what
         the lock was held for is done.
         """
+        return finish(self.releasing(rollback))
+
+    def releasing(self, rollback: "bool"):
+        """The steps of `release`."""
         ours = self.is_ours()
         self._owner = 0
         self._reused = False
         try:
-            return not ours or self._part(rollback)
+            return not ours or (yield from self._parting(rollback))
         finally:
             self.forget()
 
-    def _part(self, rollback):
-        """Unlocks, until a daemon has acknowledged it, or need not be told; result as `release`.
+    def _parting(self, rollback):
+        """Steps that unlock, until a daemon has acknowledged it, or need not be told; result as
+        `release`.
 
         A refusal after an unlock says that the unlock is stored.
         """
@@ -3532,13 +3553,13 @@ class Claim:
         while self.connection or self._is_kept_longer(rollback):
             if self.connection:
                 unlocked = True
-                if self._unlock(rollback, until):
+                if (yield from self._unlocking(rollback, until)):
                     break
                 continue
             limit = until
             if not self._starter.is_starting:
                 limit = min(until, clock() + hurry)
-            held = finish(self.reclaiming(), limit)
+            held = yield from limiting(self.reclaiming(), limit)
             if not held:
                 return unlocked or held is None
         return True
@@ -3564,14 +3585,14 @@ class Claim:
             with contextlib.suppress(Gone, DaemonUnavailable):
                 connection.send(self._farewell)
 
-    def _unlock(self, rollback, until):
-        """True when that is stored; otherwise the lock is lost, and may be kept."""
+    def _unlocking(self, rollback, until):
+        """Steps to True when that is stored; otherwise the lock is lost, and may be kept."""
         connection = self.connection
         limit = until
         if self.interval:
             limit = min(until, clock() + UNANSWERED_PINGS * self.interval)
             self._doubted = connection.address
-        stored = finish(connection.unlocking(self.name, rollback, limit))
+        stored = yield from connection.unlocking(self.name, rollback, limit)
         if stored and (not self.interval or connection.session.state == LEFT):
             self.connection = None
             self._keeper = 0
@@ -3613,14 +3634,14 @@ class Claim:
         self._silent = []
         self._decides = None
 
-    def succeed(self, previous: "Claim"):
-        """Takes the place of a claim of the same lock that has ended, or is lost.
+    def succeeding(self, previous: "Claim"):
+        """Steps that take the place of a claim of the same lock that has ended, or is lost.
 
         A daemon may keep that one's lock for it, and so for this one too, which asks with the same
         id and key.  Not so a number, which is to be granted once: there it is released first.
         """
         if kind_of(self.name) in ("sequence", "timestamp"):
-            previous.release(rollback=False)
+            yield from previous.releasing(rollback=False)
         elif previous._keeper == os.getpid():
             self.chain = previous.chain
             self._key, self._keeper = previous._key, previous._keeper
@@ -3893,6 +3914,10 @@ class Claim:
         """As look, for one who looks seldom: where the daemon wants pings, one has been answered
         that was sent no longer than an interval before; takes an interval at most.
         """
+        return finish(self.confirming())
+
+    def confirming(self):
+        """The steps of `confirm`."""
         until = clock() + self.interval
         while self.look():
             pings = self.connection and self.connection.session.pings
@@ -3902,7 +3927,7 @@ class Claim:
             if clock() >= until:
                 self._doubt(UNANSWERED_PING)
             elif pings.are_unanswered:
-                finish(waiting_for(input_of(self.connection.sock, until)), until)
+                yield input_of(self.connection.sock, until)
         return False
 
     def _check_state(self, answers):
@@ -3973,16 +3998,16 @@ class Claim:
                 held = yield from self._reclaiming_once()
                 self._close_silent()
                 return held
-            except OSError as error:
-                if error.errno is None:  # a signal handler's own, as TimeoutError
-                    raise
-                obstacle = str(error)
             except (DaemonUnavailable, UsageError) as error:
                 obstacle = str(error)
             except LockError as error:
                 self._lose_for_good(error.reason or HAS_OTHER_HOLDER)
                 self._close_silent()
                 return False
+            except OSError as error:  # a Timeout is one, too: it has come before
+                if error.errno is None:  # a signal handler's own, as TimeoutError
+                    raise
+                obstacle = str(error)
             self.diary.say(f"reclaiming {self.name}: {obstacle}")
             if clock() < hurry:
                 yield pause(AGAIN)
@@ -4116,7 +4141,7 @@ class Lock:
         if self._claim.is_ours() and self._claim.look():
             raise RuntimeError(f"{self.name} is held already")
         claim = self._new_claim(self._request_settings(blocking, timeout))
-        claim.succeed(self._claim)
+        finish(claim.succeeding(self._claim))
         self._claim = claim
         claim.acquire()
         return self

@@ -194,6 +194,7 @@ def test_the_family_of_errors():
         assert error.reason is None
         assert error.__doc__
     assert not issubclass(flom.UsageError, flom.LockError)
+    assert issubclass(flom.Timeout, TimeoutError) and not issubclass(flom.Busy, TimeoutError)
 
 
 WRONG = [({"mode": "XX"}, "^mode=: 'XX'"), ({"quantity": -1}, "^quantity=: '-1'"),
