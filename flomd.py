@@ -1709,6 +1709,7 @@ class Resource:
     has_memory = False  # its next element depends on those before
     is_unique = False  # an element is not granted again, unless that cannot be helped
     stalled = False  # nothing is granted at the moment, see LockTable.stall()
+    stem = ""  # the name without the size, where people may take another size for the same
     # of a sequence, see there
     returned: "dict" = {}
     moved: "dict" = {}
@@ -2092,6 +2093,7 @@ class Numeric(Counted):
 
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
+        self.stem, _, _ = name.partition("[")
         self.most = size_of(name)
         self.free = self.most
 
@@ -3068,6 +3070,38 @@ class Changes:
                 resource.moved = {}
 
 
+class Sizes:
+    """Resources whose names differ in their sizes alone, as `licence[5]` and `licence[6]`: two
+    pools, which people take for one.
+
+    untold   pairs of names, one that was known before and a new one
+    """
+    MOST = 100  # names that are kept of one stem: more tell nobody anything
+
+    def __init__(self):
+        self.untold: "List[tuple]" = []
+        self._names: "Dict[str, set]" = {}  # stem: the names seen since it is in use
+        self._in_use: "Dict[str, int]" = collections.Counter()  # stem: the number of resources
+
+    def begin(self, resource):
+        """The resource exists from now on."""
+        stem, name = resource.stem, resource.name
+        self._in_use[stem] += 1
+        names = self._names.setdefault(stem, set())
+        if name in names or len(names) == self.MOST:
+            return
+        if names:
+            self.untold.append((min(names), name))
+        names.add(name)
+
+    def end(self, resource):
+        """The resource exists no more."""
+        stem = resource.stem
+        self._in_use[stem] -= 1
+        if not self._in_use[stem]:
+            del self._in_use[stem], self._names[stem]
+
+
 class Catalogue:
     """The resources, and what is left of those that have ended: the greatest of their tokens."""
 
@@ -3080,6 +3114,7 @@ class Catalogue:
         self.stalled = False  # kinds whose elements are unique grant nothing
         self.strict = False  # see LockTable.be_strict()
         self.changed = Changes()
+        self.sizes = Sizes()
 
     def has_room(self, resource, times):
         """Whether there is room for a new resource in so many times the limits: many resources
@@ -3094,6 +3129,8 @@ class Catalogue:
         self.names += resource.weight
         resource.stalled = self.stalled and resource.is_unique
         self.note(resource)
+        if resource.stem:
+            self.sizes.begin(resource)
         if self.forgotten:  # perhaps of a resource of this name
             self.remember(resource, (resource.name, EX), self.forgotten)
 
@@ -3101,6 +3138,8 @@ class Catalogue:
         """The idle life of the resource is over."""
         del self.resources[resource.name]
         self.names -= resource.weight
+        if resource.stem:
+            self.sizes.end(resource)
         for token in resource.tokens.values():
             self.forgotten = max(self.forgotten, token)
         if resource.is_remembered():
@@ -3834,6 +3873,7 @@ class LockTable:
         self.holders = books.holders  # token: Request
         self.absent = books.absent  # session: Request, those holders whose clients are not there
         self.parked = books.parked  # name: {session: Request}
+        self.sizes = self._catalogue.sizes
 
     def begin_with(self, epoch):
         """Before any request: all tokens will be of this epoch or later."""
@@ -10612,8 +10652,16 @@ class Server:
             request.grace = self._grace(request)
         decisions = self.table.request(request, self.loop.now)
         self.deliver(decisions)
+        if self.table.sizes.untold:
+            self._tell_sizes()
         if is_surplus and session not in self.table.requests:
             connection.finish()
+
+    def _tell_sizes(self):
+        """Notes in the log that there are two resources, where somebody may have meant one."""
+        for known, new in self.table.sizes.untold:
+            self._log.limited(f"{new} is another resource than {known}")
+        self.table.sizes.untold.clear()
 
     def _identify(self, connection, request):
         """On a local socket the system knows best who asks."""

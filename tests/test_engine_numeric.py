@@ -116,3 +116,31 @@ def test_a_holder_may_ask_again_for_no_more_than_it_has(world):
 def test_the_largest_pool(world):
     assert world.ask("A", "n[2147483647]", quantity=2147483647) == "A granted"
     assert world.ask("B", "n[2147483647]", wait=0) == "B busy"
+
+
+def test_who_may_have_meant_one_pool_is_told_once(world):
+    """While one of the pools is in use; names that differ otherwise are nobody's mistake."""
+    sizes = world.table.sizes
+    for name, client in (("n[5]", "A"), ("m[6]", "B"), ("n[6]", "C"), ("n", "D"), ("n[7]", "E")):
+        world.ask(client, name)
+    assert sizes.untold == [("n[5]", "n[6]"), ("n[5]", "n[7]")]
+    sizes.untold.clear()
+    world.release("C")
+    world.later(10)
+    assert "n[6]" not in world.table.resources
+    world.ask("C", "n[6]")
+    assert sizes.untold == []
+    for client in "ACE":
+        world.release(client)
+    world.later(10)
+    assert set(world.table.resources) == {"m[6]", "n"}
+    world.ask("A", "n[5]")
+    assert sizes.untold == []
+    world.ask("C", "n[6]")
+    assert sizes.untold == [("n[5]", "n[6]")]
+
+
+def test_names_that_are_kept_have_an_end(world):
+    for size in range(1, 2 * world.table.sizes.MOST):
+        world.ask(f"A{size}", f"n[{size}]")
+    assert len(world.table.sizes.untold) == world.table.sizes.MOST - 1
