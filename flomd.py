@@ -8687,7 +8687,8 @@ NEVER_STORED = object()  # a batch for which one waits that is not to be read an
 MOST_IGNORED = 64  # readings of what nobody wants to know
 ABORTS = struct.pack("ii", 1, 0)  # as SO_LINGER: what the client has not got is lost
 LOCAL = "local"  # the peer on a UNIX socket
-RESERVE = 32  # files that are not for clients: listeners, log, state, a few to refuse clients
+# Files that are not for clients: listeners, log, state, etcd; half of them to refuse clients.
+RESERVE = 32
 
 
 class Connections:
@@ -8698,11 +8699,13 @@ class Connections:
     """
 
     def __init__(self, loop: "Loop", log: "Log", settings: "Settings", most: "int | None"):
+        files = most_files()
         if most is None:
-            most = max(1, most_files() - RESERVE)
+            most = max(1, files - RESERVE)
         self.loop = loop
         self.log = log
         self.most = most
+        self._most_open = max(1, files - RESERVE // 2)
         self.keepalive = [settings[f"TcpKeepalive{name}"] for name in ("Time", "Intvl", "Probes")]
         self.tls = serving_context(settings)
         self.users = Users(loop)
@@ -8739,6 +8742,11 @@ class Connections:
             return
         self.open.add(connection)
         self.silent.expect(connection)
+
+    def has_room(self) -> "bool":
+        """Whether another client can be accepted, and be it to refuse it.  What the daemon opens
+        itself, as a connection to etcd, must not fail since strangers have come in a crowd."""
+        return len(self.open) < self._most_open
 
     def refuses(self, connection: "Connection") -> "bool":
         """Whether the connection is still beyond the limit."""
@@ -9418,6 +9426,11 @@ FIRST_GIVEN = 3  # the first descriptor of LISTEN_FDS
 FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 
 
+def always() -> "bool":
+    """There is room."""
+    return True
+
+
 class Accepting(socket.socket):
     """A socket whose accept() is fast.  That asks itself for family and type, to give them to the
     new socket, and Python would make an enum of each, which takes longer than all the rest."""
@@ -9434,11 +9447,14 @@ class Accepting(socket.socket):
 
 class Listener:
     """A listening socket.  `label` is how the status report names it, `address` its address;
-    welcome(socket, peer) is called for each client that arrives.  Raises CannotServe."""
+    welcome(socket, peer) is called for each client that arrives, as long as has_room().  Raises
+    CannotServe."""
 
-    def __init__(self, loop: "Loop", log: "Log", bound: "socket.socket", welcome):
+    def __init__(self, loop: "Loop", log: "Log", bound: "socket.socket", welcome,
+                 has_room: "Callable[[], bool]" = always):
         self._loop, self._log = loop, log
         self._welcome = welcome
+        self._has_room = has_room
         self.local = bound.family == socket.AF_UNIX
         self.address = bound.getsockname()
         self._at_once = 1  # clients that are accepted in one turn, at most
@@ -9460,6 +9476,10 @@ class Listener:
     def handle(self, events: "int") -> "None":
         """Accepts those that have come, a batch at a time."""
         for came in range(self._at_once):
+            if not self._has_room():
+                self._log.limited("cannot accept clients: too many are connected; trying again")
+                self._pause()
+                return
             try:
                 connection, address = self._socket.accept()
             except WOULD_BLOCK + (ConnectionError,):
@@ -9523,10 +9543,11 @@ class TermListener(Listener):
         self._socket = Accepting(bound)
         self._socket.setblocking(False)
 
-    def begin(self, welcome: "Callable") -> "None":
-        """Listens; welcome(socket, peer) is called for each client that arrives.  Raises
-        CannotServe."""
+    def begin(self, welcome: "Callable", has_room: "Callable[[], bool]" = always) -> "None":
+        """Listens; welcome(socket, peer) is called for each client that arrives, as long as
+        has_room().  Raises CannotServe."""
         self._welcome = welcome
+        self._has_room = has_room
         with serving(f"cannot listen on {self.label}"):
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._socket.listen(BACKLOG)
@@ -9561,11 +9582,11 @@ class LocalListener(Listener):
     State with its lock; drain(reason) is called when another daemon serves at the path."""
 
     def __init__(self, loop: "Loop", log: "Log", path: "str", mode: "int", guard: "State", welcome,
-                 drain):
+                 has_room, drain):
         self._path, self._mode = path, mode
         self._guard = guard
         self._drain = drain
-        super().__init__(loop, log, unix_socket(path, mode), welcome)
+        super().__init__(loop, log, unix_socket(path, mode), welcome, has_room)
         self._identity = identity(path)
 
     def look(self) -> "None":
@@ -12748,7 +12769,7 @@ class Campaign:
         term = self.term = Term(self, chain, table, connections)
         term.server.absences.begin_term(leader.claimed_at, self._quorum.mine.grace)
         try:
-            self._listener.begin(connections.welcome)
+            self._listener.begin(connections.welcome, connections.has_room)
         except CannotServe as error:
             self.status = 1
             self.log.error(str(error))
@@ -13099,14 +13120,18 @@ def _open_own_listeners(daemon, group, guard):
         host, port = group.any_address(), settings.values.get("UnicastPort", 0)
     local = local_socket(settings)
     if local:
-        daemon.ways.append(LocalListener(daemon.loop, daemon.log, local, _socket_mode(settings),
-                                         guard, daemon.connections.welcome, daemon.drain))
+        connections = daemon.connections
+        daemon.ways.append(LocalListener(
+            daemon.loop, daemon.log, local, _socket_mode(settings), guard, connections.welcome,
+            connections.has_room, daemon.drain))
     if host:
         _listen(daemon, tcp_socket(host, port, settings["NetworkInterface"]))
 
 
 def _listen(daemon, bound):
-    daemon.ways.append(Listener(daemon.loop, daemon.log, bound, daemon.connections.welcome))
+    connections = daemon.connections
+    daemon.ways.append(Listener(daemon.loop, daemon.log, bound, connections.welcome,
+                                connections.has_room))
 
 
 def _socket_mode(settings):

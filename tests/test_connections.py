@@ -319,6 +319,33 @@ def test_who_takes_nothing_more_is_told_and_has_a_time_to_end(links, monkeypatch
     assert server.seen == ["ping", "end"] and not connection.is_open
 
 
+def test_a_crowd_leaves_files_for_the_daemon_itself(monkeypatch):
+    """However many are refused: a connection to etcd, or the log, may need one."""
+    monkeypatch.setattr(flomd, "most_files", lambda: flomd.RESERVE + 2)
+    links = Links()
+    connections = links.connections
+    bound = socket.socket()
+    bound.bind(("127.0.0.1", 0))
+    address = bound.getsockname()
+    listener = flomd.Listener(links.loop, links.log, bound, connections.welcome,
+                              connections.has_room)
+    crowd = []
+    for _ in range(flomd.RESERVE):
+        crowd.append(socket.create_connection(address))
+        links.turn()
+    assert len(connections) == flomd.RESERVE // 2 + 2
+    assert "too many are connected" in links.log.lines[-1]
+    crowd[0].close()
+    wait_until(lambda: links.turn() or len(links.gone) == 1)
+    listener._resume()
+    links.turn()
+    assert len(connections) == flomd.RESERVE // 2 + 2
+    listener.close()
+    connections.abandon()
+    for client in crowd:
+        client.close()
+
+
 def tcp(links):
     """(a new connection over TCP, its client's socket)"""
     with socket.socket() as listener:
