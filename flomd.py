@@ -11170,6 +11170,7 @@ class Absences:
         self._round: "List[Request]" = []  # those that are left of the look that has begun
         self._graces: "List[Tuple[float, int, Request]]" = []  # a heap, by the end of the grace
         self._until: "Dict[int, float]" = {}  # token: the last end, which counts
+        self._restored: "List[Request]" = []  # which have no grace yet
 
     @staticmethod
     def _can_look():
@@ -11201,8 +11202,8 @@ class Absences:
         self._table.be_strict()
         now = self._loop.now
         self._begun = now.mono - (now.boot - claimed_at)
-        for holder in self._table.absent.values():
-            self._give_grace(holder, self._begun)
+        self._restored = [*self._table.absent.values()][::-1]  # the first are the last here
+        self._give_graces()
 
     def keep(self, holder: "Request") -> "float":
         """The holder has become absent, in a quorum; returns for how long it is kept (s)."""
@@ -11211,7 +11212,7 @@ class Absences:
 
     def stop(self) -> "None":
         """None of them ends any more."""
-        for act in (self._look, self._end_graces):
+        for act in (self._look, self._give_graces, self._end_graces):
             self._loop.drop(act)
 
     # Their processes.
@@ -11244,6 +11245,16 @@ class Absences:
             self._watched.append(holder)
 
     # Their graces.
+
+    def _give_graces(self):
+        """To those who were restored, a part of them in this turn."""
+        part = self._restored[-MOST_LOOKED_AT:]
+        del self._restored[-MOST_LOOKED_AT:]
+        for holder in part:
+            if self._is_absent(holder) and holder.token not in self._until:
+                self._give_grace(holder, self._begun)
+        if self._restored:
+            self._loop.after(0, self._give_graces)
 
     def _give_grace(self, holder, since):
         """It is kept from `since` on (s, monotonic); returns the end."""
@@ -12448,6 +12459,29 @@ class Notices:
                                 f"with {ours}: they should be alike")
 
 
+# Python looks now and then whether objects that refer to each other in a circle can go.  Where
+# there are many that stay, that lasts longer than a turn of the loop may.
+
+def all_of_it_stays(steps: "Iterator[None]") -> "Iterator[None]":
+    """The same steps: what they have made is not looked at before nothing_stays()."""
+    import gc
+    gc.disable()
+    try:
+        yield from steps
+        if hasattr(gc, "freeze"):  # Python 3.7 and later
+            gc.freeze()
+    finally:
+        gc.enable()
+
+
+def nothing_stays() -> "None":
+    """Frees what a term has left."""
+    import gc
+    if hasattr(gc, "unfreeze"):
+        gc.unfreeze()
+    gc.collect()
+
+
 class Campaign:
     """A daemon of a quorum, from its start to its end.
 
@@ -12617,7 +12651,7 @@ class Campaign:
             if self._ends and asker.deadline == NEVER:
                 self._end()
         elif asker.stage == LOADS and asker.is_loaded() and self._steps is None:
-            self._steps = self._restoring(asker)
+            self._steps = all_of_it_stays(self._restoring(asker))
             self._restore()
         self._go_on()
 
@@ -12654,6 +12688,7 @@ class Campaign:
     def _begin_anew(self):
         """With another thread, and connections that nobody knows."""
         self._etcd.stop()
+        self.loop.after(0, nothing_stays)
         pause = BARRED if self._damage else 0
         self.loop.after(pause, self._prepare)
         self._show(self._nobody())

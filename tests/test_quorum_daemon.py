@@ -1,4 +1,5 @@
 """Daemons of a quorum: their options, their terms, as real processes on a fake etcd."""
+import gc
 import json
 import os
 import re
@@ -469,6 +470,36 @@ def test_nobody_serves_with_a_memory_that_cannot_be(box, quorums):
     assert quorum.leader() == 0 and len(quorum.holders()) == 2
     gate.open()
     box.kill(holder.pid)
+
+
+def test_what_is_restored_does_not_hold_up_the_loop(request):
+    """Where nothing can go Python does not look; when a term is over it does."""
+    looked = []
+
+    def look(phase, about):
+        if phase == "start":
+            looked.append(about["generation"])
+
+    def steps():
+        for number in range(100):
+            made.extend([number] for _ in range(1000))
+            yield
+
+    made = []
+    gc.callbacks.append(look)
+    request.addfinalizer(lambda: gc.callbacks.remove(look))
+    for _ in flomd.all_of_it_stays(steps()):
+        assert not looked
+    assert len(made) == 100000 and gc.isenabled()
+    flomd.nothing_stays()
+    assert looked[-1] == 2
+    if hasattr(gc, "get_freeze_count"):
+        assert gc.get_freeze_count() == 0
+    unfinished = flomd.all_of_it_stays(iter([None]))
+    next(unfinished)
+    assert not gc.isenabled()
+    unfinished.close()
+    assert gc.isenabled()
 
 
 @pytest.mark.processes

@@ -406,6 +406,24 @@ def test_a_former_holder_is_kept_from_the_claim_on(world):
     assert not later.server.absences._watched
 
 
+def test_many_former_holders_have_their_graces_in_portions(world, monkeypatch):
+    """Who has come back meanwhile, and is absent anew, is kept from then on."""
+    monkeypatch.setattr(flomd, "MOST_LOOKED_AT", 2)
+    tokens = {}
+    for name in "RQPNM":
+        tokens[name] = world.table.requests[world.holder(name).session].token
+    world.disk.stored.update(flomd.everything(world.table))
+    later = Later(world, claimed=10)
+    assert later.until() == [15, 15]
+    known = later.ours("M", reclaim=tokens["M"])
+    later.settle()
+    assert known.told == [0]
+    known.close(end="reset")
+    later.run(0.1)
+    assert later.absent() == list("RQPNM") and later.until() == [15, 15, 15, 15, 25]
+    later.server.abandon()
+
+
 def test_a_former_holder_is_itself_and_nobody_else(world):
     token = world.table.requests[world.holder().session].token
     gone = world.holder("Q")
