@@ -4,7 +4,7 @@
         so many clients ask again and again for the locks of LOCKS; each runs etcd_work.py under
         its lock.  They stop, when they have had their turn, at the end of standard input.
     etcd_load.py probe LOG HOSTS
-        takes a lock of its own on each host, again and again, until the end of standard input
+        takes locks of its own on each host, again and again, until the end of standard input
     etcd_load.py fill URL PREFIX KEY NUMBER
         copies the holder whose key (h/TOKEN, behind the prefix) is given so many times, with other
         tokens, names and clients
@@ -86,11 +86,14 @@ def drive(path, flom, hosts, clients, name, seed):
 
 
 def probe_host(log, host, stop):
+    """Each time another lock: one that was granted and not released is kept for a while."""
+    number = 0
     while not stop.wait(PAUSE):
+        number += 1
         with contextlib.suppress(OSError):
             asked = time.monotonic()
             with FlomClient(socket.AF_INET, (host, PORT), 2) as asking:
-                answer = asking.ask(f"probe{host.replace('.', 'x')}", wait=0)
+                answer = asking.ask(f"probe{host.replace('.', 'x')}n{number}", wait=0)
                 if answer and answer[1] == 0:
                     line = f"serve {host} {asked:.6f}\n"
                     os.write(log.descriptor, line.encode())
