@@ -338,6 +338,7 @@ def size_of(name: "str") -> "int":
 class Type:
     """How the value of a setting is written: `hint` in --help, `expected` in messages."""
     blanks_count = False  # whether blanks at the end of a value in a file belong to it
+    denial = "is not"  # between a text and what was expected
 
     def __init__(self, hint: "str", expected: "str"):
         self.hint = hint
@@ -396,12 +397,24 @@ class SocketPath(Path):
 
 class ResourceName(Text):
     """A name that tells a kind; the default one is not to be asked for."""
+    denial = "is no"
 
     def read(self, text):
         name = super().read(text)
         if name == DEFAULT_RESOURCE or not kind_of(name):
-            raise ValueError(self.expected)
+            raise ValueError(self._expected_of(name))
         return name
+
+    def _expected_of(self, name):
+        """What the name was to be; who has taken any text for a name is told how to write it."""
+        node = f"/{name.lstrip('/')}"
+        reserved = name == DEFAULT_RESOURCE or name.lower().startswith(("_s_", "_t_"))
+        if reserved or "[" in name or not kind_of(node):
+            return self.expected
+        rule = "has letters and digits only"
+        if name[0].isdigit():
+            rule = "begins with a letter"
+        return f"resource name: a simple name {rule}; {node!r} may hold anything"
 
 
 class Number(Type):
@@ -673,7 +686,7 @@ SETTINGS = [
     Setting("Trace", "Verbose", short="V", long="verbose", type=FLAG, switch=True,
             default=False, users=BOTH, help="print settings and events"),
     Setting("Resource", "Name", short="r", long="resource-name",
-            type=ResourceName("NAME", "a resource name (NAME NAME[N] A.B.C /A/B _s_NAME[N] "
+            type=ResourceName("NAME", "resource name (NAME NAME[N] A.B.C /A/B _s_NAME[N] "
                               f"_S_NAME[N] _t_FORMAT[N]; N from 1 to {MOST})"),
             default=DEFAULT_RESOURCE, users=CLIENT, help="what to lock"),
     Setting("Resource", "Timeout", short="o", long="resource-timeout",
@@ -875,6 +888,7 @@ class Settings:
         self.values: "dict" = {}  # by key: what has been set
         self.origins: "dict" = {}  # by key: option, keyword, or file and line
         self.warnings: "list" = []  # lines
+        self.files: "list" = []  # those that were read
         self.skipped: "tuple" = ()  # groups that files may have for another program
         self.defaults = {setting.key: setting.default for setting in SETTINGS}
         self.defaults.update(defaults)
@@ -896,7 +910,7 @@ class Settings:
             try:
                 values.append(setting.type.read(text))
             except ValueError as error:
-                message = f"{origin}: {text!r} is not {error}"
+                message = f"{origin}: {text!r} {setting.type.denial} {error}"
                 if isinstance(setting.type, Signal):
                     self.warnings.append(f"{message}; ignored")
                 else:
@@ -938,6 +952,7 @@ class Settings:
             elif error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 self.warnings.append(f"{path}: {error.strerror}; it is not read")
             return
+        self.files.append(path)
         for number, group, key, text in entries_of_file(content):
             place = f"{path}:{number}"
             if key:
@@ -993,10 +1008,16 @@ class Examined(Settings):
                 self.problems.append(str(error))
 
     def report(self, program: "str") -> "int":
-        """Writes a line on stderr for each problem and warning; returns the exit status."""
+        """Says which files were read, on stderr what is wrong, and "ok" where nothing is; returns
+        the exit status."""
+        for path in self.files:
+            show(f"read {path}")
         for line in self.problems + self.warnings:
             put(f"{program}: {line}", sys.stderr)
-        return 99 if self.problems else 0
+        if self.problems:
+            return 99
+        show("ok")
+        return 0
 
 
 # Rules between settings.

@@ -82,10 +82,10 @@ def is_usage_error(result, *words):
 def test_a_bad_value_names_option_value_and_what_is_allowed(run, setting, text):
     command = ["--", "touch", "ran"]
     assert is_usage_error(run(f"--{setting.long}={text}", *command),
-                          f"flom: --{setting.long}: {text!r} is not ")
+                          f"flom: --{setting.long}: {text!r} {setting.type.denial} ")
     if setting.short and text:
         assert is_usage_error(run(f"-{setting.short}", text, *command),
-                              f"flom: -{setting.short}: {text!r} is not ")
+                              f"flom: -{setting.short}: {text!r} {setting.type.denial} ")
     assert not os.path.exists("ran")
 
 
@@ -97,8 +97,8 @@ def test_a_bad_value_in_a_file_names_file_line_and_key(run, setting, text):
         file.write(f"# first\n[{setting.group}]\n{setting.key}={text}\n")
     with open(".flom", "w") as file:
         file.write("[Resource]\nName=fine\n")
-    assert is_usage_error(run("-c", "conf", "--", "touch", "ran"),
-                          f"conf:3: [{setting.group}]/{setting.key}: {text!r} is not ")
+    said = f"conf:3: [{setting.group}]/{setting.key}: {text!r} {setting.type.denial} "
+    assert is_usage_error(run("-c", "conf", "--", "touch", "ran"), said)
     os.rename("conf", ".flom")
     assert is_usage_error(run("--", "touch", "ran"), f"{os.getcwd()}/.flom:3: ", repr(text))
     assert not os.path.exists("ran")
@@ -369,13 +369,17 @@ def test_verbose_tells_who_is_waited_for(box):
     assert [process.end().status for process in (holder, first, second)] == [0, 0, 0]
 
 
-IGNORED = [(["-r", "R1", "-q", "2"], "-q: a simple resource has no quantity; ignored"),
-           (["-r", "a[2]", "-l", "PR"], "-l: a numeric resource has no modes; ignored"),
-           (["-r", "a.b", "-q", "2"], "-q: a set resource has no quantity; ignored")]
+TOLD = [(["-r", "R1", "-q", "2"], "-q: a simple resource has no quantity; ignored"),
+        (["-r", "a[2]", "-l", "PR"], "-l: a numeric resource has no modes; ignored"),
+        (["-r", "_s_a[2]", "-q", "2"], "-q: a sequence resource has no quantity; ignored"),
+        (["-r", "backup.sh"], "'backup.sh' is a set of 2 slots (backup, sh); for a file name "
+                              "write '/backup.sh'"),
+        (["-r", "a.b.c.d.e.f"], "'a.b.c.d.e.f' is a set of 6 slots (a, b, c, d, e, ...); for a "
+                                "file name write '/a.b.c.d.e.f'")]
 
 
-@pytest.mark.parametrize("options, line", IGNORED)
-def test_what_has_no_meaning_is_told_on_a_terminal_and_with_verbose(box, options, line):
+@pytest.mark.parametrize("options, line", TOLD)
+def test_what_may_be_a_mistake_is_told_on_a_terminal_and_with_verbose(box, options, line):
     assert box.run(*options, "--", "true") == (0, "", "")
     assert box.run("-V", *options, "--", "true").err == f"{line}\n"
     screen, terminal = os.openpty()

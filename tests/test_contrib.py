@@ -765,7 +765,7 @@ def test_the_service_of_a_quorum(box, service, here):
     text = read(contrib("examples", "etcd", "flomd-quorum")).replace("HERE", here)
     options = re.search('^FLOMD_OPTIONS="(.*)"$', text, re.MULTILINE).group(1)
     words = service.words(keys["ExecStart"][0].replace("$FLOMD_OPTIONS", options))
-    assert box.start(*words, "--check-config").end() == (0, "", "")
+    assert box.start(*words, "--check-config").end() == (0, "ok\n", "")
     assert f"-a {here} " in options
     told = re.search("^ETCD_INITIAL_CLUSTER=(.*)$", read(contrib("examples", "etcd", "etcd")),
                      re.MULTILINE).group(1)

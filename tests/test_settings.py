@@ -1,5 +1,6 @@
 """The settings table: types and bounds, files and their order, origins, the lines of -V."""
 import os
+import re
 import signal
 
 import flom
@@ -106,8 +107,27 @@ def test_a_bad_value_is_an_error_that_names_origin_text_and_what_is_allowed(key,
     settings = flom.Settings()
     with pytest.raises(flom.UsageError) as error:
         settings.set(BY_KEY[key], [text], "the origin")
-    assert str(error.value).startswith(f"the origin: {text!r} is not ")
+    assert str(error.value).startswith(f"the origin: {text!r} {BY_KEY[key].type.denial} ")
     assert settings[key] == BY_KEY[key].default and key not in settings.origins
+
+
+@pytest.mark.parametrize("name, told", [
+    ("my-backup", "a simple name has letters and digits only; '/my-backup' may hold anything"),
+    ("a/b", "a simple name has letters and digits only; '/a/b' may hold anything"),
+    ("9lives", "a simple name begins with a letter; '/9lives' may hold anything")])
+def test_who_takes_any_text_for_a_name_is_told_how_to_write_it(name, told):
+    with pytest.raises(flom.UsageError) as error:
+        flom.Settings().set(BY_KEY["Name"], [name], "-r")
+    assert str(error.value) == f"-r: {name!r} is no resource name: {told}"
+    written = re.search("'(/.*)'", told).group(1)
+    assert flom.kind_of(written) == "hierarchical"
+
+
+@pytest.mark.parametrize("name", ["", "/", "/a//b", "a\\b", "a[x]", "_s_a", "_t_%Y", "_RESOURCE"])
+def test_who_means_another_kind_is_told_all_forms(name):
+    with pytest.raises(flom.UsageError) as error:
+        flom.Settings().set(BY_KEY["Name"], [name], "-r")
+    assert "is no resource name (NAME NAME[N] A.B.C /A/B " in str(error.value)
 
 
 def test_what_nobody_sets_has_its_default_and_no_origin():
@@ -283,7 +303,7 @@ def test_what_is_wrong_in_a_file_names_file_and_line(tmp_path, text, line):
     with pytest.raises(flom.UsageError) as error:
         read(flom.Settings(), tmp_path, text)
     assert str(error.value).startswith(f"{tmp_path / 'flom.conf'}:{line}: ")
-    assert " is not " in str(error.value)
+    assert re.search(" is not | is no resource name", str(error.value))
 
 
 @pytest.mark.parametrize("text", ["[Resource]\nTimeOut=5\n", "[Daemon]\nName=a\n", "Timeout=5\n",

@@ -744,12 +744,12 @@ def test_a_tree_that_cannot_be_written(box, writer):
 
 def test_check_config(box):
     """Every problem of every file, with file, line and key; then the status."""
-    assert box.run("--check-config", address=()) == (0, "", "")
+    assert box.run("--check-config", address=()) == (0, "ok\n", "")
     user = box.write(".flom", "[Resource]\nTimeout=soon\nColour=red\nQuantity=2\nnonsense\n")
     more = box.write("more", "# a comment\n[Daemon]\nSocketName=/x\nUnicastAddress=db1\n"
                              "[Network]\nDiscoveryTTL=999\n[TLS]\nTlsCertificate=/none\n")
     done = box.run("--check-config", "-c", more, "-l", "XX", address=())
-    assert (done.status, done.out) == (99, "")
+    assert (done.status, done.out) == (99, f"read {user}\nread {more}\n")
     lines = done.err.splitlines()
     assert all(line.startswith("flom: ") for line in lines)
     for text in (f"{user}:2: [Resource]/Timeout: 'soon' is not ", f"{user}:5: 'nonsense' is not ",
@@ -758,10 +758,21 @@ def test_check_config(box):
         assert [line for line in lines if text in line], (text, lines)
     box.write(".flom", "[Resource]\nColour=red\n")
     done = box.run("--check-config", address=())
-    assert done.status == 0 and f"{user}:2: [Resource]/Colour: unknown key" in done.err
+    assert (done.status, done.out) == (0, f"read {user}\nok\n")
+    assert f"{user}:2: [Resource]/Colour: unknown key" in done.err
     done = box.run("--check-config", "-c", box.path("none"), address=())
     assert done.status == 99 and f"{box.path('none')}: No such file" in done.err
     assert box.daemons() == []
+
+
+def test_check_config_tells_what_somebody_may_have_meant_otherwise(box):
+    """That is no problem: it is allowed."""
+    user = box.write(".flom", "[Resource]\nName=backup.sh\nQuantity=2\n")
+    done = box.run("--check-config", address=())
+    assert (done.status, done.out) == (0, f"read {user}\nok\n")
+    assert done.err.splitlines() == [
+        "flom: 'backup.sh' is a set of 2 slots (backup, sh); for a file name write '/backup.sh'",
+        f"flom: {user}:3: [Resource]/Quantity: a set resource has no quantity; ignored"]
 
 
 def test_check_config_of_the_daemon(box):
@@ -769,10 +780,10 @@ def test_check_config_of_the_daemon(box):
     def check(*options):
         return box.flomd("--check-config", *options).end()
 
-    assert check("-s", "/x", "-a", "127.0.0.1") == (0, "", "")
+    assert check("-s", "/x", "-a", "127.0.0.1") == (0, "ok\n", "")
     conf = box.write("conf", "[Daemon]\nPolicy=best\nnonsense\n[TLS]\nTlsPrivateKey=/none\n")
     done = check("-c", conf, "-s", "/x", "-A", "239.255.0.1", "-n", "nosuch0")
-    assert (done.status, done.out) == (99, "")
+    assert (done.status, done.out) == (99, f"read {conf}\n")
     assert done.err.splitlines() == [
         f"flomd: {conf}:2: [Daemon]/Policy: 'best' is not fair or first-fit",
         f"flomd: {conf}:3: 'nonsense' is not [Group] or Key=value",
