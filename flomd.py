@@ -7188,6 +7188,7 @@ def _size(key, text):
 MOST_ANSWER = 8 * 1024 * 1024  # bytes; to read them as JSON holds up the loop
 PIECE = 65536  # bytes of an answer that are read at once
 MOST_REFUSALS = 3  # of one member in a row
+LONGEST_NUMBER = 20  # digits
 LEAST_PAGE = 50  # keys, however slow a member is
 ETCD_PORT = 2379  # where a URL has none
 NO_ROOM = "database space exceeded"
@@ -7419,11 +7420,18 @@ def read_answer(request: "tuple", status: "int", body: "bytes") -> "Answer":
         return failure(UNKNOWN, f"{NOT_AN_ETCD}: {error}")
 
 
+def _short_number(text):
+    """To read millions of digits takes Python before 3.11 minutes, in which no thread runs."""
+    if len(text) > LONGEST_NUMBER:
+        raise ValueError("a number that is too long")
+    return int(text)
+
+
 def _fields_of(body):
     """The JSON object; raises _Strange."""
     import json
     try:
-        fields = json.loads(body.decode("utf-8"))
+        fields = json.loads(body.decode("utf-8"), parse_int=_short_number)
     except (ValueError, RecursionError):
         raise _Strange("it answers without JSON")
     if not isinstance(fields, dict):
@@ -12444,7 +12452,7 @@ class Notices:
         self._quorum = quorum
         self._log = log
         self._term: "str | None" = None  # that was seen last
-        self._trouble = ""
+        self._trouble = ""  # without its numbers
         self._trouble_at = NEVER  # s, boot: when it is told
 
     def see(self, candidate: "Candidate", now: "Moment") -> "None":
@@ -12462,9 +12470,11 @@ class Notices:
         self._compare(record)
 
     def _see_trouble(self, trouble, now):
-        """It is told when it lasts: what is read in two steps can change in between."""
-        if trouble != self._trouble:
-            self._trouble = trouble
+        """It is told when it lasts: what is read in two steps can change in between.  With other
+        numbers, such as a revision, it is the same."""
+        kind = re.sub("[0-9]+", "", trouble)
+        if kind != self._trouble:
+            self._trouble = kind
             self._trouble_at = now.boot + LASTING
         if trouble and now.boot >= self._trouble_at:
             self._trouble_at = NEVER

@@ -281,6 +281,7 @@ def test_what_answers_something_else_is_no_empty_memory(rest):
     b"{" + HEADER + b',"kvs":[{"key":"L3gvYQ==","value":"MQ=="}]}',
     b"{" + HEADER + b',"kvs":[{"key":"L3gvYQ==","mod_revision":"7","value":5}]}',
     b"{" + HEADER + b',"kvs":[{"key":"L3kvYQ==","mod_revision":"7"}]}',
+    b"{" + HEADER + b',"x":' + b"7" * 1000 + b"}",
     b"{" + HEADER + b',"more":1,"kvs":[' + ENTRY + b"]}", b"{" + HEADER + b',"more":true}',
 ])
 def test_a_range_is_believed_only_when_all_of_it_is_right(body):

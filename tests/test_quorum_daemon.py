@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import time
+import types
 
 import flom
 import flomd
@@ -553,3 +554,23 @@ def test_a_certificate_that_is_being_replaced_when_a_leader_is_deposed(box, quor
     box.write("certificates/good.pem", whole)
     quorum.await_leader()
     assert quorum.said(1).count("this daemon does not claim") == 1
+
+
+def test_trouble_is_told_once_when_it_lasts_whatever_its_numbers():
+    class Log:
+        lines = []
+
+        def error(self, text):
+            self.lines.append(text)
+
+    notices = flomd.Notices(None, Log())
+    seen = types.SimpleNamespace(record=None)
+    for tick in range(30):
+        seen.trouble = f"etcd has lost what it knew, it is at revision {tick}"
+        notices.see(seen, types.SimpleNamespace(boot=tick / 5))
+    assert Log.lines == ["etcd has lost what it knew, it is at revision 5; this daemon does not "
+                         "claim"]
+    for tick in range(30, 40):
+        seen.trouble = "another" if tick % 2 else ""
+        notices.see(seen, types.SimpleNamespace(boot=tick / 5))
+    assert len(Log.lines) == 1
