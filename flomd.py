@@ -8177,9 +8177,11 @@ class ClusterFile:
         """Notes what has changed: to be called after each answer, it seldom has to do anything."""
         if cluster.is_new:
             return
+        is_time = time.monotonic() >= self._noted_at + NOTED
         if (cluster.id, cluster.mark) != self._known:
-            self._try(self._replace, cluster)
-        elif cluster.revision != self._revision and time.monotonic() >= self._noted_at + NOTED:
+            if is_time or not self._fails:  # a disk that fails may take long to do so
+                self._try(self._replace, cluster)
+        elif cluster.revision != self._revision and is_time:
             self._try(self._change_revision, cluster)
 
     def finish(self, cluster: "Cluster") -> "None":

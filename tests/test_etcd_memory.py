@@ -225,6 +225,24 @@ def test_a_file_that_cannot_be_written_any_more_is_told_once(tmp_path):
     assert len(file._log.lines) == 1
 
 
+def test_a_disk_that_fails_is_not_tried_with_each_answer(path, monkeypatch):
+    """It may take long to fail, and the loop waits for it."""
+    file, tried = opened(path), []
+    file.read()
+
+    def fail(_):
+        tried.append(1)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(flomd.os, "fsync", fail)
+    for revision in range(9):
+        file.write(flomd.Cluster("5", "mark", revision))
+    assert len(tried) == 1
+    monkeypatch.undo()
+    file.finish(flomd.Cluster("5", "mark", 9))
+    assert fields(opened(path).read()) == ("5", "mark", 9, False)
+
+
 def test_the_path_follows_the_prefix():
     for prefix, path in (("/flom/site/", "/var/lib/flomd/site"), ("/a/b/", "/var/lib/flomd/a-b"),
                          ("/flom/a/b/", "/var/lib/flomd/a-b")):
