@@ -65,7 +65,10 @@ import types
 
 TYPE_CHECKING = False  # mypy knows it as true: names that annotations alone use
 if TYPE_CHECKING:
-    from typing import Any
+    import datetime
+    from typing import Any, Callable, TypeVar, Union, overload
+    Function = TypeVar("Function", bound=Callable[..., Any])
+    Seconds = Union[float, str, datetime.timedelta, None]
 
 
 # --- Shared with flomd.py ------------------------------------------------------------------------
@@ -1705,6 +1708,13 @@ class Diary:
             with contextlib.suppress(OSError), open_trace(self.path) as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} flom[{os.getpid()}] {text}\n")
 
+    def is_read(self) -> "bool":
+        """Whether somebody reads what a request waits for."""
+        return self.verbose
+
+    def warn(self, text: "str"):
+        """Notes a loss, or its end: nothing here, where a Loss tells it in its time."""
+
     def tell(self, text: "str", stream=None) -> "None":
         """Writes a line for everybody to `stream`, stderr when none is given."""
         if len(self.unwritten) < self.MOST:
@@ -1776,6 +1786,11 @@ def limiting(steps, until: "float"):
     finally:
         steps.close()
     return None
+
+
+def waiting_for(step):
+    """The steps that are this one alone."""
+    yield step
 
 
 def finish(steps, until: "float" = FOREVER):
@@ -3175,6 +3190,13 @@ def _make_readable(attributes):
         attributes[name] = decode_name(attributes[name])
 
 
+def keep_named(report: "dict", name: "str"):
+    """Drops what is not of this name; of a node, its tree stays."""
+    wanted = {name, "/".join(name.split("/")[:2])}
+    for part in ("resources", "parked"):
+        report[part] = [entry for entry in report[part] if entry.get("name") in wanted]
+
+
 def entries_of(report: "dict"):
     """Yields (entry, name of what it holds or awaits, whether it holds) of all in the report."""
     parked = {"holders": [], "waiters": report["parked"]}
@@ -3218,10 +3240,9 @@ def covers(holder: "dict", settings: "Settings") -> "bool":
     return True
 
 
-# --- Lock and Claim ------------------------------------------------------------------------------
+# --- Claim ---------------------------------------------------------------------------------------
 # A Claim is one request for a lock, from its first message to its release: on one connection, and
-# after the end of a daemon on the next.  `Lock` is what a Python program sees of it; flom itself
-# uses a Claim directly.
+# after the end of a daemon on the next.
 #
 # When the daemon vanishes, a waiter asks again and a holder *reclaims*: it asks the next daemon,
 # with the token and the element of its grant, for the same lock, without waiting.  The daemon
@@ -3506,7 +3527,7 @@ class Claim:
     def _introduction(self):
         """The additions of ours to the request: who asks, and under which locks."""
         progress = None
-        if self.diary.verbose or self._progress.wanted or self.settings["Timeout"] == 0:
+        if self.diary.is_read() or self._progress.wanted or self.settings["Timeout"] == 0:
             progress = 1
         life = None
         if self._life:
@@ -3635,6 +3656,12 @@ class Claim:
         if not self.kept_until or self.interval:  # the next leader keeps it from its claim on
             return self._may_be_remembered
         return boot_clock() < self.kept_until
+
+    def drop(self):
+        """Ends it without an unlock, whatever has come of that."""
+        self._owner = 0
+        self._reused = False
+        self.forget()
 
     def forget(self):
         """Closes what is open, without a goodbye."""
@@ -3984,6 +4011,7 @@ class Claim:
         self.kept_until = 0.0
         self.loss = LockLost(f"the lock on {self.name} is lost: {reason}")
         self.loss.reason = reason
+        self.diary.warn(str(self.loss))
 
     def _has_memory(self, session):
         """Whether it is held at a daemon of ours with a memory, which that of a group has not."""
@@ -4004,6 +4032,12 @@ class Claim:
         if self._reclaim is None or self._reclaim.gi_frame is None:  # None: they have ended
             self._reclaim = self._reclaiming()
         return self._reclaim
+
+    def reclaim_until(self) -> "float":
+        """Until when to try to reclaim, for who must stop his work then (monotonic s)."""
+        if self.interval:
+            return clock() + self.kept_until - boot_clock() - 1
+        return clock() + RECOVERY_WINDOW / 1000
 
     def _reclaiming(self):
         """As reclaiming.  A lock that was refused or taken away is not asked for again.
@@ -4044,6 +4078,7 @@ class Claim:
             self.loss = None
             if self.is_ours():
                 self._starter.order = ""
+            self.diary.warn(f"the lock on {self.name} is held again")
             return True
         yield from connection.unlocking(self.name, True, clock() + GOODBYE)
         self._lose_for_good(HAS_OTHER_HOLDER)
@@ -4101,41 +4136,157 @@ class Claim:
             self._decides = None
 
 
-class Lock:
-    """A lock on a resource: `with flom.Lock("backup", mode="PR", timeout=5) as lock: ...`
+# --- Python API ----------------------------------------------------------------------------------
+# What a Python program imports flom for: the names of __all__.  All other names are flom's own,
+# and may change.  A program may have threads, an event loop, processes made by fork, and handlers
+# of its signals; flom leaves all of them as they are.
+#
+# Lock and AsyncLock do the same steps of a Claim.  Lock runs them with `finish`, which sleeps in
+# poll(); AsyncLock waits for the same events in the event loop that runs.
+#
+# Who holds a lock learns of its loss when he looks.  An AsyncLock looks by itself, since its loop
+# waits for the connection anyway: it pings where that is wanted, and reclaims.  A Lock has a
+# thread for that if `on_lost` is given, and none otherwise.  That thread and the program's own
+# never use a Claim at the same time: each has its `turn`.
+__all__ = ["Lock", "AsyncLock", "status", "LockError", "Busy", "Timeout", "CannotWait",
+           "Impossible", "Deadlock", "LockLost", "DaemonUnavailable", "UsageError"]
 
-    Leaving the block releases it, by an exception as a rollback.  `@flom.Lock("name")` decorates a
-    function or a generator function, of which each call has a lock of its own.
-    name, mode ("EX"), timeout (seconds, as a number, a text or a timedelta; 0: do not wait,
-    negative or inf: wait for ever) and quantity are those of the command line, other settings are
-    keywords named as its long options (unicast_address="db1", resource_timeout=500 in ms); what is
-    not given comes from the configuration files, with config=False from nowhere.  A daemon is
-    started only with start_daemon=True.
 
-    `element` and `token` are those of the grant.  Use one Lock per thread; a process made by fork
-    does not share it, and neither keeps nor releases it.  Raises UsageError for wrong settings.
-    """
+class ProgramDiary(Diary):
+    """As Diary; its lines go to logging.getLogger("flom"), too."""
 
-    def __init__(self, name: "str | None" = None, mode: "str | None" = None, timeout=None,
-                 quantity: "int | None" = None, *, start_daemon: "bool" = False,
-                 config: "bool" = True, **options):
-        files: "tuple[str, ...]" = ()
-        if config:
-            files = FILES
+    def __init__(self, settings: "Settings"):
+        import logging
+        self.log = logging.getLogger("flom")
+        if not self.log.handlers:
+            self.log.addHandler(logging.NullHandler())
+        super().__init__(settings)
+
+    def is_read(self) -> "bool":
+        """Whether somebody reads what a request waits for."""
+        return self.verbose or self.log.isEnabledFor(20)  # INFO
+
+    def say(self, text: "str", stream=None):
+        """Notes a line."""
+        self.log.info("%s", visible(text))
+        super().say(text, stream)
+
+    def warn(self, text: "str"):
+        """Notes a line on a loss."""
+        self.log.warning("%s", visible(text))
+
+
+def resolving_beside(host, port, kind, scope):
+    """Steps to the result of resolve, in a thread that the event loop lends."""
+    import asyncio
+    with contextlib.suppress(DaemonUnavailable):
+        return resolve(host, port, kind, scope, socket.AI_NUMERICHOST)
+    found = asyncio.get_event_loop().run_in_executor(None, resolve, host, port, kind, scope)
+    try:
+        while not found.done():
+            yield pause(AGAIN)
+        return found.result()
+    finally:
+        found.cancel()
+
+
+async def finish_in_loop(steps, until: "float" = FOREVER):
+    """As finish, for an event loop.  A task that is cancelled closes the steps."""
+    limited = limiting(steps, until)
+    try:
+        while True:
+            await _event(*next(limited))
+    except StopIteration as end:
+        return end.value
+    finally:
+        limited.close()
+
+
+async def _event(descriptor, events, seconds):
+    """Waits for events of a descriptor (None: of none), so many seconds at most."""
+    import asyncio
+    loop = asyncio.get_event_loop()
+    come = loop.create_future()
+
+    def wake():
+        if not come.done():
+            come.set_result(None)
+    add, remove = loop.add_reader, loop.remove_reader
+    if events == WRITE:
+        add, remove = loop.add_writer, loop.remove_writer
+    timer = loop.call_later(max(0, min(seconds, DAY)), wake)
+    if descriptor is not None:
+        add(descriptor, wake)
+    try:
+        await come
+    finally:
+        timer.cancel()
+        if descriptor is not None:
+            remove(descriptor)
+
+
+def program_settings(keywords: "dict", config: "bool") -> "Settings":
+    """Settings from keywords and, with `config`, from the files."""
+    files: "tuple[str, ...]" = ()
+    if config:
+        files = FILES
+    return keyword_settings(keywords, files)
+
+
+def body_of(function) -> "str":
+    """"plain", "generator" or "coroutine", as that of the function is; TypeError for what has none
+    that could run under a lock."""
+    import inspect
+    inner = function
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    if isinstance(inner, type) or not callable(inner):
+        raise TypeError(f"{inner!r} is not a function or a method")
+    found = "plain"
+    for body in inner, type(inner).__call__:
+        if inspect.isasyncgenfunction(body):
+            raise TypeError(f"{inner!r} is an asynchronous generator: use `async with` in it")
+        if inspect.iscoroutinefunction(body):
+            found = "coroutine"
+        elif inspect.isgeneratorfunction(body):
+            found = "generator"
+    return found
+
+
+class _CommonLock:
+    """What Lock and AsyncLock have in common."""
+
+    def __init__(self, name: "str | None" = None, mode: "str | None" = None,
+                 timeout: "Seconds" = None, quantity: "int | None" = None, *,
+                 start_daemon: "bool" = False, config: "bool" = True,
+                 on_lost: "Any" = None, **options: "Any") -> "None":
         short = {"name": name, "mode": mode, "timeout": timeout, "quantity": quantity}
-        self.settings = keyword_settings({**short, **options}, files)
-        self.name = self.settings["Name"]
+        self.settings = program_settings({**short, **options}, config)
+        self.name: "str" = self.settings["Name"]
         self.start_daemon = start_daemon
-        self.diary = Diary(self.settings)
+        self.on_lost = on_lost
+        self.diary = ProgramDiary(self.settings)
         for warning in self.settings.warnings:
             self.diary.say(warning)
+        self._begin()
+
+    def _begin(self):
+        """Nothing has been asked for yet."""
         self._claim = self._new_claim(self.settings)
+        self._was_held = True  # the last release found no loss
 
     def _new_claim(self, settings):
         """A Claim that has asked for nothing yet, for a program that may have threads and fork."""
         command = os.path.basename(sys.argv[0] or "python")
         starter = Starter(settings, spawn_daemon, self.start_daemon)
         return Claim(settings, self.diary, command, starter, Progress(False), program_connection)
+
+    def _like(self, kind, timeout=None):
+        """A lock of the class `kind`, otherwise as this one, that has asked for nothing yet."""
+        other = kind.__new__(kind)
+        other.__dict__.update(self.__dict__, settings=self._request_settings(True, timeout))
+        other._begin()
+        return other
 
     @property
     def element(self) -> "str | None":
@@ -4146,26 +4297,6 @@ class Lock:
     def token(self) -> "int | None":
         """The token of the grant, which grows with each grant of the resource."""
         return self._claim.token
-
-    def __enter__(self) -> "Lock":
-        return self.acquire()
-
-    def __exit__(self, error_class, error, traceback):
-        self.release(rollback=error is not None)
-
-    def acquire(self, blocking: "bool" = True, timeout=None) -> "Lock":
-        """Waits for the lock and returns self; raises the LockError that says why it is not held.
-
-        blocking=False: does not wait, Busy.  timeout: seconds, as that of Lock, for this call
-        alone.  A lock that was lost is asked for anew.
-        """
-        if self._claim.is_ours() and self._claim.look():
-            raise RuntimeError(f"{self.name} is held already")
-        claim = self._new_claim(self._request_settings(blocking, timeout))
-        finish(claim.succeeding(self._claim))
-        self._claim = claim
-        claim.acquire()
-        return self
 
     def _request_settings(self, blocking, timeout):
         """The settings of one request, which may have a timeout of its own; UsageError."""
@@ -4185,66 +4316,263 @@ class Lock:
         settings.values = {**settings.values, "Timeout": limit}
         return settings
 
-    def release(self, rollback: "bool" = False):
+    def _acquiring(self, blocking, timeout):
+        """Steps to a Claim in the place of the last one; nothing is asked for yet."""
+        claim = self._new_claim(self._request_settings(blocking, timeout))
+        yield from claim.succeeding(self._claim)
+        self._claim = claim
+        return claim
+
+    def _decorate_coroutine(self, kind, function):
+        @functools.wraps(function)
+        async def locked(*args, **kwargs):
+            async with self._like(kind):
+                return await function(*args, **kwargs)
+        return locked
+
+    def _tell_held(self):
+        self.diary.log.debug("%s is held, token %s", self.name, self.token)
+
+    def _releasing(self, rollback):
+        """Steps that release the lock."""
+        if self._claim.is_ours():
+            self.diary.log.debug("%s is released", self.name)
+        self._was_held = yield from self._claim.releasing(rollback)
+
+    def _checking(self):
+        """Steps that end when the lock is held; LockLost, LockError."""
+        claim = self._claim
+        if not claim.is_ours():
+            raise LockError(f"{self.name} is not held by this process")
+        if (yield from claim.confirming()):
+            return
+        limit = clock() + RECOVERY_WINDOW / 1000
+        if not (yield from limiting(claim.reclaiming(), limit)):
+            raise claim.loss
+
+    def _ending(self):
+        """Steps to the LockLost at the end of a block, None while the lock is held, or if it was
+        released in the block; what takes long at a quorum is left to the release."""
+        claim = self._claim
+        if not claim.is_ours():
+            return None
+        if not claim.look() and not claim.interval:
+            yield from limiting(claim.reclaiming(), clock() + RECOVERY_WINDOW / 1000)
+        return claim.loss
+
+    def _check_end(self, loss):
+        """Raises the LockLost after the release, unless it got the lock back for that."""
+        now = self._claim.loss
+        if not self._was_held or loss and now is loss:
+            raise now
+
+
+class Lock(_CommonLock):
+    """A lock on a resource: `with flom.Lock("backup", mode="PR", timeout=5) as lock: ...`
+
+    Leaving the block releases it, by an exception as a rollback; it raises LockLost when the lock
+    was lost.  `@flom.Lock("name")` decorates a function, a generator function or `async def`, of
+    which each call has a lock of its own.
+    name, mode ("EX"), timeout (seconds, as a number, a text or a timedelta; 0: do not wait,
+    negative or inf: wait for ever) and quantity are those of the command line, other settings are
+    keywords named as its long options (unicast_address="db1", resource_timeout=500 in ms); what is
+    not given comes from the configuration files, with config=False from nowhere.  A daemon is
+    started only with start_daemon=True.
+
+    reentrant=True: the thread that holds it may acquire it again, and releases it as often; the
+    last release decides on a rollback.  on_lost: a function that is called once, with the lock,
+    when it is lost and was not to be had back; by a thread, which looks after the lock.
+
+    `element` and `token` are those of the grant.  Use one Lock per thread; a process made by fork
+    does not share it, and neither keeps nor releases it.  Raises UsageError for wrong settings.
+    """
+
+    def __init__(self, name: "str | None" = None, mode: "str | None" = None,
+                 timeout: "Seconds" = None, quantity: "int | None" = None, *,
+                 start_daemon: "bool" = False, config: "bool" = True, reentrant: "bool" = False,
+                 on_lost: "Callable[[Lock], object] | None" = None, **options: "Any") -> "None":
+        self.reentrant = reentrant
+        self._of_thread: "dict[int, Lock]" = {}  # what a reentrant function holds
+        super().__init__(name, mode, timeout, quantity, start_daemon=start_daemon, config=config,
+                         on_lost=on_lost, **options)
+
+    def _begin(self):
+        super()._begin()
+        self._depth = 0  # how often it was acquired and not released
+        self._thread = 0
+        self._turn: "Any" = contextlib.ExitStack()
+        if self.on_lost:
+            import threading
+            self._turn = threading.RLock()
+
+    def _turn_of(self, claim):
+        """A block in which no other thread uses the claim; one made by fork has no other."""
+        if claim.is_ours():
+            return self._turn
+        return contextlib.ExitStack()
+
+    def __enter__(self) -> "Lock":
+        return self.acquire()
+
+    def __exit__(self, error_class: "object", error: "object", traceback: "object") -> "None":
+        last = error is None and self._depth <= 1 and self._claim.is_ours()
+        loss = None
+        try:
+            if last:
+                with self._turn_of(self._claim):
+                    loss = finish(self._ending())
+        finally:
+            self.release(rollback=error is not None)
+        if last:
+            self._check_end(loss)
+
+    def timeout(self, seconds: "Seconds") -> "TimedLock":
+        """`with lock.timeout(5):` acquires this lock with this timeout in place of its own."""
+        return TimedLock(self, seconds)
+
+    def acquire(self, blocking: "bool" = True, timeout: "Seconds" = None) -> "Lock":
+        """Waits for the lock and returns self; raises the LockError that says why it is not held.
+
+        blocking=False: does not wait, Busy.  timeout: seconds, as that of Lock, for this call
+        alone.  A lock that was lost is asked for anew.
+        """
+        if self._acquire_again():
+            return self
+        claim = finish(self._acquiring(blocking, timeout))
+        with claim.becoming_ours():
+            finish(claim.acquiring())
+        self._depth = 1
+        self._tell_held()
+        if self.reentrant or self.on_lost:
+            self._begin_to_watch(claim)
+        return self
+
+    def _acquire_again(self):
+        """Whether this thread holds it, and may do so twice; RuntimeError when it may not."""
+        claim = self._claim
+        if not claim.is_ours():
+            return False
+        if self.reentrant:
+            import threading
+            if self._thread == threading.get_ident():
+                self.check()
+                self._depth += 1
+                return True
+        elif not self.locked():
+            return False
+        raise RuntimeError(f"{self.name} is held already")
+
+    def _begin_to_watch(self, claim):
+        import threading
+        self._thread = threading.get_ident()
+        if not self.on_lost or not claim.connection:
+            return
+        try:
+            threading.Thread(target=self._watch, args=(claim,), daemon=True).start()
+        except RuntimeError:  # the system has no thread for it
+            self.release()
+            raise
+
+    def _watch(self, claim):
+        """In a thread: looks after the lock as long as it is held, and tells its loss."""
+        limit = 0.0
+        while True:
+            with self._turn:
+                if not claim.is_ours():
+                    return
+                if claim.look():
+                    limit = 0.0
+                elif not limit:
+                    limit = claim.reclaim_until()
+                step = self._step_of_watch(claim, limit)
+            if not step:
+                break
+            finish(waiting_for(step))
+        self.on_lost(self)
+
+    def _step_of_watch(self, claim, limit):
+        """What is waited for next; None when the lock is not to be had back."""
+        if claim.connection:  # who releases it wakes this
+            return input_of(claim.connection.sock, claim.next_look())
+        if clock() >= limit:
+            return None
+        try:
+            return next(claim.reclaiming())
+        except StopIteration as end:
+            if end.value:
+                return pause(0)
+            return None
+
+    def release(self, rollback: "bool" = False) -> "None":
         """Releases the lock; takes at most 5 s, 2 s of them to get a lost lock back, if a daemon
         keeps it; at a quorum 3 s and the ttl, until the next leader must have come.  One that
         remains lost is forgotten, without an error.
         """
-        self._claim.release(rollback)
+        claim = self._claim
+        if self._depth > 1 and claim.is_ours():
+            self._depth -= 1
+            return
+        self._depth = 0
+        with self._turn_of(claim):
+            finish(self._releasing(rollback))
 
-    def rollback(self):
+    def rollback(self) -> "None":
         """Releases the lock; the value of a transactional sequence will be granted again."""
         self.release(rollback=True)
+
+    def locked(self) -> "bool":
+        """Whether this process has acquired the lock by this object, not released and not lost it;
+        what others hold does not count, and no daemon is asked.
+        """
+        claim = self._claim
+        with self._turn_of(claim):
+            return claim.is_ours() and claim.look()
 
     @property
     def lost(self) -> "bool":
         """True when the lock was granted, not released, and its daemon has vanished, or does not
         answer a ping where it wants them, once in a fifth of its ttl; that long it may take.
         """
-        return self._claim.is_ours() and not self._claim.confirm()
+        claim = self._claim
+        with self._turn_of(claim):
+            return claim.is_ours() and not claim.confirm()
 
-    def check(self):
+    def check(self) -> "None":
         """Returns when this process holds the lock; reclaims it if its daemon vanished.
 
         Where the daemon wants pings it has answered one within the last fifth of its ttl; that is
         waited for as long.  Raises LockLost when the reclaim fails within 2 s, LockError when the
         lock was not acquired or has been released, and in a process made by fork.
         """
-        claim = self._claim
-        if not claim.is_ours():
-            raise LockError(f"{self.name} is not held by this process")
-        if claim.confirm():
-            return
-        if not finish(claim.reclaiming(), clock() + RECOVERY_WINDOW / 1000):
-            raise claim.loss
+        with self._turn_of(self._claim):
+            finish(self._checking())
 
-    def __call__(self, function):
+    if TYPE_CHECKING:
+        @overload
+        def __call__(self, function: "Function") -> "Function": ...
+        @overload
+        def __call__(self, function: "None" = None, *, timeout: "Seconds" = None) -> "Lock": ...
+
+    def __call__(self, function: "Any" = None, *, timeout: "Seconds" = None) -> "Any":
         """Decorates `function`: each call waits for a lock of its own, and holds it to its end; a
-        generator function's holds it until the generator has ended or was closed.
+        generator function's holds it until the generator has ended or was closed; that of `async
+        def` is an AsyncLock.  Without a function: another lock, with this timeout.
 
-        Raises TypeError for a class and for `async def`, which would wait while it holds up its
-        event loop; and when the function returns a coroutine or a generator, which runs later.
+        Raises TypeError for a class, for an asynchronous generator, and when the function returns
+        a coroutine or a generator, which runs later.
         """
+        if function is None:
+            return self._like(type(self), timeout)
         if isinstance(function, (staticmethod, classmethod)):
             return type(function)(self(function.__func__))
-        if self._is_generator_function(function):
+        body = body_of(function)
+        if body == "coroutine" and self.reentrant:
+            raise TypeError(f"{function!r} is async, and a reentrant lock is that of a thread")
+        if body == "coroutine":
+            return self._decorate_coroutine(AsyncLock, function)
+        if body == "generator":
             return self._decorate_generator(function)
         return self._decorate(function)
-
-    def _is_generator_function(self, function):
-        """Is it one?  TypeError for what has no body that could run under a lock here."""
-        import inspect
-        inner = function
-        while isinstance(inner, functools.partial):
-            inner = inner.func
-        if isinstance(inner, type) or not callable(inner):
-            raise TypeError(f"{inner!r} is not a function or a method")
-        bodies = inner, type(inner).__call__
-        for body in bodies:
-            if inspect.iscoroutinefunction(body) or inspect.isasyncgenfunction(body):
-                raise TypeError(f"{inner!r} is async: it would wait for the lock while it holds "
-                                "up the event loop; lock a function that runs in a thread")
-        return any(inspect.isgeneratorfunction(body) for body in bodies)
 
     def _decorate_generator(self, function):
         @functools.wraps(function)
@@ -4269,11 +4597,229 @@ class Lock:
         return locked
 
     def _another(self):
-        """A Lock of the same class and settings that has asked for nothing yet."""
-        import copy
-        other = copy.copy(self)
-        other._claim = other._new_claim(self.settings)
-        return other
+        """The lock for one call of a function: of a reentrant one that which its thread has."""
+        if not self.reentrant:
+            return self._like(type(self))
+        import threading
+        thread = threading.get_ident()
+        if self._thread == thread and self._claim.is_ours():
+            return self
+        return self._of_thread.setdefault(thread, self._like(type(self)))
+
+
+class AsyncLock(_CommonLock):
+    """A lock on a resource for asyncio: `async with flom.AsyncLock("backup") as lock: ...`
+
+    As Lock, but what may wait is awaited: acquire, release, rollback and check.  Nothing is
+    blocked meanwhile, and no thread is used; who is cancelled leaves the queue at once.  While the
+    lock is held the event loop watches its connection, and reclaims it when its daemon vanishes.
+    Use one AsyncLock per task.
+
+    on_lost: a function that the event loop calls once, with the lock, when it is lost and was not
+    to be had back.
+    """
+
+    def _begin(self):
+        super()._begin()
+        self._loop: "Any" = None
+        self._is_acquiring = False
+        self._descriptor: "int | None" = None  # that the loop watches
+        self._timer: "Any" = None
+        self._recovery: "Any" = None  # the task that reclaims the lock, or has failed to
+
+    def _new_claim(self, settings):
+        claim = super()._new_claim(settings)
+        claim.resolving = resolving_beside
+        return claim
+
+    async def __aenter__(self) -> "AsyncLock":
+        return await self.acquire()
+
+    async def __aexit__(self, error_class: "object", error: "object",
+                        traceback: "object") -> "None":
+        last = error is None and self._claim.is_ours()
+        loss = None
+        try:
+            if last:
+                await self._rest()
+                loss = await finish_in_loop(self._ending())
+        finally:
+            await self.release(rollback=error is not None)
+        if last:
+            self._check_end(loss)
+
+    def timeout(self, seconds: "Seconds") -> "TimedAsyncLock":
+        """`async with lock.timeout(5):` acquires it with this timeout in place of its own."""
+        return TimedAsyncLock(self, seconds)
+
+    async def acquire(self, blocking: "bool" = True, timeout: "Seconds" = None) -> "AsyncLock":
+        """Waits for the lock and returns self; as that of Lock."""
+        import asyncio
+        if self._is_acquiring or self.locked():
+            raise RuntimeError(f"{self.name} is held already, or waited for: use one AsyncLock "
+                               "per task")
+        self._is_acquiring = True
+        try:
+            await self._rest()
+            claim = await finish_in_loop(self._acquiring(blocking, timeout))
+            with claim.becoming_ours():
+                await finish_in_loop(claim.acquiring())
+        finally:
+            self._is_acquiring = False
+        self._loop = asyncio.get_event_loop()
+        self._recovery = None
+        self._tell_held()
+        self._watch()
+        return self
+
+    async def release(self, rollback: "bool" = False) -> "None":
+        """Releases the lock; takes as long as that of Lock."""
+        claim = self._claim
+        try:
+            await self._rest()
+            if self._recovery:
+                self._recovery.cancel()
+            await finish_in_loop(self._releasing(rollback))
+        finally:
+            claim.drop()
+
+    async def rollback(self) -> "None":
+        """Releases the lock; the value of a transactional sequence will be granted again."""
+        await self.release(rollback=True)
+
+    def locked(self) -> "bool":
+        """Whether this process has acquired the lock by this object, not released and not lost it;
+        what others hold does not count, and no daemon is asked.
+        """
+        return self._look()
+
+    @property
+    def lost(self) -> "bool":
+        """True when the lock was granted, not released, and its daemon has vanished, or has left a
+        ping unanswered where it wants them.  Nothing is waited for.
+        """
+        return self._claim.is_ours() and not self._look()
+
+    async def check(self) -> "None":
+        """Returns when this process holds the lock; as that of Lock."""
+        claim = self._claim
+        await self._rest()
+        if self._recovery and not self._recovery.done():
+            raise claim.loss
+        try:
+            await finish_in_loop(self._checking())
+            self._recovery = None
+        finally:
+            if claim.is_ours():
+                self._watch()
+
+    def _look(self):
+        """Whether the lock is held.  Watches on, or begins to reclaim it."""
+        claim = self._claim
+        self._unwatch()
+        if not claim.is_ours():
+            return False
+        if claim.look():
+            self._watch()
+            return True
+        if self._recovery is None and not self._loop.is_closed():
+            self._recovery = self._loop.create_task(self._recover(claim))
+        return False
+
+    def _watch(self):
+        """The event loop looks when something comes in, or a ping is due."""
+        claim = self._claim
+        self._unwatch()
+        if claim.connection and not self._loop.is_closed():
+            self._descriptor = claim.connection.sock.fileno()
+            self._loop.add_reader(self._descriptor, self._look)
+            seconds = max(0, min(claim.next_look() - clock(), DAY))
+            self._timer = self._loop.call_later(seconds, self._look)
+
+    def _unwatch(self):
+        """To be called before the connection may be closed: its descriptor is another's then."""
+        if self._descriptor is not None and not self._loop.is_closed():
+            self._loop.remove_reader(self._descriptor)
+            self._timer.cancel()
+        self._descriptor = None
+
+    async def _rest(self):
+        """Ends the watch, and lets a reclaim that is under way end, if that does not take long."""
+        import asyncio
+        self._unwatch()
+        if self._recovery and not self._recovery.done():
+            await asyncio.wait([self._recovery], timeout=RECOVERY_WINDOW / 1000)
+            self._unwatch()
+
+    async def _recover(self, claim):
+        """A task: reclaims the lock, or tells its loss."""
+        held = await finish_in_loop(claim.reclaiming(), claim.reclaim_until())
+        if not claim.is_ours():
+            return
+        if held:
+            self._recovery = None
+            self._watch()
+        elif self.on_lost:
+            self.on_lost(self)
+
+    if TYPE_CHECKING:
+        @overload
+        def __call__(self, function: "Function") -> "Function": ...
+        @overload
+        def __call__(self, function: "None" = None, *,
+                     timeout: "Seconds" = None) -> "AsyncLock": ...
+
+    def __call__(self, function: "Any" = None, *, timeout: "Seconds" = None) -> "Any":
+        """Decorates an `async def`: each call waits for a lock of its own, and holds it to its
+        end.  Without a function: another lock, with this timeout.
+        """
+        if function is None:
+            return self._like(type(self), timeout)
+        if isinstance(function, (staticmethod, classmethod)):
+            return type(function)(self(function.__func__))
+        if body_of(function) != "coroutine":
+            raise TypeError(f"{function!r} is not async: a Lock decorates it")
+        return self._decorate_coroutine(type(self), function)
+
+
+class TimedLock:
+    """A block that acquires a Lock with a timeout of its own."""
+
+    def __init__(self, lock: "Lock", seconds: "Seconds") -> "None":
+        self._lock, self._seconds = lock, seconds
+
+    def __enter__(self) -> "Lock":
+        return self._lock.acquire(timeout=self._seconds)
+
+    def __exit__(self, *error: "object") -> "None":
+        self._lock.__exit__(*error)
+
+
+class TimedAsyncLock:
+    """A block that acquires an AsyncLock with a timeout of its own."""
+
+    def __init__(self, lock: "AsyncLock", seconds: "Seconds") -> "None":
+        self._lock, self._seconds = lock, seconds
+
+    async def __aenter__(self) -> "AsyncLock":
+        return await self._lock.acquire(timeout=self._seconds)
+
+    async def __aexit__(self, *error: "object") -> "None":
+        await self._lock.__aexit__(*error)
+
+
+def status(*, config: "bool" = True, **options: "Any") -> "dict[str, Any]":
+    """The report of the daemon as `flom --status --json` prints it; starts none.
+
+    {"daemon": {...}, "resources": [{"name", "kind", "holders", "waiters" ...}], "parked": [...]}.
+    config and options are those of Lock: name or resource_name keeps that resource alone.  Raises
+    DaemonUnavailable, UsageError.
+    """
+    settings = program_settings(options, config)
+    report = finish(fetch_report(settings, ProgramDiary(settings), program_connection))
+    if "Name" in settings.values:
+        keep_named(report, settings["Name"])
+    return report
 
 
 # --- Signals -------------------------------------------------------------------------------------
@@ -5218,13 +5764,6 @@ def screen_size():
         if size.lines > 0:
             lines = size.lines - 2
     return columns, lines
-
-
-def keep_named(report, name):
-    """Drops what is not of this name; of a node, its tree stays."""
-    wanted = {name, "/".join(name.split("/")[:2])}
-    for part in ("resources", "parked"):
-        report[part] = [entry for entry in report[part] if entry.get("name") in wanted]
 
 
 def clear_screen():

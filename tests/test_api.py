@@ -3,7 +3,9 @@ import datetime
 import errno
 import functools
 import inspect
+import logging
 import os
+import pydoc
 import re
 import signal
 import socket
@@ -68,6 +70,157 @@ def test_by_hand(daemon, lock):
     assert is_free(lock)
     assert mine.acquire().token > first  # it can be used again
     mine.release()
+
+
+def test_whether_it_is_held_here(daemon, lock, box):
+    mine, other = lock(), lock(timeout=0)
+    assert mine.locked() is False
+    with mine:
+        assert mine.locked() is True and other.locked() is False
+        assert in_child(lambda: 1 / (not mine.locked())) == 0
+    assert mine.locked() is False
+    with mine:
+        box.kill(daemon.pid)
+        wait_until(lambda: not mine.locked())
+        box.daemon("--recovery-window", "300")
+
+
+def test_a_block_with_a_timeout_of_its_own(daemon, lock):
+    mine = lock()
+    with lock() as holder:
+        for block in (mine.timeout(0.02), mine(timeout=0.02)):
+            with pytest.raises(flom.Timeout, match=r"\(20 milliseconds\)"):
+                with block:
+                    pass
+        with pytest.raises(flom.Busy):
+            with mine.timeout(0):
+                pass
+        assert holder.locked()
+    with mine.timeout(5) as held:
+        assert held is mine and mine.locked()
+    other = mine(timeout=5)
+    with other as held:
+        assert held is other and type(other) is flom.Lock and not mine.locked()
+        assert other.settings["Timeout"] == 5000 and mine.settings["Timeout"] == -1
+    with pytest.raises(ZeroDivisionError):
+        with lock("_S_a[1]").timeout(5):
+            raise ZeroDivisionError
+    with lock("_S_a[1]") as number:
+        assert number.element == "1"
+    with pytest.raises(flom.UsageError):
+        mine(timeout="soon")
+
+
+def test_a_reentrant_lock(daemon, lock):
+    mine = lock(reentrant=True)
+    with mine:
+        with mine as again:
+            assert again is mine and mine.acquire() is mine
+            mine.release()
+            assert mine.locked() and not is_free(lock)
+        assert mine.locked() and not is_free(lock)
+    assert not mine.locked() and is_free(lock)
+    mine.release()
+    with mine:
+        assert not is_free(lock)
+    with lock() as once:
+        with pytest.raises(RuntimeError, match="R1 is held already"):
+            once.acquire()
+
+
+def test_the_last_release_of_a_reentrant_lock_decides(daemon, lock):
+    for outer, value in ((False, "1"), (True, "2"), (False, "2")):
+        mine = lock("_S_a[1]", reentrant=True).acquire()
+        assert mine.acquire().element == value
+        mine.release(rollback=not outer)
+        mine.release(rollback=outer)
+
+
+def test_a_reentrant_lock_is_that_of_a_thread(daemon, lock):
+    caught = []
+
+    def work():
+        try:
+            mine.acquire()
+        except RuntimeError as error:
+            caught.append(str(error))
+
+    with lock(reentrant=True) as mine:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join(10)
+    assert caught == ["R1 is held already"]
+
+
+def test_a_reentrant_lock_that_was_lost(daemon, lock, box):
+    with pytest.raises(flom.LockLost):
+        with lock(reentrant=True) as mine:
+            lose(box, mine)
+            with lock():
+                mine.acquire()
+    assert not mine.locked()
+
+
+def test_reentrant_functions(daemon, lock):
+    mine = lock(reentrant=True)
+
+    @mine
+    def count(number):
+        assert not is_free(lock)
+        if number:
+            return 1 + count(number - 1)
+        return 0
+
+    assert count(3) == 3 and is_free(lock)
+    with mine:
+        assert count(2) == 2 and mine.locked()
+    assert is_free(lock)
+
+
+def test_the_report(daemon, lock, box):
+    settings = {"socket_name": box.socket, "config": False}
+    assert flom.status(**settings)["resources"] == []
+    with lock(), lock("a[2]", quantity=2):
+        report = flom.status(**settings)
+        assert report["daemon"]["memory"] == "file" and report["parked"] == []
+        assert {entry["name"] for entry in report["resources"]} == {"R1", "a[2]"}
+        (resource,) = flom.status(resource_name="a[2]", **settings)["resources"]
+        assert resource["holders"][0]["pid"] == os.getpid()
+        assert resource["holders"][0]["quantity"] == 2 and resource["waiters"] == []
+    box.kill(daemon.pid)
+    with pytest.raises(flom.DaemonUnavailable):
+        flom.status(**settings)
+    with pytest.raises(TypeError, match="colour"):
+        flom.status(colour="red")
+
+
+def test_what_is_logged(daemon, lock, box, caplog):
+    caplog.set_level("DEBUG", "flom")
+
+    def stop_waiting(record):
+        if "place 1, held by" in record.getMessage():
+            holder.release()
+        return True
+
+    with lock():
+        pass
+    assert [(record.levelname, record.getMessage()[:12]) for record in caplog.records] == [
+        ("DEBUG", "R1 is held, "), ("DEBUG", "R1 is releas")]
+    holder = lock().acquire()
+    logger = logging.getLogger("flom")
+    logger.addFilter(stop_waiting)
+    try:
+        with lock() as held:
+            caplog.clear()
+            box.kill(daemon.pid)
+            wait_until(lambda: held.lost)
+            box.daemon("--recovery-window", "300")
+            held.check()
+    finally:
+        logger.removeFilter(stop_waiting)
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told[0].startswith("the lock on R1 is lost: ")
+    assert told[1:] == ["the lock on R1 is held again"]
 
 
 def test_modes_and_quantities(daemon, lock):
@@ -360,16 +513,17 @@ def test_what_a_signal_handler_raises_is_no_obstacle(box, lock, monkeypatch, err
 
     before, real, failures = signal.signal(signal.SIGUSR1, handler), flom.locating, []
     daemon = box.daemon()
+    held = lock().acquire()
     try:
-        with lock() as held:
-            box.kill(daemon.pid)
-            wait_until(lambda: held.lost)
-            monkeypatch.setattr(flom, "locating", locating)
-            with pytest.raises(error):
-                held.check()
-            assert held.lost and len(failures) == 3
-            monkeypatch.undo()
-            monkeypatch.setattr(flom, "HURRY", 0)
+        box.kill(daemon.pid)
+        wait_until(lambda: held.lost)
+        monkeypatch.setattr(flom, "locating", locating)
+        with pytest.raises(error):
+            held.check()
+        assert held.lost and len(failures) == 3
+        monkeypatch.undo()
+        monkeypatch.setattr(flom, "HURRY", 0)
+        held.release()
     finally:
         signal.signal(signal.SIGUSR1, before)
 
@@ -422,6 +576,130 @@ def test_a_waiter_asks_the_next_daemon(box, lock):
     held.release()
     thread.join(10)
     got[0].release()
+
+
+def lose(box, held):
+    """Kills the daemon and lets another one, which knows nothing, grant to anybody."""
+    box.kill(box.the_daemon())
+    wait_until(lambda: held.lost)
+    box.forget()
+    return box.daemon("--recovery-window", "0")
+
+
+def test_a_block_whose_lock_was_lost(daemon, lock, box):
+    with pytest.raises(flom.LockLost, match="the lock on R1 is lost"):
+        with lock() as held:
+            lose(box, held)
+            other = lock().acquire()
+    assert not held.lost and other.check() is None
+    other.release()
+
+
+def test_a_block_without_a_daemon_at_its_end(daemon, lock, box, monkeypatch):
+    monkeypatch.setattr(flom, "RECOVERY_WINDOW", 100)  # ms
+    with pytest.raises(flom.LockLost):
+        with lock() as held:
+            box.kill(daemon.pid)
+            wait_until(lambda: held.lost)
+
+
+def test_a_block_that_is_no_loss(daemon, lock, box):
+    """It is had back at its end; or an error is told; or the loss has been dealt with in it."""
+    with lock() as held:
+        box.kill(daemon.pid)
+        wait_until(lambda: held.lost)
+        box.daemon("--recovery-window", "300")
+    assert is_free(lock)
+    with pytest.raises(ZeroDivisionError):
+        with lock() as held:
+            lose(box, held)
+            other = lock().acquire()
+            raise ZeroDivisionError
+    other.release()
+    with lock() as held:
+        lose(box, held)
+        with lock():
+            with pytest.raises(flom.LockLost):
+                held.check()
+        held.release()
+
+
+class Heard:
+    """An on_lost that notes whom it was told of, and in which thread."""
+
+    def __init__(self):
+        self.told = []
+
+    def __call__(self, lost):
+        self.told.append((lost, threading.current_thread()))
+
+
+def test_a_loss_is_told_when_somebody_else_has_the_lock(daemon, lock, box, monkeypatch):
+    """Once, by a thread."""
+    heard = Heard()
+    held = lock(on_lost=heard).acquire()
+    gate = threading.Event()
+    real = flom.Claim.reclaiming
+
+    def reclaiming(claim):
+        gate.wait(10)
+        return real(claim)
+
+    monkeypatch.setattr(flom.Claim, "reclaiming", reclaiming)
+    box.kill(daemon.pid)
+    box.forget()
+    box.daemon("--recovery-window", "0")
+    other = lock().acquire()
+    gate.set()
+    wait_until(lambda: heard.told)
+    (told, thread), = heard.told
+    assert told is held and thread is not threading.main_thread()
+    with pytest.raises(flom.LockLost):
+        held.check()
+    held.release()
+    other.release()
+    thread.join(10)
+    assert len(heard.told) == 1
+
+
+def test_a_loss_without_a_daemon_is_told(daemon, lock, box, monkeypatch):
+    """And the function may release the lock."""
+    monkeypatch.setattr(flom, "RECOVERY_WINDOW", 100)  # ms
+    told = []
+    held = lock(on_lost=lambda lost: told.append(lost.release())).acquire()
+    box.kill(daemon.pid)
+    wait_until(lambda: told)
+    assert not held.lost and not held.locked()
+
+
+def watchers():
+    return [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+
+
+def test_a_watched_lock_that_is_not_lost(daemon, lock, box):
+    """Its thread reclaims it, and ends with the release; without on_lost there is none."""
+    with lock():
+        assert watchers() == []
+    heard = Heard()
+    for _ in range(2):
+        with lock(on_lost=heard) as held:
+            assert len(watchers()) == 1 and not held.lost and held.check() is None
+        wait_until(lambda: watchers() == [])
+    with lock(on_lost=heard) as held:
+        box.kill(daemon.pid)
+        box.daemon("--recovery-window", "300")
+        wait_until(lambda: "holds" in box.run("--status").out)
+        assert held.check() is None and held.locked()
+    wait_until(lambda: watchers() == [])
+    assert heard.told == [] and is_free(lock)
+
+
+def test_a_fork_of_a_program_that_watches(daemon, lock):
+    with lock(on_lost=Heard(), timeout=0) as held:
+        with held._turn:  # as if its thread had it at the fork
+            assert in_child(held.release) == 0
+            assert in_child(lambda: held.lost) == 0
+        assert held.locked()
 
 
 # Settings
@@ -851,21 +1129,13 @@ def test_a_decorator_of_a_subclass(daemon, lock, box):
 
 
 def test_what_cannot_be_decorated(lock):
-    async def coroutine():
-        pass
-
     async def generator():
         yield
 
-    class Asynchronous:
-        async def __call__(self):
-            pass
-
-    for wrong in (coroutine, generator, functools.partial(coroutine), Asynchronous(),
-                  staticmethod(coroutine)):
-        with pytest.raises(TypeError, match="is async"):
+    for wrong in (generator, functools.partial(generator), staticmethod(generator)):
+        with pytest.raises(TypeError, match="is an asynchronous generator"):
             lock()(wrong)
-    for wrong in (Worker, property(coroutine), "f", None):
+    for wrong in (Worker, property(generator), "f", 5):
         with pytest.raises(TypeError, match="is not a function"):
             lock()(wrong)
 
@@ -924,10 +1194,25 @@ def test_what_the_docstrings_and_the_manual_name():
     manual = read(os.path.join(ROOT, "contrib/man/flom.3"))
     for error in flom.LockError.__subclasses__() + [flom.UsageError, flom.LockError]:
         assert re.search(rf"\b{error.__name__}\b", manual), error
-    for word in ("acquire", "release", "rollback", "lost", "check"):
+    for word in ("acquire", "release", "rollback", "lost", "check", "locked", "timeout"):
         assert getattr(flom.Lock, word).__doc__ and f"lock.{word}" in manual
-    for word in ("element", "token", "start_daemon", "config=False", "timeout"):
+        assert getattr(flom.AsyncLock, word).__doc__
+    for word in ("element", "token", "start_daemon", "config=False", "timeout", "reentrant",
+                 "on_lost"):
         assert word in flom.Lock.__doc__ and word in manual
+
+
+def test_the_public_names():
+    """`from flom import *` gives these alone, help() tells of them alone, and the manual does."""
+    errors = {error.__name__ for error in flom.LockError.__subclasses__()}
+    assert set(flom.__all__) == {"Lock", "AsyncLock", "status", "LockError", "UsageError"} | errors
+    manual = read(os.path.join(ROOT, "contrib/man/flom.3"))
+    text = pydoc.plain(pydoc.render_doc(flom))
+    for name in flom.__all__:
+        assert getattr(flom, name).__doc__
+        assert re.search(rf"\b{name}\b", manual) and re.search(rf"\b{name}\b", text)
+    for name in ("Claim", "Session", "Settings", "finish", "clock"):
+        assert not re.search(rf"^    (class )?{name}\b", text, re.MULTILINE)
 
 
 def test_importing_flom_changes_nothing(box):
