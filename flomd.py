@@ -8270,13 +8270,12 @@ class Housekeeping:
         self._loop, self._log = loop, log
         self._etcd = Etcd(loop, _Silence(), access)  # type: ignore[arg-type]
         self._urls = access.urls
-        self._url = access.urls[0]  # of a member that has answered
         self._left: "List[str]" = []  # members to be looked at in this round
         self._versions: "Dict[str, str]" = {}
         self._leader_key = prefix + LEADER_KEY
         self._compacts = compacts
         self._told = len(access.urls)  # members that were reachable by the last line in the log
-        self._leads = False
+        self._led: "Any" = None  # the Quorum that this daemon leads
         self._is_denied = False  # to compact
 
     @property
@@ -8304,9 +8303,9 @@ class Housekeeping:
         self._loop.cancel(self._look_round)
         self._etcd.stop()
 
-    def lead(self) -> "None":
-        """This daemon leads, so it looks after the room."""
-        self._leads = True
+    def lead(self, quorum: "Quorum") -> "None":
+        """This daemon leads the quorum, so it looks after the room."""
+        self._led = quorum
         if self._compacts:
             self._loop.after(COMPACT, self._compact)
         else:
@@ -8314,7 +8313,7 @@ class Housekeeping:
 
     def follow(self) -> "None":
         """This daemon does not lead any more."""
-        self._leads = False
+        self._led = None
         self.trouble = ""
         self._loop.cancel(self._check)
         self._loop.cancel(self._compact)
@@ -8338,7 +8337,6 @@ class Housekeeping:
 
     def _hear_version(self, url, answer):
         if answer.outcome == DONE:
-            self._url = url
             self._versions[url] = answer.entries[0].text
             self._judge_versions()
         self._look_at_next()
@@ -8360,22 +8358,31 @@ class Housekeeping:
     # The room.
 
     def _ask_revision(self, hear):
+        """Has hear(url, revision) called for the member that the leader asks."""
+        url = self._led.members.current
         request = Range(self._leader_key, self._leader_key + "\0", 0)
-        self._etcd.ask(self._url, request, TO_WAIT, hear)
+        self._etcd.ask(url, request, TO_WAIT, functools.partial(self._hear_revision, url, hear))
+
+    def _hear_revision(self, url, hear, answer):
+        """A member of another cluster, whose room is not this one's, is left alone."""
+        if answer.outcome != DONE or self._led is None:
+            return
+        if answer.cluster == self._led.cluster.id:
+            hear(url, answer.revision)
 
     def _check(self):
         self._loop.after(CHECK, self._check)
         self._ask_revision(self._check_at)
 
-    def _check_at(self, answer):
+    def _check_at(self, url, revision):
         """Asks for the leader record as it was long ago."""
-        then = answer.revision - NEVER_COMPACTED
-        if answer.outcome == DONE and then > 0:
+        then = revision - NEVER_COMPACTED
+        if then > 0:
             request = RangeAt(self._leader_key, self._leader_key + "\0", 0, then)
-            self._etcd.ask(self._url, request, TO_WAIT, self._hear_of_then)
+            self._etcd.ask(url, request, TO_WAIT, self._hear_of_then)
 
     def _hear_of_then(self, answer):
-        if answer.outcome == UNKNOWN or not self._leads:
+        if answer.outcome == UNKNOWN or self._led is None:
             return
         self.trouble = ""
         if answer.outcome == DONE:
@@ -8387,10 +8394,10 @@ class Housekeeping:
         self._loop.after(COMPACT, self._compact)
         self._ask_revision(self._compact_at)
 
-    def _compact_at(self, answer):
-        then = answer.revision - KEPT_REVISIONS
-        if answer.outcome == DONE and then > 0 and self._leads:
-            self._etcd.ask(self._url, Compaction(then), TO_WAIT, self._hear_of_compaction)
+    def _compact_at(self, url, revision):
+        then = revision - KEPT_REVISIONS
+        if then > 0:
+            self._etcd.ask(url, Compaction(then), TO_WAIT, self._hear_of_compaction)
 
     def _hear_of_compaction(self, answer):
         is_denied = answer.outcome == NOT_DONE and "permission denied" in answer.reason
@@ -12844,7 +12851,7 @@ class Campaign:
             self.hand_over("it cannot serve")
             return
         term.ways.append(self._listener)
-        self._house.lead()
+        self._house.lead(self._quorum)
         seconds = Moment().boot - leader.claimed_at
         self.log.info(f"serving {term.listening()}, in cluster {self._quorum.cluster.id}, term "
                       f"{leader.record.term}; {table.holding} holders were taken over in "

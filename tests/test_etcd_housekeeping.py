@@ -17,6 +17,10 @@ class World:
         access = flomd.Access(tuple(fake.urls), None, None, None, None, None)
         self.keeping = flomd.Housekeeping(self.loop, self.log, access, PREFIX, compacts)
 
+    def lead(self, cluster=fake_etcd.CLUSTER_ID):
+        members = flomd.Members(self.fake.urls)
+        self.keeping.lead(flomd.Quorum(PREFIX, None, flomd.Cluster(str(cluster)), members, None))
+
     def turn_until(self, predicate):
         def turned():
             self.loop._turn(0.02)
@@ -117,7 +121,7 @@ def test_nobody_compacts(fake, open_world, soon):
     world = open_world()
     world.turn_until(lambda: world.keeping.reachable == 3)
     assert world.asked("/v3/kv/range") == []
-    world.keeping.lead()
+    world.lead()
     world.turn_until(lambda: world.keeping.trouble)
     assert "ETCD_AUTO_COMPACTION_RETENTION" in world.keeping.trouble
     assert f"error: {world.keeping.trouble}" in world.log.lines
@@ -129,7 +133,7 @@ def test_nobody_compacts(fake, open_world, soon):
 
 def test_young_clusters_need_no_compaction(fake, open_world, soon):
     world = open_world()
-    world.keeping.lead()
+    world.lead()
     world.turn_until(lambda: len(world.asked("/v3/kv/range")) >= 2)
     assert world.keeping.trouble == ""
     assert all("revision" not in body for body in world.asked("/v3/kv/range"))
@@ -139,11 +143,25 @@ def test_it_compacts_when_it_is_told_to(fake, open_world, soon):
     for number in range(30):
         fake.put("/x/leader", str(number))
     world = open_world(compacts=True)
-    world.keeping.lead()
+    world.lead()
     world.turn_until(lambda: fake.compacted)
     assert fake.compacted == fake.revision - 10
     world.turn_until(lambda: len(world.asked("/v3/kv/compaction")) > 1)
     assert world.log.lines == []
+
+
+def test_another_cluster_is_not_compacted(fake, open_world, soon):
+    """Although a member of it answers at one of the addresses."""
+    for number in range(30):
+        fake.put("/x/leader", str(number))
+    for compacts in (True, False):
+        world = open_world(compacts=compacts)
+        asked = len(world.asked("/v3/kv/range"))
+        world.lead(cluster=77)
+        world.turn_until(lambda: len(world.asked("/v3/kv/range")) >= asked + 3)
+        world.keeping.follow()
+    assert not fake.compacted and world.keeping.trouble == ""
+    assert all("revision" not in body for body in world.asked("/v3/kv/range"))
 
 
 def test_that_it_may_not_compact_is_told_once(fake, open_world, soon):
@@ -152,7 +170,7 @@ def test_that_it_may_not_compact_is_told_once(fake, open_world, soon):
     for member in fake.members:
         member.misbehave(fake_etcd.DENIED, 100, "/v3/kv/compaction")
     world = open_world(compacts=True)
-    world.keeping.lead()
+    world.lead()
     world.turn_until(lambda: len(world.asked("/v3/kv/compaction")) >= 3)
     world.turn_until(lambda: world.log.lines)
     assert len([line for line in world.log.lines if "compact (3.5" in line]) == 1
