@@ -4561,8 +4561,9 @@ class Lock(_CommonLock):
         Raises TypeError for a class, for an asynchronous generator, and when the function returns
         a coroutine or a generator, which runs later.
         """
-        if function is None:
-            return self._like(type(self), timeout)
+        if function is None or timeout is not None:
+            other = self._like(type(self), timeout)
+            return other if function is None else other(function)
         if isinstance(function, (staticmethod, classmethod)):
             return type(function)(self(function.__func__))
         body = body_of(function)
@@ -4773,8 +4774,9 @@ class AsyncLock(_CommonLock):
         """Decorates an `async def`: each call waits for a lock of its own, and holds it to its
         end.  Without a function: another lock, with this timeout.
         """
-        if function is None:
-            return self._like(type(self), timeout)
+        if function is None or timeout is not None:
+            other = self._like(type(self), timeout)
+            return other if function is None else other(function)
         if isinstance(function, (staticmethod, classmethod)):
             return type(function)(self(function.__func__))
         if body_of(function) != "coroutine":

@@ -27,6 +27,7 @@ import pytest
 from world import FLOM_PY, FLOMD_PY, PYTHON, ROOT, can_connect, comm, read, wait_until
 
 CONTRIB = os.path.join(ROOT, "contrib")
+FLOM_SOURCE = os.path.join(ROOT, "flom.py")  # as text: FLOM_PY is compiled
 MODES = set(flom.MODES + flom.LONG_MODES)
 
 
@@ -498,6 +499,80 @@ def test_the_wheel_has_pages_and_completions(back_end, tmp_path):
     assert {share + name for name in (
         "bash-completion/completions/flom", "zsh/site-functions/_flom",
         "fish/vendor_completions.d/flom.fish", "doc/flom/flom.conf")} < names
+    assert "flom-stubs/__init__.pyi" in names
+
+
+# The stubs
+
+STUBS = os.path.join("packaging", "flom-stubs")
+CALLER = '''\
+import datetime
+
+import flom
+
+
+def lost(lock: flom.Lock) -> None:
+    print(lock.name, lock.token)
+
+
+@flom.Lock("a[2]", quantity=2)
+def double(number: int) -> int:
+    return 2 * number
+
+
+@flom.AsyncLock("b")(timeout=5)
+async def triple(number: int) -> int:
+    async with flom.AsyncLock("R") as held, held.timeout(5):
+        await held.check()
+    return 3 * double(number)
+
+
+@flom.Lock("c")
+async def half(number: int) -> float:
+    return await triple(number) / 6
+
+
+def main() -> "str | None":
+    lock = flom.Lock("R", "PR", datetime.timedelta(seconds=5), on_lost=lost, reentrant=True)
+    with lock, lock.timeout(0.5) as again, lock(timeout="5") as other:
+        print(again.locked() or other.lost)
+    try:
+        lock.acquire(blocking=False).release(rollback=True)
+    except flom.Timeout as error:
+        print(error.reason, error.status + 1)
+    for entry in flom.status(resource_name="R")["resources"]:
+        print(entry)
+    return lock.element
+'''
+
+
+@pytest.mark.skipif(sys.version_info < (3, 9), reason="ast.unparse is of 3.9")
+def test_the_stubs_are_those_of_flom(monkeypatch):
+    monkeypatch.syspath_prepend(contrib("packaging"))
+    make_stubs = __import__("make_stubs")
+    try:
+        assert make_stubs.stubs(read(FLOM_SOURCE)) == read(contrib(STUBS, "__init__.pyi")), \
+            "python3 contrib/packaging/make_stubs.py"
+    finally:
+        del sys.modules["make_stubs"]
+
+
+def test_a_typed_program(box):
+    """mypy --strict finds nothing in a program, and what is wrong, by the stubs."""
+    if box.start(sys.executable, "-c", "import mypy").end().status:
+        pytest.skip("mypy is not installed; tox -e type has it")
+    made = box.start(sys.executable, "-m", "venv", "--without-pip", box.path("venv")).end()
+    assert made.status == 0, made.err
+    (site,) = glob.glob(box.path("venv/lib/python*/site-packages"))
+    shutil.copytree(contrib(STUBS), os.path.join(site, "flom-stubs"))
+    shutil.copy(FLOM_SOURCE, site)
+    mypy = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", box.path("cache"),
+            "--python-executable", box.path("venv/bin/python")]
+    done = box.start(*mypy, box.write("good.py", CALLER), cwd=box.folder).end()
+    assert (done.status, done.out) == (0, "Success: no issues found in 1 source file\n")
+    wrong = "import flom\nx: int = flom.Lock('a').element\nflom.Lock(quantity='2')\nflom.clock()\n"
+    done = box.start(*mypy, box.write("bad.py", wrong), cwd=box.folder).end()
+    assert [line.split(":")[1] for line in done.out.splitlines()[:-1]] == ["2", "3", "4"], done.out
 
 
 # Init scripts and units, with the paths of a box

@@ -1,7 +1,8 @@
-"""Build back end: that of poetry-core, and man pages and completions below share/ in the wheel.
+"""Build back end: that of poetry-core, and in the wheel man pages and completions below share/,
+and the package of stubs for type checkers.
 
 A wheel's folder NAME-VERSION.data/data is unpacked into the prefix of the installation; poetry-core
-has no way of its own to put files there.
+has no way of its own to put files there, nor a package whose folder is elsewhere.
 """
 import base64
 import hashlib
@@ -23,6 +24,7 @@ SHARE = {
     "completion/zsh/_flom": "zsh/site-functions",
     "completion/fish/flom.fish": "fish/vendor_completions.d",
     "completion/fish/flomd.fish": "fish/vendor_completions.d"}
+STUBS = "flom-stubs/__init__.pyi"  # beside this file; made by make_stubs.py
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
@@ -33,16 +35,18 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
 
 
 def add_share(path):
-    """Adds the files of SHARE to a wheel, and to its RECORD."""
+    """Adds the files of SHARE, and the stubs, to a wheel and to its RECORD."""
     with zipfile.ZipFile(path) as wheel:
         members = {info: wheel.read(info) for info in wheel.infolist()}
     record = next(info for info in members if info.filename.endswith(".dist-info/RECORD"))
     folder = record.filename.replace(".dist-info/RECORD", ".data/data/share")
     lines, added = members.pop(record).decode(), {}
+    files = {f"packaging/{STUBS}": STUBS}
     for source, target in sorted(SHARE.items()):
+        files[source] = f"{folder}/{target}/{source.split('/')[-1]}"
+    for source, name in files.items():
         with open(os.path.join(CONTRIB, *source.split("/")), "rb") as file:
             data = file.read()
-        name = f"{folder}/{target}/{source.split('/')[-1]}"
         digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
         lines += f"{name},sha256={digest},{len(data)}\n"
         added[name] = data
