@@ -4487,7 +4487,7 @@ class Lock(_CommonLock):
                 step = self._step_of_watch(claim, limit)
             if not step:
                 break
-            finish(waiting_for(step))
+            finish(waiting_for(step), limit or FOREVER)
         self.on_lost(self)
 
     def _step_of_watch(self, claim, limit):

@@ -1,6 +1,7 @@
 """A client of daemons that take the lead by turns: pings, what it does when one is not answered,
 an OK that is read late, several addresses, and that it starts none.
 """
+import asyncio
 import base64
 import os
 import re
@@ -819,6 +820,99 @@ def test_a_program_releases_over_a_change_of_leader(leaders, lock, looks, rollba
     lock.release(rollback)
     assert other.holders == {} and len(other.rolled_back) == rollback
     assert [kind for kind, _ in other.messages] == ["reclaim", "unlock", "ping"]
+
+
+def heard():
+    told = []
+    return told, {"config": False, "unicast_address": ",".join(HOSTS), "on_lost": told.append}
+
+
+def test_a_program_that_is_told_of_a_loss_pings(box, leaders):
+    """Its thread does, reclaims at the next leader, and tells what it does not get back."""
+    leader, other = leaders(interval=100, grace=1500)
+    told, options = heard()
+    with flom.Lock("R1", unicast_port=int(box.address[3]), **options) as held:
+        wait_until(lambda: leader.count("ping") > 2)
+        leader.be_deposed()
+        leader.stop()
+        other.begin()
+        wait_until(lambda: other.count("reclaim") == 1 and other.count("ping") > 0)
+        assert held.check() is None and told == []
+    assert other.holders == {}
+
+
+def test_a_program_is_told_before_others_may_have_its_lock(box, leaders):
+    leader, other = leaders(interval=100, grace=2000)
+    told, options = heard()
+    began = time.monotonic()
+    held = flom.Lock("R1", unicast_port=int(box.address[3]), **options).acquire()
+    leader.stop()
+    wait_until(lambda: told)
+    assert told == [held] and time.monotonic() - began < 2
+    other.begin()
+    occupy(other)
+    held.release()
+
+
+def in_loop(work):
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        return loop.run_until_complete(asyncio.wait_for(work, 30))
+    finally:
+        loop.close()
+        asyncio.set_event_loop(None)
+
+
+async def until(predicate):
+    for _ in range(1000):
+        if predicate():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(predicate)
+
+
+def test_an_event_loop_pings_while_it_waits_and_while_it_holds(box, leaders):
+    """And has the lock back from the next leader."""
+    leader, other = leaders(interval=100, grace=5000)
+    told, options = heard()
+
+    async def work():
+        occupy(leader)
+        made = flom.AsyncLock("R1", unicast_port=int(box.address[3]), **options)
+        waiting = asyncio.ensure_future(made.acquire())
+        await until(lambda: leader.count("ping") > 2)
+        assert not waiting.done()
+        set_free(leader)
+        held = await waiting
+        pings = leader.count("ping")
+        await until(lambda: leader.count("ping") > pings + 2)
+        leader.be_deposed()
+        leader.stop()
+        other.begin()
+        await until(lambda: other.count("reclaim") == 1 and other.count("ping") > 0)
+        assert held.locked() and await held.check() is None and told == []
+        await held.release()
+    in_loop(work())
+    assert other.holders == {}
+
+
+def test_an_event_loop_tells_a_loss_before_others_may_have_the_lock(box, leaders):
+    leader, _ = leaders(interval=100, grace=2000)
+    told, options = heard()
+
+    async def work():
+        began = time.monotonic()
+        held = flom.AsyncLock("R1", unicast_port=int(box.address[3]), **options)
+        await held.acquire()
+        leader.stop()
+        await until(lambda: told)
+        assert told == [held] and held.lost and time.monotonic() - began < 2
+        with pytest.raises(flom.LockLost):
+            await held.check()
+        leader.go_on()
+        await held.release()
+    in_loop(work())
 
 
 def test_a_command_rolls_back_over_a_change_of_leader(box, leaders):
