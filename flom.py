@@ -2455,7 +2455,9 @@ NEXT = {  # (state, verb, step): {rc, None of a ping: next state}
     (LEAVING, LOCK, 24): {STOPPED: LEAVING, EVICTED: LEAVING},
     (LEAVING, PING, 16): {None: LEFT}}
 INTERVALS = 5  # between two pings, in the ttl of a quorum
+LEAST_INTERVAL, MOST_INTERVAL = 0.02, 12  # s between two pings; the ttl is 60 s at most
 UNANSWERED_PINGS = 2  # intervals after which a daemon that has not answered is doubted
+PINGS_IN_GRACE = 6  # at least
 LONGEST = 511  # bytes of a message that FLoM's daemon reads
 ENDLESS = 65536  # bytes of a message that flomd and flom read: more is no message
 CHAIN = 8  # ids of FLOM_SESSION that are told and handed on
@@ -2557,13 +2559,20 @@ class Pings:
         self._sent = FOREVER  # when the ping was sent that is not answered; FOREVER: there is none
 
     def begin(self, asked: "float", interval: "int | None", grace: "int | None", now: "float"):
-        """The request that was sent at `asked` is answered; interval and grace (ms) are told."""
+        """The request that was sent at `asked` is answered; interval and grace (ms) are told.
+
+        Whatever is told, pings neither keep this process busy nor come too late for the grace.
+        """
         self.good = asked
-        if interval:
-            self.interval = interval / 1000
-            self._next = now + self.interval
-            if grace is not None and grace >= 0:
-                self._half_grace = grace / 2000
+        if not interval:
+            return
+        longest: "float" = MOST_INTERVAL
+        if grace is not None and grace >= 0:
+            longest = min(longest, grace / 1000 / PINGS_IN_GRACE)
+        self.interval = max(LEAST_INTERVAL, min(interval / 1000, longest))
+        self._next = now + self.interval
+        if grace is not None and grace >= 0:
+            self._half_grace = max(grace / 2000, UNANSWERED_PINGS * self.interval)
 
     def due(self, now: "float") -> "bytes":
         """The ping that is to be sent now, b"" for none: there is one unanswered at a time."""
@@ -3493,9 +3502,9 @@ class Claim:
         while True:
             self.connection, answer = yield from self._asking()
             self.element, self.token = answer.element, answer.token
+            until = max(self._deadline, clock() + HURRY)
             while self.connection and self._is_late():
                 self._doubt(READ_LATE)
-                until = max(self._deadline, clock() + HURRY)
                 if (yield from limiting(self._reclaiming(), until)) is None:
                     raise refusal(LATE, "", self.settings)
             if self.connection:
@@ -3718,6 +3727,7 @@ class Claim:
                 starter.begin(self._patience_after_queue(), recovering=True)
                 starter.expect_another()
                 until = starter.until
+                yield pause(AGAIN)
             except Interrupted:
                 if clock() >= until:
                     raise
@@ -4946,6 +4956,21 @@ class Signals:
         """Is a signal for the command, which has those of `typed` already?"""
         return number in self._passed and number not in typed and number != signal.SIGIO
 
+    def until_told_to_end(self, steps, patience: "float"):
+        """Steps that end with others, with their result; None when, after `patience` s, a signal
+        that ends who holds a lock has come, or comes.
+        """
+        until = clock() + patience
+        try:
+            while clock() < until or not signal.sigpending() & ENDING_HOLD:
+                descriptor, events, seconds = next(steps)
+                yield descriptor, events, min(seconds, LATER)
+        except StopIteration as end:
+            return end.value
+        finally:
+            steps.close()
+        return None
+
     def stop(self):
         """Stops this process by TSTP with its default action; returns when it is continued.
 
@@ -5079,6 +5104,7 @@ class Loss:
         self._steps = claim.reclaiming()
         self._told = ""
         self._last_moment = FOREVER  # boot_clock: when the command has to be told to end
+        self._kept_until = claim.kept_until  # a refusal sets that of the claim to 0
         now = clock()
         self.dates = {"reclaim": now, "tell": now + NOTICE}
         if self._is_to_end:
@@ -5172,11 +5198,12 @@ class Loss:
         self.dates["kill"] = clock() + self._time_to_end()
 
     def _time_to_end(self):
-        """s from TERM to KILL.  To one that wants pings the grace is long enough for both; where
-        TERM comes late, since flom was stopped, KILL does not."""
+        """s from TERM to KILL.  The grace of one that wants pings is long enough for both; where
+        TERM comes late, since flom was stopped, KILL does not.  But a lock that is refused, or
+        taken away, before the grace is over leaves the command its time."""
         seconds = self._claim.settings["KillAfter"] / 1000
-        if self._claim.interval:
-            left = self._claim.kept_until - BEFORE / 2 - boot_clock()
+        if self._claim.interval and self._kept_until:
+            left = self._kept_until - BEFORE / 2 - boot_clock()
             seconds = max(0, min(seconds, left))
         return seconds
 
@@ -5342,11 +5369,7 @@ class Command:
         self._complained = False
 
     def run(self) -> "int":
-        """Runs it and returns flom's status; the lock is still held then, unless it was lost.
-
-        What is said and not taken, from now on, waits in the diary of the claim.
-        """
-        self.claim.diary.patient = False
+        """Runs it and returns flom's status; the lock is still held then, unless it was lost."""
         self._hold_until = clock() + self.claim.settings["MinHold"] / 1000
         self.signals.block()
         self._start()
@@ -5931,12 +5954,14 @@ def run_command(options, settings):
     claim = Claim(settings, diary, name, Starter(settings, fork_daemon), progress, life=True)
     tell_hints(settings, diary)
     claim.acquire(options.started)
+    diary.patient = False  # a full pipe keeps nobody from watching the lock
     if claim.element is not None:
         diary.say(f"Locked element is '{claim.element}'", sys.stdout)
     command = Command(options.command, claim, signals)
     status = command.run()
-    was_held = claim.release(rollback=command.status != 0)
-    if not was_held and status == 0:
+    parting = claim.releasing(rollback=command.status != 0)
+    was_held = finish(signals.until_told_to_end(parting, GOODBYE))
+    if was_held is False and status == 0:
         diary.tell(f"flom: {claim.loss}")
         status = LockLost.status
     diary.end(GOODBYE)

@@ -72,6 +72,15 @@ def test_a_daemon_that_wants_no_pings(interval):
     assert not one.is_silent(10000.0) and not one.answer(10000.0)
 
 
+@pytest.mark.parametrize("interval, grace", [
+    (1, 25000), (1, 1), (1, None), (2000, 1), (2 ** 31 - 1, 25000), (2 ** 31 - 1, -1)])
+def test_times_that_make_no_sense(interval, grace):
+    """They neither keep a client busy nor make it wait for ever, and each OK is not late."""
+    one = pings(interval=interval, grace=grace)
+    assert 0.02 <= one.interval <= 12 and not one.is_late(100.04)
+    assert pings(interval=12000, grace=90000).interval == 12
+
+
 def test_a_program_hastens_a_ping():
     one = pings()
     one.hasten()
@@ -138,6 +147,31 @@ def test_a_term_that_comes_late_delays_no_kill(monkeypatch, late, seconds):
         assert loss.dates["kill"] == pytest.approx(now.boot + seconds)
     else:
         assert kills == [signal.SIGTERM, signal.SIGKILL]
+
+
+@pytest.mark.parametrize("kept_until, seconds", [(1025.0, 5), (0.0, 5), (990.0, 0)])
+def test_a_refusal_leaves_the_command_its_time(monkeypatch, kept_until, seconds):
+    """Unless the grace is over, too: then somebody else may have the lock already."""
+    now = 1000.0
+    monkeypatch.setattr(flom, "clock", lambda: now)
+    monkeypatch.setattr(flom, "boot_clock", lambda: now)
+    kills = []
+    claim = types.SimpleNamespace(
+        name="R1", kept_until=kept_until, loss=flom.LockLost("lost"), grace=25000, interval=2.0,
+        settings={"OnLockLoss": "term", "KillAfter": 5000},
+        diary=types.SimpleNamespace(tell=lambda text: None))
+
+    def refused():
+        claim.kept_until = 0.0
+        return False
+        yield
+    claim.reclaiming = refused
+    loss = flom.Loss(claim, kills.append)
+    loss.go_on()
+    assert kills[:1] == [signal.SIGTERM] and loss.terminated
+    assert len(kills) == (1 if seconds else 2)
+    if seconds:
+        assert loss.dates["kill"] == now + seconds
 
 
 def test_what_a_request_tells():
@@ -473,6 +507,54 @@ def test_a_command_that_ends_while_nobody_leads(box, leaders):
     assert [kind for kind, _ in other.messages] == ["reclaim", "unlock", "ping"]
 
 
+def test_term_in_a_long_goodbye(box, leaders):
+    """Whoever is told to end while no leader comes does not wait for one; the status stays."""
+    leader, _ = leaders()
+    there = box.path("there")
+    code = (f"{SOON}flom.INTERVALS = 1000; flom.GOODBYE = 0.5; old = flom.Claim.releasing\n"
+            f"flom.Claim.releasing = lambda *some, **more: os.mknod({there!r}) or "
+            "old(*some, **more)")
+    holder, gate = hold(box, code=code, status=3)
+    leader.die()
+    gate.open()
+    wait_until(lambda: os.path.exists(there))
+    holder.terminate()
+    assert holder.end() == (3, "", "")
+
+
+def test_nobody_has_to_read_the_element(box, leaders):
+    """A full pipe does not keep the command from its lock, nor the lock from being watched."""
+    leader, _ = leaders(element="1")
+    reading, writing = os.pipe()
+    code = SOON + f"flom.Progress.FIRST = 600; old = flom.Claim.acquire\n{FULL}"
+    gate = box.gate("a")
+    holder = driven(box, code, "-V", "-r", "_s_n[1]", "--", *gate.command, stdout=writing)
+    os.close(writing)
+    gate.wait()
+    number = leader.count("ping")
+    wait_until(lambda: leader.count("ping") > number)
+    gate.open()
+    with open(reading, "rb") as file:
+        assert file.read().endswith(b"Locked element is '1'\n")
+    assert holder.wait() == 0
+
+
+FULL = """
+def acquire(*some):
+    "Fills the pipe with the lock in hand."
+    old(*some)
+    os.set_blocking(1, False)
+    for size in 4096, 1:
+        try:
+            while True:
+                os.write(1, b"x" * size)
+        except BlockingIOError:
+            pass
+    os.set_blocking(1, True)
+flom.Claim.acquire = acquire
+"""
+
+
 def test_term_while_the_second_connection_is_made(box, leaders):
     """It is for the command."""
     leader, other = leaders()
@@ -532,6 +614,21 @@ def test_a_waiter_looks_for_a_leader_for_as_long_as_it_would_wait(box, leaders, 
     other.holders.clear()
     other.begin()
     assert forever.end().status == 0
+
+
+def test_a_daemon_that_ends_each_wait_is_not_asked_without_a_pause(box, leaders):
+    leader, _ = leaders()
+    occupy(leader)
+
+    def end(connection, *_):
+        leader._answer(connection, 16, 1)
+        raise OSError("it closes the connection")
+    leader._grant = end
+    waiter = wait(box)
+    number = leader.count("lock")
+    pass_time(0.5)
+    assert leader.count("lock") - number < 30
+    waiter.kill()
 
 
 def test_a_waiter_at_one_address_that_is_silent(box, leaders):
