@@ -2459,6 +2459,7 @@ LEAST_INTERVAL, MOST_INTERVAL = 0.02, 12  # s between two pings; the ttl is 60 s
 UNANSWERED_PINGS = 2  # intervals after which a daemon that has not answered is doubted
 PINGS_IN_GRACE = 6  # at least
 LONGEST = 511  # bytes of a message that FLoM's daemon reads
+NO_NAME = "?"  # of no resource
 ENDLESS = 65536  # bytes of a message that flomd and flom read: more is no message
 CHAIN = 8  # ids of FLOM_SESSION that are told and handed on
 COVERED = [{0}, {0, 1}, {0, 1, 2}, {0, 1, 3}, {0, 1, 2, 3, 4}, {0, 1, 2, 3, 4, 5}]  # by a mode
@@ -2487,6 +2488,14 @@ def lock_message(settings: "Settings", about, wait: "bool", reclaim=None, held=N
         if shorter is None:
             return message
         session = shorter
+
+
+def probe_message() -> "bytes":
+    """A lock 8 that each daemon refuses, and in which one of ours answers that it is one."""
+    session = element("session", ("peerid", machine_id()), ("client", f"flom.py/{VERSION}"))
+    attributes = [("name", encode_name(NO_NAME)), ("mode", 0), ("wait", 0), ("create", 0),
+                  ("lifespan", 0)]
+    return encode(LOCK, 8, session, element("resource", *attributes))
 
 
 def _wanted(settings, wait, create):
@@ -3737,8 +3746,8 @@ class Claim:
                 if clock() >= starter.until:
                     raise self._last_word(self._silence(gone))
                 starter.expect_another()
-                bare = not bare and self._is_long()
                 yield pause(AGAIN)
+                bare = not bare and self._is_long() and (yield from self._meeting_floms())
             except DaemonUnavailable as error:
                 if not self._may_go_on(error):
                     raise self._last_word(error)
@@ -3801,6 +3810,26 @@ class Claim:
     def _is_long(self):
         """Whether a FLoM daemon would close the connection rather than read the request."""
         return len(lock_message(self.settings, self._about, wait=True)) > LONGEST
+
+    def _meeting_floms(self):
+        """Steps to whether a daemon of FLoM may serve, by what is said to a short request.
+
+        One of a quorum may just have ended: asked without additions of ours by mistake, the next
+        would let the lock go under its command, which could neither ping nor reclaim.
+        """
+        if not self.settings["UnicastAddress"] and not self.settings["MulticastAddress"]:
+            return True  # a quorum is not local
+        def ask(connection):
+            connection.send(probe_message())
+            answers = yield from connection.answering(clock() + EACH)
+            connection.close()
+            return bool(answers) and not connection.session.daemon
+        try:
+            addresses = yield from locating(self.settings, self.diary, self.resolving)
+            race = Race(self.settings, addresses, self._context, self._make)
+            return bool((yield from race.asking(ask)))
+        except (Gone, ProtocolError, DaemonUnavailable):
+            return False
 
     def _asking_each(self, bare):
         """Steps to (connection, granting answer) of the first address that serves, as Race.asking.

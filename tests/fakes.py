@@ -574,7 +574,7 @@ class OurDaemon:
         return held
 
     def _grant(self, connection, kind, session, resource):
-        name, asker = resource["name"], (session["id"], session["key"])
+        name, asker = resource["name"], (session.get("id"), session.get("key"))
         step = 16
         with self.changed:
             while self._has_other_holder(name, asker) or not self.goes_on.is_set():

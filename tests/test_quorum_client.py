@@ -15,7 +15,8 @@ import types
 import flom
 import pytest
 from commands import PATIENT, Counter, driven, state
-from fakes import DISCOVER, LOCK, PEER, PING, OurDaemon, Scripted, message, read_message
+from fakes import (
+    DISCOVER, LOCK, PEER, PING, FlomDaemon, OurDaemon, Scripted, message, read_message)
 from world import free_port, pass_time, read, wait_until
 
 HOSTS = ("127.0.0.1", "127.0.0.2")
@@ -764,6 +765,43 @@ def test_no_quorum_while_it_waits(box, leaders):
     wait_until(lambda: waiter.err)
     set_free(leader)
     assert waiter.end() == (0, "", "flom: waiting for R1, no quorum\n")
+
+
+# A request that is longer than FLoM's daemon reads
+
+LONG = "/" + "x" * 300
+
+
+def test_a_leader_that_ends_before_it_answers_a_long_request(box, leaders):
+    """The next one is asked with all that makes a ping and a reclaim possible."""
+    leader, other = leaders()
+
+    def end():
+        if not leader.listener:
+            other.does = {}
+        leader.die()
+        raise OSError("this connection is gone")
+    leader.does = other.does = {"lock": end}
+    other.begin()
+    gate = box.gate("a")
+    holder = driven(box, SOON, "-r", LONG, "--", *gate.command)
+    gate.wait()
+    number = other.count("ping")
+    wait_until(lambda: other.count("ping") > number)
+    gate.open()
+    assert holder.end() == (0, "", "")
+    asked = [found["session"] for kind, found in other.messages if kind == "lock"]
+    assert ["id" in session for session in asked] == [True, False, True]
+
+
+def test_a_long_request_to_floms_daemon(box):
+    """By its answer to a short one it is seen to be FLoM's."""
+    with FlomDaemon(tcp=("127.0.0.1", 0)) as daemon:
+        box.address = ("-a", ",".join(HOSTS), "-p", str(daemon.tcp[1]))
+        done = box.run("-r", "x" * 200, "--", "echo", "x", env={"FLOM_SESSION": "0" * 16})
+        assert done == (0, "x\n", "")
+    assert [len(data) > 511 for data in daemon.messages] == [True, False, False, False]
+    assert daemon.deaths == []
 
 
 # No daemon is started
