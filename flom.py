@@ -656,6 +656,12 @@ class Setting:
             return [f"--{self.long}={self.type.write(value)}"]
         return [f"--{self.long}"] if value else []
 
+    def explained(self, default):
+        """The line of --help, with a default, the value that it has when nobody sets it."""
+        if self.switch or default in (None, ()):
+            return self.help
+        return f"{self.help} (default {self.type.write(default)})"
+
     def shown(self, value):
         """The value as -V shows it: numbers bare, text in quotes."""
         if self.many:
@@ -665,6 +671,18 @@ class Setting:
         return f"'{value or ''}'"
 
 
+HELP_GROUPS = {  # the groups of --help, in the order of need, and their titles
+    "Running": "How it runs",
+    "Resource": "The lock",
+    "Monitor": "While the command waits and runs",
+    "Orders": "Reports and orders",
+    "Daemon": "The daemon",
+    "Quorum": "Several daemons that are one service",
+    "Network": "Network",
+    "TLS": "TLS",
+    "Trace": "Logs",
+    "General": "General",
+}
 ANYTHING = Anything("TEXT", "a text")
 FILE = Path("FILE", "a file name")
 FOLDER = Path("DIR", "a directory name")
@@ -673,67 +691,71 @@ FLAG = Flag("yes|no", "yes or no (y n true false 1 0 on off)")
 PORT = Number(1, 65535)
 SETTINGS = [
     Setting("Trace", "DaemonTraceFile", short="t", long="daemon-trace-file", type=FILE,
-            default=None, users=BOTH, help="log of the daemon"),
+            default=None, users=BOTH, help="log of the daemon that is started"),
     Setting("Trace", "CommandTraceFile", short="T", long="command-trace-file", type=FILE,
             default=None, users=CLIENT, help="log of this command"),
     Setting("Trace", "AppendTraceFile", long="append-trace-file", type=FLAG,
             default=False, users=BOTH, help="append to the logs"),
     Setting("Trace", "Verbose", short="V", long="verbose", type=FLAG, switch=True,
-            default=False, users=BOTH, help="print settings and events"),
+            default=False, users=BOTH, help="print the settings, and what happens"),
     Setting("Resource", "Name", short="r", long="resource-name",
             type=ResourceName("NAME", "resource name (NAME NAME[N] A.B.C /A/B _s_NAME[N] "
                               f"_S_NAME[N] _t_FORMAT[N]; N from 1 to {MOST})"),
-            default=DEFAULT_RESOURCE, users=CLIENT, help="what to lock"),
+            default=DEFAULT_RESOURCE, users=CLIENT,
+            help="what to lock; see the kinds of names below"),
     Setting("Resource", "Timeout", short="o", long="resource-timeout",
             type=Time(-MOST, "; -1 waits for ever, 0 does not wait"),
-            default=-1, users=CLIENT, help="ms to wait; 0: no, -1: for ever"),
+            default=-1, users=CLIENT, help="how long to wait; 0: not at all, -1: for ever"),
     Setting("Resource", "Quantity", short="q", long="resource-quantity", type=Units(1, MOST),
             default=1, users=CLIENT, help="units of a numeric resource"),
     Setting("Resource", "LockMode", short="l", long="lock-mode",
             type=Mode("MODE", f"a lock mode ({' '.join(MODES + LONG_MODES)})"),
-            default=MODES.index("EX"), users=CLIENT, help="NL CR CW PR PW EX"),
+            default=MODES.index("EX"), users=CLIENT,
+            help="NL CR CW PR PW or EX, also by their long names"),
     Setting("Resource", "Create", short="e", long="resource-create", type=FLAG,
-            default=True, users=CLIENT, help="create the resource"),
+            default=True, users=CLIENT, help="create the resource if it does not exist"),
     Setting("Resource", "IdleLifespan", short="i", long="resource-idle-lifespan", type=Span(0),
-            default=0, users=CLIENT, help="ms to outlive users"),
+            default=0, users=CLIENT, help="how long it stays when nobody uses it; 0: 2 s"),
     Setting("Daemon", "SocketName", short="s", long="socket-name",
             type=SocketPath("PATH", "a path of at most 107 bytes"),
-            default=None, users=BOTH, help="UNIX socket of the daemon"),
+            default=None, users=BOTH, help="UNIX socket of the daemon (default /tmp/flom-LOGIN)"),
     Setting("Daemon", "Lifespan", short="d", long="daemon-lifespan",
             type=Time(-MOST, "; -1 is for ever, 0 starts no daemon"),
-            default=5000, users=BOTH, help="ms unused; -1: ever; 0: none"),
+            default=5000, users=BOTH,
+            help="how long it stays unused; -1: for ever, 0: start none"),
     Setting("Daemon", "UnicastAddress", short="a", long="unicast-address", type=ADDRESS,
-            default=None, users=BOTH, help="of the daemon; or several"),
+            default=None, users=BOTH,
+            help="address of the daemon, or several with commas between"),
     Setting("Daemon", "UnicastPort", short="p", long="unicast-port", type=PORT,
             default=28015, users=BOTH, help="TCP port of the daemon"),
     Setting("Daemon", "MulticastAddress", short="A", long="multicast-address", type=ADDRESS,
-            default=None, users=BOTH, help="group of the daemon"),
+            default=None, users=BOTH, help="group in which the daemon is found"),
     Setting("Daemon", "MulticastPort", short="P", long="multicast-port", type=PORT,
             default=28015, users=BOTH, help="UDP port of the group"),
     Setting("Daemon", "MountPointVFS", short="m", long="mount-point-vfs", type=FOLDER,
-            default=None, users=BOTH, help="where its state is shown"),
+            default=None, users=BOTH, help="where the daemon shows its state as files"),
     Setting("Monitor", "IgnoredSignals", long="ignore-signal", many=True,
             type=Signal("SIGNAL", "a signal that --signal-list lists"),
-            default=(), users=CLIENT, help="signal to ignore; repeatable"),
+            default=(), users=CLIENT, help="neither end by it nor pass it on; repeatable"),
     Setting("Network", "NetworkInterface", short="n", long="network-interface",
             type=Text("NAME", "the name of a network interface"),
-            default=None, users=BOTH, help="for multicast"),
+            default=None, users=BOTH, help="for multicast and IPv6 link-local addresses"),
     Setting("Network", "DiscoveryAttempts", short="D", long="discovery-attempts",
             type=Attempts(1, MOST),
-            default=2, users=BOTH, help="number of questions"),
+            default=2, users=BOTH, help="how often a group is asked"),
     Setting("Network", "DiscoveryTimeout", short="I", long="discovery-timeout", type=Span(0),
-            default=500, users=BOTH, help="ms for an answer"),
+            default=500, users=BOTH, help="how long it may take to answer"),
     Setting("Network", "DiscoveryTTL", long="discovery-ttl", type=Number(0, 255),
             default=1, users=BOTH, help="hops that questions go"),
     Setting("Network", "TcpKeepaliveTime", long="tcp-keepalive-time",
             type=KernelNumber("S", 32767),
-            default=60, users=BOTH, help="s to the first probe"),
+            default=60, users=BOTH, help="seconds to the first probe"),
     Setting("Network", "TcpKeepaliveIntvl", long="tcp-keepalive-intvl",
             type=KernelNumber("S", 32767),
-            default=10, users=BOTH, help="s between probes"),
+            default=10, users=BOTH, help="seconds between probes"),
     Setting("Network", "TcpKeepaliveProbes", long="tcp-keepalive-probes",
             type=KernelNumber("N", 127),
-            default=6, users=BOTH, help="probes in vain"),
+            default=6, users=BOTH, help="probes in vain that end a connection"),
     Setting("TLS", "TlsCertificate", long="tls-certificate", type=FILE,
             default=None, users=BOTH, help="PEM file of the certificate"),
     Setting("TLS", "TlsPrivateKey", long="tls-private-key", type=FILE,
@@ -741,18 +763,18 @@ SETTINGS = [
     Setting("TLS", "TlsCaCertificate", long="tls-ca-certificate", type=FILE,
             default=None, users=BOTH, help="PEM file of the CA"),
     Setting("TLS", "TlsCheckPeerId", long="tls-check-peer-id", type=FLAG,
-            default=False, users=BOTH, help="peer's CN is its id"),
+            default=False, users=BOTH, help="the peer's certificate must name its id"),
     Setting("Daemon", "SocketMode", long="socket-mode",
             type=Octal("MODE", "an octal mode such as 0600"),
-            default=None, users=DAEMON, help="mode of the UNIX socket"),
+            default=None, users=DAEMON, help="of the socket (default 0600, with -s 0666)"),
     Setting("Daemon", "Policy", long="policy", type=Words("fair", "first-fit"),
-            default="fair", users=BOTH, help="fair or first-fit"),
+            default="fair", users=BOTH, help="who is granted next"),
     Setting("Daemon", "RecoveryWindow", long="recovery-window", type=Time(0),
-            default=None, users=BOTH, help="ms for former holders"),
+            default=None, users=BOTH, help="how long only former holders are granted"),
     Setting("Daemon", "StateDir", long="state-dir", type=FOLDER,
-            default=None, users=BOTH, help="where it keeps its state"),
+            default=None, users=BOTH, help="where the daemon keeps its state, synced"),
     Setting("Daemon", "AllowRemoteShutdown", long="allow-remote-shutdown", type=FLAG, switch=True,
-            default=False, users=BOTH, help="obey any host"),
+            default=False, users=BOTH, help="obey -x, -X and --evict of any host"),
     Setting("Daemon", "MaxResources", long="max-resources", type=Number(1, MOST),
             default=1000000, users=DAEMON, help="limit of resources"),
     Setting("Quorum", "EtcdUrls", long="etcd",
@@ -775,29 +797,30 @@ SETTINGS = [
     Setting("Quorum", "EtcdPrivateKey", long="etcd-private-key", type=FILE,
             default=None, users=DAEMON, help="PEM file of its key"),
     Setting("Quorum", "EtcdTtl", long="etcd-ttl", type=Time(5000, greatest=60000),
-            default=10000, users=DAEMON, help="ms until another daemon takes over"),
+            default=10000, users=DAEMON, help="how long until another daemon takes over"),
     Setting("Quorum", "EtcdCompact", long="etcd-compact", type=FLAG, switch=True,
             default=False, users=DAEMON, help="compact etcd, which is flom's alone"),
     Setting("Monitor", "OnLockLoss", long="on-lock-loss", type=Words("warn", "term", "ignore"),
-            default="warn", users=CLIENT, help="warn, term or ignore"),
+            default="warn", users=CLIENT, help="what the command gets when the lock is lost"),
     Setting("Monitor", "KillAfter", long="kill-after", type=Time(0),
-            default=5000, users=CLIENT, help="ms from TERM to KILL"),
+            default=5000, users=CLIENT, help="how long from TERM to KILL"),
     Setting("Monitor", "Deadlock", long="deadlock", type=Words("fail", "wait", "reuse"),
-            default="fail", users=CLIENT, help="fail, wait or reuse"),
+            default="fail", users=CLIENT, help="when it would wait for a lock that it runs under"),
     Setting("Monitor", "Quiet", long="quiet", type=FLAG, switch=True,
             default=False, users=CLIENT, help="no line for busy, timeout and 96"),
     Setting("Monitor", "Progress", long="progress", type=FLAG,
-            default=None, users=CLIENT, help="tell on stderr what it waits for"),
+            default=None, users=CLIENT,
+            help="tell what it waits for (default: on a terminal, without -V)"),
     Setting("Monitor", "SetEnv", long="set-env", type=FLAG,
-            default=True, users=CLIENT, help="export FLOM_RESOURCE and others"),
+            default=True, users=CLIENT, help="export FLOM_RESOURCE and others to the command"),
     Setting("Monitor", "ElementArgument", long="element-argument", type=FLAG,
-            default=True, users=CLIENT, help="append it to COMMAND"),
+            default=True, users=CLIENT, help="append the element to the command"),
     Setting("Monitor", "InheritConnection", long="inherit-connection", type=FLAG,
-            default=True, users=CLIENT, help="for the command"),
+            default=True, users=CLIENT, help="keep the lock should flom be killed"),
     Setting("Monitor", "MinHold", long="min-hold", type=Time(0),
-            default=0, users=CLIENT, help="ms to keep the lock at least"),
+            default=0, users=CLIENT, help="how long to keep the lock at least"),
     Setting("Monitor", "BusyStatus", long="busy-status", type=Number(0, 255),
-            default=98, users=CLIENT, help="status for busy and timeout"),
+            default=98, users=CLIENT, help="exit status for busy and timeout"),
 ]
 SETTINGS_BY_PATH = {(setting.group, setting.key): setting for setting in SETTINGS}
 TLS_FILES = ("TlsCertificate", "TlsPrivateKey", "TlsCaCertificate")
@@ -1125,21 +1148,26 @@ class _NegativeTime:
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, with negative times, and with errors as UsageError."""
 
-    def __init__(self, usage: "str"):
+    def __init__(self, usage: "str", closing: "str" = "", **defaults: "object"):
+        """`closing` is what --help ends with, `defaults` those that differ from the table's."""
         super().__init__(usage=usage, add_help=False, formatter_class=_help_format)
+        self.closing = closing
+        self.defaults = defaults
         self._negative_number_matcher = _NegativeTime()  # type: ignore[assignment]
         self.color = False  # from Python 3.14 on help has escape sequences on a terminal
-        self.groups: "dict" = {}  # title: what add_argument_group() has made
+        self.groups: "dict" = {}  # name: what add_argument_group() has made
+        self.options: "dict" = {}  # long option: what add_argument() has made
 
     def add(self, group: "str", names: "list", help: "str", act, hint: "str" = ""):
-        """Adds an option to a group; `hint` names its value, "": it has none.
+        """Adds an option to one of HELP_GROUPS; `hint` names its value, "": it has none.
 
         `act` is called with the option as it was typed, and with the text of its value.
         """
         if group not in self.groups:
-            self.groups[group] = self.add_argument_group(group)
+            self.groups[group] = self.add_argument_group(HELP_GROUPS[group])
         shape = {"metavar": hint} if hint else {"nargs": 0}
-        self.groups[group].add_argument(*names, action=_Option, act=act, help=help, **shape)
+        self.options[names[-1]] = self.groups[group].add_argument(
+            *names, action=_Option, act=act, help=help, **shape)
 
     def parse(self, arguments: "list") -> "list":
         """Calls what each option does; returns the words behind the options; UsageError."""
@@ -1152,8 +1180,14 @@ class Parser(argparse.ArgumentParser):
         return words
 
     def help(self) -> "str":
-        """What --help prints."""
-        return self.format_help().rstrip("\n")
+        """What --help prints; made here, since it is seldom asked for."""
+        for setting in SETTINGS:
+            option = self.options.get(f"--{setting.long}")
+            if option:
+                default = self.defaults.get(setting.key, setting.default)
+                option.help = setting.explained(default)
+        self._action_groups = [self.groups[name] for name in HELP_GROUPS if name in self.groups]
+        return self.format_help() + self.closing
 
     def error(self, message):
         raise UsageError(visible(message))
@@ -1194,12 +1228,12 @@ def printing(make_text):
     return act
 
 
-def add_basics(parser: "Parser", group: "str", options, program: "str"):
+def add_basics(parser: "Parser", options, program: "str"):
     """Gives a parser -c, which sets `config_file` of `options`, -h and -v."""
-    parser.add(group, ["-c", "--config-file"], "read after the other files",
+    parser.add("General", ["-c", "--config-file"], "read this file of settings after the others",
                keeping(options, "config_file", ANYTHING), "FILE")
-    parser.add(group, ["-h", "--help"], "show this and end", printing(parser.help))
-    parser.add(group, ["-v", "--version"], "show the version and end",
+    parser.add("General", ["-h", "--help"], "show this and end", printing(parser.help))
+    parser.add("General", ["-v", "--version"], "show the version and end",
                printing(lambda: f"{program} {VERSION}"))
 
 
@@ -1488,9 +1522,11 @@ def refusal(rc, reason: "str | None", settings: "Settings") -> "LockError":
 
 
 class Action:
-    """An action: its options, its name among ACTIONS, the name of its argument, its help."""
+    """An action: its group in --help, its options, its name among ACTIONS, its help, the name of
+    its argument."""
 
-    def __init__(self, options, name, help, argument=""):
+    def __init__(self, group, options, name, help, argument=""):
+        self.group = group
         self.options = options.split()
         self.name = name
         self.help = help
@@ -1498,13 +1534,36 @@ class Action:
 
 
 ACTION_OPTIONS = (
-    Action("-x --quiesce-exit", "quiesce", "stop the daemon when nobody uses it any more"),
-    Action("-X --immediate-exit", "immediate", "stop the daemon now"),
-    Action("--status", "status", "show who holds and who waits"),
-    Action("--evict", "evict", "take a lock away; ID as --status shows it", argument="ID"),
-    Action("--check-config", "check", "read the configuration, report every problem"),
-    Action("--signal-list", "signals", "list the signals"),
-    Action("--unique-id", "id", "print the id of this host"))
+    Action("Orders", "--status", "status", "show who holds and who waits; with -r, of this name"),
+    Action("Orders", "--evict", "evict", "take a lock away; ID as --status shows it",
+           argument="ID"),
+    Action("Orders", "-x --quiesce-exit", "quiesce",
+           "stop the daemon when nobody uses it any more"),
+    Action("Orders", "-X --immediate-exit", "immediate", "stop the daemon now"),
+    Action("General", "--check-config", "check", "read the configuration, report every problem"),
+    Action("General", "--signal-list", "signals", "list the signals"),
+    Action("General", "--unique-id", "id", "print the id of this host"))
+HELP_CLOSING = """
+Times are in ms, or have a unit: 500ms, 5s, 1.5m, 2h.  The form of a NAME tells its kind:
+  backup             simple: the lock, in the mode of -l
+  licence[5]         numeric: -q of five units
+  red.green          set: one of the words, in turn, which COMMAND gets as its last argument
+  /srv/db, /a-b.c    hierarchical: the node, in the mode of -l, with all below; any text
+  _s_invoice[1]      sequence: the next number, as the last argument
+  _S_invoice[1]      the same; the number comes again when COMMAND fails
+  _t_%Y%m%d[1]       timestamp: a time of its own, as the last argument
+
+Examples:
+  flom -- make install                              one at a time, per user
+  flom -r backup -o 0 -- backup.sh                  not at all while another one runs
+  flom -r backup -o 1m -- backup.sh                 wait a minute at most
+  flom -r /srv/db -l PR -- report.sh                readers together, writers (EX) alone
+  flom -r 'licence[5]' -q 2 -- simulate             two of five units
+  flom -r _s_invoice[1] -- print.sh                 each run with the next number
+  flom -r nightly -o 0 --quiet --min-hold 1m -- job from cron, on many hosts: one of them
+  flom -s /run/app/flom -r deploy -- deploy.sh      one at a time, for all users of a socket
+  flom -a db1 -r deploy -- deploy.sh                one at a time, on all hosts, by db1's daemon
+  flom --status                                     who holds, who waits"""
 
 
 def read_arguments(arguments: "list") -> "types.SimpleNamespace":
@@ -1527,14 +1586,13 @@ def read_arguments(arguments: "list") -> "types.SimpleNamespace":
 
 def _parser(options):
     """The parser that fills these options."""
-    parser = Parser("flom [OPTION]... [--] COMMAND [ARG]...")
-    group = "Actions and reports"
-    add_basics(parser, group, options, "flom")
-    parser.add(group, ["--json"], "status as JSON", switching(options, "json"))
-    parser.add(group, ["--watch"], "status, every second", switching(options, "watch"))
+    parser = Parser("flom [OPTION]... [--] COMMAND [ARG]...", HELP_CLOSING)
+    add_basics(parser, options, "flom")
     for action in ACTION_OPTIONS:
-        parser.add(group, action.options, action.help, functools.partial(_choose, options, action),
-                   action.argument)
+        parser.add(action.group, action.options, action.help,
+                   functools.partial(_choose, options, action), action.argument)
+    parser.add("Orders", ["--json"], "the status as JSON", switching(options, "json"))
+    parser.add("Orders", ["--watch"], "the status, every second", switching(options, "watch"))
     add_settings(parser, CLIENT, options.given)
     return parser
 
@@ -5599,61 +5657,49 @@ def report_table(report: "dict", width: "int | None", height: "int | None" = Non
     counted.  The lines `notes` stand below the rows.
     """
     head = report_head(report["daemon"])
-    found = _states_in_order(report)
-    if not found:
-        return "\n".join([*head, *notes, "nobody holds or awaits a lock"])
-    end = [*notes, counts_line(report)]
-    if height is not None:
-        found.sort(key=_comes_later)
-        room = height - len(head) - len(end) - 1  # 1: the heads of the columns
-        if len(found) > room:
-            shown = max(1, room - 1)  # 1: the line that counts the others
-            end.insert(0, f"... and {len(found) - shown} more")
-            del found[shown:]
-    lines = [*head, *_aligned_rows(found, width), *end]
-    if height is not None:
-        lines = [line[:width] for line in lines]
-    return "\n".join(lines)
-
-
-def _states_in_order(report):
-    """[(resource, state, entry)] of all rows."""
     parked = [dict(entry, holders=[], waiters=[entry]) for entry in report["parked"]]
-    found = []
+    now = int(time.time())
+    rows = []
     for resource in report["resources"] + parked:
-        found += [(resource, state, entry) for state, entry in states_of(resource)]
-    return found
+        for state, entry in states_of(resource):
+            rows.append(table_row(resource, state, entry, now))
+    if not rows:
+        return "\n".join([*head, *notes, "nobody holds or awaits a lock"])
+    end = [*notes, counts_line(rows, len(report["resources"]))]
+    if height is not None:
+        rows.sort(key=_comes_later)
+        room = height - len(head) - len(end) - 1  # 1: the heads of the columns
+        if len(rows) > room:
+            room = max(1, room - 1)  # 1: the line that counts the others
+            end.insert(0, f"... and {len(rows) - room} more")
+            del rows[room:]
+    rows.insert(0, COLUMNS)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip()[:width] for row in rows]
+    if height is not None:
+        head, end = [[line[:width] for line in part] for part in (head, end)]
+    return "\n".join(head + lines + end)
+
+
+def _state_of(row):
+    """The word in the column STATE."""
+    return row[2].partition(" ")[0]
 
 
 def _comes_later(row):
     """By what rows are sorted for a screen: who waits, who holds, what is idle."""
-    _, state, entry = row
-    if not entry:
-        return 2
-    return 0 if state.startswith("waits") else 1
+    return ("waits", "holds", "absent", "idle").index(_state_of(row))
 
 
-def _aligned_rows(found, width):
-    rows = [COLUMNS]
-    now = int(time.time())
-    for resource, state, entry in found:
-        rows.append(table_row(resource, state, entry, now))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        line = "  ".join(map(str.ljust, row, widths))
-        yield line.rstrip()[:width]
-
-
-def counts_line(report: "dict") -> "str":
-    """How many there are, in one line; who waits for a resource to be created waits, too."""
-    resources = report["resources"]
-    holders = [entry for resource in resources for entry in resource["holders"]]
-    absent = [entry for entry in holders if "absent" in entry]
-    waiting = len(report["parked"]) + sum(len(resource["waiters"]) for resource in resources)
-    line = f"{_number(len(resources), 'resource')}, {_number(len(holders), 'holder')}"
+def counts_line(rows: "list[tuple]", resources: "int") -> "str":
+    """How many resources, holders and waiters there are, in one line."""
+    states = [_state_of(row) for row in rows]
+    absent = states.count("absent")
+    holders = states.count("holds") + absent
+    line = f"{_number(resources, 'resource')}, {_number(holders, 'holder')}"
     if absent:
-        line += f" ({len(absent)} absent)"
-    return f"{line}, {waiting} waiting"
+        line += f" ({absent} absent)"
+    return f"{line}, {states.count('waits')} waiting"
 
 
 def _number(count, noun):
@@ -5667,15 +5713,12 @@ def notes_on_sizes(report: "dict", name: "str") -> "list[str]":
     names: "dict" = {}
     for resource in report["resources"]:
         if resource.get("kind") == "numeric":
-            found = resource.get("name", "")
+            found = visible(resource.get("name", ""))
             names.setdefault(found.partition("[")[0], []).append(found)
     notes = []
-    for base, alike in names.items():
-        if len(alike) > 1 and wanted in ("", base):
-            told = ", ".join(alike[:MOST_TOLD])
-            if len(alike) > MOST_TOLD:
-                told += ", ..."
-            notes.append(visible(f"{told}: {len(alike)} resources, not one"))
+    for stem, alike in names.items():
+        if len(alike) > 1 and wanted in ("", stem):
+            notes.append(f"{len(alike)} resources, not one: {', '.join(alike[:MOST_TOLD])}")
     return notes
 
 
@@ -5778,7 +5821,6 @@ def entry_line(entry, name, holds):
 
 # --- Main ----------------------------------------------------------------------------------------
 # One action a run; each is a row of ACTIONS and returns the exit status.
-MOST_SLOTS = 5  # of a set that are told
 
 
 def show_status(options, settings):
@@ -5950,11 +5992,8 @@ def hints_on_name(settings):
     lines = []
     if kind == "set":
         slots = name.split(".")
-        told = ", ".join(slots[:MOST_SLOTS])
-        if len(slots) > MOST_SLOTS:
-            told += ", ..."
-        lines.append(f"{name!r} is a set of {len(slots)} slots ({told}); for a file name write "
-                     f"'/{name}'")
+        lines.append(f"{name!r} is a set of {len(slots)} slots ({', '.join(slots)}); for a file "
+                     f"name write '/{name}'")
     for key, kinds, what in (("LockMode", WITH_MODE, "modes"),
                              ("Quantity", ("numeric",), "quantity")):
         if settings[key] != settings.defaults[key] and kind not in kinds:

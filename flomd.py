@@ -661,6 +661,12 @@ class Setting:
             return [f"--{self.long}={self.type.write(value)}"]
         return [f"--{self.long}"] if value else []
 
+    def explained(self, default):
+        """The line of --help, with a default, the value that it has when nobody sets it."""
+        if self.switch or default in (None, ()):
+            return self.help
+        return f"{self.help} (default {self.type.write(default)})"
+
     def shown(self, value):
         """The value as -V shows it: numbers bare, text in quotes."""
         if self.many:
@@ -670,6 +676,18 @@ class Setting:
         return f"'{value or ''}'"
 
 
+HELP_GROUPS = {  # the groups of --help, in the order of need, and their titles
+    "Running": "How it runs",
+    "Resource": "The lock",
+    "Monitor": "While the command waits and runs",
+    "Orders": "Reports and orders",
+    "Daemon": "The daemon",
+    "Quorum": "Several daemons that are one service",
+    "Network": "Network",
+    "TLS": "TLS",
+    "Trace": "Logs",
+    "General": "General",
+}
 ANYTHING = Anything("TEXT", "a text")
 FILE = Path("FILE", "a file name")
 FOLDER = Path("DIR", "a directory name")
@@ -678,67 +696,71 @@ FLAG = Flag("yes|no", "yes or no (y n true false 1 0 on off)")
 PORT = Number(1, 65535)
 SETTINGS = [
     Setting("Trace", "DaemonTraceFile", short="t", long="daemon-trace-file", type=FILE,
-            default=None, users=BOTH, help="log of the daemon"),
+            default=None, users=BOTH, help="log of the daemon that is started"),
     Setting("Trace", "CommandTraceFile", short="T", long="command-trace-file", type=FILE,
             default=None, users=CLIENT, help="log of this command"),
     Setting("Trace", "AppendTraceFile", long="append-trace-file", type=FLAG,
             default=False, users=BOTH, help="append to the logs"),
     Setting("Trace", "Verbose", short="V", long="verbose", type=FLAG, switch=True,
-            default=False, users=BOTH, help="print settings and events"),
+            default=False, users=BOTH, help="print the settings, and what happens"),
     Setting("Resource", "Name", short="r", long="resource-name",
             type=ResourceName("NAME", "resource name (NAME NAME[N] A.B.C /A/B _s_NAME[N] "
                               f"_S_NAME[N] _t_FORMAT[N]; N from 1 to {MOST})"),
-            default=DEFAULT_RESOURCE, users=CLIENT, help="what to lock"),
+            default=DEFAULT_RESOURCE, users=CLIENT,
+            help="what to lock; see the kinds of names below"),
     Setting("Resource", "Timeout", short="o", long="resource-timeout",
             type=Time(-MOST, "; -1 waits for ever, 0 does not wait"),
-            default=-1, users=CLIENT, help="ms to wait; 0: no, -1: for ever"),
+            default=-1, users=CLIENT, help="how long to wait; 0: not at all, -1: for ever"),
     Setting("Resource", "Quantity", short="q", long="resource-quantity", type=Units(1, MOST),
             default=1, users=CLIENT, help="units of a numeric resource"),
     Setting("Resource", "LockMode", short="l", long="lock-mode",
             type=Mode("MODE", f"a lock mode ({' '.join(MODES + LONG_MODES)})"),
-            default=MODES.index("EX"), users=CLIENT, help="NL CR CW PR PW EX"),
+            default=MODES.index("EX"), users=CLIENT,
+            help="NL CR CW PR PW or EX, also by their long names"),
     Setting("Resource", "Create", short="e", long="resource-create", type=FLAG,
-            default=True, users=CLIENT, help="create the resource"),
+            default=True, users=CLIENT, help="create the resource if it does not exist"),
     Setting("Resource", "IdleLifespan", short="i", long="resource-idle-lifespan", type=Span(0),
-            default=0, users=CLIENT, help="ms to outlive users"),
+            default=0, users=CLIENT, help="how long it stays when nobody uses it; 0: 2 s"),
     Setting("Daemon", "SocketName", short="s", long="socket-name",
             type=SocketPath("PATH", "a path of at most 107 bytes"),
-            default=None, users=BOTH, help="UNIX socket of the daemon"),
+            default=None, users=BOTH, help="UNIX socket of the daemon (default /tmp/flom-LOGIN)"),
     Setting("Daemon", "Lifespan", short="d", long="daemon-lifespan",
             type=Time(-MOST, "; -1 is for ever, 0 starts no daemon"),
-            default=5000, users=BOTH, help="ms unused; -1: ever; 0: none"),
+            default=5000, users=BOTH,
+            help="how long it stays unused; -1: for ever, 0: start none"),
     Setting("Daemon", "UnicastAddress", short="a", long="unicast-address", type=ADDRESS,
-            default=None, users=BOTH, help="of the daemon; or several"),
+            default=None, users=BOTH,
+            help="address of the daemon, or several with commas between"),
     Setting("Daemon", "UnicastPort", short="p", long="unicast-port", type=PORT,
             default=28015, users=BOTH, help="TCP port of the daemon"),
     Setting("Daemon", "MulticastAddress", short="A", long="multicast-address", type=ADDRESS,
-            default=None, users=BOTH, help="group of the daemon"),
+            default=None, users=BOTH, help="group in which the daemon is found"),
     Setting("Daemon", "MulticastPort", short="P", long="multicast-port", type=PORT,
             default=28015, users=BOTH, help="UDP port of the group"),
     Setting("Daemon", "MountPointVFS", short="m", long="mount-point-vfs", type=FOLDER,
-            default=None, users=BOTH, help="where its state is shown"),
+            default=None, users=BOTH, help="where the daemon shows its state as files"),
     Setting("Monitor", "IgnoredSignals", long="ignore-signal", many=True,
             type=Signal("SIGNAL", "a signal that --signal-list lists"),
-            default=(), users=CLIENT, help="signal to ignore; repeatable"),
+            default=(), users=CLIENT, help="neither end by it nor pass it on; repeatable"),
     Setting("Network", "NetworkInterface", short="n", long="network-interface",
             type=Text("NAME", "the name of a network interface"),
-            default=None, users=BOTH, help="for multicast"),
+            default=None, users=BOTH, help="for multicast and IPv6 link-local addresses"),
     Setting("Network", "DiscoveryAttempts", short="D", long="discovery-attempts",
             type=Attempts(1, MOST),
-            default=2, users=BOTH, help="number of questions"),
+            default=2, users=BOTH, help="how often a group is asked"),
     Setting("Network", "DiscoveryTimeout", short="I", long="discovery-timeout", type=Span(0),
-            default=500, users=BOTH, help="ms for an answer"),
+            default=500, users=BOTH, help="how long it may take to answer"),
     Setting("Network", "DiscoveryTTL", long="discovery-ttl", type=Number(0, 255),
             default=1, users=BOTH, help="hops that questions go"),
     Setting("Network", "TcpKeepaliveTime", long="tcp-keepalive-time",
             type=KernelNumber("S", 32767),
-            default=60, users=BOTH, help="s to the first probe"),
+            default=60, users=BOTH, help="seconds to the first probe"),
     Setting("Network", "TcpKeepaliveIntvl", long="tcp-keepalive-intvl",
             type=KernelNumber("S", 32767),
-            default=10, users=BOTH, help="s between probes"),
+            default=10, users=BOTH, help="seconds between probes"),
     Setting("Network", "TcpKeepaliveProbes", long="tcp-keepalive-probes",
             type=KernelNumber("N", 127),
-            default=6, users=BOTH, help="probes in vain"),
+            default=6, users=BOTH, help="probes in vain that end a connection"),
     Setting("TLS", "TlsCertificate", long="tls-certificate", type=FILE,
             default=None, users=BOTH, help="PEM file of the certificate"),
     Setting("TLS", "TlsPrivateKey", long="tls-private-key", type=FILE,
@@ -746,18 +768,18 @@ SETTINGS = [
     Setting("TLS", "TlsCaCertificate", long="tls-ca-certificate", type=FILE,
             default=None, users=BOTH, help="PEM file of the CA"),
     Setting("TLS", "TlsCheckPeerId", long="tls-check-peer-id", type=FLAG,
-            default=False, users=BOTH, help="peer's CN is its id"),
+            default=False, users=BOTH, help="the peer's certificate must name its id"),
     Setting("Daemon", "SocketMode", long="socket-mode",
             type=Octal("MODE", "an octal mode such as 0600"),
-            default=None, users=DAEMON, help="mode of the UNIX socket"),
+            default=None, users=DAEMON, help="of the socket (default 0600, with -s 0666)"),
     Setting("Daemon", "Policy", long="policy", type=Words("fair", "first-fit"),
-            default="fair", users=BOTH, help="fair or first-fit"),
+            default="fair", users=BOTH, help="who is granted next"),
     Setting("Daemon", "RecoveryWindow", long="recovery-window", type=Time(0),
-            default=None, users=BOTH, help="ms for former holders"),
+            default=None, users=BOTH, help="how long only former holders are granted"),
     Setting("Daemon", "StateDir", long="state-dir", type=FOLDER,
-            default=None, users=BOTH, help="where it keeps its state"),
+            default=None, users=BOTH, help="where the daemon keeps its state, synced"),
     Setting("Daemon", "AllowRemoteShutdown", long="allow-remote-shutdown", type=FLAG, switch=True,
-            default=False, users=BOTH, help="obey any host"),
+            default=False, users=BOTH, help="obey -x, -X and --evict of any host"),
     Setting("Daemon", "MaxResources", long="max-resources", type=Number(1, MOST),
             default=1000000, users=DAEMON, help="limit of resources"),
     Setting("Quorum", "EtcdUrls", long="etcd",
@@ -780,29 +802,30 @@ SETTINGS = [
     Setting("Quorum", "EtcdPrivateKey", long="etcd-private-key", type=FILE,
             default=None, users=DAEMON, help="PEM file of its key"),
     Setting("Quorum", "EtcdTtl", long="etcd-ttl", type=Time(5000, greatest=60000),
-            default=10000, users=DAEMON, help="ms until another daemon takes over"),
+            default=10000, users=DAEMON, help="how long until another daemon takes over"),
     Setting("Quorum", "EtcdCompact", long="etcd-compact", type=FLAG, switch=True,
             default=False, users=DAEMON, help="compact etcd, which is flom's alone"),
     Setting("Monitor", "OnLockLoss", long="on-lock-loss", type=Words("warn", "term", "ignore"),
-            default="warn", users=CLIENT, help="warn, term or ignore"),
+            default="warn", users=CLIENT, help="what the command gets when the lock is lost"),
     Setting("Monitor", "KillAfter", long="kill-after", type=Time(0),
-            default=5000, users=CLIENT, help="ms from TERM to KILL"),
+            default=5000, users=CLIENT, help="how long from TERM to KILL"),
     Setting("Monitor", "Deadlock", long="deadlock", type=Words("fail", "wait", "reuse"),
-            default="fail", users=CLIENT, help="fail, wait or reuse"),
+            default="fail", users=CLIENT, help="when it would wait for a lock that it runs under"),
     Setting("Monitor", "Quiet", long="quiet", type=FLAG, switch=True,
             default=False, users=CLIENT, help="no line for busy, timeout and 96"),
     Setting("Monitor", "Progress", long="progress", type=FLAG,
-            default=None, users=CLIENT, help="tell on stderr what it waits for"),
+            default=None, users=CLIENT,
+            help="tell what it waits for (default: on a terminal, without -V)"),
     Setting("Monitor", "SetEnv", long="set-env", type=FLAG,
-            default=True, users=CLIENT, help="export FLOM_RESOURCE and others"),
+            default=True, users=CLIENT, help="export FLOM_RESOURCE and others to the command"),
     Setting("Monitor", "ElementArgument", long="element-argument", type=FLAG,
-            default=True, users=CLIENT, help="append it to COMMAND"),
+            default=True, users=CLIENT, help="append the element to the command"),
     Setting("Monitor", "InheritConnection", long="inherit-connection", type=FLAG,
-            default=True, users=CLIENT, help="for the command"),
+            default=True, users=CLIENT, help="keep the lock should flom be killed"),
     Setting("Monitor", "MinHold", long="min-hold", type=Time(0),
-            default=0, users=CLIENT, help="ms to keep the lock at least"),
+            default=0, users=CLIENT, help="how long to keep the lock at least"),
     Setting("Monitor", "BusyStatus", long="busy-status", type=Number(0, 255),
-            default=98, users=CLIENT, help="status for busy and timeout"),
+            default=98, users=CLIENT, help="exit status for busy and timeout"),
 ]
 SETTINGS_BY_PATH = {(setting.group, setting.key): setting for setting in SETTINGS}
 TLS_FILES = ("TlsCertificate", "TlsPrivateKey", "TlsCaCertificate")
@@ -1130,21 +1153,26 @@ class _NegativeTime:
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, with negative times, and with errors as UsageError."""
 
-    def __init__(self, usage: "str"):
+    def __init__(self, usage: "str", closing: "str" = "", **defaults: "object"):
+        """`closing` is what --help ends with, `defaults` those that differ from the table's."""
         super().__init__(usage=usage, add_help=False, formatter_class=_help_format)
+        self.closing = closing
+        self.defaults = defaults
         self._negative_number_matcher = _NegativeTime()  # type: ignore[assignment]
         self.color = False  # from Python 3.14 on help has escape sequences on a terminal
-        self.groups: "dict" = {}  # title: what add_argument_group() has made
+        self.groups: "dict" = {}  # name: what add_argument_group() has made
+        self.options: "dict" = {}  # long option: what add_argument() has made
 
     def add(self, group: "str", names: "list", help: "str", act, hint: "str" = ""):
-        """Adds an option to a group; `hint` names its value, "": it has none.
+        """Adds an option to one of HELP_GROUPS; `hint` names its value, "": it has none.
 
         `act` is called with the option as it was typed, and with the text of its value.
         """
         if group not in self.groups:
-            self.groups[group] = self.add_argument_group(group)
+            self.groups[group] = self.add_argument_group(HELP_GROUPS[group])
         shape = {"metavar": hint} if hint else {"nargs": 0}
-        self.groups[group].add_argument(*names, action=_Option, act=act, help=help, **shape)
+        self.options[names[-1]] = self.groups[group].add_argument(
+            *names, action=_Option, act=act, help=help, **shape)
 
     def parse(self, arguments: "list") -> "list":
         """Calls what each option does; returns the words behind the options; UsageError."""
@@ -1157,8 +1185,14 @@ class Parser(argparse.ArgumentParser):
         return words
 
     def help(self) -> "str":
-        """What --help prints."""
-        return self.format_help().rstrip("\n")
+        """What --help prints; made here, since it is seldom asked for."""
+        for setting in SETTINGS:
+            option = self.options.get(f"--{setting.long}")
+            if option:
+                default = self.defaults.get(setting.key, setting.default)
+                option.help = setting.explained(default)
+        self._action_groups = [self.groups[name] for name in HELP_GROUPS if name in self.groups]
+        return self.format_help() + self.closing
 
     def error(self, message):
         raise UsageError(visible(message))
@@ -1199,12 +1233,12 @@ def printing(make_text):
     return act
 
 
-def add_basics(parser: "Parser", group: "str", options, program: "str"):
+def add_basics(parser: "Parser", options, program: "str"):
     """Gives a parser -c, which sets `config_file` of `options`, -h and -v."""
-    parser.add(group, ["-c", "--config-file"], "read after the other files",
+    parser.add("General", ["-c", "--config-file"], "read this file of settings after the others",
                keeping(options, "config_file", ANYTHING), "FILE")
-    parser.add(group, ["-h", "--help"], "show this and end", printing(parser.help))
-    parser.add(group, ["-v", "--version"], "show the version and end",
+    parser.add("General", ["-h", "--help"], "show this and end", printing(parser.help))
+    parser.add("General", ["-v", "--version"], "show the version and end",
                printing(lambda: f"{program} {VERSION}"))
 
 
@@ -12144,8 +12178,8 @@ def read_options(arguments: "list") -> "types.SimpleNamespace":
 
 def make_parser(options: "types.SimpleNamespace") -> "Parser":
     """The parser that fills these options."""
-    parser = Parser("flomd.py [OPTION]...")
-    group = "The daemon that holds flom's locks"
+    parser = Parser("flomd [OPTION]...", Lifespan=-1)
+    group = "Running"
     file = FixedPath("FILE", "a file name")
     log = LogTarget("FILE|syslog|stderr", "a file name")
     level = Words(*LEVELS)
@@ -12154,16 +12188,16 @@ def make_parser(options: "types.SimpleNamespace") -> "Parser":
         attribute = name.replace("-", "_")
         parser.add(group, [f"--{name}"], help, keeping(options, attribute, type), type.hint)
 
-    add_basics(parser, group, options, "flomd")
+    add_basics(parser, options, "flomd")
     parser.add(group, ["-f", "--foreground"], "do not detach, log to stderr",
                switching(options, "foreground"))
     parser.add(group, ["--no-files"], "read no configuration file", switching(options, "no_files"))
-    parser.add(group, ["--check-config"], "read the configuration, report every problem",
+    parser.add("General", ["--check-config"], "read the configuration, report every problem",
                switching(options, "check_config"))
     keep("pid-file", file, "where to write the pid")
     keep("metrics", file, "where to write figures for Prometheus")
-    keep("log", log, "where to log (syslog, with -f stderr)")
-    keep("log-level", level, "what to log, info by default")
+    keep("log", log, "where to log (default syslog, with -f stderr)")
+    keep("log-level", level, "what to log (default info)")
     keep("max-clients", LIMIT_OF_OBJECTS, "limit of connections")
     keep("max-waiters", LIMIT_OF_OBJECTS, "limit of waiting requests")
     parser.add(group, ["--etcd-new-cluster"], "take the etcd cluster for the right one",

@@ -4,6 +4,7 @@ What is refused or only printed is tried inside this process, what runs a comman
 """
 import os
 import re
+import shlex
 import signal
 import sys
 
@@ -171,6 +172,43 @@ def test_version_and_help(run):
     for setting in CLIENTS:
         assert f"--{setting.long}" in out
     assert max(map(len, out.splitlines())) <= 100
+
+
+def test_help_is_in_the_order_of_need(run):
+    _, out, _ = run("--help")
+    assert re.findall("^([A-Z][A-Za-z ]*):$", out, re.MULTILINE) == [
+        "The lock", "While the command waits and runs", "Reports and orders", "The daemon",
+        "Network", "TLS", "Logs", "General", "Examples"]
+    assert {setting.group for setting in flom.SETTINGS} <= set(flom.HELP_GROUPS)
+
+
+def test_help_tells_values_and_defaults(run):
+    words = " ".join(run("--help")[1].split())
+    for told in ("--resource-timeout MS how long to wait; 0: not at all, -1: for ever "
+                 "(default -1)", "--config-file FILE read", "--resource-create yes|no create the resource if it "
+                 "does not exist (default yes)", "--lock-mode MODE NL CR CW PR PW or EX, also by "
+                 "their long names (default EX)", "--quiet no line", "--min-hold MS how long"):
+        assert told in words, told
+    for setting in CLIENTS:
+        if not setting.switch and setting.default not in (None, (), flom.DEFAULT_RESOURCE):
+            text = words.split(f"--{setting.long} {setting.type.hint} ")[1].split(" --")[0]
+            assert f"(default {setting.type.write(setting.default)})" in text, setting.long
+
+
+def test_help_has_every_kind_of_name_and_ten_examples(run):
+    text = run("--help")[1].split("General:")[1]
+    kinds, examples = text.split("The form of a NAME")[1].split("Examples:\n")
+    rows = re.findall("^  (\\S+?)(?:, \\S+)?  +(the same|[a-z]+)[:;]", kinds, re.MULTILINE)
+    assert [flom.kind_of(name) for name, _ in rows] == [
+        "sequence" if kind == "the same" else kind for _, kind in rows]
+    assert {flom.kind_of(name) for name, _ in rows} == {kind for kind, _ in flom._FORMS}
+    assert len(examples.splitlines()) == 10
+    for line in examples.splitlines():
+        _, *words = shlex.split(re.split("  +| from cron", line.strip())[0])
+        options = flom.read_arguments(words)
+        settings = flom.Settings()
+        settings.take_options(options.given)
+        assert bool(options.command) == ("--status" not in words)
 
 
 def test_signal_list(run):
@@ -374,8 +412,8 @@ TOLD = [(["-r", "R1", "-q", "2"], "-q: a simple resource has no quantity; ignore
         (["-r", "_s_a[2]", "-q", "2"], "-q: a sequence resource has no quantity; ignored"),
         (["-r", "backup.sh"], "'backup.sh' is a set of 2 slots (backup, sh); for a file name "
                               "write '/backup.sh'"),
-        (["-r", "a.b.c.d.e.f"], "'a.b.c.d.e.f' is a set of 6 slots (a, b, c, d, e, ...); for a "
-                                "file name write '/a.b.c.d.e.f'")]
+        (["-r", "a.b.c"], "'a.b.c' is a set of 3 slots (a, b, c); for a file name write "
+                          "'/a.b.c'")]
 
 
 @pytest.mark.parametrize("options, line", TOLD)

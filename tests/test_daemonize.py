@@ -327,6 +327,7 @@ def test_help_and_version(box):
     done = box.flomd("--help").end()
     assert done.status == 0
     assert "--foreground" in done.out
+    assert "start none (default -1)" in done.out  # a client's is 5000
     assert done.err == ""
 
 

@@ -229,14 +229,14 @@ def test_one_name_with_two_sizes(box):
     for name in ("licence[5]", "licence[6]", "pool[3]"):
         holder, gate = box.hold(f"g{len(gates)}", "-r", name)
         gates, holders = gates + [gate], holders + [holder]
-    line = "licence[5], licence[6]: 2 resources, not one"
+    line = "2 resources, not one: licence[5], licence[6]"
     for options in ((), ("-r", "licence[6]")):
         assert box.run("--status", *options).out.splitlines()[-2] == line
     assert "not one" not in box.run("--status", "-r", "pool[3]").out
     assert daemon.err.count("licence[6] is another resource than licence[5]\n") == 1
     end(gates, holders)
     many = a_report(*[(f"n[{size}]", "numeric", 1, 0) for size in range(1, 6)])
-    assert flom.notes_on_sizes(many, "") == ["n[1], n[2], n[3], ...: 5 resources, not one"]
+    assert flom.notes_on_sizes(many, "") == ["5 resources, not one: n[1], n[2], n[3]"]
 
 
 def test_the_kinds_that_have_elements_and_nodes(box):
