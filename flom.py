@@ -3529,6 +3529,7 @@ class Claim:
         if of_several_addresses(settings):
             self._patience = SEVERAL
         self._latest: "Any" = None  # the connection that was made last
+        self._addresses: "list" = []  # where a daemon was looked for last
         self._context = None
         self._about: "Any" = {}
         self._deadline = FOREVER  # monotonic s
@@ -3894,8 +3895,7 @@ class Claim:
 
         Raises the refusal.
         """
-        addresses = yield from locating(self.settings, self.diary, self.resolving,
-                                        self._starter.leave_to_quorum)
+        addresses = yield from self._locating()
         race = Race(self.settings, self._in_turn(addresses), self._context, self._make)
 
         def ask(connection):
@@ -3903,6 +3903,19 @@ class Claim:
             patience = self._patience_with(race)
             return connection, (yield from self._granting(connection, bare, patience))
         return (yield from race.asking(ask))
+
+    def _locating(self):
+        """Steps to the addresses; where a lock is lost, to those of before, if a name server that
+        is silent, or has failed together with the daemon, would cost the command its time.
+        """
+        steps = locating(self.settings, self.diary, self.resolving, self._starter.leave_to_quorum)
+        if not self._addresses or not self.loss or not self.settings["UnicastAddress"]:
+            self._addresses = yield from steps
+            return self._addresses
+        with contextlib.suppress(DaemonUnavailable):
+            found = yield from limiting(steps, clock() + HURRY)
+            self._addresses = found or self._addresses
+        return self._addresses
 
     def _in_turn(self, addresses):
         """The addresses that are to be asked: the one that is doubted comes last, and where a

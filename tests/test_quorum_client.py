@@ -429,6 +429,42 @@ def test_a_stopped_leader_holds_nobody_up(box, leaders):
     assert leader.count("unlock") == 0
 
 
+NAMES = """
+real = flom.resolve
+
+def resolve(host, port, kind, scope, flags=0):
+    "A name server that is silent, or has failed, once the file says so."
+    if host.startswith("db"):
+        if flags or os.path.exists({there!r} + ".failed"):
+            raise flom.DaemonUnavailable("it is no number")
+        if os.path.exists({there!r}):
+            flom.time.sleep(600)
+        host = "127.0.0." + host[2:]
+    return real(host, port, kind, scope, flags)
+flom.resolve = resolve
+"""
+
+
+@pytest.mark.parametrize("end", ["", ".failed"])
+def test_a_name_server_that_has_gone_with_the_leader(box, leaders, end):
+    """It costs the command neither its lock nor its time: the addresses are known."""
+    leader, other = leaders()
+    there = box.path("there")
+    gate = box.gate("a")
+    holder = driven(box, SOON + "flom.HURRY = 0.2" + NAMES.format(there=there), "-r", "R1", "--",
+                    *gate.command, address=("-a", "db1,db2", "-p", box.address[3]))
+    gate.wait()
+    os.mknod(there + end)
+    leader.be_deposed()
+    leader.die()
+    other.begin()
+    wait_until(lambda: other.count("reclaim"))
+    number = other.count("ping")
+    wait_until(lambda: other.count("ping") > number)
+    gate.open()
+    assert holder.end() == (0, "", "") and other.holders == {}
+
+
 @pytest.mark.in_time
 def test_the_end_of_file_of_a_leader_that_was_stopped(box, leaders):
     """TERM comes by the last good ping: here 2 s after it, and 1 s before the grace is over."""
