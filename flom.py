@@ -3053,8 +3053,9 @@ class Race:
     """The addresses of a daemon: the first with which a connection is made, TLS included, wins.
 
     The attempt at the next address begins when the one before has failed, or has had no result for
-    STAGGER (RFC 8305).  `left`: the addresses that have neither won nor failed.  `make` is
-    Connection or, in a program, program_connection.
+    STAGGER (RFC 8305).  Where nobody listens somebody may in a moment: it is tried again while the
+    attempt at another address, whose host may have gone, is under way.  `left`: the addresses to
+    be tried.  `make` is Connection or, in a program, program_connection.
     """
 
     def __init__(self, settings: "Settings", addresses, context, make):
@@ -3064,6 +3065,7 @@ class Race:
         self._running: "dict[Any, Any]" = {}  # address: the steps that connect to it
         self._failure = ""
         self._refusing: "set[Any]" = set()  # nobody listens there: a daemon may be started
+        self._again: "list[Any]" = []  # those of them that are tried again while another one hangs
         self._may_pass = False  # the last failure may be none in a moment
         self._was_interrupted = False  # the last failure was an end in the handshake
 
@@ -3095,8 +3097,11 @@ class Race:
                 del self._running[address]
                 if end.value:
                     return end.value, wait
-                if self._running and address in self._refusing:
-                    self.left.append(address)
+                if address in self._refusing:
+                    self._again.append(address)
+        if self._running:
+            self.left += self._again
+            self._again = []
         return None, wait
 
     def _next_step(self, wait, next_date):

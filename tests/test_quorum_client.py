@@ -773,8 +773,11 @@ def test_a_first_request_passes_a_stopped_leader(box, leaders):
     assert first.end() == (0, "", "")
 
 
-def test_who_refuses_is_tried_again_while_another_does_not_connect(box, leaders):
+@pytest.mark.parametrize("order", ["the other first", "the other last"])
+def test_who_refuses_is_tried_again_while_another_does_not_connect(box, leaders, order):
     leader, other = leaders(leads=False)
+    if order == "the other last":
+        box.address = ("-a", ",".join(HOSTS[::-1]), *box.address[2:])
     sockets = full(leader.address)
     first = driven(box, "flom.PATIENCE = 600", "--", *box.note("ran"))
     wait_until(lambda: is_connecting(leader.address))
