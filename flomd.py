@@ -10452,11 +10452,11 @@ class Batches:
 
     def _say(self, batch):
         batch.is_said = True
-        if batch.token > self._told:
-            self._told = batch.token
         guarded = self._loop.guarded
         for act, connection, detail in batch.said:  # which may grow meanwhile
             guarded(connection.close, act, connection, detail)
+        if batch.token > self._told:
+            self._told = batch.token
         for connection in batch.connections:
             if connection.batch is batch:
                 connection.batch = None
@@ -10900,9 +10900,12 @@ class Server:
         told on it that it holds its lock again, does not release it."""
         if not self.disk.may_tell():
             return False
-        if decision.verdict == OK and self._answers_reclaim(decision) and connection.has_gone():
-            connection.close()
-            return False
+        session = connection.session
+        if decision.verdict == OK and connection.is_open and session.holds is None:
+            is_new = self.batches.is_untold(decision.token, session)
+            if not is_new and connection.has_gone():
+                connection.close()
+                return False
         return True
 
     def when_stored(self, connection: "Connection", act: "Callable",

@@ -351,10 +351,11 @@ def test_one_that_comes_back_and_leaves_before_it_was_told_keeps_its_lock(world,
     assert last.told == [0] and not world.absent()
 
 
-def test_who_has_closed_its_reclaim_before_it_is_answered_keeps_its_lock(world):
+@pytest.mark.parametrize("reclaims", [True, False])
+def test_who_comes_back_and_has_gone_before_it_is_answered_keeps_its_lock(world, reclaims):
     """It was not read meanwhile, and its end would be an end of file after the answer."""
     token = world.table.requests[world.holder().session].token
-    again = world.ours(wait=0, reclaim=token)
+    again = world.ours(wait=0, reclaim=token if reclaims else None)
     world.turn()
     again.has_gone = lambda: True
     world.settle()

@@ -1,5 +1,6 @@
 """Random walks of leaders and their clients: connections fail, clients come back, etcd is slow or
-away, leaders are deposed.  Nobody holds what another one holds, and nobody loses what he holds."""
+away, leaders are deposed.  Nobody holds what another one holds, nobody loses what he holds, and no
+value comes twice."""
 import random
 import re
 import socket
@@ -14,9 +15,10 @@ from world import SEED, SOAK
 STEPS = 120
 WALKS = 60 if SOAK else 3
 AT_ONCE = 20  # walks of one test
-NAMES = ("R", "Q")
+NAMES = ("R", "Q", "S.a.b", "_s_n[2]", "_S_n[2]")
 RC = re.compile(rb'rc="(-?\d+)"')
 TOKEN = re.compile(rb'token="(\d+)"')
+ELEMENT = re.compile(rb'element="([^"]*)"')
 IDLE, WAITING, HOLDING = "idle", "waiting", "holding"
 
 
@@ -92,7 +94,7 @@ class Person:
     def __init__(self, site, number):
         self.site, self.number, self.lives, self.random = site, number, 0, site.random
         self.links, self.state = [], IDLE
-        self.name = self.token = self.ident = None
+        self.name = self.token = self.ident = self.element = None
         self.granted_on = None  # the link
 
     def can_unlock(self):
@@ -104,7 +106,7 @@ class Person:
         self.lives += 1
         self.ident = f"{self.number}-{self.lives}"
         self.name, self.wait = self.random.choice(NAMES), self.random.choice([0, 1, 1])
-        self.state, self.token = WAITING, None
+        self.state, self.token, self.element = WAITING, None, None
         self.ask_on_another()
 
     def ask_on_another(self):
@@ -114,8 +116,10 @@ class Person:
         wait, reclaim = self.wait, ""
         if self.state == HOLDING:
             wait, reclaim = 0, f' reclaim="{self.token}"'
+            if self.element is not None:
+                reclaim += f' held="{self.element}"'
         self.say(f'<session peerid="1" client="flom.py/1" id="{self.ident}" key="{self.ident}"/>'
-                 f'<resource name="{b64(self.name)}" mode="5" wait="{wait}" create="1"{reclaim}/>')
+                 f'<resource name="{b64(self.name)}" mode="5" wait="{wait}" create="1" lifespan="60000"{reclaim}/>')
 
     def say(self, text, verb=LOCK):
         try:
@@ -127,9 +131,17 @@ class Person:
         self.say("", PING)
 
     def unlock(self):
-        self.say(f'<resource name="{b64(self.name)}" rollback="0"/>', UNLOCK)
+        rollback = self.random.choice([0, 1])
+        if self.name.startswith("_S_") and not rollback:
+            self.use()
+        self.say(f'<resource name="{b64(self.name)}" rollback="{rollback}"/>', UNLOCK)
         self.ping()
         self.end()
+
+    def use(self):
+        """The value that it has is nobody else's, for ever."""
+        assert (self.name, self.element) not in self.site.used, "a value that comes twice"
+        self.site.used.add((self.name, self.element))
 
     def end(self):
         """Its command has ended, or was killed; it is another one from now on."""
@@ -188,8 +200,14 @@ class Person:
         rc = int(found.group(1))
         if rc == 0:
             token = int(TOKEN.search(text).group(1))
-            assert self.state == WAITING or token == self.token, "it is granted anew"
-            self.state, self.token, self.granted_on = HOLDING, token, self.links[-1]
+            element = ELEMENT.search(text)
+            told = token, element and element.group(1).decode()
+            if self.state == WAITING:
+                self.token, self.element = told
+                if self.name.startswith("_s_"):
+                    self.use()
+            assert told == (self.token, self.element), "it is granted anew"
+            self.state, self.granted_on = HOLDING, self.links[-1]
         elif rc != 1 and self.state == HOLDING:
             assert rc == 9, f"a holder is refused with {rc}"
         elif rc != 1:
@@ -206,7 +224,7 @@ class Site:
 
     def __init__(self, seed):
         self.random = random.Random(seed)
-        self.stored = {}
+        self.stored, self.used = {}, set()
         self.leader = Leader(1, self.stored)
         self.people = [Person(self, number) for number in range(4)]
         self.log = []
@@ -279,7 +297,8 @@ class Site:
     def check(self):
         for name in NAMES:
             holders = [one for one in self.people if one.state == HOLDING and one.name == name]
-            assert len(holders) <= 1, "two hold"
+            held = {one.element for one in holders}  # of R and Q it is None
+            assert len(held) == len(holders), "two hold"
             stored = {f"{flomd.OF_HOLDER}{one.token:016x}" for one in holders}
             assert stored <= set(self.stored), "a grant that was told is not stored"
         assert not [line for line in self.leader.log.lines if "Traceback" in line]
@@ -305,7 +324,8 @@ class Site:
                 if one.state != IDLE]
         assert left == [], [(holder.name, holder.ident, holder.session.is_absent)
                             for holder in self.leader.table.requests.values()]
-        assert self.leader.table.holding == 0 and not self.stored
+        assert self.leader.table.holding == 0
+        assert not [key for key in self.stored if key.startswith(flomd.OF_HOLDER)]
 
     def close(self):
         for person in self.people:
