@@ -3775,7 +3775,7 @@ class Claim:
         elif previous._keeper == os.getpid():
             self.chain = previous.chain
             self._key, self._keeper = previous._key, previous._keeper
-        previous.forget()
+        previous.drop()
 
     # Ask and wait
 
@@ -4516,9 +4516,6 @@ class Lock(_CommonLock):
         self._depth = 0  # how often it was acquired and not released
         self._thread = 0
         self._turn: "Any" = contextlib.ExitStack()
-        if self.on_lost:
-            import threading
-            self._turn = threading.RLock()
 
     def _turn_of(self, claim):
         """A block in which no other thread uses the claim; one made by fork has no other."""
@@ -4553,7 +4550,8 @@ class Lock(_CommonLock):
         """
         if self._acquire_again():
             return self
-        claim = finish(self._acquiring(blocking, timeout))
+        with self._turn_of(self._claim):
+            claim = finish(self._acquiring(blocking, timeout))
         with claim.becoming_ours():
             finish(claim.acquiring())
         self._depth = 1
@@ -4582,6 +4580,7 @@ class Lock(_CommonLock):
         self._thread = threading.get_ident()
         if not self.on_lost or not claim.connection:
             return
+        self._turn = threading.RLock()
         try:
             threading.Thread(target=self._watch, args=(claim,), daemon=True).start()
         except RuntimeError:  # the system has no thread for it
@@ -4776,7 +4775,7 @@ class AsyncLock(_CommonLock):
                                "per task")
         self._is_acquiring = True
         try:
-            await self._rest()
+            await self._stop()
             claim = await finish_in_loop(self._acquiring(blocking, timeout))
             with claim.becoming_ours():
                 await finish_in_loop(claim.acquiring())
@@ -4792,9 +4791,7 @@ class AsyncLock(_CommonLock):
         """Releases the lock; takes as long as that of Lock."""
         claim = self._claim
         try:
-            await self._rest()
-            if self._recovery:
-                self._recovery.cancel()
+            await self._stop()
             await finish_in_loop(self._releasing(rollback))
         finally:
             claim.drop()
@@ -4866,6 +4863,14 @@ class AsyncLock(_CommonLock):
         if self._recovery and not self._recovery.done():
             await asyncio.wait([self._recovery], timeout=RECOVERY_WINDOW / 1000)
             self._unwatch()
+
+    async def _stop(self):
+        """As _rest; a reclaim that takes long is ended."""
+        import asyncio
+        await self._rest()
+        if self._recovery:
+            self._recovery.cancel()
+            await asyncio.wait([self._recovery])
 
     async def _recover(self, claim):
         """A task: reclaims the lock, or tells its loss."""

@@ -694,11 +694,34 @@ def test_a_watched_lock_that_is_not_lost(daemon, lock, box):
     assert heard.told == [] and is_free(lock)
 
 
+def test_a_watched_lock_is_acquired_anew(daemon, lock, box, monkeypatch):
+    """The loss of the one before is told no more; nor does its thread reclaim it."""
+    heard = Heard()
+    held = lock(on_lost=heard, timeout=5).acquire()
+    gate = threading.Event()
+    real = flom.Claim.reclaim_until
+    monkeypatch.setattr(flom.Claim, "reclaim_until", lambda claim: gate.wait(10) and real(claim))
+    box.kill(daemon.pid)
+    gate.set()
+    wait_until(lambda: not held.locked())
+    box.daemon("--recovery-window", "300")
+    try:
+        held.acquire()
+    except RuntimeError:  # its thread was faster
+        pass
+    wait_until(lambda: len(watchers()) == 1)
+    assert held.locked() and heard.told == []
+    held.release()
+    wait_until(lambda: watchers() == [])
+    assert is_free(lock)
+
+
 def test_a_fork_of_a_program_that_watches(daemon, lock):
     with lock(on_lost=Heard(), timeout=0) as held:
         with held._turn:  # as if its thread had it at the fork
             assert in_child(held.release) == 0
             assert in_child(lambda: held.lost) == 0
+            assert in_child(lambda: lock("R2", on_lost=Heard()).acquire().release()) == 0
         assert held.locked()
 
 

@@ -226,6 +226,22 @@ def test_a_lock_is_reclaimed_by_itself(daemon, alock, box, run):
     assert told == []
 
 
+def test_a_lost_lock_is_acquired_anew(daemon, alock, lock, box, run):  # noqa: F811
+    async def work():
+        held = await alock(timeout=5, on_lost=told.append).acquire()
+        token = held.token
+        box.kill(daemon.pid)
+        wait_until(lambda: held.lost)
+        box.daemon("--recovery-window", "0")
+        assert (await held.acquire()).token >= token
+        assert await held.check() is None and not is_free(lock)
+        await held.release()
+        assert is_free(lock)
+    told = []
+    run(work())
+    assert told == []
+
+
 def test_a_loss_is_told(daemon, alock, lock, box, run, monkeypatch):  # noqa: F811
     """By the loop, once; the end of the block raises it."""
     monkeypatch.setattr(flom, "RECOVERY_WINDOW", 100)  # ms
