@@ -1,4 +1,5 @@
 """TLS on both sides: who is let in, what is said to those that are not, and loss over TLS."""
+import asyncio
 import contextlib
 import json
 import os
@@ -455,14 +456,49 @@ def test_an_alert_at_the_unlock(box, certificates):
         assert alerting.alerts == 2
 
 
+def keywords(tls):
+    """Those of a Lock at the daemon of this box."""
+    words = {word[2:].replace("-", "_"): value
+             for word, value in zip(tls.address[::2], tls.address[1::2]) if word[:2] == "--"}
+    return dict(words, config=False, unicast_address=tls.address[1], unicast_port=tls.address[3])
+
+
+@pytest.mark.parametrize("tls", ["tcp"], indirect=True)
+def test_an_event_loop(tls):
+    """Waits, holds, and has its lock back from the next daemon."""
+    first = tls.daemon()
+
+    async def work():
+        first_lock, second_lock = [flom.AsyncLock("R1", **keywords(tls)) for _ in range(2)]
+        async with first_lock as held:
+            with pytest.raises(flom.Timeout):
+                await second_lock.acquire(timeout=0.05)
+            second = asyncio.ensure_future(second_lock.acquire())
+            while "waits 1" not in tls.run("--status").out:
+                await asyncio.sleep(0.01)
+            assert held.locked() and not second.done()
+        held = await second
+        try:
+            tls.kill(first.pid)
+            tls.daemon("--recovery-window", "300")
+            while not held.locked():
+                await asyncio.sleep(0.01)
+            await held.check()
+        finally:
+            await held.release()
+
+    loop = asyncio.new_event_loop()
+    try:
+        loop.run_until_complete(asyncio.wait_for(work(), 30))
+    finally:
+        loop.close()
+
+
 @pytest.mark.parametrize("tls", ["tcp"], indirect=True)
 def test_a_process_made_by_fork_closes_its_copy_alone(tls):
     """The stream of the parent goes on: no goodbye of TLS is said for it."""
     tls.daemon()
-    words = [(word[2:].replace("-", "_"), value)
-             for word, value in zip(tls.address[::2], tls.address[1::2]) if word[:2] == "--"]
-    lock = flom.Lock("R1", config=False, unicast_address=tls.address[1],
-                     unicast_port=tls.address[3], **dict(words))
+    lock = flom.Lock("R1", **keywords(tls))
     with lock:
         child = os.fork()
         if not child:
