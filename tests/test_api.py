@@ -672,6 +672,16 @@ def test_a_loss_without_a_daemon_is_told(daemon, lock, box, monkeypatch):
     assert not held.lost and not held.locked()
 
 
+def test_an_eviction_is_told(daemon, lock, box):
+    heard = Heard()
+    held = lock(on_lost=heard).acquire()
+    assert box.run("--evict", held._claim.chain[0]).status == 0
+    wait_until(lambda: heard.told)
+    with pytest.raises(flom.LockLost, match="taken away by"):
+        held.check()
+    held.release()
+
+
 def watchers():
     return [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
 
