@@ -119,7 +119,8 @@ class Person:
             if self.element is not None:
                 reclaim += f' held="{self.element}"'
         self.say(f'<session peerid="1" client="flom.py/1" id="{self.ident}" key="{self.ident}"/>'
-                 f'<resource name="{b64(self.name)}" mode="5" wait="{wait}" create="1" lifespan="60000"{reclaim}/>')
+                 f'<resource name="{b64(self.name)}" mode="5" wait="{wait}" create="1" '
+                 f'lifespan="60000"{reclaim}/>')
 
     def say(self, text, verb=LOCK):
         try:
