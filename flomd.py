@@ -12700,6 +12700,17 @@ class Campaign:
         self.loop.at(now.mono + date - now.boot, self._go_on)
 
     def _hear(self, asker, answer):
+        """A bug, or a record that nobody has foreseen, must not leave it for ever without a next
+        step."""
+        self.loop.guarded(self._stumble, self._take, asker, answer)
+
+    def _stumble(self):
+        """A candidate begins anew.  A leader is deposed at its deadline."""
+        if not isinstance(self._asker, Leader):
+            self._asker = None
+            self.loop.after(PAUSE, self._prepare)
+
+    def _take(self, asker, answer):
         """The answer of etcd.  It came before this instant, which counts, and not after it."""
         now = Moment()
         if asker is not self._asker:

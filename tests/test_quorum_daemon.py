@@ -574,3 +574,16 @@ def test_trouble_is_told_once_when_it_lasts_whatever_its_numbers():
         seen.trouble = "another" if tick % 2 else ""
         notices.see(seen, types.SimpleNamespace(boot=tick / 5))
     assert len(Log.lines) == 1
+
+
+@pytest.mark.processes
+def test_a_record_that_nobody_has_foreseen(quorums):
+    """A candidate goes on when it is gone."""
+    quorum = quorums()
+    quorum.etcd.put(PREFIX + "id", "00112233445566aa")
+    quorum.etcd.put(PREFIX + "leader", flomd.text_of(RECORD._replace(term="a" * 16,
+                                                                     ttl=10 ** 400)))
+    quorum.start(1)
+    wait_until(lambda: "Traceback" in quorum.said(1))
+    quorum.etcd.put(PREFIX + "leader", flomd.text_of(RECORD))
+    quorum.await_leader()
