@@ -185,9 +185,9 @@ def test_help_is_in_the_order_of_need(run):
 def test_help_tells_values_and_defaults(run):
     words = " ".join(run("--help")[1].split())
     for told in ("--resource-timeout MS how long to wait; 0: not at all, -1: for ever "
-                 "(default -1)", "--config-file FILE read", "--resource-create yes|no create the resource if it "
-                 "does not exist (default yes)", "--lock-mode MODE NL CR CW PR PW or EX, also by "
-                 "their long names (default EX)", "--quiet no line", "--min-hold MS how long"):
+                 "(default -1)", "--config-file FILE read", "--quiet no line",
+                 "--resource-create yes|no create the resource if it does not exist (default yes)",
+                 "--lock-mode MODE NL CR CW PR PW or EX, also by their long names (default EX)"):
         assert told in words, told
     for setting in CLIENTS:
         if not setting.switch and setting.default not in (None, (), flom.DEFAULT_RESOURCE):

@@ -8,6 +8,7 @@ import base64
 import glob
 import hashlib
 import inspect
+import json
 import os
 import plistlib
 import re
@@ -370,11 +371,12 @@ SHELLS = {"bash": (["bash", "--norc", "-c", BASH, "bash"], "bash/flom"),
           "fish": (["fish", "-c", FISH], "fish/flom.fish")}
 
 
-def complete(box, shell, lines, file=None):
+def complete(box, shell, lines, file=None, **more):
     """{line: the words that the shell offers for its end, of paths the last part}."""
     need(shell)
     argv, usual = SHELLS[shell]
-    done = box.start(*argv, contrib("completion", *(file or usual).split("/")), *lines).end()
+    done = box.start(*argv, contrib("completion", *(file or usual).split("/")), *lines,
+                     **more).end()
     assert (done.status, done.err) == (0, "")
     found = {}
     for text in done.out.splitlines():
@@ -420,6 +422,35 @@ def test_values_are_completed(box, shell):
         "flom --policy ": {"fair", "first-fit"},
         "flomd --log-level ": set(flomd.LEVELS), f"flomd -f --pid-file {path[:-3]}": {"a.conf"},
     }.items())]
+
+
+@pytest.mark.parametrize("shell", sorted(SHELLS))
+def test_names_and_ids_are_those_that_the_daemon_has(box, shell):
+    """The daemon that the options before mean; without one there are none, and none is started."""
+    python = " ".join(PYTHON)
+    os.chmod(box.write("flom", f'#!/bin/sh\nexec {python} {FLOM_PY} "$@"\n'), 0o755)
+    path = f"{box.folder}:{os.environ['PATH']}"
+    where = f"-s {box.socket}"
+    lines = [f"flom {where} -r ", f"flom --socket-name={box.socket} --evict ",
+             f"flom {where} -V -r /srv/", f"flom {where} --resource-name=lic"]
+    assert not any(complete(box, shell, lines, env={"PATH": path}).values())
+    assert box.daemons() == []
+    names = ["licence[5]", "/srv/db", "/srv/a b", "red.green"]
+    holders = [box.hold(f"g{number}", "-r", name) for number, name in enumerate(names)]
+    report = json.loads(box.run("--status", "--json").out)
+    ids = {entry["id"][:8] for resource in report["resources"] for entry in resource["holders"]}
+    found = complete(box, shell, lines, env={"PATH": path})
+
+    def shown(name):
+        if shell != "fish":  # fish quotes when it inserts
+            name = re.sub(r"([\[\] ])", r"\\\1", name)
+        return os.path.basename(name)
+    option = "--resource-name=" if shell == "fish" else ""
+    known = [set(map(shown, names)), ids, set(map(shown, names[1:3])), {option + shown(names[0])}]
+    assert [found[line] for line in lines] == known
+    for holder, gate in holders:
+        gate.open()
+        assert holder.end().status == 0
 
 
 @pytest.mark.parametrize("shell", sorted(SHELLS))

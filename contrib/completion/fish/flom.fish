@@ -10,6 +10,37 @@ function __flom_signals
     string replace -r '^' SIG (string match -ra '(?<![-+A-Z])(?!RT)[A-Z][A-Z0-9]+' (kill -l))
 end
 
+# The rows of the status report of the daemon that the line means; nothing where none answers
+# within 2 s.
+function __flom_rows
+    set -l words (commandline -opc)
+    set -l program $words[1]
+    set -e words[1]
+    set -l where
+    set -l long '(config-file|socket-name|(uni|multi)cast-(address|port)|network-interface|tls-.*)'
+    while set -q words[1]
+        if string match -qr "^(-[csapAPn]|--$long)\$" -- $words[1]; and set -q words[2]
+            set -a where $words[1..2]
+            set -e words[1]
+        else if string match -qr "^(-[csapAPn].|--$long=)" -- $words[1]
+            set -a where $words[1]
+        end
+        set -e words[1]
+    end
+    set -l limit command
+    type -q timeout; and set limit timeout 2
+    $limit $program $where --status 2>/dev/null | string match -r '.*  .*' |
+        string match -v -r '^RESOURCE .* STATE .* ID .*'
+end
+
+function __flom_names
+    __flom_rows | string replace -r '  .*' '' | string match -v _RESOURCE
+end
+
+function __flom_ids
+    __flom_rows | string replace -rf '.*  ([0-9a-f]{8})  .*' '$1'
+end
+
 # The words of the command, as far as they are there; status 1 while options are typed.
 function __flom_command
     set -l flags help version verbose quiesce-exit immediate-exit status json watch check-config \
@@ -99,11 +130,11 @@ for name in flom flom.py
     complete $of -l status -f -d 'show who holds and who waits'
     complete $of -l json -f -d 'status as JSON'
     complete $of -l watch -f -d 'status, every second'
-    complete $of -l evict -x -d 'take a lock away'
+    complete $of -l evict -xa '(__flom_ids)' -d 'take a lock away'
     complete $of -l signal-list -f -d 'list the signals'
     complete $of -l unique-id -f -d 'show the id of this host'
     complete $of -s T -l command-trace-file -rF -d 'log of this command'
-    complete $of -s r -l resource-name -x -d 'what to lock'
+    complete $of -s r -l resource-name -xa '(__flom_names)' -d 'what to lock'
     complete $of -s o -l resource-timeout -x -d 'ms to wait; -1: for ever'
     complete $of -s q -l resource-quantity -x -d 'units of a numeric resource'
     complete $of -s l -l lock-mode -xa "$modes" -d 'NL CR CW PR PW EX'
