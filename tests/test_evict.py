@@ -49,12 +49,13 @@ def test_a_holder_loses_its_lock_for_good(place):
 def test_a_program_is_told_and_does_not_get_the_lock_back(box):
     box.daemon()
     lock = flom.Lock("R1", config=False, socket_name=box.socket)
-    with lock:
+    with pytest.raises(flom.LockLost) as at_the_end, lock:
         assert box.run("--evict", ids(box)[0]).status == 0
         assert lock.lost
         with pytest.raises(flom.LockLost) as lost:
             lock.check()
         assert "taken away by" in str(lost.value) and ids(box) == []
+    assert "taken away by" in str(at_the_end.value)
     assert lock.acquire() and not lock.lost
     lock.release()
 
