@@ -3075,6 +3075,9 @@ class Race:
         next_date = 0.0
         try:
             while self.left or self._running:
+                if self._running and clock() >= next_date:
+                    self.left += self._again
+                    self._again = []
                 if self.left and (not self._running or clock() >= next_date):
                     address = self.left.pop(0)
                     self._running[address] = self._opening(address, until)
@@ -3099,9 +3102,6 @@ class Race:
                     return end.value, wait
                 if address in self._refusing:
                     self._again.append(address)
-        if self._running:
-            self.left += self._again
-            self._again = []
         return None, wait
 
     def _next_step(self, wait, next_date):
@@ -3109,7 +3109,7 @@ class Race:
         if len(self._running) > 1:
             return pause(AGAIN)
         descriptor, events, seconds = wait
-        if self.left:
+        if self.left or self._again:
             seconds = min(seconds, max(0, next_date - clock()))
         return descriptor, events, seconds
 
