@@ -4166,8 +4166,11 @@ class Claim:
         while True:
             try:
                 held = yield from self._reclaiming_once()
-                self._close_silent()
-                return held
+                if not held or not self._is_late():
+                    self._close_silent()
+                    return held
+                self._doubt(READ_LATE)
+                obstacle = READ_LATE
             except (DaemonUnavailable, UsageError) as error:
                 obstacle = str(error)
             except LockError as error:

@@ -958,6 +958,24 @@ def test_a_program_reclaims_at_the_next_leader(leaders, lock, word, monkeypatch)
     wait_until(lambda: not open_at(leader))
 
 
+def test_a_program_that_was_stopped_while_it_reclaimed(leaders, lock, monkeypatch):
+    """An OK that is read late is none here, either."""
+    now, asleep = flom.boot_clock, []
+    monkeypatch.setattr(flom, "boot_clock", lambda: now() + sum(asleep))
+    leader, other = leaders()
+
+    def sleep():
+        if not asleep:
+            asleep.append(13)
+    other.does = {"reclaim": sleep}
+    lock.acquire()
+    leader.be_deposed()
+    leader.die()
+    other.begin()
+    lock.check()
+    assert asleep and other.count("reclaim") == 2 and not lock.lost
+
+
 @pytest.mark.parametrize("end", ["die", "stop"])
 def test_an_unlock_that_the_leader_does_not_acknowledge(box, leaders, end):
     """The next one is waited for, and told, that the value came back, too."""
