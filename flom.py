@@ -5820,8 +5820,7 @@ def find_entry(report: "dict", ident: "str"):
     for entry, name, holds in entries_of(report):
         if entry.get("id", "").startswith(ident):
             found.append((entry, entry_line(entry, name, holds)))
-    whole = [(entry, line) for entry, line in found if entry.get("id") == ident]
-    found = whole or found
+    found = [pair for pair in found if pair[0].get("id") == ident] or found
     if not found:
         raise UsageError(f"--evict: {ident!r} is nobody's id; see --status")
     if len(found) > 1 or not ident:
