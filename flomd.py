@@ -7825,7 +7825,7 @@ class _Inquirer:
         self._link: "Any" = None
         self._failures = 0  # of links, whatever their members
         self._token = ""
-        self._page = 0  # keys that a page may have, 0: as many as are asked for
+        self.page = 0  # keys that a page may have, 0: as many as are asked for
 
     def ask(self, url: "str", request: "tuple", until: "float") -> "Answer":
         """The answer of the member to the request, before `until` (s, monotonic)."""
@@ -7953,14 +7953,14 @@ class _Inquirer:
 
     def _fitting(self, request):
         """A page of which a part fits into the time and the length of an answer."""
-        if isinstance(request, Range) and self._page and request.limit > self._page:
-            return request._replace(limit=self._page)
+        if isinstance(request, Range) and self.page and request.limit > self.page:
+            return request._replace(limit=self.page)
         return request
 
     def _take_less(self, request, least):
         if isinstance(request, Range) and request.limit > 1:
-            limit = self._page or request.limit
-            self._page = max(least, min(limit, request.limit) // 2)
+            limit = self.page or request.limit
+            self.page = max(least, min(limit, request.limit) // 2)
 
 
 class _Question:
@@ -8022,7 +8022,10 @@ class Etcd:
     def start(self) -> "None":
         """Begins a generation.  Raises OSError."""
         self.stop()
+        before = self._inquirer
         self._inquirer = _Inquirer(self.access, self._resolver)
+        if before is not None:  # or each term might end before it has found out how many fit
+            self._inquirer.page = 2 * before.page
         self._thread = Thread(self._loop, "etcd")
         for url in self.access.urls:
             self._resolver.look(place_of(url))

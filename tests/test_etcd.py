@@ -557,6 +557,11 @@ def test_pages_become_smaller_when_they_are_too_long(fake, world, monkeypatch):
         if answer.outcome == flomd.DONE:
             page = page._replace(first=keys[-1] + "\0")
     assert keys == [f"/x/h/{number:03}" for number in range(200)]
+    fitted = int(fake.asked[-1][1]["limit"])
+    assert fitted < 200
+    world.etcd.start()  # the next term has not to find out again
+    world.ask(page._replace(limit=2000))
+    assert int(fake.asked[-1][1]["limit"]) == 2 * fitted
 
 
 # Names
