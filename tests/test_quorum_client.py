@@ -666,6 +666,7 @@ def test_a_daemon_that_ends_each_wait_is_not_asked_without_a_pause(box, leaders)
     pass_time(0.5)
     assert leader.count("lock") - number < 30
     waiter.kill()
+    waiter.wait(10)
 
 
 def test_a_waiter_at_one_address_that_is_silent(box, leaders):
