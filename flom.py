@@ -3913,7 +3913,7 @@ class Claim:
         """Steps to the addresses; where a lock is lost, to those of before, if a name server that
         is silent, or has failed together with the daemon, would cost the command its time.
         """
-        steps = locating(self.settings, self.diary, self.resolving, self._starter.leave_to_quorum)
+        steps = locating(self.settings, self.diary, self.resolving, self._leave_to_quorum)
         if not self._addresses or not self.loss or not self.settings["UnicastAddress"]:
             self._addresses = yield from steps
             return self._addresses
@@ -3921,6 +3921,14 @@ class Claim:
             found = yield from limiting(steps, clock() + HURRY)
             self._addresses = found or self._addresses
         return self._addresses
+
+    def _leave_to_quorum(self):
+        """A group has answered that it has a quorum: another daemon may be about to lead, as where
+        several addresses are named."""
+        self._starter.leave_to_quorum()
+        if self._patience == PATIENCE:
+            self._patience = SEVERAL
+            self._starter.until += SEVERAL - PATIENCE
 
     def _in_turn(self, addresses):
         """The addresses that are to be asked: the one that is doubted comes last, and where a
@@ -4237,7 +4245,9 @@ class Claim:
             if self._says_held(connection):
                 self._silent.remove(connection)
                 return connection, element_of(answers, self.element)
-            if connection.session.state in (WAITING, REFUSED, TAKEN_AWAY):
+            if connection.session.state == WAITING:  # a reclaim does not wait
+                self._drop(connection)
+            elif connection.session.state in (REFUSED, TAKEN_AWAY):
                 self._drop(connection)
                 self._decided(answers[-1])
         return None

@@ -893,6 +893,34 @@ def test_none_is_started_beside_that_of_a_group(monkeypatch, tells):
     assert ("a quorum decides who serves" in str(caught.value)) == tells
 
 
+def test_a_first_request_to_a_group_while_nobody_leads(monkeypatch):
+    """It waits as long as one that names several addresses."""
+    monkeypatch.setattr(flom, "check_group", lambda *some: None)
+    monkeypatch.setattr(flom, "PATIENCE", 0.1)
+    leader = OurDaemon(socket.AF_INET, ("127.0.0.1", free_port()), leads=False, **WANTED)
+    network = f'<network address="127.0.0.1" port="{leader.address[1]}"/>'
+    answer = message(DISCOVER, 16, network).replace(b'step="16"', b'step="16" quorum="1"')
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as group:
+        group.bind(("127.0.0.1", 0))
+        group.settimeout(10)
+
+        def serve():
+            for number in range(99):
+                _, asker = group.recvfrom(2048)
+                if number == 20:
+                    leader.begin()
+                group.sendto(answer, asker)
+                if leader.listener:
+                    return
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with flom.Lock("R1", config=False, multicast_address="127.0.0.1", timeout=0,
+                       multicast_port=group.getsockname()[1], discovery_timeout=10000):
+            assert leader.count("lock") == 1
+        thread.join()
+    leader.close()
+
+
 @pytest.mark.parametrize("option", ["-x", "-X"])
 def test_what_an_order_to_end_does_is_told(box, option):
     words = "this daemon ended; another one takes over"
@@ -975,6 +1003,19 @@ def test_a_program_that_was_stopped_while_it_reclaimed(leaders, lock, monkeypatc
     other.begin()
     lock.check()
     assert asleep and other.count("reclaim") == 2 and not lock.lost
+
+
+def test_a_reclaim_never_waits_in_a_queue(lock):
+    """One that is told so late leaves it: a grant after another's is no reclaim."""
+    claim = lock._claim
+    claim.interval = 2.0
+    session = types.SimpleNamespace(state=flom.WAITING, pings=flom.Pings())
+    answers = [types.SimpleNamespace(rc=flom.ENQUEUED, reason=None, element=None)]
+    closed = []
+    claim._decides = types.SimpleNamespace(
+        session=session, receive=lambda: answers, close=lambda: closed.append(1))
+    claim._silent = [claim._decides]
+    assert claim._read_silent() is None and claim._silent == [] and closed == [1]
 
 
 @pytest.mark.parametrize("end", ["die", "stop"])
