@@ -7081,6 +7081,13 @@ class Leader(Asker):
             return 0.0
         return self._beat_at
 
+    def _repeat(self, outcome, now):
+        """A page that is not answered can be asked for again behind a beat, which cannot wait."""
+        super()._repeat(outcome, now)
+        is_page = isinstance(self._request, Range)
+        if is_page and (self._must_write() or now.boot >= self._beat_at):
+            self._request = None
+
     def _must_write(self):
         return self.stage == RESIGNS or len(self._waiting) > 0 or len(self._gathered) > 0
 

@@ -565,6 +565,27 @@ def test_it_beats_between_two_pages(etcd):
     assert kinds == ["Range", "Transaction", "Range", "Transaction", "Range"] and one.is_loaded()
 
 
+def test_a_page_that_is_not_answered_keeps_nothing_back(etcd):
+    """Neither the beat nor the orderly end; it is asked for again behind them."""
+    put_record(etcd, term="")
+    etcd.change([(f"{PREFIX}h/1", "x")])
+    one = candidate(etcd).leader
+    kinds = []
+    for second in (1, 1.9, 2.5, 2.6, 3.5):
+        request = one.next_request(Now(second))
+        kinds.append(type(request).__name__)
+        answer = flomd.failure(flomd.UNKNOWN)
+        if isinstance(request, flomd.Transaction):
+            answer = etcd.obey(request)
+        one.answer(answer, Now(second))
+    assert kinds == ["Range", "Range", "Range", "Transaction", "Range"] and not one.is_loaded()
+    one.next_request(Now(4))
+    one.resign()
+    one.answer(flomd.failure(flomd.UNKNOWN), Now(4.1))
+    one.answer(etcd.obey(one.next_request(Now(4.1))), Now(4.2))
+    assert one.over and flomd.record_of(etcd.text(LEADER)).term == ""
+
+
 def test_the_orderly_end(etcd):
     """What was gathered is stored, the record is free, and the next one claims at once."""
     one, transaction = written(etcd, [("h/1", "x")])
