@@ -3645,8 +3645,8 @@ class Claim:
         return self._owner == os.getpid()
 
     def release(self, rollback: "bool") -> "bool":
-        """Releases the lock; takes at most 5 s, at a quorum 3 s and the ttl.  False when it had
-        been lost and is refused now.
+        """Releases the lock; takes at most 5 s, at a quorum 3 s and twice the ttl.  False when it
+        had been lost and is refused now.
 
         Nothing that is wrong with the connection is an error: its end frees the lock, and what
         the lock was held for is done.
@@ -3691,12 +3691,13 @@ class Claim:
     def _times_to_part(self):
         """s for all of it, and s for a reclaim.
 
-        The next leader of a quorum comes after a ttl.  Not told that the lock is free, it would
-        keep it for the grace from then on, and nobody would have it meanwhile.
+        The next leader of a quorum comes after a ttl; later where etcd has to elect one, too, and
+        it is found later where a host says nothing.  Not told that the lock is free, it would keep
+        it for the grace from then on, and nobody would have it meanwhile.
         """
         if not self.interval:
             return GOODBYE, HURRY
-        takeover = INTERVALS * self.interval + SOON
+        takeover = 2 * INTERVALS * self.interval + SOON
         return takeover, takeover
 
     def _is_asking(self):
@@ -4632,8 +4633,8 @@ class Lock(_CommonLock):
 
     def release(self, rollback: "bool" = False) -> "None":
         """Releases the lock; takes at most 5 s, 2 s of them to get a lost lock back, if a daemon
-        keeps it; at a quorum 3 s and the ttl, until the next leader must have come.  One that
-        remains lost is forgotten, without an error.
+        keeps it; at a quorum 3 s and twice the ttl, until the next leader must have come.  One
+        that remains lost is forgotten, without an error.
         """
         claim = self._claim
         if self._depth > 1 and claim.is_ours():
