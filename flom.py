@@ -3492,7 +3492,8 @@ class Claim:
     (boot_clock), 0 where no daemon has promised anything; `grace`: what the last one has promised,
     as in Session, 0 for nothing.  `interval`: s between the pings that the last daemon wanted, 0.0
     for none.  `unread`: more may have come in on the connection.  `resolving`: how hosts are
-    resolved, resolving_here or resolving_apart.
+    resolved, resolving_here or resolving_apart.  `is_watched`: while it is held somebody looks
+    whenever it is time for a ping.
     """
 
     def __init__(self, settings: "Settings", diary: "Diary", command: "str", starter: "Starter",
@@ -3519,6 +3520,7 @@ class Claim:
         self._command, self._progress = command, progress
         self._starter, self._make = starter, make
         self._key, self._life = os.urandom(8).hex(), life
+        self.is_watched = life
         self._owner = 0  # the pid of the process that holds it
         self._keeper = 0  # the pid of the process for which a daemon may keep it
         self._reused = False
@@ -4069,7 +4071,7 @@ class Claim:
             return False
         self.unread = answers is not None
         pings, now = connection.session.pings, boot_clock()
-        if pings.is_silent(now) or self._life and pings.is_late(now):
+        if pings.is_silent(now) or self.is_watched and pings.is_late(now):
             self._doubt(UNANSWERED_PING)
             return False
         return True
@@ -4595,6 +4597,7 @@ class Lock(_CommonLock):
         if not self.on_lost or not claim.connection:
             return
         self._turn = threading.RLock()
+        claim.is_watched = True
         try:
             threading.Thread(target=self._watch, args=(claim,), daemon=True).start()
         except RuntimeError:  # the system has no thread for it
@@ -4759,6 +4762,7 @@ class AsyncLock(_CommonLock):
     def _new_claim(self, settings):
         claim = super()._new_claim(settings)
         claim.resolving = resolving_beside
+        claim.is_watched = True
         return claim
 
     async def __aenter__(self) -> "AsyncLock":

@@ -987,22 +987,28 @@ def test_a_program_reclaims_at_the_next_leader(leaders, lock, word, monkeypatch)
     wait_until(lambda: not open_at(leader))
 
 
-def test_a_program_that_was_stopped_while_it_reclaimed(leaders, lock, monkeypatch):
+@pytest.fixture
+def stopped(monkeypatch):
+    """stopped(): from now on this process was stopped for more than half of the grace."""
+    now, seconds = flom.boot_clock, []
+    monkeypatch.setattr(flom, "boot_clock", lambda: now() + sum(seconds))
+    return lambda: seconds.append(13)
+
+
+def test_a_program_that_was_stopped_while_it_reclaimed(leaders, lock, stopped):
     """An OK that is read late is none here, either."""
-    now, asleep = flom.boot_clock, []
-    monkeypatch.setattr(flom, "boot_clock", lambda: now() + sum(asleep))
     leader, other = leaders()
 
-    def sleep():
-        if not asleep:
-            asleep.append(13)
-    other.does = {"reclaim": sleep}
+    def stop():
+        other.does = {}
+        stopped()
+    other.does = {"reclaim": stop}
     lock.acquire()
     leader.be_deposed()
     leader.die()
     other.begin()
     lock.check()
-    assert asleep and other.count("reclaim") == 2 and not lock.lost
+    assert other.count("reclaim") == 2 and not lock.lost
 
 
 def test_a_reclaim_never_waits_in_a_queue(lock):
@@ -1016,6 +1022,35 @@ def test_a_reclaim_never_waits_in_a_queue(lock):
         session=session, receive=lambda: answers, close=lambda: closed.append(1))
     claim._silent = [claim._decides]
     assert claim._read_silent() is None and claim._silent == [] and closed == [1]
+
+
+def test_a_program_with_a_thread_that_was_stopped(box, leaders, stopped):
+    """It does not hold until the leader has answered, though nothing is unanswered for long."""
+    leaders(interval=3000)
+    with flom.Lock("R1", config=False, unicast_address=",".join(HOSTS), on_lost=print,
+                   unicast_port=int(box.address[3])) as lock:
+        stopped()
+        assert not lock.locked()
+        wait_until(lock.locked)
+
+
+def test_a_program_with_an_event_loop_that_was_stopped(box, leaders, stopped):
+    leader, _ = leaders(interval=3000)
+
+    async def work():
+        lock = flom.AsyncLock("R1", config=False, unicast_address=",".join(HOSTS),
+                              unicast_port=int(box.address[3]))
+        async with lock:
+            stopped()
+            assert lock.lost and not lock.locked()
+            while lock.lost:
+                await asyncio.sleep(0.01)
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    loop.run_until_complete(asyncio.wait_for(work(), 30))
+    loop.close()
+    asyncio.set_event_loop(None)
+    assert leader.holders == {}
 
 
 @pytest.mark.parametrize("end", ["die", "stop"])
