@@ -1026,11 +1026,14 @@ def test_a_reclaim_never_waits_in_a_queue(lock):
 
 def test_a_program_with_a_thread_that_was_stopped(box, leaders, stopped):
     """It does not hold until the leader has answered, though nothing is unanswered for long."""
-    leaders(interval=3000)
+    leader, _ = leaders(interval=3000)
+    may_answer = threading.Event()
     with flom.Lock("R1", config=False, unicast_address=",".join(HOSTS), on_lost=print,
                    unicast_port=int(box.address[3])) as lock:
+        leader.does = {"ping": may_answer.wait, "reclaim": may_answer.wait}
         stopped()
         assert not lock.locked()
+        may_answer.set()
         wait_until(lock.locked)
 
 
