@@ -282,8 +282,8 @@ class Site:
             acts["unlock"] = 3
         if person.links:
             acts["fail"] = 2
-        if person.can_unlock() or person.state == WAITING and person.links:
-            acts["ping"] = 2  # not before a reclaim is answered
+        if person.can_unlock() or person.state == WAITING and len(person.links) == 1:
+            acts["ping"] = 2  # not on another connection, before what was asked there is answered
         if person.links and not person.can_unlock():
             acts["forget"] = 1
         act, = draw.choices(list(acts), list(acts.values()))
