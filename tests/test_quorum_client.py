@@ -19,6 +19,8 @@ from fakes import (
     DISCOVER, LOCK, PEER, PING, FlomDaemon, OurDaemon, Scripted, message, read_message)
 from world import free_port, pass_time, read, wait_until
 
+pytestmark = pytest.mark.in_time  # pings each 0.2 s, of which none may be late
+
 HOSTS = ("127.0.0.1", "127.0.0.2")
 WANTED = {"interval": 200, "grace": 25000}  # ms
 SOON = PATIENT + "flom.SOON = 0.3; flom.EACH = 600\n"  # s

@@ -18,6 +18,8 @@ from fakes import FlomClient, b64
 from world import (
     COUNT, FLOMD, SOAK, can_connect, endpoint, free_port, pass_time, patched, read, wait_until)
 
+pytestmark = pytest.mark.in_time  # terms of 5 s
+
 GOOD = {
     "EtcdUrls": "http://10.0.0.1:2379,https://[::1]:2379",
     "EtcdPrefix": "/flom/x/",
