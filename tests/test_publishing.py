@@ -69,7 +69,7 @@ def test_a_large_tree_is_written_and_removed_in_portions(folder):
     assert len(shown(folder)) == MANY
     assert len(os.listdir(folder)) == 2
     for turns in first, second:
-        assert len(turns) > 10
+        assert len(turns) > 1
         assert sorted(turns)[len(turns) // 2] < 3 * flomd.WRITTEN_AT_ONCE
         assert max(turns) < LONGEST
     publisher.close()
