@@ -20,14 +20,14 @@ make_authority() {
         -keyout ca.key -out ca.pem 2>/dev/null
 }
 
-own_id() {
+own_id() {  # as flom finds it
     for file in /var/lib/dbus/machine-id /etc/machine-id; do
         if [ -s "$file" ]; then
             cat "$file"
             return
         fi
     done
-    fail "this host has no machine-id: which ID?"
+    printf %s "$(uname -n)" | openssl dgst -sha256 -r | cut -c 1-32
 }
 
 make_certificate() {  # HOST ID
