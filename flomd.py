@@ -7565,8 +7565,8 @@ def _words_of(error):
     return said[:1].lower() + said[1:]
 
 
-# Python before 3.10 calls by the second name what OpenSSL 3 calls an unexpected end of file.
-_NO_TLS = ("WRONG_VERSION_NUMBER", "KRB5_S_TKT_NYV")
+NO_TLS = "it answers https without TLS"
+ENDS_TLS = "it closed the connection of TLS; perhaps it wants --etcd-certificate, or serves http"
 
 
 def _words_of_tls(error):
@@ -7577,8 +7577,12 @@ def _words_of_tls(error):
     if said:
         return f"its certificate is not accepted: {said}"
     said = getattr(error, "reason", None) or str(error)
-    if said in _NO_TLS or isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
-        return "it answers https without TLS"
+    if said == "WRONG_VERSION_NUMBER":
+        return NO_TLS
+    # Python before 3.10 calls by this name what OpenSSL 3 calls an unexpected end of file.
+    is_end = said == "KRB5_S_TKT_NYV"
+    if is_end or isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
+        return ENDS_TLS
     if said == "CERTIFICATE_VERIFY_FAILED":  # Python 3.6
         return "its certificate is not accepted"
     if re.search("alert.*(certificate|unknown.ca)", said, re.IGNORECASE):
