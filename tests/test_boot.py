@@ -14,7 +14,7 @@ from world import ROOT, read, wait_until
 
 SYSTEM = os.environ.get("FLOM_BOOT", "")
 pytestmark = pytest.mark.skipif(not SYSTEM, reason="FLOM_BOOT names no operating system")
-MINE = "/root/flom"
+MINE = "/srv/flom"
 ELSEWHERE = "/root /proc /tmp /var/tmp /var/log /run/systemd /run/log".split()
 LIST = f"find / -xdev {' '.join(f'-path {path} -prune -o' for path in ELSEWHERE)} -print | sort"
 CONF = "[Daemon]\nSocketName=/run/flom/socket\nLifespan=0\n"
