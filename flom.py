@@ -2878,7 +2878,13 @@ class Connection:
     def check_owner(self):
         """Refuses a stranger's daemon on this user's own socket: it could grant anything."""
         _, uid = credentials(self.sock)
-        for owner in (uid, os.stat(self.where).st_uid):
+        owners = [uid]
+        try:
+            owners.append(os.stat(self.where).st_uid)
+        except FileNotFoundError:  # its daemon is ending: it has removed it, and answers no more
+            if uid is None:
+                raise
+        for owner in owners:
             if owner not in (None, 0, os.getuid()):
                 raise DaemonUnavailable(f"{self.where} belongs to user {owner}: refused; remove "
                                         "it, or name another socket with -s")

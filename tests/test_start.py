@@ -201,6 +201,31 @@ def test_a_daemon_that_is_restarted_is_waited_for(box, end):
     assert late.end() == (0, "x\n", "")
 
 
+ENDING = """
+import signal, time
+check = flom.Connection.check_owner
+
+def check_owner(self):
+    flom.Connection.check_owner = check
+    os.kill(flom.credentials(self.sock)[0], signal.SIGTERM)
+    while os.path.exists(self.where):
+        time.sleep(0.001)
+    check(self)
+
+flom.Connection.check_owner = check_owner
+flom.default_socket = lambda: {!r}
+"""
+
+
+def test_a_daemon_that_ends_when_a_client_has_just_connected(box):
+    """It has removed its socket before the client could look whose that is."""
+    daemon = box.daemon()
+    late = driven(box, ENDING.format(box.socket), "-d", "0", "--", "echo", "x", address=())
+    assert daemon.wait(10) == 0
+    box.daemon()
+    assert late.end() == (0, "x\n", "")
+
+
 @pytest.mark.parametrize("hosts", ["127.0.0.1", "127.0.0.1,127.0.0.2"])
 def test_a_daemon_at_an_address_may_just_be_restarted(box, hosts):
     """Nobody can tell it from one that never was."""
