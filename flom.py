@@ -2783,6 +2783,18 @@ def is_end(error: "OSError") -> "bool":
     return isinstance(error, (ConnectionResetError, BrokenPipeError)) or is_eof(error)
 
 
+def is_about_certificates(error: "OSError") -> "bool":
+    """Whether TLS has failed for a certificate, and not for a version, a cipher or a record."""
+    reason = getattr(error, "reason", None) or ""
+    words = "CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED", "KEY_TOO_SMALL", "MD_TOO_WEAK"
+    return type(error).__module__ == "ssl" and any(word in reason for word in words)
+
+
+def is_alert(error: "OSError") -> "bool":
+    """Whether the other side has said, by TLS, that it does not go on."""
+    return "ALERT" in (getattr(error, "reason", None) or "")
+
+
 def explain(error: "OSError") -> "str":
     """What an OSError of a connection means."""
     if type(error).__module__ != "ssl":
@@ -2790,9 +2802,11 @@ def explain(error: "OSError") -> "str":
     reason = getattr(error, "reason", None)  # with OpenSSL 1.1 an end too early has none
     if is_eof(error) or reason in (None, "WRONG_VERSION_NUMBER", "UNEXPECTED_MESSAGE"):
         return "TLS: it does not speak TLS, or refuses to"
-    what = "its certificate"
-    if "ALERT" in reason:
-        what = "it refuses our certificate"
+    what = "it failed"
+    if is_about_certificates(error):
+        what = "its certificate"
+    if is_alert(error):
+        what = "it refuses our certificate" if is_about_certificates(error) else "it refuses"
     return f"TLS: {what}: {getattr(error, 'verify_message', None) or reason}"
 
 
@@ -2912,7 +2926,7 @@ class Connection:
         if is_eof(error):
             return Gone("it closed the connection", self.where)
         text = explain(error)
-        if text.startswith("TLS: it refuses"):  # TLS 1.3 tells it after the handshake
+        if is_about_certificates(error):  # TLS 1.3 tells it after the handshake
             return Useless(f"{self.where}: {text}")
         return Gone(text, self.where, error.errno)
 
@@ -4067,8 +4081,11 @@ class Claim:
             answers = connection.receive()
             self._check_state(answers)
             connection.ping()
-        except (ProtocolError, DaemonUnavailable) as error:
+        except ProtocolError as error:
             self._lose(f"{where}: {error}")
+            return False
+        except DaemonUnavailable as error:  # it says where
+            self._lose(str(error))
             return False
         except Gone as gone:
             self._lose(f"{where}: {self._starter.order or gone}")

@@ -456,6 +456,43 @@ def test_an_alert_at_the_unlock(box, certificates):
         assert alerting.alerts == 2
 
 
+@pytest.mark.parametrize("reason, said, certificates_are_wrong", [
+    ("TLSV1_ALERT_UNKNOWN_CA", "it refuses our certificate", True),
+    ("SSLV3_ALERT_CERTIFICATE_EXPIRED", "it refuses our certificate", True),
+    ("CERTIFICATE_VERIFY_FAILED", "its certificate", True),
+    ("EE_KEY_TOO_SMALL", "its certificate", True),
+    ("TLSV1_ALERT_PROTOCOL_VERSION", "it refuses", False),
+    ("SSLV3_ALERT_BAD_RECORD_MAC", "it refuses", False),
+    ("DECRYPTION_FAILED_OR_BAD_RECORD_MAC", "it failed", False),
+    ("UNSUPPORTED_PROTOCOL", "it failed", False)])
+def test_what_is_wrong_with_tls(reason, said, certificates_are_wrong):
+    """Certificates are blamed for what is wrong with them, and for nothing else."""
+    error = ssl.SSLError(1, reason)
+    error.reason = reason
+    assert flom.explain(error) == f"TLS: {said}: {reason}"
+    assert flom.is_about_certificates(error) is certificates_are_wrong
+
+
+def test_an_alert_while_a_lock_is_held():
+    """The loss says once where the daemon was."""
+    class Refused:
+        where = "db1:28015"
+
+        def receive(self):
+            raise flom.Useless("db1:28015: TLS: it refuses our certificate")
+
+        def close(self):
+            pass
+
+    Refused.session = flom.Session()
+    settings = flom.keyword_settings({}, ())
+    claim = flom.Claim(settings, flom.Diary(settings), "x", flom.Starter(settings, None, False),
+                       flom.Progress(False))
+    claim.connection = Refused()
+    assert not claim.look()
+    assert claim.loss.reason == "db1:28015: TLS: it refuses our certificate"
+
+
 def keywords(tls):
     """Those of a Lock at the daemon of this box."""
     words = {word[2:].replace("-", "_"): value
