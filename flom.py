@@ -4752,14 +4752,16 @@ class Lock(_CommonLock):
         return locked
 
     def _another(self):
-        """The lock for one call of a function: of a reentrant one that which its thread has."""
+        """What one call of a function acquires: of a reentrant lock that which its thread has."""
         if not self.reentrant:
             return self._like(type(self))
         import threading
         thread = threading.get_ident()
         if self._thread == thread and self._claim.is_ours():
             return self
-        return self._of_thread.setdefault(thread, self._like(type(self)))
+        lock = self._of_thread.setdefault(thread, self._like(type(self)))
+        # It may have been made for a function with another timeout.
+        return lock.timeout(self.settings["Timeout"] / 1000)
 
 
 class AsyncLock(_CommonLock):

@@ -177,6 +177,24 @@ def test_reentrant_functions(daemon, lock):
     assert is_free(lock)
 
 
+def test_reentrant_functions_with_a_timeout_each(daemon, lock):
+    """They share what their thread holds, not how long one of them may wait."""
+    mine = lock(reentrant=True, timeout=0)
+
+    @mine(timeout=20)
+    def patient():
+        return hasty()
+
+    @mine
+    def hasty():
+        return is_free(lock)
+
+    assert patient() is False
+    with lock():
+        with pytest.raises(flom.Busy):
+            hasty()
+
+
 def test_the_report(daemon, lock, box):
     settings = {"socket_name": box.socket, "config": False}
     assert flom.status(**settings)["resources"] == []
