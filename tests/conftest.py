@@ -17,6 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 os.environ.setdefault("FLOM_SEED", str(random.SystemRandom().randrange(10 ** 9)))
 
+from clock import let_time_fly  # noqa: E402
 from fakes import OurDaemon  # noqa: E402
 from network import Host, Network, Unavailable  # noqa: E402
 from world import AS_IS, FLOM, SEED, Boxes, endpoint, free_port, wait_until  # noqa: E402
@@ -56,6 +57,12 @@ def nothing_left():
     wait_until(lambda: threading.active_count() <= threads, seconds=5)
     assert had_child or not has_child(), "a process was left behind"
     assert sockets() <= before, "a socket was left open"
+
+
+@pytest.fixture
+def flying_time(monkeypatch):
+    """The loops of flomd in this process do not wait; see clock.py.  Before what makes them."""
+    let_time_fly(monkeypatch)
 
 
 @pytest.fixture

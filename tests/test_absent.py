@@ -1,4 +1,5 @@
 """Holders whose clients are not there: how they end, and who sees them."""
+import os
 import signal
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import flomd
 import pytest
 from test_connections import SETTINGS
 from test_server import World
+
+pytestmark = pytest.mark.usefixtures("flying_time")
 
 SLEEPER = [sys.executable, "-IS", "-c", "import sys; sys.stdin.read()"]
 
@@ -46,9 +49,14 @@ def process():
         started.kill()
 
 
+def end(process):
+    """Kills it; it is a zombie then."""
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(flomd, "LOOK_AT_PROCESSES", 0.01)
     monkeypatch.setattr(flomd, "LEAST_GRACE", 0)
 
 
@@ -72,10 +80,10 @@ def test_a_lock_ends_with_its_process(world, process):
     later = Later(world)
     process.send_signal(signal.SIGSTOP)
     waiter = later.client().lock()
-    later.run(0.05)
+    later.run(2)
     assert later.absent() == ["R"] and waiter.told == [1]
-    process.kill()  # it is a zombie now
-    later.run(0.1)
+    end(process)
+    later.run(4)
     assert later.absent() == [] and waiter.told == [1, 0]
 
 
@@ -83,7 +91,7 @@ def test_a_later_process_of_the_same_pid_is_another(world, process):
     request = hold(world, pid=process.pid)
     request.held_boot -= 3600
     later = Later(world)
-    later.run(0.02)
+    later.run(1)
     assert later.absent() == []
 
 
@@ -92,7 +100,7 @@ def test_a_process_that_is_no_more(world, process):
     process.kill()
     process.wait()
     later = Later(world)
-    later.run(0.02)
+    later.run(1)
     assert later.absent() == []
 
 
@@ -100,18 +108,18 @@ def test_where_pids_mean_nothing_the_grace_counts(world, process, monkeypatch):
     for name, pid in (("gone", 2 ** 22), ("unseen", 0)):
         hold(world, name, pid=pid)
     later = Later(world, same_processes=False)
-    later.run(0.05)
+    later.run(2)
     assert sorted(later.absent()) == ["gone", "unseen"]
     monkeypatch.setattr(flomd, "BOOT_ID", "/nowhere")
     later = Later(world)
-    later.run(0.05)
+    later.run(2)
     assert sorted(later.absent()) == ["gone", "unseen"]
 
 
 def test_a_lock_of_the_api_has_its_grace(world):
     hold(world, pid=2 ** 22, life=0, grace=100)
     later = Later(world)
-    later.run(0.05)
+    later.run(2)
     assert later.absent() == ["R"]
 
 
@@ -124,10 +132,10 @@ def test_floms_command_is_known_by_its_name(world, name, left):
         process.stdout.readline()
         hold(world, pid=process.pid, ours=False, life=0, grace=None)
         later = Later(world)
-        later.run(0.05)
+        later.run(2)
         assert later.absent() == ["R"]
-        process.kill()
-        later.run(0.1)
+        end(process)
+        later.run(4)
     assert later.absent() == left
 
 
@@ -140,29 +148,29 @@ def test_of_many_a_part_is_looked_at_in_a_turn(world, process, monkeypatch):
     real = flomd.look_at_process
     monkeypatch.setattr(flomd, "look_at_process",
                         lambda *about: looks.append(later.loop.now) or real(*about))
-    later.run(0.1)
+    later.run(4)
     turns = [looks.count(moment) for moment in dict.fromkeys(looks)]
     assert turns[:3] == [10, 10, 5] and max(turns) == 10 and len(later.absent()) == 25
-    process.kill()
-    later.run(0.2)
+    end(process)
+    later.run(4)
     assert later.absent() == []
 
 
 # Their graces
 
 def test_the_grace_is_the_longer_of_what_is_set_and_what_was_promised(world, monkeypatch):
-    monkeypatch.setitem(SETTINGS, "TcpKeepaliveTime", 0.05)
+    monkeypatch.setitem(SETTINGS, "TcpKeepaliveTime", 50)
     monkeypatch.setitem(SETTINGS, "TcpKeepaliveProbes", 0)
     hold(world, "now", grace=1)
-    hold(world, "promised", grace=150)
+    hold(world, "promised", grace=150000)
     hold(world, "floms", ours=False, grace=None)
     later = Later(world)
     waiter = later.client().lock("now")
-    later.run(0.03)
+    later.run(30)
     assert len(later.absent()) == 3 and waiter.told == [1]
-    later.run(0.07)
+    later.run(70)
     assert later.absent() == ["promised"] and waiter.told == [1, 0]
-    later.run(0.1)
+    later.run(100)
     assert later.absent() == []
 
 
@@ -170,7 +178,7 @@ def test_after_a_boot_nobody_here_holds_any_more(world, process):
     hold(world, "here", pid=process.pid)
     hold(world, "elsewhere", grace=60000)
     later = Later(world, rebooted=True)
-    later.run(0.01)
+    later.run(1)
     assert later.absent() == ["elsewhere"]
 
 
@@ -179,7 +187,7 @@ def test_after_a_boot_nobody_here_holds_any_more(world, process):
 def test_who_ends_while_absent_has_committed(world):
     hold(world, "_S_n[1]", pid=2 ** 22)
     later = Later(world)
-    later.run(0.05)
+    later.run(2)
     assert hold(later, "_S_n[1]").element == "2"
     assert not later.log.lines
 
@@ -190,8 +198,8 @@ def test_who_comes_back_is_absent_no_more(world, process):
     holder = later.client()
     holder.ask(ident="aa", proof="bb", reclaim=before.token)
     later.turn()
-    process.kill()
-    later.run(0.1)
+    end(process)
+    later.run(4)
     assert holder.told == [0] and later.absent() == [] and later.table.holding == 1
 
 

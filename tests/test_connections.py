@@ -8,7 +8,7 @@ from unittest import mock
 import flomd
 import pytest
 from fakes import PING, message
-from world import wait_until
+from world import run_until, wait_until
 
 
 class Log:
@@ -171,33 +171,31 @@ def test_a_bug_in_a_report_costs_its_own_connection(links):
     assert read_all(links, client) == b"b" and links.gone == [first]
 
 
-def test_who_is_silent_is_closed_but_a_stall_does_not_count(links, monkeypatch):
-    monkeypatch.setattr(flomd, "PATIENCE", 0.05)
+def test_who_is_silent_is_closed_but_a_stall_does_not_count(flying_time, links):
     connection, _ = links.connect()
-    links.loop.running_since = links.loop.now.mono + 0.2
-    links.loop.after(0.15, links.loop.stop)
+    links.loop.running_since = links.loop.now.mono + 20
+    links.loop.after(15, links.loop.stop)
     links.loop.run()
     assert connection.is_open
     links.loop._stopped = False
-    links.loop.after(0.2, links.loop.stop)
+    links.loop.after(20, links.loop.stop)
     links.loop.run()
     assert not connection.is_open and "silent" in links.log.lines[0]
 
 
-def test_one_date_serves_all_that_are_silent(links, monkeypatch):
+def test_one_date_serves_all_that_are_silent(flying_time, links, monkeypatch):
     """They are closed in order, those that have spoken are not, and a bug in one keeps none."""
-    monkeypatch.setattr(flomd, "PATIENCE", 0.05)
     made = [links.connect()[0] for _ in range(4)]
     assert len(links.loop._dates) == 1
     links.connections.silent.forget(made[1])
     with_a_bug = mock.Mock(side_effect=[RuntimeError("a bug"), None, None])
     monkeypatch.setattr(links.connections, "gone", with_a_bug)
-    links.loop.after(0.04, lambda: links.connections.silent.expect(made[2]))
-    links.loop.after(0.07, links.loop.stop)
+    links.loop.after(8, lambda: links.connections.silent.expect(made[2]))
+    links.loop.after(12, links.loop.stop)
     links.loop.run()
     assert with_a_bug.mock_calls == [mock.call(made[0]), mock.call(made[3])]
     links.loop._stopped = False
-    links.loop.after(0.06, links.loop.stop)
+    links.loop.after(8, links.loop.stop)
     links.loop.run()
     assert with_a_bug.mock_calls[2:] == [mock.call(made[2])] and made[1].is_open
     assert "a bug" in "".join(links.log.lines)
@@ -230,19 +228,6 @@ def test_a_connection_beyond_the_limit_is_refused_until_there_is_room(links):
     made[0].close()
     made[1].close()
     assert not links.connections.refuses(made[11])
-
-
-def run_until(loop, is_done, seconds=10):
-    """Runs the loop until is_done()."""
-    def look():
-        loop.after(0.01, look)
-        if is_done():
-            loop.stop()
-    loop.after(0, look)
-    loop.after(seconds, loop.stop)
-    loop.run()
-    loop._stopped = False
-    assert is_done()
 
 
 def test_a_bug_in_hearing_of_a_child_is_one_traceback_and_kills_nobody(links, monkeypatch):
@@ -304,8 +289,7 @@ def test_what_one_that_has_gone_said_before_is_done(links, left):
     assert not links.log.lines
 
 
-def test_who_takes_nothing_more_is_told_and_has_a_time_to_end(links, monkeypatch):
-    monkeypatch.setattr(flomd, "PATIENCE", 0.05)
+def test_who_takes_nothing_more_is_told_and_has_a_time_to_end(flying_time, links):
     server = Answering(links)
     connection, client = links.connect()
     connection.socket.shutdown(socket.SHUT_WR)
@@ -313,7 +297,7 @@ def test_who_takes_nothing_more_is_told_and_has_a_time_to_end(links, monkeypatch
     links.turn()
     connection.finish_with(iter("abc"))
     assert connection.is_open and client.recv(1) == b""
-    links.loop.after(0.1, links.loop.stop)
+    links.loop.after(12, links.loop.stop)
     links.loop.run()
     links.loop._stopped = False
     assert server.seen == ["ping", "end"] and not connection.is_open

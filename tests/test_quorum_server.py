@@ -10,6 +10,8 @@ from certificates import Certificates
 from fakes import LOCK, MANAGEMENT, b64, message
 from test_server import Client
 
+pytestmark = pytest.mark.usefixtures("flying_time")
+
 PONG = flomd.Session.pong
 PING, GRACE = 2000, 25000  # ms
 
@@ -292,17 +294,17 @@ def test_floms_client_is_absent_too_and_nobody_comes_back(world):
 
 
 def test_the_grace_counts_from_the_failure_and_ends(world):
-    world.server.absences.grace = 50
+    world.server.absences.grace = 50000
     waiting = []
-    for name, grace in (("R", 30), ("Q", 200), ("P", None)):
+    for name, grace in (("R", 30000), ("Q", 200000), ("P", None)):
         holder = world.holder(name)
         world.table.requests[holder.session].grace = grace
         waiting.append(world.ours(name, f"waiter for {name}"))
-        world.run(0.02)
+        world.run(20)
         holder.close(end="reset")
-    world.run(0.07)
+    world.run(70)
     assert world.absent() == ["Q"]
-    world.run(0.15)
+    world.run(150)
     world.settle()
     assert not world.absent() and [one.told for one in waiting] == [[1, 0]] * 3
 
@@ -312,14 +314,14 @@ def test_who_has_come_back_and_fails_again_has_a_whole_grace(world):
     holder = world.holder()
     request = world.table.requests[holder.session]
     for _ in range(4):
-        request.grace = 100
+        request.grace = 100000
         holder.close(end="reset")
-        world.run(0.06)
+        world.run(60)
         assert world.absent() == ["R"]
         holder = world.ours(reclaim=request.token)
         world.settle()
     assert holder.told == [0]
-    world.run(0.12)
+    world.run(120)
     assert world.table.holding == 1 and not world.server.absences._until
 
 

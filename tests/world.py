@@ -87,6 +87,22 @@ def wait_until(predicate, seconds=10):
         pause, begun = min(2 * pause, max(0.005, 10 * (asked - begun)), 0.05), time.monotonic()
 
 
+def run_until(loop, is_done, seconds=10):
+    """Runs a loop of flomd in this process until is_done()."""
+    def look():
+        if is_done():
+            loop.stop()
+        else:
+            loop.after(0.01, look)
+    loop.after(0, look)
+    loop.after(seconds, loop.stop)
+    loop.run()
+    loop._stopped = False
+    loop.cancel(look)
+    loop.cancel(loop.stop)
+    assert is_done()
+
+
 def patched(change):
     """For `program` of Box.flomd(): flomd.py after statements that change the module."""
     return ("-c", f"import sys\nsys.path.insert(0, {ROOT!r})\nimport flomd\n{change}\n"
