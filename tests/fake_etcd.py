@@ -89,7 +89,8 @@ def sparse(**fields):
 class FakeEtcd:
     """The cluster.  `asked`: (path, body) of the requests that have come, in their order;
     `users`: {name: password}, None while authentication is off; `allowed`: the prefix for which
-    a user has a role; `generation` of the gateway, 1 or 2; `version` as GET /version tells it."""
+    a user has a role; `generation` of the gateway: 1 of etcd 3.4, 2 of 3.5, 3 of 3.6 and of
+    Debian's 3.5; `version` as GET /version tells it."""
 
     def __init__(self, members=1, tls=None, generation=1, version="3.4.23"):
         self.lock = threading.RLock()
@@ -447,18 +448,20 @@ class Gateway(http.server.BaseHTTPRequestHandler):
         self._send(200, self._text(answer), "application/json", pause)
 
     def _text(self, answer):
-        separators = (",", ":") if self.etcd.generation == 1 else (", ", ":")
+        separators = (", ", ":") if self.etcd.generation == 3 else (",", ":")
         return json.dumps(answer, separators=separators)
 
     def _refuse(self, status, code, message):
-        if self.etcd.generation == 1:
-            if self.path not in ("", "/") and message == "Not Found":
-                return self._send(404, "Not Found\n", "text/plain; charset=utf-8")
-            body = self._text({"error": message, "message": message, "code": code})
-            self._send(status, body, "application/json", trailer=True)
-        else:
+        generation = self.etcd.generation
+        if generation > 1:
             status = {412: 400}.get(status, status)
-            self._send(status, self._text({"code": code, "message": message}), "application/json")
+        if generation == 3:
+            body = {"code": code, "message": message}
+        elif message == "Not Found":
+            return self._send(404, "Not Found\n", "text/plain; charset=utf-8")
+        else:
+            body = {"error": message, "message": message, "code": code}
+        self._send(status, self._text(body), "application/json", trailer=generation == 1)
 
     def _send(self, status, text, kind, pause=None, trailer=False):
         """Long answers, and errors of the first generation, are chunked; those have a trailer."""

@@ -220,7 +220,7 @@ def test_housekeeping_is_asked_for(any_world):
     ("no user", flomd.NOT_DONE,
      "user name is empty: authentication is on, see --etcd-user"),
 ])
-@pytest.mark.parametrize("generation", [1, 2])
+@pytest.mark.parametrize("generation", [1, 2, 3])
 def test_what_goes_wrong_has_an_outcome_and_a_reason(fake, world, generation, fault, outcome,
                                                      reason):
     fake.generation = generation
