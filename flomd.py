@@ -7566,6 +7566,7 @@ def _words_of(error):
 
 
 NO_TLS = "it answers https without TLS"
+WANTS_ANOTHER = "perhaps it wants https, or has other URLs for HTTP (listen-client-http-urls)"
 ENDS_TLS = "it closed the connection of TLS; perhaps it wants --etcd-certificate, or serves http"
 
 
@@ -7853,16 +7854,25 @@ class _Inquirer:
         except TooLong as error:
             self._take_less(request, 1)
             reason = str(error)
-        except http.client.RemoteDisconnected:
-            reason = "it has closed the connection without an answer"
-            if place.scheme == "http" and not self._link.has_answered:
-                reason += ", perhaps it wants https"
+        except ConnectionResetError as error:
+            reason = self._words_of_end(place, error)
         except http.client.HTTPException as error:
             reason = f"{NOT_AN_ETCD}: {type(error).__name__}"
         except (OSError, ValueError) as error:
             reason = _words_of(error)
         self._fail(place)
         return failure(UNKNOWN, visible(reason))
+
+    def _words_of_end(self, place, error):
+        """One line on a member that has closed the connection, or reset it."""
+        import http.client
+        said = _words_of(error)
+        if isinstance(error, http.client.RemoteDisconnected):
+            said = "it has closed the connection without an answer"
+        link = self._link
+        if place.scheme == "http" and link is not None and not link.has_answered:
+            said += f", {WANTS_ANOTHER}"
+        return said
 
     def close(self) -> "None":
         """Ends the link."""

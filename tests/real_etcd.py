@@ -10,12 +10,21 @@ from contextlib import ExitStack
 
 import pytest
 
-from world import wait_until
+from world import read, wait_until
 
 ETCD = shutil.which("etcd")
 REQUIRED = os.environ.get("FLOM_REQUIRE_ETCD") == "1"
 
 with_real_etcd = pytest.mark.skipif(not ETCD and not REQUIRED, reason="there is no etcd in PATH")
+
+FLOM_READS_AND_WRITES = {"permType": "READWRITE", "key": "L3gv", "range_end": "L3gw"}
+USERS = [(f"auth/{path}", body) for path, body in [
+    ("user/add", {"name": "root", "password": "root"}), ("role/add", {"name": "root"}),
+    ("user/grant", {"user": "root", "role": "root"}),
+    ("user/add", {"name": "flom", "password": "secret"}), ("role/add", {"name": "flom"}),
+    ("role/grant", {"name": "flom", "perm": FLOM_READS_AND_WRITES}),
+    ("user/grant", {"user": "flom", "role": "flom"}), ("enable", {})]]
+"""What is to be posted so that nobody is admitted but `root`, and `flom` below /x/."""
 
 
 def free_ports(number):
@@ -27,13 +36,14 @@ def free_ports(number):
 
 
 class RealEtcd:
-    """Listens at `url` until it is closed; `options` are its own, `context` is for TLS."""
+    """Listens at `url` until it is closed; `options` are its own, `context` is for TLS, `health`
+    the URL that tells its health, if it is another."""
 
-    def __init__(self, *options, context=None):
+    def __init__(self, *options, context=None, health=None):
         self.folder = tempfile.mkdtemp(prefix="flom-etcd-", dir="/tmp")
         client, peer = free_ports(2)
         self.url = f"{'https' if context else 'http'}://127.0.0.1:{client}"
-        self._context = context
+        self._context, self._health = context, health or self.url
         peer = f"http://127.0.0.1:{peer}"
         self._log = open(os.path.join(self.folder, "log"), "wb")
         self._process = subprocess.Popen(
@@ -50,9 +60,9 @@ class RealEtcd:
             raise
 
     def _serves(self):
-        assert self._process.poll() is None, open(self._log.name).read()
+        assert self._process.poll() is None, read(self._log.name)
         try:
-            with urllib.request.urlopen(self.url + "/health", timeout=5,
+            with urllib.request.urlopen(self._health + "/health", timeout=5,
                                         context=self._context) as answer:
                 return b'"true"' in answer.read()
         except OSError:

@@ -9,7 +9,7 @@ import pytest
 
 import fake_etcd
 from fake_etcd import FakeEtcd, encoded
-from real_etcd import RealEtcd, with_real_etcd
+from real_etcd import USERS, RealEtcd, with_real_etcd
 from world import wait_until
 
 
@@ -151,6 +151,42 @@ def test_it_answers_as_a_real_etcd(etcd, asker, open_asker):
             answers = asker.ask(path, body), real_asker.ask(path, body)
             said = [plain(answer, etcd.generation) for answer in answers]
             assert said[0] == said[1], (path, body)
+    finally:
+        real.close()
+
+
+LOGIN = {"name": "flom", "password": "secret"}
+GUARDED = {"compare": [is_value("/x/a", "1")], "success": [put("/x/a", "2")]}
+TALK_OF_USERS = [  # and whether the token is shown
+    ("kv/range", prefix(), False), ("kv/range", prefix(), True),
+    ("kv/txn", {"success": [put("/x/a", "1")]}, False), ("kv/txn", GUARDED, True),
+    ("kv/txn", dict(GUARDED, failure=[find("/x/a")]), True),
+    ("kv/txn", {"success": [put("/y/a", "1")]}, True),
+    ("kv/txn", {"success": [remove("/y/a")]}, True), ("kv/range", {"key": key("/y/a")}, True),
+    ("kv/txn", {"compare": [is_value("/y/a", "1")], "success": [put("/x/a", "1")]}, True),
+    ("auth/authenticate", dict(LOGIN, password="wrong"), False),
+    ("auth/authenticate", dict(LOGIN, name="nobody"), False),
+]
+
+
+@with_real_etcd
+def test_it_admits_as_a_real_etcd(etcd, asker, open_asker):
+    etcd.users, etcd.allowed = {"flom": "secret"}, "/x/"
+    real = RealEtcd()
+    try:
+        askers = [asker, open_asker(real.url)]
+        etcd.generation = generation_of(askers[1])
+        for path, body in USERS:
+            assert askers[1].ask(path, body)[0] == 200, (path, body)
+        tokens = [each.ask("auth/authenticate", LOGIN)[1]["token"] for each in askers]
+        for path, body, is_shown in TALK_OF_USERS:
+            said = [plain(each.ask(path, body, token if is_shown else None), etcd.generation)
+                    for each, token in zip(askers, tokens)]
+            assert said[0] == said[1], (path, body)
+        for wrong in "x", "Bearer " + tokens[1], tokens[1][:-1]:
+            said = [plain(each.ask("kv/range", prefix(), wrong), etcd.generation)
+                    for each in askers]
+            assert said[0] == said[1], wrong
     finally:
         real.close()
 
