@@ -35,7 +35,7 @@ class Member:
     def __init__(self, host, guarded):
         self.host, self.number = host, host.number
         self.data, self.guarded = host.path("etcd"), guarded
-        self.process, self.settings = None, {}
+        self.process, self.settings, self.joins = None, {}, False
 
     def address(self, port):
         scheme = "https" if self.guarded and port == 2379 else "http"
@@ -51,6 +51,7 @@ class Member:
             "--listen-peer-urls", self.address(2380),
             "--initial-advertise-peer-urls", self.address(2380),
             "--initial-cluster", peers, "--initial-cluster-token", TOKEN,
+            "--initial-cluster-state", "existing" if self.joins else "new",
             "--heartbeat-interval", str(HEARTBEAT), "--election-timeout", str(ELECTION),
             "--logger", "zap", "--log-level", "error", *guards, env=self.settings)
         self.host.foreground.append(self.process)
@@ -81,17 +82,32 @@ class Member:
                               stderr=subprocess.DEVNULL, env=self.host.environment())
         return None if done.returncode else done.stdout.decode()
 
+    def change_members(self, is_done, *words):
+        """Orders a change until it is done, as `is_done` finds in the list of the members: it is
+        refused while one of them is new, and may be done without an answer."""
+        def tried():
+            self.ask("member", *words)
+            said = self.ask("member", "list")
+            return said is not None and is_done(said)
+        wait_until(tried, 60)
+
     def is_healthy(self):
         """Whether it answers what takes a quorum."""
         return self.ask("get", PREFIX + "leader", "--keys-only") is not None
 
+    def status(self):
+        """What it says of itself, {} when it does not answer."""
+        said = self.ask("endpoint", "status", "-w", "json")
+        return json.loads(said)[0]["Status"] if said else {}
+
+    def id(self):
+        """As etcdctl wants to be told of it."""
+        return f"{int(self.status()['header']['member_id']):x}"
+
     def leads(self):
         """Whether it is the leader of the cluster of etcd."""
-        said = self.ask("endpoint", "status", "-w", "json")
-        if not said:
-            return False
-        status = json.loads(said)[0]["Status"]
-        return status.get("leader") == status["header"]["member_id"]
+        status = self.status()
+        return bool(status) and status.get("leader") == status["header"]["member_id"]
 
 
 class Guarded:
@@ -173,6 +189,28 @@ class World:
     def kill_etcd(self):
         for member in self.members.values():
             member.kill()
+
+    def move_etcd_leader(self):
+        """The next member becomes the leader of etcd, in good order."""
+        leader = self.etcd_leader()
+        following = leader % HOSTS + 1
+        assert self.members[leader].ask("move-leader", self.members[following].id()) is not None
+        wait_until(self.members[following].leads, 20)
+
+    def replace(self, number):
+        """Removes a member, and adds one without its data in its place, which learns before it
+        may vote."""
+        old, other = self.members[number], self.members[number % HOSTS + 1]
+        peer, id = old.address(2380), old.id()
+        other.change_members(lambda said: peer not in said, "remove", id)
+        old.kill()
+        old.wipe()
+        old.joins = True
+        other.change_members(lambda said: peer in said, "add", f"m{number}", "--learner",
+                             "--peer-urls", peer)
+        old.start()
+        wait_until(old.status, 30)
+        other.change_members(lambda said: ", true" not in said, "promote", old.id())
 
     def compact(self):
         """Removes the old revisions, and frees the space."""

@@ -476,6 +476,19 @@ def test_compaction_is_not_noticed(world):
     assert world.record()["term"] == term, world.said()
 
 
+def test_members_of_etcd_come_and_go(world):
+    """Its leadership moves, and that leader is removed and comes again with nothing."""
+    world.start()
+    world.start_load(CLIENTS)
+    world.await_everybody(time.monotonic())
+    world.move_etcd_leader()
+    world.await_everybody(time.monotonic())
+    world.replace(world.etcd_leader())
+    world.await_etcd()
+    world.await_everybody(time.monotonic())
+    must_hold(world, world.end_load(), {0})
+
+
 def test_a_group(world):
     """Clients that know the group alone find whoever leads; a daemon that serves the group without
     etcd lets its clients go, though it was there before."""
