@@ -1904,7 +1904,8 @@ def reading_all(descriptor: "int"):
 # a multicast group says.  What is found is a list of (family, address) as `socket` takes them.
 #
 # A name server may be silent for half a minute.  Before the command runs that is waited for
-# (resolving_here); while it runs a child asks (resolving_apart), so that signals are not delayed.
+# (resolving_here); while it runs a child asks (resolving_apart), so that signals are not delayed;
+# in a program that holds a lock, or has an event loop, a thread (resolving_beside).
 
 
 def resolve(host, port, kind, scope, flags=0):
@@ -3512,7 +3513,7 @@ class Claim:
     (boot_clock), 0 where no daemon has promised anything; `grace`: what the last one has promised,
     as in Session, 0 for nothing.  `interval`: s between the pings that the last daemon wanted, 0.0
     for none.  `unread`: more may have come in on the connection.  `resolving`: how hosts are
-    resolved, resolving_here or resolving_apart.  `is_watched`: while it is held somebody looks
+    resolved, as resolving_here, _apart or _beside.  `is_watched`: while it is held somebody looks
     whenever it is time for a ping.
     """
 
@@ -4331,17 +4332,28 @@ class ProgramDiary(Diary):
 
 
 def resolving_beside(host, port, kind, scope):
-    """Steps to the result of resolve, in a thread that the event loop lends."""
-    import asyncio
+    """Steps to the result of resolve, in a thread."""
+    import threading
     with contextlib.suppress(DaemonUnavailable):
         return resolve(host, port, kind, scope, socket.AI_NUMERICHOST)
-    found = asyncio.get_event_loop().run_in_executor(None, resolve, host, port, kind, scope)
+    found: "list[Any]" = []
+
+    def ask():
+        try:
+            found.append(resolve(host, port, kind, scope))
+        except DaemonUnavailable as error:
+            found.append(error)
     try:
-        while not found.done():
-            yield pause(AGAIN)
-        return found.result()
-    finally:
-        found.cancel()
+        threading.Thread(target=ask, daemon=True).start()
+    except RuntimeError as error:  # the system has no thread for it
+        raise DaemonUnavailable(f"cannot resolve {host!r}: {error}")
+    seconds = 0.001
+    while not found:
+        yield pause(seconds)
+        seconds = min(2 * seconds, AGAIN)
+    if isinstance(found[0], DaemonUnavailable):
+        raise found[0]
+    return found[0]
 
 
 async def finish_in_loop(steps, until: "float" = FOREVER):
@@ -4593,6 +4605,7 @@ class Lock(_CommonLock):
             claim = finish(self._acquiring(blocking, timeout))
         with claim.becoming_ours():
             finish(claim.acquiring())
+        claim.resolving = resolving_beside
         self._depth = 1
         self._tell_held()
         if self.reentrant or self.on_lost:

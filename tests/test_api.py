@@ -12,6 +12,7 @@ import socket
 import sys
 import textwrap
 import threading
+import time
 import warnings
 
 import flom
@@ -514,6 +515,35 @@ def test_check_gives_up_when_there_is_no_daemon(box, lock, monkeypatch):
         while True:  # the kernel may tell a moment later
             held.check()
     held.release()
+
+
+def test_a_name_server_that_is_silent_while_a_lock_is_lost(box, lock, monkeypatch):
+    """Nothing takes longer for it: neither a check, nor a look beside the thread, nor a release."""
+    port, silent = free_port(), threading.Event()
+    first = box.daemon(address=("-a", "127.0.0.1", "-p", str(port), "--state-dir", box.folder))
+
+    def getaddrinfo(host, port, flags=0, **options):
+        if not flags & socket.AI_NUMERICHOST:
+            if asked:
+                silent.wait(60)
+            asked.append(host)
+        return real("127.0.0.1", port, flags=flags, **options)
+
+    asked, real = [], socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(flom, "RECOVERY_WINDOW", 200)  # ms
+    mine = lock(socket_name=None, unicast_address="db1", unicast_port=port).acquire()
+    assert asked == ["db1"]
+    box.kill(first.pid)
+    began = time.monotonic()
+    try:
+        with pytest.raises(flom.LockLost):
+            mine.check()
+        assert not mine.locked()
+        mine.release()
+    finally:
+        silent.set()
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("error", [Stop, TimeoutError])
