@@ -1881,7 +1881,10 @@ def _sleep(descriptor, events, seconds):
         readers.append(descriptor)
     elif events == WRITE:
         writers.append(descriptor)
-    select.select(readers, writers, [], seconds)
+    try:
+        select.select(readers, writers, [], seconds)
+    except RuntimeError:  # with eventlet only one thread can wait for a descriptor
+        time.sleep(min(seconds, 0.01))
 
 
 def reading_all(descriptor: "int"):

@@ -122,6 +122,44 @@ def test_without_poll_there_is_select(box):
     assert holder.end().status == 0
 
 
+ONE_WAITS = """\
+import select
+import sys
+import threading
+import time
+
+real, waiting = select.select, set()
+
+def one_waits(readers, writers, others, seconds):
+    if waiting.intersection(readers):
+        raise RuntimeError("Second simultaneous read")
+    waiting.update(readers)
+    try:
+        return real(readers, writers, others, seconds)
+    finally:
+        waiting.difference_update(readers)
+
+del select.poll
+select.select = one_waits
+sys.path.insert(0, {root!r})
+import flom
+for _ in range(3):
+    with flom.Lock("R1", socket_name={socket!r}, config=False, on_lost=print):
+        while not waiting:
+            time.sleep(0.01)
+for thread in threading.enumerate()[1:]:
+    thread.join(10)
+print(threading.active_count())
+"""
+
+
+def test_only_one_thread_can_wait_for_a_descriptor(box):
+    """As with eventlet: that which watches a lock does so while another one releases it."""
+    box.daemon()
+    script = ONE_WAITS.format(root=ROOT, socket=box.socket)
+    assert box.start(*PYTHON, box.write("program.py", script)).end() == (0, "1\n", "")
+
+
 @pytest.fixture
 def trap(box):
     """A folder with the scripts and with modules that nobody wants."""
