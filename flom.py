@@ -1105,7 +1105,7 @@ def put(text: "str", stream):
     if not text.isprintable():
         text = re.sub("[^\n\t]+", lambda part: visible(part.group()), text)
     try:
-        encoding = stream.encoding or "utf-8"
+        encoding = getattr(stream, "encoding", None) or "utf-8"
         text = text.encode(encoding, "backslashreplace").decode(encoding)
         print(text, file=stream, flush=True)
     except OSError as error:
@@ -4394,6 +4394,12 @@ async def _event(descriptor, events, seconds):
             remove(descriptor)
 
 
+def program_name() -> "str":
+    """The name of this program in reports; an embedded Python may have no sys.argv."""
+    words = getattr(sys, "argv", None) or [""]
+    return os.path.basename(words[0]) or "python"
+
+
 def program_settings(keywords: "dict", config: "bool") -> "Settings":
     """Settings from keywords and, with `config`, from the files."""
     files: "tuple[str, ...]" = ()
@@ -4446,9 +4452,9 @@ class _CommonLock:
 
     def _new_claim(self, settings):
         """A Claim that has asked for nothing yet, for a program that may have threads and fork."""
-        command = os.path.basename(sys.argv[0] or "python")
         starter = Starter(settings, spawn_daemon, self.start_daemon)
-        return Claim(settings, self.diary, command, starter, Progress(False), program_connection)
+        return Claim(settings, self.diary, program_name(), starter, Progress(False),
+                     program_connection)
 
     def _like(self, kind, timeout=None):
         """A lock of the class `kind`, otherwise as this one, that has asked for nothing yet."""

@@ -1110,7 +1110,7 @@ def put(text: "str", stream):
     if not text.isprintable():
         text = re.sub("[^\n\t]+", lambda part: visible(part.group()), text)
     try:
-        encoding = stream.encoding or "utf-8"
+        encoding = getattr(stream, "encoding", None) or "utf-8"
         text = text.encode(encoding, "backslashreplace").decode(encoding)
         print(text, file=stream, flush=True)
     except OSError as error:

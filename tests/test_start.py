@@ -160,6 +160,32 @@ def test_only_one_thread_can_wait_for_a_descriptor(box):
     assert box.start(*PYTHON, box.write("program.py", script)).end() == (0, "1\n", "")
 
 
+EMBEDDED = """\
+import sys
+
+class Plain:
+    def __init__(self, stream):
+        self.write, self.flush = stream.write, stream.flush
+
+del sys.argv
+sys.stderr = Plain(sys.stderr)
+sys.path.insert(0, {root!r})
+import flom
+about = {{"socket_name": {socket!r}, "config": False}}
+with flom.Lock("R1", verbose=True, **about) as lock:
+    print(flom.status(**about)["resources"][0]["holders"][0]["cmd"])
+    lock.diary.say("told")
+"""
+
+
+def test_a_program_without_arguments_and_with_a_plain_stderr(box):
+    """As one that embeds Python, and as Celery, whose stderr has no encoding."""
+    box.daemon()
+    script = EMBEDDED.format(root=ROOT, socket=box.socket)
+    done = box.start(*PYTHON, box.write("program.py", script)).end()
+    assert done == (0, "python\n", "told\n")
+
+
 @pytest.fixture
 def trap(box):
     """A folder with the scripts and with modules that nobody wants."""
