@@ -4310,6 +4310,11 @@ __all__ = ["Lock", "AsyncLock", "status", "LockError", "Busy", "Timeout", "Canno
            "Impossible", "Deadlock", "LockLost", "DaemonUnavailable", "UsageError"]
 
 
+def __dir__():
+    """The names that dir(flom), and TAB, show from Python 3.7 on (PEP 562)."""
+    return __all__ + [name for name in globals() if name.startswith("__")]
+
+
 class ProgramDiary(Diary):
     """As Diary; its lines go to logging.getLogger("flom"), too."""
 

@@ -1294,6 +1294,10 @@ def test_the_public_names():
         assert re.search(rf"\b{name}\b", manual) and re.search(rf"\b{name}\b", text)
     for name in ("Claim", "Session", "Settings", "finish", "clock"):
         assert not re.search(rf"^    (class )?{name}\b", text, re.MULTILINE)
+    assert {name for name in flom.__dir__() if not name.startswith("__")} == set(flom.__all__)
+    if sys.version_info >= (3, 7):
+        assert dir(flom) == sorted(flom.__dir__())
+        assert {name for name, _ in inspect.getmembers(flom)} == set(flom.__dir__())
 
 
 def test_importing_flom_changes_nothing(box):
