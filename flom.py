@@ -4315,15 +4315,22 @@ def __dir__():
     return __all__ + [name for name in globals() if name.startswith("__")]
 
 
+@functools.lru_cache(maxsize=None)
+def program_log():
+    """The logger of flom, which is silent unless the program has said where its lines go."""
+    import logging
+    log = logging.getLogger("flom")
+    if not log.handlers:
+        log.addHandler(logging.NullHandler())
+    return log
+
+
 class ProgramDiary(Diary):
     """As Diary; its lines go to logging.getLogger("flom"), too."""
 
-    def __init__(self, settings: "Settings"):
-        import logging
-        self.log = logging.getLogger("flom")
-        if not self.log.handlers:
-            self.log.addHandler(logging.NullHandler())
-        super().__init__(settings)
+    @property
+    def log(self):
+        return program_log()
 
     def is_read(self) -> "bool":
         """Whether somebody reads what a request waits for."""
@@ -4434,7 +4441,13 @@ def body_of(function) -> "str":
 
 
 class _CommonLock:
-    """What Lock and AsyncLock have in common."""
+    """What Lock and AsyncLock have in common.
+
+    A copy, also one that another process gets (pickle), has asked for nothing yet: it has none of
+    what `_begin` makes anew, whose names are _PASSING.
+    """
+    _PASSING = {"_claim", "_was_held", "_askers"}
+    _ONE_EACH = ""
 
     def __init__(self, name: "str | None" = None, mode: "str | None" = None,
                  timeout: "Seconds" = None, quantity: "int | None" = None, *,
@@ -4454,6 +4467,14 @@ class _CommonLock:
         """Nothing has been asked for yet."""
         self._claim = self._new_claim(self.settings)
         self._was_held = True  # the last release found no loss
+        self._askers: "dict[int, object]" = {}  # by process, who waits for it
+
+    def __getstate__(self) -> "dict[str, Any]":
+        return {name: value for name, value in vars(self).items() if name not in self._PASSING}
+
+    def __setstate__(self, state: "dict[str, Any]") -> "None":
+        vars(self).update(state)
+        self._begin()
 
     def _new_claim(self, settings):
         """A Claim that has asked for nothing yet, for a program that may have threads and fork."""
@@ -4495,6 +4516,23 @@ class _CommonLock:
         settings = copy.copy(self.settings)
         settings.values = {**settings.values, "Timeout": limit}
         return settings
+
+    @contextlib.contextmanager
+    def _asking_alone(self):
+        """A block in which nobody else of this process asks for this lock; RuntimeError.
+
+        Two that ask would both be granted it, one after the other, and the claim of the first be
+        dropped for that of the second while the first believes that it holds the lock.
+        """
+        me, process = object(), os.getpid()
+        try:
+            if self._askers.setdefault(process, me) is not me:  # one step for all threads
+                raise RuntimeError(f"{self.name} is held already, or waited for: use one "
+                                   f"{self._ONE_EACH}")
+            yield
+        finally:
+            if self._askers.get(process) is me:
+                del self._askers[process]
 
     def _acquiring(self, blocking, timeout):
         """Steps to a Claim in the place of the last one; nothing is asked for yet."""
@@ -4563,16 +4601,20 @@ class Lock(_CommonLock):
     last release decides on a rollback.  on_lost: a function that is called once, with the lock,
     when it is lost and was not to be had back; by a thread, which looks after the lock.
 
-    `element` and `token` are those of the grant.  Use one Lock per thread; a process made by fork
-    does not share it, and neither keeps nor releases it.  Raises UsageError for wrong settings.
+    `element` and `token` are those of the grant.  Use one Lock per thread: a second one that asks
+    gets a RuntimeError.  A process made by fork does not share it, and neither keeps nor releases
+    it; a copy, or what pickle makes of it elsewhere, has asked for nothing yet.  Raises UsageError
+    for wrong settings.
     """
+
+    _PASSING = _CommonLock._PASSING | {"_depth", "_thread", "_turn", "_of_thread"}
+    _ONE_EACH = "Lock per thread"
 
     def __init__(self, name: "str | None" = None, mode: "str | None" = None,
                  timeout: "Seconds" = None, quantity: "int | None" = None, *,
                  start_daemon: "bool" = False, config: "bool" = True, reentrant: "bool" = False,
                  on_lost: "Callable[[Lock], object] | None" = None, **options: "Any") -> "None":
         self.reentrant = reentrant
-        self._of_thread: "dict[int, Lock]" = {}  # what a reentrant function holds
         super().__init__(name, mode, timeout, quantity, start_daemon=start_daemon, config=config,
                          on_lost=on_lost, **options)
 
@@ -4580,6 +4622,8 @@ class Lock(_CommonLock):
         super()._begin()
         self._depth = 0  # how often it was acquired and not released
         self._thread = 0
+        # what reentrant functions hold, those with another timeout, too
+        self._of_thread: "dict[int, Lock]" = vars(self).get("_of_thread", {})
         self._turn: "Any" = contextlib.ExitStack()
 
     def _turn_of(self, claim):
@@ -4613,33 +4657,30 @@ class Lock(_CommonLock):
         blocking=False: does not wait, Busy.  timeout: seconds, as that of Lock, for this call
         alone.  A lock that was lost is asked for anew.
         """
-        if self._acquire_again():
+        if self._is_of_this_thread():
+            self.check()
+            self._depth += 1
             return self
-        with self._turn_of(self._claim):
-            claim = finish(self._acquiring(blocking, timeout))
-        with claim.becoming_ours():
-            finish(claim.acquiring())
-        claim.resolving = resolving_beside
-        self._depth = 1
-        self._tell_held()
-        if self.reentrant or self.on_lost:
-            self._begin_to_watch(claim)
+        with self._asking_alone():
+            if self._claim.is_ours() and (self.reentrant or self.locked()):
+                raise RuntimeError(f"{self.name} is held already")
+            with self._turn_of(self._claim):
+                claim = finish(self._acquiring(blocking, timeout))
+            with claim.becoming_ours():
+                finish(claim.acquiring())
+            claim.resolving = resolving_beside
+            self._depth = 1
+            self._tell_held()
+            if self.reentrant or self.on_lost:
+                self._begin_to_watch(claim)
         return self
 
-    def _acquire_again(self):
-        """Whether this thread holds it, and may do so twice; RuntimeError when it may not."""
-        claim = self._claim
-        if not claim.is_ours():
+    def _is_of_this_thread(self):
+        """Whether it is reentrant, and held by the thread that asks."""
+        if not self.reentrant or not self._claim.is_ours():
             return False
-        if self.reentrant:
-            import threading
-            if self._thread == threading.get_ident():
-                self.check()
-                self._depth += 1
-                return True
-        elif not self.locked():
-            return False
-        raise RuntimeError(f"{self.name} is held already")
+        import threading
+        return self._thread == threading.get_ident()
 
     def _begin_to_watch(self, claim):
         import threading
@@ -4782,11 +4823,10 @@ class Lock(_CommonLock):
         """What one call of a function acquires: of a reentrant lock that which its thread has."""
         if not self.reentrant:
             return self._like(type(self))
-        import threading
-        thread = threading.get_ident()
-        if self._thread == thread and self._claim.is_ours():
+        if self._is_of_this_thread():
             return self
-        lock = self._of_thread.setdefault(thread, self._like(type(self)))
+        import threading
+        lock = self._of_thread.setdefault(threading.get_ident(), self._like(type(self)))
         # It may have been made for a function with another timeout.
         return lock.timeout(self.settings["Timeout"] / 1000)
 
@@ -4803,10 +4843,12 @@ class AsyncLock(_CommonLock):
     to be had back.
     """
 
+    _PASSING = _CommonLock._PASSING | {"_loop", "_descriptor", "_timer", "_recovery"}
+    _ONE_EACH = "AsyncLock per task"
+
     def _begin(self):
         super()._begin()
         self._loop: "Any" = None
-        self._is_acquiring = False
         self._descriptor: "int | None" = None  # that the loop watches
         self._timer: "Any" = None
         self._recovery: "Any" = None  # the task that reclaims the lock, or has failed to
@@ -4840,17 +4882,13 @@ class AsyncLock(_CommonLock):
     async def acquire(self, blocking: "bool" = True, timeout: "Seconds" = None) -> "AsyncLock":
         """Waits for the lock and returns self; as that of Lock."""
         import asyncio
-        if self._is_acquiring or self.locked():
-            raise RuntimeError(f"{self.name} is held already, or waited for: use one AsyncLock "
-                               "per task")
-        self._is_acquiring = True
-        try:
+        with self._asking_alone():
+            if self.locked():
+                raise RuntimeError(f"{self.name} is held already")
             await self._stop()
             claim = await finish_in_loop(self._acquiring(blocking, timeout))
             with claim.becoming_ours():
                 await finish_in_loop(claim.acquiring())
-        finally:
-            self._is_acquiring = False
         self._loop = asyncio.get_event_loop()
         self._recovery = None
         self._tell_held()

@@ -1,10 +1,12 @@
 """The Python API, flom.Lock, as a program uses it: real daemons, the locks in this process."""
+import copy
 import datetime
 import errno
 import functools
 import inspect
 import logging
 import os
+import pickle
 import pydoc
 import re
 import signal
@@ -1031,6 +1033,100 @@ def test_threads_with_a_lock_each(daemon, lock):
     for thread in threads:
         thread.join(30)
     assert failures == [] and most == [1] * 30
+
+
+def test_threads_that_share_a_lock(daemon, lock, box):
+    """Only one of them waits: the others are told, before two could be inside."""
+    shared, inside, told = lock(), [], []
+
+    def work():
+        try:
+            with shared:
+                inside.append(shared.token)
+        except RuntimeError as error:
+            told.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    with lock():
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(told) == 2 and "waits 1" in box.run("--status").out)
+    for thread in threads:
+        thread.join(20)
+    assert len(inside) == 1
+    assert set(told) == {"R1 is held already, or waited for: use one Lock per thread"}
+    with shared:
+        assert shared.locked()
+
+
+def test_a_fork_while_a_thread_waits_may_ask_itself(daemon, lock, box):
+    shared = lock(timeout=20)
+    with lock():
+        thread = threading.Thread(target=lambda: shared.acquire().release())
+        thread.start()
+        wait_until(lambda: "waits 1" in box.run("--status").out)
+        assert in_child(lambda: pytest.raises(flom.Busy, shared.acquire, False)) == 0
+    thread.join(20)
+    assert is_free(lock)
+
+
+def noted(lost):
+    """An on_lost that can be pickled."""
+
+
+@pytest.mark.parametrize("options", [{}, {"reentrant": True}, {"on_lost": noted}], ids=str)
+def test_a_copy_is_a_lock_of_its_own(daemon, lock, options):
+    """Also of one that is held; with pickle it is what another process gets."""
+    with lock(mode="PW", timeout=0, **options) as held:
+        for other in (copy.copy(held), copy.deepcopy(held), pickle.loads(pickle.dumps(held))):
+            assert vars(other).keys() == vars(held).keys() and not other.locked()
+            assert other.settings.values == held.settings.values
+            other.release()
+            with pytest.raises(flom.Busy):
+                other.acquire()
+        assert held.locked() and not is_free(lock)
+    with other:
+        assert other.locked() and not held.locked()
+
+
+MULTIPROCESSING = f"""import multiprocessing, os, sys, time
+sys.path.insert(0, {ROOT!r})
+import flom
+
+def work(lock, path):
+    assert not lock.locked()
+    with lock:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        print(lock.token, flush=True)
+        os.unlink(path)
+
+def main(method, path, *about):
+    settings = dict(socket_name=path, config=False)
+    context = multiprocessing.get_context(method)
+    with flom.Lock("R1", timeout=20, **settings) as lock:
+        processes = [context.Process(target=work, args=(lock, path + ".in")) for _ in range(3)]
+        for process in processes:
+            process.start()
+        while len(flom.status(**settings)["resources"][0]["waiters"]) < 3:
+            assert all(process.exitcode is None for process in processes)
+            time.sleep(0.01)
+    for process in processes:
+        process.join(20)
+        assert process.exitcode == 0
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+def test_multiprocessing(daemon, box, method):
+    """A Lock that is held is handed to processes, which wait for it."""
+    program = box.write("program.py", MULTIPROCESSING)
+    done = box.start(*PYTHON, program, method, box.socket).end()
+    assert (done.status, done.err) == (0, "")
+    tokens = [int(token) for token in done.out.split()]
+    assert len(tokens) == 3 and tokens == sorted(tokens)
 
 
 def in_child(function):

@@ -1,7 +1,9 @@
 """flom.AsyncLock, as a program with an event loop uses it: real daemons, one thread."""
 import asyncio
+import copy
 import inspect
 import os
+import pickle
 import socket
 import threading
 
@@ -69,7 +71,7 @@ def test_a_block(daemon, alock, lock, run):  # noqa: F811
             assert not is_free(lock)
         assert not mine.locked() and not mine.lost and is_free(lock)
         assert await mine.acquire() is mine
-        with pytest.raises(RuntimeError, match="use one AsyncLock per task"):
+        with pytest.raises(RuntimeError, match="R1 is held already$"):
             await mine.acquire()
         await mine.release()
         await mine.release()  # of nothing
@@ -138,7 +140,7 @@ def test_a_cancelled_wait_leaves_the_queue(daemon, alock, box, run):
             mine = alock()
             task = asyncio.ensure_future(mine.acquire())
             await until(lambda: waits(box))
-            with pytest.raises(RuntimeError, match="is held already, or waited for"):
+            with pytest.raises(RuntimeError, match="use one AsyncLock per task"):
                 await mine.acquire()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -286,6 +288,20 @@ def test_a_decorator(daemon, alock, lock, run):  # noqa: F811
         lock(reentrant=True)(Work.double)
     with pytest.raises(TypeError, match="no setting reentrant"):
         alock(reentrant=True)
+
+
+def test_a_copy_is_a_lock_of_its_own(daemon, alock, lock, run):  # noqa: F811
+    async def work():
+        async with alock() as held:
+            for other in (copy.copy(held), copy.deepcopy(held), pickle.loads(pickle.dumps(held))):
+                assert vars(other).keys() == vars(held).keys() and not other.locked()
+                await other.release()
+                with pytest.raises(flom.Busy):
+                    await other.acquire(blocking=False)
+            assert held.locked() and not is_free(lock)
+        async with other:
+            assert other.locked() and not held.locked()
+    run(work())
 
 
 def test_a_lock_that_outlives_its_loop(daemon, alock, lock):  # noqa: F811

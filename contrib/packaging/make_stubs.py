@@ -91,7 +91,7 @@ def class_stub(node, constants):
             lines += [function_stub(inner) for inner in statement.body]
         elif isinstance(statement, ast.AnnAssign):
             lines.append(f"{statement.target.id}: {statement.annotation.value}")
-        elif isinstance(statement, ast.Assign):
+        elif isinstance(statement, ast.Assign) and is_public(statement.targets[0].id):
             value = statement.value
             kind = type(constants.get(getattr(value, "id", ""), getattr(value, "value", None)))
             lines.append(f"{statement.targets[0].id}: {VALUES[kind]}")
