@@ -152,7 +152,7 @@ _NUMBERS = {  # the attributes that are numbers: least, greatest
     "immediate": (0, 1),
     "progress": (0, 1),
     "life": (0, 1),
-    "grace": (-1, MOST),  # ms; -1: as long as the holder's process lives
+    "grace": (-1, WIDEST),  # ms; -1: as long as the holder's process lives
     "ping": (0, MOST),  # ms
     "kill": (0, MOST),  # ms
     "position": (0, MOST),

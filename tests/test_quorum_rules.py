@@ -51,6 +51,12 @@ def test_grace(ttl, kill, grace):
     assert flomd.grace_for(ttl, kill) == grace
 
 
+def test_the_longest_grace_can_be_told():
+    grace = flomd.grace_for(60000, flomd.MOST)
+    data = flomd.encode(1, 16, flomd.element("session", ("grace", grace)))
+    assert flomd.decode(data)["session"]["grace"] == grace > flomd.MOST
+
+
 def test_an_absent_holder_is_kept_for_the_longest_grace():
     assert flomd.kept_until(100, 25000, 30000) == 130
     assert flomd.kept_until(100, 30000, 25000) == 130
