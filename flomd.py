@@ -4749,6 +4749,11 @@ def _requests_tree(folder, requests):
 LAYOUT = 1  # of the records
 OF_HOLDER, OF_RESOURCE, OF_VALUE, OF_DAEMON = "h/", "r/", "v/", "d"  # how keys begin
 TOLD = ("host", "user", "cmd")  # what clients of ours say of themselves
+AMOUNTS = {  # the numbers of a holder that are stored as they are: least, greatest
+    "pid": (0, MOST),
+    "uid": (0, 2 ** 32 - 1),
+    "grace": (-1, WIDEST),  # ms
+}
 QUOTED = 256  # texts that are kept as they are written
 
 DaemonRecord = collections.namedtuple("DaemonRecord", "layout epoch boot pidns covers")
@@ -4923,12 +4928,23 @@ def _attributes_of(text):
     """{name: text} of the attributes; raises ProtocolError, or ValueError."""
     found = dict(_pairs(text))
     plainly = " ".join([f'{name}="{value}"' for name, value in found.items()])
-    if plainly == text and "&" not in text:  # as nearly all are
-        return found
-    whole = list(tags(f"<x {text}/>".encode("utf-8", "surrogatepass")))
-    if len(whole) != 1:
-        raise ValueError("more than attributes")
-    return whole[0][2]
+    if plainly != text or "&" in text:  # as few are
+        whole = list(tags(f"<x {text}/>".encode("utf-8", "surrogatepass")))
+        if len(whole) != 1:
+            raise ValueError("more than attributes")
+        found = whole[0][2]
+        text = "".join(found.values())
+    if not text.isprintable():
+        raise ValueError("a text that is not printable")
+    return found
+
+
+def _amount(text, least, greatest):
+    """The number that is written so; raises ValueError for one out of its range."""
+    number = int(text)
+    if not least <= number <= greatest:
+        raise ValueError("a number out of its range")
+    return number
 
 
 def _tell_nobody(_):
@@ -5022,10 +5038,7 @@ class _Reader:
         found = _attributes_of(text)
         name = decode_name(key[len(OF_RESOURCE):])
         resource = self._restoration.add_resource(name)
-        lifespan = int(found["lifespan"])
-        if lifespan < LEAST_LIFESPAN:
-            raise ValueError("a lifespan that is too short")
-        resource.lifespan = lifespan
+        resource.lifespan = _amount(found["lifespan"], LEAST_LIFESPAN, WIDEST)
         if "boot" in found:
             resource.idle_boot, resource.idle_wall = self._moment(found)
             age = self._now.boot - resource.idle_boot
@@ -5037,11 +5050,10 @@ class _Reader:
         found = _attributes_of(text)
         get = found.get
         session = Absent(found["peer"], self._name_of)
-        holder = Request(session, decode_name(found["name"]), int(get("mode", 0)),
-                         int(get("quantity", 1)), 1, 1)
-        if holder.mode not in range(len(MODES)) or holder.quantity < 1 or not 0 < token < 1 << 63:
-            raise ValueError("a number out of its range")
-        holder.token = token
+        mode = _amount(get("mode", 0), 0, len(MODES) - 1)
+        quantity = _amount(get("quantity", 1), 1, MOST)
+        holder = Request(session, decode_name(found["name"]), mode, quantity, 1, 1)
+        holder.token = _amount(token, 1, WIDEST)
         holder.element = get("element")
         if "slot" in found:
             holder.slot = int(found["slot"])
@@ -5053,9 +5065,9 @@ class _Reader:
     def _identify(self, holder, found):
         session = holder.session
         holder.local = "local" in found
-        for name in ("pid", "uid", "grace"):
+        for name, (least, greatest) in AMOUNTS.items():
             if name in found:
-                setattr(holder, name, int(found[name]))
+                setattr(holder, name, _amount(found[name], least, greatest))
         session.uid = holder.uid
         holder.origin = holder.pid
         if holder.pid is None:

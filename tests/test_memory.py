@@ -275,6 +275,14 @@ def test_what_can_be():
     (NEXT, 'name="X1NfeFs5XQ==" boot="1" since="1" peer="p" element="4294967296"'),
     (NEXT, 'name="X1NfeFs5XQ==" boot="1" since="1" peer="p"'),
     (NEXT, 'name="X3RfJVNbMV0=" boot="1" since="1" peer="p" element="10"'),  # no place
+    (NEXT, 'name="UQ==" boot="1" since="1" peer="p\n"'),  # of more than one line
+    (NEXT, 'name="UQ==" boot="1" since="1" peer="&#10;"'),
+    (NEXT, f'name="UQ==" boot="1" since="1" peer="p" pid="{2 ** 63}"'),  # of no process
+    (NEXT, 'name="UQ==" boot="1" since="1" peer="p" pid="-1"'),
+    (NEXT, 'name="UQ==" boot="1" since="1" peer="p" uid="-1"'),
+    (NEXT, f'name="UQ==" boot="1" since="1" peer="p" grace="{10 ** 400}"'),
+    (NEXT, 'name="UQ==" boot="1" since="1" peer="p" grace="-2"'),
+    ("r/UQ==", f'lifespan="{10 ** 400}"'),
     ("h/0", 'name="UQ==" boot="1" since="1" peer="p"'),
     ("h/8000000000000000", 'name="UQ==" boot="1" since="1" peer="p"'),
     ("r/UQ==", ""), ("r/UQ==", 'lifespan="1999"'), ("r/UQ==", 'lifespan="3000" boot="1"'),
