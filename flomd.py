@@ -5694,8 +5694,9 @@ class AtOnce:
 class Thread:
     """Does in a thread what waits for a disk, one work after the other.
 
-    A byte in a socket wakes the thread, and one wakes the loop when the work is done.  There is
-    nothing else that both use: no lock, so that a process forked meanwhile finds none taken.
+    A byte in a socket wakes the thread, and one wakes the loop when a work is done.  There is
+    nothing else that both use: no lock, so that a process forked meanwhile finds none taken.  A
+    socket that takes no more bytes has many, and one is enough.
 
     A bug ends the thread.  What it had to do has failed then, and another thread goes on.
     """
@@ -5736,30 +5737,25 @@ class Thread:
                 _, self._bug, _ = sys.exc_info()
 
     def _obey(self):
-        while self._is_told():
-            work = self._todo.popleft()
-            work.do()
-            self._done.append(work)
-            with contextlib.suppress(ConnectionError):  # finish() was called
-                self._theirs.send(b".")
-
-    def _is_told(self):
-        """Waits until there is something to do; returns whether there is."""
-        with contextlib.suppress(ConnectionError):
-            return self._theirs.recv(1) != b""
-        return False
+        while has_come(self._theirs):
+            while self._todo:
+                work = self._todo.popleft()
+                work.do()
+                self._done.append(work)
+                with contextlib.suppress(ConnectionError):  # finish() was called
+                    self._theirs.send(b".")
 
     def do(self, work: "Work | Task", hear: "Callable[[Any], object]") -> "None":
         """Has work.do() called in the thread, and then hear(work) by the loop."""
         self._begun.append((work, hear))
         self._todo.append(work)
-        with contextlib.suppress(BrokenPipeError):  # a bug, see _handle()
+        with contextlib.suppress(BrokenPipeError, BlockingIOError):  # a bug, see _handle(); full
             self._ours.send(b".")
 
     def _handle(self, events):
-        has_come = self._ours.recv(64)
+        is_there = has_come(self._ours)
         self._hear()
-        if not has_come and not self._is_finished:
+        if not is_there and not self._is_finished:
             self._begin_again()
 
     def _hear(self):
@@ -5784,14 +5780,25 @@ class Thread:
         """Waits so many s, at most, until all is done, and ends the thread, after all that it was
         told to do.  Of what is not done by then nobody hears."""
         until = time.monotonic() + seconds
-        while self._begun and time.monotonic() < until:
-            readable, _, _ = select.select([self._ours], [], [], until - time.monotonic())
-            if readable and not self._ours.recv(64):
+        left = seconds
+        while self._begun and left > 0:
+            readable, _, _ = select.select([self._ours], [], [], left)
+            if readable and not has_come(self._ours):
                 break
             self._hear()
+            left = until - time.monotonic()
         self._is_finished = True
         self._loop.forget(self._ours)
         self._ours.close()
+
+
+def has_come(wakes: "socket.socket") -> "bool":
+    """Takes the bytes that have come, or waits for one; returns whether there was any before the
+    other end was closed, which with bytes that nobody has read there is a reset."""
+    try:
+        return wakes.recv(64) != b""
+    except ConnectionResetError:
+        return False
 
 
 def block_signals() -> "None":
@@ -5865,14 +5872,14 @@ class Journal:
 
     def begin(self, records: "List[Tuple[str, str | None]]") -> "None":
         """Stores the first batch, behind what was loaded, or in a new file.  See `failing`."""
-        work = Work(self.path, self._file, encode_batch(records), [])
-        if self._file is None:
+        file = self._file
+        work = Work(self.path, file, encode_batch(records), [])
+        if file is None:
             work.new = self._new = self._make_new()
             work.is_last = True
         else:
-            work.failure = failure_of(functools.partial(self._file.cut, self._file.length))
-        if not work.failure:
-            work.do()
+            work.drop = failure_of(functools.partial(file.cut, file.length))
+        work.do()
         self._heard(work)
 
     def _make_new(self):

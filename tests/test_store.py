@@ -744,6 +744,59 @@ def test_a_bug_in_the_thread_is_a_failure(path, monkeypatch):
     journal.close()
 
 
+class Bug:
+    """What ends the thread as soon as it may."""
+
+    def __init__(self, gate):
+        self.gate = gate
+
+    def do(self):
+        self.gate.wait()
+        raise RuntimeError("a bug")
+
+    def fail(self, reason):
+        self.reason = reason
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_is_behind_a_bug_in_the_thread_has_failed_at_once():
+    """The wake-ups that the thread has not read make a reset of its end."""
+    log, heard, gate = Lines(), [], threading.Event()
+    loop = flomd.Loop(log)
+    thread = flomd.Thread(loop)
+    for work in (Bug(gate), Bug(gate)):
+        thread.do(work, heard.append)
+    gate.set()
+    loop._turn(10)
+    assert [work.reason for work in heard] == ["RuntimeError: a bug"] * 2
+    assert len(log.lines) == 1 and "a bug has ended the thread" in log.lines[0]
+    thread.do(flomd.Task(gate.wait), heard.append)
+    thread.finish(10)
+    assert len(heard) == 3
+
+
+def test_a_thread_that_is_held_up_takes_whatever_it_is_given():
+    """However many wake-ups the socket takes."""
+    log, done, heard, gate = Lines(), [], [], threading.Event()
+    thread = flomd.Thread(flomd.Loop(log))
+    thread.do(flomd.Task(gate.wait), flomd.ignore)
+    for number in range(3000):
+        thread.do(flomd.Task(functools.partial(done.append, number)), heard.append)
+    gate.set()
+    thread.finish(60)
+    assert done == list(range(3000)) and len(heard) == 3000 and not log.lines
+
+
+def test_a_file_that_cannot_be_cut_is_closed(path, monkeypatch):
+    begun(path)
+    journal = journal_at(path)
+    journal.load()
+    number = journal._file.number
+    monkeypatch.setattr(os, "ftruncate", fail)
+    journal.begin([("d", "n=0")])
+    assert journal.failing and flomd.identity(number) is None
+
+
 def test_a_daemon_with_a_thread_forks_in_silence(box):
     box.address = ("-s", box.socket, "--state-dir", box.folder)
     daemon = box.start(sys.executable, "-W", "always", FLOMD, "--no-files", "-f", "-d", "-1",
