@@ -4666,6 +4666,11 @@ def _families(table, counts, sessions, epoch, failing, numbers):
     ]
 
 
+def label_value(text: "str") -> "str":
+    """The text as it stands between the quotes of a label."""
+    return plain(text).replace("\\", "\\\\").replace('"', '\\"')
+
+
 def _by_kind(numbers):
     return {f'{{kind="{kind}"}}': numbers[kind] for kind in KINDS}
 
@@ -6597,12 +6602,31 @@ FIELDS = {
     "host": str,
     "pid": int,
 }
+RANGES = {  # of the numbers: least, greatest
+    "v": (1, RECORD_LAYOUT),
+    "n": (0, WIDEST),
+    "ttl": (1, MOST),
+    "grace": (0, MOST),
+    "epoch": (0, MOST),
+    "pid": (0, MOST),
+}
 Record = collections.namedtuple(
     "Record", "v term n x ttl grace epoch policy daemon address host pid")
 
 
+LONGEST_NUMBER = 20  # digits of a number in JSON
+
+
 class StrangeRecord(Exception):
     """A leader record that this daemon cannot read: one line that says why."""
+
+
+def short_number(text: "str") -> "int":
+    """A number of JSON; ValueError.  To read millions of digits takes Python before 3.11 minutes,
+    in which no thread runs."""
+    if len(text) > LONGEST_NUMBER:
+        raise ValueError("a number that is too long")
+    return int(text)
 
 
 def text_of(record: "Record") -> "str":
@@ -6616,7 +6640,7 @@ def record_of(text: "str") -> "Record":
     """The record that was stored as this text.  Raises StrangeRecord."""
     import json
     try:
-        fields = json.loads(text)
+        fields = json.loads(text, parse_int=short_number)
     except (ValueError, RecursionError):
         raise StrangeRecord("the leader record is damaged")
     if not isinstance(fields, dict):
@@ -6625,9 +6649,20 @@ def record_of(text: "str") -> "Record":
     if isinstance(version, int) and version > RECORD_LAYOUT:
         raise StrangeRecord(f"the leader record has the newer layout {version}")
     for name, kind in FIELDS.items():
-        if type(fields.get(name)) is not kind:
+        found = fields.get(name)
+        if type(found) is not kind or not _can_be(name, found):
             raise StrangeRecord(f"the leader record has no proper {name}")
     return Record(*[fields[name] for name in FIELDS])
+
+
+def _can_be(name, value):
+    """Whether a field of the leader record may be so.  What people read of it is one line."""
+    if name in RANGES:
+        least, greatest = RANGES[name]
+        return least <= value <= greatest
+    if name == "address":
+        return re.fullmatch("[!-~]+:[0-9]{1,5}", value) is not None
+    return value.isprintable()
 
 
 def is_free(record: "Record") -> "bool":
@@ -6665,7 +6700,7 @@ class Cluster:
         that is known, "" if it is."""
         is_known = self.mark != "" and not self.is_new
         if is_known and mark not in ("", self.mark):
-            return f"etcd has the mark {mark} in place of {self.mark}"
+            return f"etcd has the mark {visible(mark[:40])} in place of {self.mark}"
         may_lack = self.is_new or not (led or is_known)
         if mark == "" and not may_lack:
             return "etcd has lost the mark of this cluster"
@@ -7480,18 +7515,11 @@ def read_answer(request: "tuple", status: "int", body: "bytes") -> "Answer":
         return failure(UNKNOWN, f"{NOT_AN_ETCD}: {error}")
 
 
-def _short_number(text):
-    """To read millions of digits takes Python before 3.11 minutes, in which no thread runs."""
-    if len(text) > LONGEST_NUMBER:
-        raise ValueError("a number that is too long")
-    return int(text)
-
-
 def _fields_of(body):
     """The JSON object; raises _Strange."""
     import json
     try:
-        fields = json.loads(body.decode("utf-8"), parse_int=_short_number)
+        fields = json.loads(body.decode("utf-8"), parse_int=short_number)
     except (ValueError, RecursionError):
         raise _Strange("it answers without JSON")
     if not isinstance(fields, dict):
@@ -8319,9 +8347,9 @@ def refusal_of(version: "str") -> "str":
         return f"{visible(version[:40])!r} is no version of etcd"
     numbers = tuple(int(number) for number in found.groups())
     if numbers < OLDEST_ETCD:
-        return f"etcd {version} is too old, 3.4 is needed"
+        return f"etcd {found.group()} is too old, 3.4 is needed"
     if FIRST_LOSING <= numbers <= LAST_LOSING:
-        return f"etcd {version} can lose data after a crash, later ones do not"
+        return f"etcd {found.group()} can lose data after a crash, later ones do not"
     return ""
 
 
@@ -12972,7 +13000,7 @@ class Campaign:
     def _tell_status(self):
         """To the init system, now and every few s."""
         self.loop.after(STATUS_PAUSE, self._tell_status)
-        notify(f"STATUS={self._status()}")
+        notify(f"STATUS={visible(self._status())}")
 
     def _status(self):
         asker = self._asker
@@ -13024,7 +13052,7 @@ class Campaign:
         """What --metrics says of the quorum, as rows for metrics()."""
         record, host = self._record(), {}
         if record is not None and not is_free(record):
-            host[f'{{host="{plain(record.host)}"}}'] = 1
+            host[f'{{host="{label_value(record.host)}"}}'] = 1
         leads = int(self.term is not None)
         return [
             ("leads", "gauge", "1 while this daemon serves its quorum.", {"": leads}),

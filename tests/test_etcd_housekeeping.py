@@ -60,6 +60,11 @@ def test_versions_that_are_refused(version, word):
     assert word in flomd.refusal_of(version)
 
 
+def test_what_is_said_of_a_version_is_one_line():
+    for version in ("3.3.0\nMAINPID=1", "3.5.0\nMAINPID=1", "\nMAINPID=1"):
+        assert "\n" not in flomd.refusal_of(version)
+
+
 @pytest.mark.parametrize("version", ["3.4.0", "3.4.23", "3.5.3", "3.5.30", "3.6.0", "3.10.1",
                                      "4.0.0"])
 def test_versions_that_are_used(version):

@@ -87,7 +87,14 @@ def test_a_record_has_one_text():
     ("", "damaged"), ("[" * 100000, "damaged"), ("[1]", "damaged"), ('{"v":2}', "newer layout 2"),
     ('{"v":1}', "no proper term"),
     (flomd.text_of(own_record(ttl="10")), "no proper ttl"),
-    (flomd.text_of(own_record(n=True)), "no proper n")])
+    (flomd.text_of(own_record(n=True)), "no proper n"),
+    (flomd.text_of(own_record(ttl=0)), "no proper ttl"),
+    (flomd.text_of(own_record(ttl=2 ** 31)), "no proper ttl"),
+    (flomd.text_of(own_record(epoch=2 ** 31)), "no proper epoch"),
+    (flomd.text_of(own_record(epoch=10 ** 99)), "damaged"),
+    (flomd.text_of(own_record(host="x\nMAINPID=1")), "no proper host"),
+    (flomd.text_of(own_record(address="10.77.0.1")), "no proper address"),
+    (flomd.text_of(own_record(address="10.77.0.1:x")), "no proper address")])
 def test_a_strange_record(text, why):
     with pytest.raises(flomd.StrangeRecord) as error:
         flomd.record_of(text)

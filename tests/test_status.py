@@ -605,6 +605,10 @@ def metrics(text):
     return found
 
 
+def test_a_label_is_whatever_it_is():
+    assert flomd.label_value('a"b\\c\nd') == 'a\\"b\\\\c?d'
+
+
 METRICS = """\
 import os, sys
 sys.path.insert(0, {root!r})
