@@ -8318,7 +8318,11 @@ class ClusterFile:
 
     def _change_revision(self, cluster):
         """Raises OSError."""
-        number = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            number = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+        except FileNotFoundError:  # somebody has removed it
+            self._replace(cluster)
+            return
         try:
             os.pwrite(number, f"{cluster.revision:020}".encode(), REVISION_AT)
         finally:

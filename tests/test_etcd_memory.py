@@ -164,6 +164,16 @@ def test_the_revision_is_written_now_and_then(path, monkeypatch):
     assert os.stat(path).st_ino == before
 
 
+def test_a_file_that_was_removed_is_made_anew(path):
+    file, cluster = opened(path), flomd.Cluster("5", "mark", 7)
+    file.read()
+    file.write(cluster)
+    os.unlink(path)
+    cluster.revision = 8
+    file.finish(cluster)
+    assert fields(opened(path).read()) == ("5", "mark", 8, False) and not file._log.lines
+
+
 def test_another_mark_is_written_at_once(path):
     file = opened(path)
     file.read()
