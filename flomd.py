@@ -10493,10 +10493,10 @@ class Batches:
         if self._is_over:
             return
         self._pending.append(batch)
-        if batch.is_accepted:
+        if batch.is_accepted or batch.is_stored:  # and waits for those before it
             batch.until = self._loop.now.mono + LATE
             self._loop.within(LOOK_AT_STORE, self._look)
-        elif not batch.is_stored:
+        else:
             self._go_without(batch)
 
     def _store(self, batch):

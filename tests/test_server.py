@@ -543,6 +543,19 @@ def test_nobody_waits_for_ever_for_a_disk(slow):
     assert (patient.told, impatient.told) == ([1, 0], [4]) and patient.resumed == 1
 
 
+def test_nobody_waits_for_ever_behind_what_is_not_stored(slow):
+    """What has nothing to be stored is said behind what has."""
+    slow.client().lock()
+    slow.server.batches._take_records = list
+    client, said = slow.client(), []
+    slow.server.when_stored(client, lambda connection, detail: said.append(detail), "done")
+    slow.turn()
+    assert not said
+    slow.loop.after(2 * flomd.LATE, slow.loop.stop)
+    slow.loop.run()
+    assert said == ["done"] and client.batch is None and client.resumed and slow.disk.given
+
+
 def test_a_disk_that_does_not_store_keeps_no_daemon_alive(slow):
     rested = []
     holder = slow.client().lock()
