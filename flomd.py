@@ -12833,6 +12833,8 @@ class Campaign:
         elif asker.stage != RESIGNS or not is_free(asker.record):
             self._forsake()
             self.log.error(asker.over)
+        elif not self._ends:
+            self._forsake()
         if self._ends:
             self._end()
         else:

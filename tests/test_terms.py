@@ -111,3 +111,31 @@ def test_a_closed_store_stores_nothing_and_calls_nobody(world):
     assert world.acts == 0 and not world.chain.may_tell()
     world.loop.now = Now(105)
     assert world.ask().changes[1:] == () and world.confirm() == []
+
+
+class Noting:
+    """Anything: it notes what is called."""
+
+    def __init__(self, noted, **more):
+        self.noted = noted
+        self.__dict__.update(more)
+
+    def __getattr__(self, name):
+        return lambda *arguments: self.noted.append(name)
+
+
+def test_nothing_is_left_of_a_term_that_a_bug_has_ended(world):
+    """It has resigned in good order, and the process goes on."""
+    campaign, noted = flomd.Campaign.__new__(flomd.Campaign), []
+    campaign.loop = campaign.log = campaign._house = campaign._etcd = Noting(noted)
+    campaign.term = Noting(noted)
+    campaign._steps = campaign._table = None
+    campaign._ends, campaign._damage = "", "a bug"
+    campaign._show = campaign._nobody = lambda *term: None
+    world.leader.resign()
+    world.ask()
+    world.confirm()
+    campaign._asker = world.leader
+    campaign._change()
+    assert world.leader.over and campaign.term is None and campaign._asker is None
+    assert noted.count("forsake") == 1 and "error" not in noted
