@@ -7283,13 +7283,12 @@ def _size(key, text):
 MOST_ANSWER = 8 * 1024 * 1024  # bytes; to read them as JSON holds up the loop
 PIECE = 65536  # bytes of an answer that are read at once
 MOST_REFUSALS = 3  # of one member in a row
-LONGEST_NUMBER = 20  # digits
 LEAST_PAGE = 50  # keys, however slow a member is
 ETCD_PORT = 2379  # where a URL has none
 NO_ROOM = "database space exceeded"
 NOT_AN_ETCD = "not an etcd"
 OF_OTHER_ANSWERS = ("succeeded", "responses", "token")  # than those to a range
-TIMED_OUT = "timed out"
+TOO_LATE = "timed out"  # why there is no answer
 
 Access = collections.namedtuple("Access", "urls user password_file ca certificate private_key")
 Access.__doc__ = """The members, and how they are told who asks; what is not given is None."""
@@ -7412,8 +7411,8 @@ def _list(fields, name):
     found = fields.get(name, [])
     if not isinstance(found, list):
         raise _Strange(f"no list is its {name}")
-    for fields in found:
-        if not isinstance(fields, dict):
+    for one in found:
+        if not isinstance(one, dict):
             raise _Strange(f"no object is in its {name}")
     return found
 
@@ -7748,7 +7747,7 @@ def left_until(until: "float") -> "float":
     """s until then (monotonic); raises socket.timeout when there are none."""
     left = until - time.monotonic()
     if left <= 0:
-        raise socket.timeout(TIMED_OUT)
+        raise socket.timeout(TOO_LATE)
     return left
 
 
@@ -7772,7 +7771,7 @@ class _Link:
     @staticmethod
     def _connect(addresses, until):
         """A socket that is connected to the first address that takes it; raises OSError."""
-        failed: "OSError" = socket.timeout(TIMED_OUT)
+        failed: "OSError" = socket.timeout(TOO_LATE)
         for number, (family, kind, protocol, _, address) in enumerate(addresses):
             connection = socket.socket(family, kind, protocol)
             try:
@@ -7897,7 +7896,7 @@ class _Inquirer:
             return answer
         except socket.timeout:
             self._take_less(request, LEAST_PAGE)
-            reason = TIMED_OUT
+            reason = TOO_LATE
         except TooLong as error:
             self._take_less(request, 1)
             reason = str(error)
