@@ -2523,6 +2523,7 @@ PINGS_IN_GRACE = 6  # at least
 LONGEST = 511  # bytes of a message that FLoM's daemon reads
 NO_NAME = "?"  # of no resource
 ENDLESS = 65536  # bytes of a message that flomd and flom read: more is no message
+LONGEST_REPORT = 2 ** 30  # bytes: of a million resources it has some hundred million
 CHAIN = 8  # ids of FLOM_SESSION that are told and handed on
 COVERED = [{0}, {0, 1}, {0, 1, 2}, {0, 1, 3}, {0, 1, 2, 3, 4}, {0, 1, 2, 3, 4, 5}]  # by a mode
 WITH_MODE, WITH_ELEMENT = ("simple", "hierarchical"), ("set", "sequence", "timestamp")
@@ -2970,8 +2971,9 @@ class Connection:
         try:
             self.send(message)
             self._half_close(goodbye=not answered)
-            while END not in data and (yield from self._reading(data, until)):
-                pass
+            while END not in data and len(data) <= ENDLESS:
+                if not (yield from self._reading(data, until)):
+                    break
             return data or None
         except Gone:
             return data
@@ -3009,9 +3011,10 @@ class Connection:
         data = bytearray()
         try:
             self.send(message)
-            # What begins otherwise is no message, and may never end.
-            while data[:1] in (b"", b"<") and END not in data[-2 * CHUNK:]:
-                if not (yield from self._reading(data, clock() + patience)):
+            # What begins otherwise, or is longer, is no message, and may never end.
+            while data[:1] in (b"", b"<") and len(data) <= LONGEST_REPORT:
+                came = yield from self._reading(data, clock() + patience)
+                if not came or END in data[-2 * CHUNK:]:
                     break
             return data or None
         except Gone:

@@ -13,7 +13,7 @@ import flom
 import flomd
 import pytest
 from commands import driven
-from fakes import LOCK, PEER, FlomClient, FlomDaemon, b64, message
+from fakes import LOCK, PEER, FlomClient, FlomDaemon, Scripted, b64, message
 from world import (PYTHON, ROOT, can_connect, endpoint, free_port, pass_time, read,
                    wait_until)
 
@@ -296,6 +296,20 @@ def test_floms_daemon_cannot_report(box):
             done = box.run("--status", *options)
             assert done == (99, "", "flom: this daemon cannot report: it is not flomd.py\n")
     assert daemon.deaths == []
+
+
+@pytest.mark.parametrize("option, said", [
+    ("--status", "gives no report: unreadable"), ("-X", "is no lock daemon: unreadable")])
+def test_what_speaks_without_end(box, option, said):
+    """It is not heard for ever: neither is memory filled, nor is there a time to wait for."""
+    def serve(connection):
+        while True:
+            connection.sendall(b"<" + b" " * 65536)
+
+    with Scripted(box.socket, serve) as endless:
+        done = driven(box, "flom.LONGEST_REPORT, flom.PATIENCE = 1000000, 60", option).end(50)
+        wait_until(lambda: endless.failure)
+    assert done.status == 99 and done.err.startswith(f"flom: {box.socket} {said}")
 
 
 def test_what_others_chose_does_not_reach_the_terminal(box):
