@@ -3,6 +3,7 @@ import flomd
 import pytest
 
 from quorum_world import PREFIX, Now, own_record, quorum
+from test_connections import Log
 
 HOLDER = "h/0000000500000001"
 
@@ -139,3 +140,15 @@ def test_nothing_is_left_of_a_term_that_a_bug_has_ended(world):
     campaign._change()
     assert world.leader.over and campaign.term is None and campaign._asker is None
     assert noted.count("forsake") == 1 and "error" not in noted
+
+
+def test_a_candidate_that_meets_a_bug_begins_anew():
+    log, dates = Log(), []
+    campaign = flomd.Campaign.__new__(flomd.Campaign)
+    campaign.loop = flomd.Loop(log)
+    campaign.loop.after = lambda seconds, act: dates.append((seconds, act))
+    campaign._asker = candidate = Noting([])
+    candidate.look = 0  # which cannot be called
+    campaign._hear(candidate, None)
+    assert campaign._asker is None and dates == [(flomd.PAUSE, campaign._prepare)]
+    assert len(log.lines) == 1 and "Traceback" in log.lines[0]
