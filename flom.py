@@ -840,6 +840,20 @@ _KEY_AND_VALUE = r"""
 _ESCAPED = {"s": " ", "n": "\n", "t": "\t", "r": "\r", "\\": "\\", ";": ";", "": ""}
 
 
+def files_of_settings() -> "list[str]":
+    """The paths of the files of the system and, if the user has a home, of the user.
+
+    Without one the `~` would stay: a folder of that name here may be anybody's.
+    """
+    paths = []
+    for path in FILES:
+        with contextlib.suppress(KeyError):  # an early Python 3.6 or 3.7
+            path = os.path.expanduser(path)
+        if not path.startswith("~"):
+            paths.append(path)
+    return paths
+
+
 def settings_text(path: "str", required: "bool") -> "str":
     """The text of a file of settings; raises OSError.
 
@@ -954,8 +968,8 @@ class Settings:
 
     def read_files(self):
         """Takes over the files of the system and of the user; raises UsageError."""
-        for path in FILES:
-            self.read_file(os.path.expanduser(path))
+        for path in files_of_settings():
+            self.read_file(path)
 
     def read_file(self, path: "str", required: "bool" = False):
         """Takes over a file of settings, in the syntax of GKeyFile; raises UsageError.
@@ -1621,7 +1635,7 @@ SHORT_KEYWORDS = {"name": "resource_name", "mode": "lock_mode", "timeout": "reso
                   "quantity": "resource_quantity"}
 
 
-def keyword_settings(keywords: "dict", files: "tuple") -> "Settings":
+def keyword_settings(keywords: "dict", files: "list[str]") -> "Settings":
     """Settings from files and from keywords; None is as good as not given.
 
     Raises UsageError for a wrong value, TypeError for a keyword that there is not and for two that
@@ -1634,7 +1648,7 @@ def keyword_settings(keywords: "dict", files: "tuple") -> "Settings":
     settings = Settings()
     settings.skipped = OF_DAEMONS
     for path in files:
-        settings.read_file(os.path.expanduser(path))
+        settings.read_file(path)
     for word, value in given.items():
         settings.set(rows[word], keyword_texts(rows[word], word, value), f"{word}=")
     check_rules(settings, CLIENT)
@@ -4417,9 +4431,9 @@ def program_name() -> "str":
 
 def program_settings(keywords: "dict", config: "bool") -> "Settings":
     """Settings from keywords and, with `config`, from the files."""
-    files: "tuple[str, ...]" = ()
+    files: "list[str]" = []
     if config:
-        files = FILES
+        files = files_of_settings()
     return keyword_settings(keywords, files)
 
 

@@ -845,6 +845,20 @@ _KEY_AND_VALUE = r"""
 _ESCAPED = {"s": " ", "n": "\n", "t": "\t", "r": "\r", "\\": "\\", ";": ";", "": ""}
 
 
+def files_of_settings() -> "list[str]":
+    """The paths of the files of the system and, if the user has a home, of the user.
+
+    Without one the `~` would stay: a folder of that name here may be anybody's.
+    """
+    paths = []
+    for path in FILES:
+        with contextlib.suppress(KeyError):  # an early Python 3.6 or 3.7
+            path = os.path.expanduser(path)
+        if not path.startswith("~"):
+            paths.append(path)
+    return paths
+
+
 def settings_text(path: "str", required: "bool") -> "str":
     """The text of a file of settings; raises OSError.
 
@@ -959,8 +973,8 @@ class Settings:
 
     def read_files(self):
         """Takes over the files of the system and of the user; raises UsageError."""
-        for path in FILES:
-            self.read_file(os.path.expanduser(path))
+        for path in files_of_settings():
+            self.read_file(path)
 
     def read_file(self, path: "str", required: "bool" = False):
         """Takes over a file of settings, in the syntax of GKeyFile; raises UsageError.

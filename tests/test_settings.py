@@ -1,5 +1,6 @@
 """The settings table: types and bounds, files and their order, origins, the lines of -V."""
 import os
+import pwd
 import re
 import signal
 
@@ -319,6 +320,21 @@ def test_bytes_that_are_not_utf8_come_through(tmp_path):
     settings = flom.Settings()
     read(settings, tmp_path, b"[Resource]\nName=/a\xff\n# \xfe\n")
     assert os.fsencode(settings["Name"]) == b"/a\xff"
+
+
+def test_a_user_without_a_home_has_no_file(tmp_path, monkeypatch):
+    """As in a container, where the number of a user has no name; `~` is then an ordinary name."""
+    def getpwuid(uid):
+        raise KeyError(uid)
+
+    os.mkdir(str(tmp_path / "~"))
+    (tmp_path / "~" / ".flom").write_text("[Resource]\nName=stranger\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", getpwuid)
+    settings = flom.Settings()
+    settings.read_files()
+    assert settings.values.get("Name") != "stranger"
 
 
 def test_a_missing_file_is_an_error_only_where_it_is_required(tmp_path):
