@@ -7,7 +7,7 @@
 # PREFIX/lib/flom gets flom.py and flomd.py, and both compiled.  PREFIX/bin gets `flom` and `flomd`:
 # they import what is compiled, which halves the start, and nothing but Python's own library can be
 # in their way.  PREFIX/share gets man pages, completions for bash, zsh and fish, and an example of
-# flom.conf.
+# flom.conf.  Where PREFIX is /usr/local, those for fish go to /etc/fish/completions.
 #
 # --systemd adds a daemon for all users of this host: units, the user flom, its folders.
 # --uninstall removes what PREFIX/lib/flom/installed names; with a daemon for all users also the
@@ -113,6 +113,8 @@ name_places() {
     config=/etc
     [ "$prefix" != /usr ] || config=/usr/lib
     service=$config/systemd/system/flomd.service
+    fish=$share/fish/vendor_completions.d
+    [ "$prefix" != /usr/local ] || fish=/etc/fish/completions  # it does not look there
 }
 
 list() {  # a line for each file: mode, source, path
@@ -128,8 +130,8 @@ list() {  # a line for each file: mode, source, path
     echo "644 contrib/completion/bash/flom $share/bash-completion/completions/flom"
     echo "644 contrib/completion/bash/flomd $share/bash-completion/completions/flomd"
     echo "644 contrib/completion/zsh/_flom $share/zsh/site-functions/_flom"
-    echo "644 contrib/completion/fish/flom.fish $share/fish/vendor_completions.d/flom.fish"
-    echo "644 contrib/completion/fish/flomd.fish $share/fish/vendor_completions.d/flomd.fish"
+    echo "644 contrib/completion/fish/flom.fish $fish/flom.fish"
+    echo "644 contrib/completion/fish/flomd.fish $fish/flomd.fish"
     echo "644 contrib/examples/flom.conf $share/doc/flom/flom.conf"
     [ -n "$systemd" ] || return 0
     echo "644 contrib/systemd/sysusers.d/flomd.conf $config/sysusers.d/flomd.conf"
@@ -240,6 +242,13 @@ write() {  # MODE SOURCE PATH: what runs goes on to read the old file
     mv -f "$dest$3.$ending" "$dest$3"
 }
 
+remove_unfinished() {  # of this run
+    list | while read -r _ _ path; do
+        rm -f "$dest$path.$ending"
+    done
+    rm -f "$manifest.$ending"
+}
+
 forget_compiled() {
     rm -f "$dest$lib"/__pycache__/flom.*.pyc "$dest$lib"/__pycache__/flomd.*.pyc
 }
@@ -255,6 +264,8 @@ for path in sys.argv[2:]:
 write_files() {
     old=$(installed file)
     lines=$(contents | sort -u)
+    trap remove_unfinished EXIT
+    trap 'exit 1' HUP INT TERM
     mkdir -p "$dest$lib"
     echo "$lines" >"$manifest.$ending"
     mv -f "$manifest.$ending" "$manifest"
@@ -262,6 +273,7 @@ write_files() {
         write "$mode" "$source" "$path"
     done
     compile
+    trap - EXIT HUP INT TERM
     for path in $old; do  # a file that this version has no more
         is_installed file "$path" || rm -f "$dest$path"
     done
@@ -301,16 +313,17 @@ install_all() {
 
 # What is said.
 
-running() {  # the processes of the daemons that this user may end; not that of systemd
+running() {  # the daemons that this user may end; neither systemd's nor those of containers
     main=
     ! systemd_runs || main=$(systemctl show --property MainPID --value flomd.service)
+    mounts=$(readlink /proc/self/ns/mnt)
     for comm in /proc/[0-9]*/comm; do
         process=${comm%/comm}
         process=${process##*/}
-        [ "$process" != "$main" ] || continue
-        if [ "$(cat "$comm" 2>/dev/null)" = flomd ] && kill -0 "$process" 2>/dev/null; then
+        if [ "$process" != "$main" ] && [ "$(cat "$comm")" = flomd ] &&
+            [ "$(readlink "${comm%/comm}/ns/mnt")" = "$mounts" ] && kill -0 "$process"; then
             echo "$process"
-        fi
+        fi 2>/dev/null  # it may have ended, or belong to somebody else
     done
 }
 
@@ -328,9 +341,11 @@ tell_installed() {
 tell_running() {
     daemons=$(running | xargs)
     [ -z "$daemons" ] || daemons="kill $daemons"
-    if [ -n "$systemd" ] && systemd_runs && systemctl --quiet is-active flomd.service; then
-        daemons="systemctl restart flomd.service${daemons:+; $daemons}"
-    fi
+    for unit in flomd flomd-quorum; do
+        if [ -n "$systemd" ] && systemd_runs && systemctl --quiet is-active $unit.service; then
+            daemons="systemctl restart $unit.service${daemons:+; $daemons}"
+        fi
+    done
     [ -n "$daemons" ] || return 0
     echo "A daemon that runs is left alone, with the version that it has.  A new one takes over, and"
     echo "keeps all locks, after: $daemons"
@@ -377,16 +392,16 @@ uninstall_all() {
         [ "$(id -u)" = 0 ] || fail "the daemon of all users: only root can remove it"
         stop_daemon
     fi
-    for path in $(installed file); do
-        rm -f "$dest$path"
+    for path in $(installed file); do  # and what an interrupted run was writing
+        rm -f "$dest$path" "$dest$path".new.*
     done
-    forget_compiled
+    rm -rf "$dest$lib/__pycache__"
     if [ -n "$units" ]; then
         ! systemd_runs || systemctl daemon-reload
         remove_user
     fi
     folders=$(installed folder | sort -r)
-    rm -f "$manifest"
+    rm -f "$manifest" "$manifest".new.*
     for path in $folders; do  # those in which somebody else has put something stay
         rmdir "$dest$path" 2>/dev/null || :
     done

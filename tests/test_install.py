@@ -140,8 +140,10 @@ def test_a_packager_has_all_below_destdir(box, root, config):
              and not name.endswith(".d")}
     assert len(pages) > 5 and pages <= written and len(units) == 3 and units <= written
     assert {f"{config}/{kind}.d/flomd.conf" for kind in ("sysusers", "tmpfiles")} <= written
+    vendor = f"{root}/share/fish/vendor_completions.d"  # below /usr/local fish does not look
+    fish = "/etc/fish/completions" if root == "/usr/local" else vendor
     assert {f"{root}/share/bash-completion/completions/flom", f"{root}/bin/flomd",
-            f"{root}/share/zsh/site-functions/_flom"} <= written
+            f"{root}/share/zsh/site-functions/_flom", f"{fish}/flom.fish"} <= written
     for name in ("flomd.service", "flomd-quorum.service"):
         text = read(f"{target}{config}/systemd/system/{name}")
         assert f"\nExecStart={root}/bin/flomd -f " in text
@@ -170,6 +172,41 @@ def test_what_is_no_longer_in_a_version_goes_with_the_upgrade(box):
     assert install(box, "--uninstall", destdir=target).status == 0
     assert tree(target) == {"usr", "usr/local", "usr/local/bin", "etc", "etc/tmpfiles.d",
                             "etc/tmpfiles.d/other.conf"}
+
+
+@pytest.mark.parametrize("number", ["TERM", "KILL"])
+def test_an_interrupted_installation_can_be_undone(box, prefix, number):
+    """TERM leaves nothing half written, and --uninstall nothing at all."""
+    os.mkdir(box.path("b"))
+    stop = f"case $* in *flom.conf.5*) kill -{number} 0 ;; esac"
+    os.chmod(box.write("b/mv", f'#!/bin/sh\n{stop}\nexec {shutil.which("mv")} "$@"\n'), 0o755)
+    before = tree(prefix)
+    path = {"DESTDIR": "", "PATH": f"{box.path('b')}:{os.environ['PATH']}"}
+    done = box.start("sh", INSTALL, "--prefix", prefix, "--python", PYTHON3, env=path,
+                     start_new_session=True).end()
+    assert done.status == {"TERM": 1, "KILL": -9}[number]
+    halves = [name for name in files(prefix) if ".new." in name]
+    assert len(halves) == {"TERM": 0, "KILL": 1}[number] and "lib/flom/flom.py" in files(prefix)
+    assert install(box, "--prefix", prefix, "--uninstall").status == 0 and tree(prefix) == before
+
+
+def test_only_daemons_of_this_system_are_named(box, prefix):
+    """Not one that has ended, nor one of a container, whose files are others."""
+    code = "import os, sys\nopen('/proc/self/comm', 'w').write('flomd')\nprint(flush=True)\n"
+    ended = box.start(PYTHON3, "-c", code)
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    enter = ["unshare", "--mount"] if shutil.which("unshare") and os.geteuid() == 0 else []
+    inside = box.start(*enter, PYTHON3, "-c", code + "sys.stdin.read()", stdin=subprocess.PIPE)
+    wait_until(lambda: inside.out or inside.poll() is not None)
+    outside = box.start(PYTHON3, "-c", code + "sys.stdin.read()", stdin=subprocess.PIPE)
+    wait_until(lambda: outside.out)
+    said = install(box, "--prefix", prefix, "--python", PYTHON3).out
+    for process in (inside, outside):
+        process.stdin.close()
+        process.wait()
+    named = set(re.search("after: .*kill (.*)", said).group(1).split())
+    assert str(outside.pid) in named and str(ended.pid) not in named
+    assert str(inside.pid) not in named or not enter
 
 
 @pytest.mark.parametrize("options, status, text", [
