@@ -718,14 +718,14 @@ SETTINGS = [
             default=0, users=CLIENT, help="how long it stays when nobody uses it; 0: 2 s"),
     Setting("Daemon", "SocketName", short="s", long="socket-name",
             type=SocketPath("PATH", "a path of at most 107 bytes"),
-            default=None, users=BOTH, help="UNIX socket of the daemon (default /tmp/flom-LOGIN)"),
+            default=None, users=BOTH, help="UNIX socket (default /tmp/flom-LOGIN)"),
     Setting("Daemon", "Lifespan", short="d", long="daemon-lifespan",
             type=Time(-MOST, "; -1 is for ever, 0 starts no daemon"),
             default=5000, users=BOTH,
             help="how long it stays unused; -1: for ever, 0: start none"),
     Setting("Daemon", "UnicastAddress", short="a", long="unicast-address", type=ADDRESS,
             default=None, users=BOTH,
-            help="address of the daemon, or several with commas between"),
+            help="of the daemon, or several, as in db1,db2"),
     Setting("Daemon", "UnicastPort", short="p", long="unicast-port", type=PORT,
             default=28015, users=BOTH, help="TCP port of the daemon"),
     Setting("Daemon", "MulticastAddress", short="A", long="multicast-address", type=ADDRESS,
@@ -816,7 +816,7 @@ SETTINGS = [
     Setting("Monitor", "ElementArgument", long="element-argument", type=FLAG,
             default=True, users=CLIENT, help="append the element to the command"),
     Setting("Monitor", "InheritConnection", long="inherit-connection", type=FLAG,
-            default=True, users=CLIENT, help="keep the lock should flom be killed"),
+            default=True, users=CLIENT, help="keep the lock if flom is killed"),
     Setting("Monitor", "MinHold", long="min-hold", type=Time(0),
             default=0, users=CLIENT, help="how long to keep the lock at least"),
     Setting("Monitor", "BusyStatus", long="busy-status", type=Number(0, 255),
@@ -1156,7 +1156,7 @@ class _NegativeTime:
 
     @staticmethod
     def match(text):
-        return re.match("-[0-9.]+(ms|[smh])?$", text)
+        return re.match("-[0-9.]", text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -1204,6 +1204,8 @@ class Parser(argparse.ArgumentParser):
         return self.format_help() + self.closing
 
     def error(self, message):
+        for pattern, ours in _ARGPARSE_SAYS:
+            message = re.sub(pattern, ours, message, flags=re.DOTALL)
         raise UsageError(visible(message))
 
     def _get_option_tuples(self, option_string):
@@ -1213,8 +1215,16 @@ class Parser(argparse.ArgumentParser):
         return super()._get_option_tuples(option_string)
 
 
+# What argparse says is wrong, and what our errors say.
+_ARGPARSE_SAYS = (
+    ("^argument ([^ ]+): expected one argument$", r"\1: no value is given"),
+    ("^argument ([^ ]+): ignored explicit argument (.*)$",
+     r"\1: \2 is not expected: the option has no value"),
+    ("^unrecognized arguments: ([^ ]+).*$", r"'\1' is not an option that --help lists"))
+
+
 def _help_format(prog):
-    return argparse.HelpFormatter(prog, 2, 32, 99)  # without a width it asks shutil
+    return argparse.HelpFormatter(prog, 2, 32, 79)  # without a width it asks shutil
 
 
 def keeping(options, name: "str", type: "Type"):
@@ -1245,7 +1255,7 @@ def printing(make_text):
 def add_basics(parser: "Parser", options, program: "str"):
     """Gives a parser -c, which sets `config_file` of `options`, -h and -v."""
     parser.add("General", ["-c", "--config-file"], "read this file of settings after the others",
-               keeping(options, "config_file", ANYTHING), "FILE")
+               keeping(options, "config_file", FILE), "FILE")
     parser.add("General", ["-h", "--help"], "show this and end", printing(parser.help))
     parser.add("General", ["-v", "--version"], "show the version and end",
                printing(lambda: f"{program} {VERSION}"))
@@ -1548,7 +1558,7 @@ class Action:
 
 
 ACTION_OPTIONS = (
-    Action("Orders", "--status", "status", "show who holds and who waits; with -r, of this name"),
+    Action("Orders", "--status", "status", "show who holds and who waits; with -r: of NAME"),
     Action("Orders", "--evict", "evict", "take a lock away; ID as --status shows it",
            argument="ID"),
     Action("Orders", "-x --quiesce-exit", "quiesce",
@@ -1558,26 +1568,28 @@ ACTION_OPTIONS = (
     Action("General", "--signal-list", "signals", "list the signals"),
     Action("General", "--unique-id", "id", "print the id of this host"))
 HELP_CLOSING = """
-Times are in ms, or have a unit: 500ms, 5s, 1.5m, 2h.  The form of a NAME tells its kind:
+Times are in ms, or have a unit: 500ms, 5s, 1.5m, 2h.
+
+The form of a NAME tells its kind:
   backup             simple: the lock, in the mode of -l
   licence[5]         numeric: -q of five units
-  red.green          set: one of the words, in turn, which COMMAND gets as its last argument
-  /srv/db, /a-b.c    hierarchical: the node, in the mode of -l, with all below; any text
+  red.green          set: one of the words, in turn, as the last argument
+  /srv/db, /a-b.c    hierarchical: node and all below, mode of -l; any text
   _s_invoice[1]      sequence: the next number, as the last argument
   _S_invoice[1]      the same; the number comes again when COMMAND fails
   _t_%Y%m%d[1]       timestamp: a time of its own, as the last argument
 
 Examples:
-  flom -- make install                              one at a time, per user
-  flom -r backup -o 0 -- backup.sh                  not at all while another one runs
-  flom -r backup -o 1m -- backup.sh                 wait a minute at most
-  flom -r /srv/db -l PR -- report.sh                readers together, writers (EX) alone
-  flom -r 'licence[5]' -q 2 -- simulate             two of five units
-  flom -r _s_invoice[1] -- print.sh                 each run with the next number
-  flom -r nightly -o 0 --quiet --min-hold 1m -- job from cron, on many hosts: one of them
-  flom -s /run/app/flom -r deploy -- deploy.sh      one at a time, for all users of a socket
-  flom -a db1 -r deploy -- deploy.sh                one at a time, on all hosts, by db1's daemon
-  flom --status                                     who holds, who waits"""
+  flom -- make install                          one at a time, per user
+  flom -r backup -o 0 -- backup.sh              not while another one runs
+  flom -r backup -o 1m -- backup.sh             wait a minute at most
+  flom -r /srv/db -l PR -- report.sh            readers together, writers alone
+  flom -r 'licence[5]' -q 2 -- simulate         two of five units
+  flom -r '_s_invoice[1]' -- print.sh           each run with the next number
+  flom -r nightly -o 0 --quiet --min-hold 1m -- job   cron on many hosts: once
+  flom -s /run/app/flom -r deploy -- deploy.sh  for all users of a socket
+  flom -a db1 -r deploy -- deploy.sh            on all hosts, by db1's daemon
+  flom --status                                 who holds, who waits"""
 
 
 def read_arguments(arguments: "list") -> "types.SimpleNamespace":
@@ -5794,15 +5806,17 @@ class Command:
 COLUMNS = ("RESOURCE", "KIND", "STATE", "ID", "HOST", "PID", "USER", "COMMAND", "HOW", "FOR")
 SHOWN_ID = 8  # digits of an id in the table
 MOST_TOLD = 3  # names in one line
+NAMES = tuple(map(COLUMNS.index, ("RESOURCE", "HOST", "COMMAND")))  # columns that may be cut
+LEAST_WIDTH = 12  # of a column that is cut
 
 
 def report_table(report: "dict", width: "int | None", height: "int | None" = None,
                  notes: "tuple | list" = ()) -> "str":
     """The table of who holds, who waits in which order, who is parked, what is idle.
 
-    Its columns are aligned, its rows cut to `width` (None: not cut).  With a `height` it fills at
-    most so many lines, all of them cut: who waits comes first, and the rows that do not fit are
-    counted.  The lines `notes` stand below the rows.
+    Its columns are aligned, its rows made to fit `width` (None: as wide as they are).  With a
+    `height` it fills at most so many lines, all of them cut: who waits comes first, and the rows
+    that do not fit are counted.  The lines `notes` stand below the rows.
     """
     head = report_head(report["daemon"])
     parked = [dict(entry, holders=[], waiters=[entry]) for entry in report["parked"]]
@@ -5822,11 +5836,38 @@ def report_table(report: "dict", width: "int | None", height: "int | None" = Non
             end.insert(0, f"... and {len(rows) - room} more")
             del rows[room:]
     rows.insert(0, COLUMNS)
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip()[:width] for row in rows]
+    lines = list(_aligned(rows, width))
     if height is not None:
         head, end = [[line[:width] for line in part] for part in (head, end)]
     return "\n".join(head + lines + end)
+
+
+def _aligned(rows, width):
+    """The rows as lines.  Where they are wider than `width` the columns stand closer together,
+    and long names are cut, so that one still sees for how long."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    gap = "  "
+    if width is not None and len(gap.join("".ljust(size) for size in widths)) > width:
+        gap = " "
+        _narrow(widths, width - len(widths) + 1)
+    for row in rows:
+        yield gap.join(map(_cell, row, widths)).rstrip()[:width]
+
+
+def _narrow(widths, room):
+    """Makes the widest column of names narrower until all fit, or none of these can be cut."""
+    while sum(widths) > room:
+        widest = max(NAMES, key=widths.__getitem__)
+        if widths[widest] <= LEAST_WIDTH:
+            return
+        widths[widest] -= 1
+
+
+def _cell(text, size):
+    """A text in a column; + says that it was cut."""
+    if len(text) > size:
+        text = text[:size - 1] + "+"
+    return text.ljust(size)
 
 
 def _state_of(row):

@@ -723,14 +723,14 @@ SETTINGS = [
             default=0, users=CLIENT, help="how long it stays when nobody uses it; 0: 2 s"),
     Setting("Daemon", "SocketName", short="s", long="socket-name",
             type=SocketPath("PATH", "a path of at most 107 bytes"),
-            default=None, users=BOTH, help="UNIX socket of the daemon (default /tmp/flom-LOGIN)"),
+            default=None, users=BOTH, help="UNIX socket (default /tmp/flom-LOGIN)"),
     Setting("Daemon", "Lifespan", short="d", long="daemon-lifespan",
             type=Time(-MOST, "; -1 is for ever, 0 starts no daemon"),
             default=5000, users=BOTH,
             help="how long it stays unused; -1: for ever, 0: start none"),
     Setting("Daemon", "UnicastAddress", short="a", long="unicast-address", type=ADDRESS,
             default=None, users=BOTH,
-            help="address of the daemon, or several with commas between"),
+            help="of the daemon, or several, as in db1,db2"),
     Setting("Daemon", "UnicastPort", short="p", long="unicast-port", type=PORT,
             default=28015, users=BOTH, help="TCP port of the daemon"),
     Setting("Daemon", "MulticastAddress", short="A", long="multicast-address", type=ADDRESS,
@@ -821,7 +821,7 @@ SETTINGS = [
     Setting("Monitor", "ElementArgument", long="element-argument", type=FLAG,
             default=True, users=CLIENT, help="append the element to the command"),
     Setting("Monitor", "InheritConnection", long="inherit-connection", type=FLAG,
-            default=True, users=CLIENT, help="keep the lock should flom be killed"),
+            default=True, users=CLIENT, help="keep the lock if flom is killed"),
     Setting("Monitor", "MinHold", long="min-hold", type=Time(0),
             default=0, users=CLIENT, help="how long to keep the lock at least"),
     Setting("Monitor", "BusyStatus", long="busy-status", type=Number(0, 255),
@@ -1161,7 +1161,7 @@ class _NegativeTime:
 
     @staticmethod
     def match(text):
-        return re.match("-[0-9.]+(ms|[smh])?$", text)
+        return re.match("-[0-9.]", text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -1209,6 +1209,8 @@ class Parser(argparse.ArgumentParser):
         return self.format_help() + self.closing
 
     def error(self, message):
+        for pattern, ours in _ARGPARSE_SAYS:
+            message = re.sub(pattern, ours, message, flags=re.DOTALL)
         raise UsageError(visible(message))
 
     def _get_option_tuples(self, option_string):
@@ -1218,8 +1220,16 @@ class Parser(argparse.ArgumentParser):
         return super()._get_option_tuples(option_string)
 
 
+# What argparse says is wrong, and what our errors say.
+_ARGPARSE_SAYS = (
+    ("^argument ([^ ]+): expected one argument$", r"\1: no value is given"),
+    ("^argument ([^ ]+): ignored explicit argument (.*)$",
+     r"\1: \2 is not expected: the option has no value"),
+    ("^unrecognized arguments: ([^ ]+).*$", r"'\1' is not an option that --help lists"))
+
+
 def _help_format(prog):
-    return argparse.HelpFormatter(prog, 2, 32, 99)  # without a width it asks shutil
+    return argparse.HelpFormatter(prog, 2, 32, 79)  # without a width it asks shutil
 
 
 def keeping(options, name: "str", type: "Type"):
@@ -1250,7 +1260,7 @@ def printing(make_text):
 def add_basics(parser: "Parser", options, program: "str"):
     """Gives a parser -c, which sets `config_file` of `options`, -h and -v."""
     parser.add("General", ["-c", "--config-file"], "read this file of settings after the others",
-               keeping(options, "config_file", ANYTHING), "FILE")
+               keeping(options, "config_file", FILE), "FILE")
     parser.add("General", ["-h", "--help"], "show this and end", printing(parser.help))
     parser.add("General", ["-v", "--version"], "show the version and end",
                printing(lambda: f"{program} {VERSION}"))

@@ -198,6 +198,21 @@ def test_a_screen_shows_who_waits_before_who_holds():
     assert max(map(len, flom.report_table(report, 12, 7).splitlines())) == 12
 
 
+def test_for_how_long_is_seen_on_a_narrow_terminal():
+    """Names are cut before what stands behind them is, and a + says so."""
+    entry = {"id": "0123456789abcdef", "host": "db1", "pid": 99999, "user": "root",
+             "cmd": "sleep", "mode": "EX", "since": int(time.time())}
+    long = dict(entry, host="db2.department.example.org", cmd="x" * 50)
+    report = {"daemon": {"memory": "file"}, "parked": [], "resources": [
+        {"name": "/srv/a", "kind": "hierarchical", "holders": [entry, long], "waiters": []}]}
+    wide, narrow = [flom.report_table(report, width).splitlines()[1:4] for width in (None, 90)]
+    assert long["cmd"] in wide[2] and long["host"] in wide[2] and "  root  " in wide[1]
+    assert max(map(len, narrow)) <= 90 and narrow[0].endswith(" FOR")
+    assert all(re.search(" EX  00:00:0[0-9]$", line) for line in narrow[1:])
+    assert " db2.depart" in narrow[2] and "+ 99999" in narrow[2] and "+" not in narrow[1]
+    assert flom.report_table(report, 20).splitlines()[2] == "/srv/a   hierarchica"
+
+
 def test_watch_fills_the_screen(box):
     box.daemon()
     held = [box.hold(f"g{number}", "-r", f"R{number}") for number in range(6)]
