@@ -1442,6 +1442,10 @@ def secured(connection: "socket.socket", context, **options: "object"):
 # stderr and syslog are told, once.
 #
 # A peer can cause lines, and must not fill a disk: see Log.limited().
+#
+# What is told may be a stranger's text: a name, a reason, a record of etcd.  So each line is made
+# printable where it is written, and nowhere else: a newline in it begins no other line.  Only a
+# bug has several lines, of which all but the first are indented.
 
 WOULD_BLOCK = (BlockingIOError, InterruptedError)
 LEVELS = {"error": 3, "warning": 4, "info": 6, "debug": 7}  # as syslog numbers them
@@ -1449,6 +1453,7 @@ SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")
 FACILITY = 3 << 3  # syslog's number of daemons
 LONGEST_SYSLOG = 2000  # bytes
 LONGEST_LINE = 4096  # bytes that stderr takes at once: a pipe's atomic write
+LONGEST_TEXT = 3000  # characters of what is told, be it a stranger's
 LIMITED, INTERVAL = 10, 10  # lines that peers may cause in so many s
 LOG_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
 
@@ -1477,7 +1482,7 @@ def serving(failure, *opened):
 def complain(text):
     """Writes one line on stderr, for a starter that waits for it."""
     with contextlib.suppress(OSError):
-        _write_to_stderr(text)
+        _write_to_stderr(visible(str(text)))
 
 
 def _write_to_stderr(text):
@@ -1608,6 +1613,17 @@ class Log:
 
     def limited(self, text: "str", level: "str" = "warning") -> "None":
         """A line that a peer causes: at most LIMITED of them are written in an INTERVAL."""
+        if self._may_cause():
+            self._write(level, text)
+
+    def bug(self, trace: "str") -> "None":
+        """The traceback of a bug in flomd, which goes on; a peer may cause it."""
+        if self._may_cause():
+            lines = map(visible, trace.rstrip("\n").split("\n"))
+            self._put("error", "\n    ".join(["a bug in flomd, which goes on:", *lines]))
+
+    def _may_cause(self):
+        """Whether another line that a peer causes is to be written now."""
         now = time.monotonic()
         if now >= self._interval_began + INTERVAL:
             left_out = self._caused - LIMITED
@@ -1615,13 +1631,14 @@ class Log:
             if left_out > 0:
                 self._write("warning", f"{left_out} lines like the last were left out")
         self._caused += 1
-        if self._caused <= LIMITED:
-            self._write(level, text)
+        return self._caused <= LIMITED
 
     def _write(self, level, text):
+        self._put(level, visible(text[:LONGEST_TEXT]))
+
+    def _put(self, level, text):
         if LEVELS[level] > self.level:
             return
-        text = "\n".join(map(visible, text.split("\n")))
         if self._lost:
             text += f" ({self._lost} lines lost before)"
         try:
@@ -8657,7 +8674,7 @@ class Loop:
             act(*arguments)
         except Exception:
             import traceback
-            self._log.limited(traceback.format_exc(), "error")
+            self._log.bug(traceback.format_exc())
             self.guarded(nothing, close)
             return False
         return True
@@ -12226,7 +12243,8 @@ def forget_signals() -> "None":
 
 
 def notify(text: "str") -> "None":
-    """Tells systemd (sd_notify(3)), where it waits to be told."""
+    """Tells systemd (sd_notify(3)), where it waits to be told.  A text is one line: in another one
+    whoever has written what is told could tell systemd anything."""
     path = os.environ.get("NOTIFY_SOCKET")
     if not path:
         return
@@ -12235,7 +12253,7 @@ def notify(text: "str") -> "None":
     with contextlib.suppress(OSError):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as messenger:
             messenger.setblocking(False)
-            messenger.sendto(text.encode(), path)
+            messenger.sendto(visible(text[:LONGEST_TEXT]).encode(), path)
 
 
 # --- Options ------------------------------------------------------------------------------------
@@ -13029,7 +13047,7 @@ class Campaign:
     def _tell_status(self):
         """To the init system, now and every few s."""
         self.loop.after(STATUS_PAUSE, self._tell_status)
-        notify(f"STATUS={visible(self._status())}")
+        notify(f"STATUS={self._status()}")
 
     def _status(self):
         asker = self._asker

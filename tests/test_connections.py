@@ -23,6 +23,9 @@ class Log:
     def info(self, text):
         self.told.append(text)
 
+    def bug(self, trace):
+        self.lines.append(trace)
+
 
 SETTINGS = {"TcpKeepaliveTime": 60, "TcpKeepaliveIntvl": 10, "TcpKeepaliveProbes": 6,
             "TlsCertificate": None, "TlsPrivateKey": None, "TlsCaCertificate": None}

@@ -41,6 +41,9 @@ class Log:
     def error(self, text):
         self.limited(text, "error")
 
+    def bug(self, trace):
+        self.error(trace)
+
 
 class World:
     """A loop that asks."""

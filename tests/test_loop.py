@@ -106,8 +106,8 @@ class Lines:
     def __init__(self):
         self.lines = []
 
-    def limited(self, text, level="warning"):
-        self.lines.append(text)
+    def bug(self, trace):
+        self.lines.append(trace)
 
 
 class Pairs:

@@ -354,9 +354,25 @@ def test_what_others_chose_does_not_reach_the_terminal(box):
 def test_a_line_of_the_log_is_one_line_whatever_it_tells(tmp_path):
     log = flomd.Log(str(tmp_path / "log"), "info")
     log.open()
-    log.info("\x1b[2J \u00e9 \u202e")
+    log.info("\x1b[2J \u00e9 \u202e\n2000-01-01 flomd[1] info: forged")
+    log.bug("Traceback\n  File\nValueError: \x1b\n")
+    log.limited("x" * 10 ** 6)
     log._target.file.close()
-    assert read(log.target).endswith("info: \\x1b[2J \u00e9 \\u202e\n")
+    first, *bug, last = read(log.target).splitlines()
+    assert first.endswith("info: \\x1b[2J \u00e9 \\u202e\\n2000-01-01 flomd[1] info: forged")
+    assert bug[0].endswith("error: a bug in flomd, which goes on:")
+    assert bug[1:] == ["    Traceback", "      File", "    ValueError: \\x1b"]
+    assert len(last) < 4096 and not log._lost
+
+
+def test_what_an_init_system_is_told_is_one_line(tmp_path, monkeypatch):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as init:
+        init.bind(str(tmp_path / "init"))
+        init.settimeout(10)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "init"))
+        flomd.notify("STATUS=h\nMAINPID=1 \ud800" + "x" * 10 ** 6)
+        told = init.recv(10 ** 5)
+    assert told.startswith(b"STATUS=h\\nMAINPID=1 \\ud800x") and len(told) < 4096
 
 
 @pytest.mark.parametrize("text", ["\u00b2", "--5", "9" * 5000])
