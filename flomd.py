@@ -8916,6 +8916,7 @@ class Connections:
         """A client has connected.  Raises OSError where it has gone already."""
         if peer != LOCAL:
             tune(accepted, *self.keepalive)
+            self._limit_silence(accepted)
         if self.tls:
             connection: "Connection" = TlsConnection(self, accepted, peer)
         else:
@@ -8929,6 +8930,14 @@ class Connections:
             return
         self.open.add(connection)
         self.silent.expect(connection)
+
+    def _limit_silence(self, accepted):
+        """While something was sent and has not arrived no keepalive is sent: Linux would try for a
+        quarter of an hour to send a grant to a host that has gone, which holds the lock then."""
+        idle, interval, probes = self.keepalive
+        with contextlib.suppress(AttributeError, OSError, OverflowError):
+            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT,
+                                (idle + interval * probes) * 1000)
 
     def has_room(self) -> "bool":
         """Whether another client can be accepted, and be it to refuse it.  What the daemon opens

@@ -417,6 +417,13 @@ def test_how_a_connection_has_ended(links, act, end):
     assert connection.end == end and links.gone == [connection]
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="of Linux")
+def test_what_does_not_arrive_is_not_tried_longer_than_a_keepalive(links):
+    connection, _ = tcp(links)
+    found = connection.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+    assert found == (60 + 10 * 6) * 1000
+
+
 # While a connection has a batch
 
 class Waiting:
