@@ -11120,9 +11120,7 @@ class Server:
         session = connection.session
         absent = Absent.of(session, self._connections.users.name)
         self.table.set_absent(session, absent)
-        seconds = self.absences.keep(holder)
-        self._log.limited(f"{holder.name!r}, of {absent}, is kept for {seconds:.0f} s: its "
-                          f"connection ended by {connection.end}", "info")
+        self.absences.keep(holder, connection.end)
         if self.publisher is not None:
             self.publisher.changed()
 
@@ -11301,6 +11299,7 @@ class Pings:
 
 AS_LONG_AS_ITS_PROCESS = -1  # a grace
 LEAST_GRACE = 30  # s
+GATHERED = 0.5  # s in which those that have become absent share a line of the log
 LOOK_AT_PROCESSES = 0.2  # s between two looks at the processes of all absent holders
 MOST_LOOKED_AT = 1000  # absent holders, in one turn of the loop
 FLOM = b"flom"  # the name of the processes of FLoM's command
@@ -11370,6 +11369,9 @@ class Absences:
         self._graces: "List[Tuple[float, int, Request]]" = []  # a heap, by the end of the grace
         self._until: "Dict[int, float]" = {}  # token: the last end, which counts
         self._restored: "List[Request]" = []  # which have no grace yet
+        # those of which the log does not tell yet: a line for each, by its token
+        self._untold: "Dict[Any, str]" = {}
+        self._tell_at = 0.0  # s, monotonic: the next line
 
     @staticmethod
     def _can_look():
@@ -11404,14 +11406,28 @@ class Absences:
         self._restored = [*self._table.absent.values()][::-1]  # the first are the last here
         self._give_graces()
 
-    def keep(self, holder: "Request") -> "float":
-        """The holder has become absent, in a quorum; returns for how long it is kept (s)."""
+    def keep(self, holder: "Request", end: "str") -> "None":
+        """The holder has become absent, in a quorum, since its connection has ended so: it is
+        kept.  When a network fails there are many; and while etcd is silent each may be so again
+        and again, each time that it asks for its lock on another connection."""
         now = self._loop.now.mono
-        return self._give_grace(holder, now) - now
+        seconds = self._give_grace(holder, now) - now
+        self._untold[holder.token] = (f"{holder.name!r}, of {holder.session}, is kept for "
+                                      f"{seconds:.0f} s: its connection ended by {end}")
+        self._loop.within(max(GATHERED, self._tell_at - now), self._tell)
+
+    def _tell(self):
+        """One line for all that have become absent since the last."""
+        *others, line = self._untold.values()
+        self._untold.clear()
+        self._tell_at = self._loop.now.mono + INTERVAL
+        if others:
+            line += f"; {len(others)} other locks are kept, too"
+        self._log.info(line)
 
     def stop(self) -> "None":
         """None of them ends any more."""
-        for act in (self._look, self._give_graces, self._end_graces):
+        for act in (self._look, self._give_graces, self._end_graces, self._tell):
             self._loop.drop(act)
 
     # Their processes.

@@ -309,6 +309,29 @@ def test_the_grace_counts_from_the_failure_and_ends(world):
     assert not world.absent() and [one.told for one in waiting] == [[1, 0]] * 3
 
 
+def test_many_that_become_absent_are_one_line_of_the_log(world, monkeypatch):
+    """Also one that asks again and again while etcd is silent."""
+    monkeypatch.setattr(flomd, "GATHERED", 0.02)
+    holders = [world.holder(name) for name in ("P", "Q", "R")]
+    token = world.table.requests[holders[2].session].token
+    for holder in holders:
+        holder.close(end="reset")
+    for _ in range(30):
+        again = world.ours(reclaim=token)
+        world.turn()
+        again.close(end="reset")
+    assert world.log.told == []
+    world.run(0.05)
+    line, = world.log.told
+    assert line.startswith("'R', of ") and line.endswith(
+        " is kept for 25 s: its connection ended by reset; 2 other locks are kept, too")
+    world.ours(reclaim=token).close(end="reset")
+    world.run(0.05)
+    assert len(world.log.told) == 1  # the next one in INTERVAL s
+    world.server.absences.stop()
+    assert world.server.absences._tell not in world.loop._dates
+
+
 def test_who_has_come_back_and_fails_again_has_a_whole_grace(world):
     world.server.absences.grace = 0
     holder = world.holder()
@@ -580,7 +603,7 @@ def test_a_leader_that_is_deposed_resets_all_and_calls_nothing(site):
         if name == "paused":
             client.sendall(flomd.encode(flomd.PING, 8))
         site.serve()
-    site.server.absences.keep(site.table.holders[min(site.table.holders)])
+    site.server.absences.keep(site.table.holders[min(site.table.holders)], "reset")
     given = list(site.disk.asked)
     site.server.batches.changed()
     site.server.abandon()
