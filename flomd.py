@@ -6628,7 +6628,7 @@ def epoch_after(clock: "int", record: "Record", tokens: "Iterable[int]") -> "int
 
 # v: RECORD_LAYOUT; term: 16 hex digits, new for each claim, "" when free; n: the number of the
 # term's transactions; x: 8 hex digits, new for each; ttl, grace: ms; daemon: the id of this run;
-# address: where it serves.
+# address: where it serves; version: of flomd, which one that is older may leave out.
 FIELDS = {
     "v": int,
     "term": str,
@@ -6642,6 +6642,7 @@ FIELDS = {
     "address": str,
     "host": str,
     "pid": int,
+    "version": str,
 }
 RANGES = {  # of the numbers: least, greatest
     "v": (1, RECORD_LAYOUT),
@@ -6652,7 +6653,8 @@ RANGES = {  # of the numbers: least, greatest
     "pid": (0, MOST),
 }
 Record = collections.namedtuple(
-    "Record", "v term n x ttl grace epoch policy daemon address host pid")
+    "Record", "v term n x ttl grace epoch policy daemon address host pid version")
+Record.__new__.__defaults__ = ("",)  # type: ignore[attr-defined]
 
 
 LONGEST_NUMBER = 20  # digits of a number in JSON
@@ -6689,6 +6691,7 @@ def record_of(text: "str") -> "Record":
     version = fields.get("v")
     if isinstance(version, int) and version > RECORD_LAYOUT:
         raise StrangeRecord(f"the leader record has the newer layout {version}")
+    fields.setdefault("version", "")
     for name, kind in FIELDS.items():
         found = fields.get(name)
         if type(found) is not kind or not _can_be(name, found):
@@ -12675,6 +12678,9 @@ class Notices:
             if theirs != ours:
                 self._log.error(f"{record.host} leads with {name} {theirs}, and this daemon would "
                                 f"with {ours}: they should be alike")
+        if record.version not in ("", mine.version):
+            self._log.info(f"{record.host} leads with version {record.version}, and this daemon "
+                           f"has {mine.version}: that is for the time of an upgrade")
 
 
 # Python looks now and then whether objects that refer to each other in a circle can go.  Where
@@ -13532,7 +13538,7 @@ def make_quorum(settings, pair, address, cluster):
     """What this daemon keeps from one term to the next."""
     ttl = settings["EtcdTtl"]
     mine = Record(RECORD_LAYOUT, "", 0, "", ttl, grace_for(ttl, 0), 0, settings["Policy"], pair[1],
-                  show_address(address), os.uname().nodename, os.getpid())
+                  show_address(address), os.uname().nodename, os.getpid(), VERSION)
     members = Members(settings["EtcdUrls"].split(","))
     return Quorum(settings["EtcdPrefix"], mine, cluster, members, random_digits)
 
