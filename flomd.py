@@ -8375,7 +8375,7 @@ class ClusterFile:
 
 # What is looked after beside the chain.
 
-LOOK_ROUND, LOOK_SOON = 60, 0.5  # s between two looks at all members; before any has answered
+LOOK_ROUND, LOOK_SOON = 10, 0.5  # s between two looks at all members; before any has answered
 CHECK, CHECK_FIRST = 3600, 60  # s between two looks whether somebody compacts; to the first
 COMPACT = 300  # s
 NEVER_COMPACTED = 500000  # revisions that are not there any more where somebody compacts
@@ -8504,7 +8504,10 @@ class Housekeeping:
         number = self.reachable
         if number != self._told:
             level = "info" if number == len(self._urls) else "error"
-            self._log.limited(f"{number} of {len(self._urls)} members of etcd answer", level)
+            text = f"{number} of {len(self._urls)} members of etcd answer"
+            if number == 0:
+                text += ": this daemon cannot lead"
+            self._log.limited(text, level)
         self._told = number
 
     # The room.

@@ -85,7 +85,8 @@ def test_etcd_may_be_started_later(fake, open_world):
         member.stop()
     world = open_world()
     world.turn_until(lambda: world.log.lines)
-    assert world.log.lines == ["error: 0 of 3 members of etcd answer"]
+    assert world.log.lines == ["error: 0 of 3 members of etcd answer: this daemon cannot "
+                               "lead"]
     assert not world.keeping.knows_version()
     fake.members[2].start()
     world.turn_until(world.keeping.knows_version)
