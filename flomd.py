@@ -6845,11 +6845,14 @@ class Asker:
         if limited and now.boot >= self.deadline:
             self._end(self._why_late(now))
         elif limited and jump > self.times.margin:
-            self._end(f"the clock was moved by {jump:.0f} s")
+            self._end(self._why_moved(jump))
         return self.over == ""
 
     def _why_late(self, now):
         return "etcd did not answer in time"
+
+    def _why_moved(self, jump):
+        return f"the clock of this host was moved by {jump:.0f} s"
 
     def _end(self, why):
         if self.over == "":
@@ -7123,6 +7126,10 @@ class Leader(Asker):
         silent = now.boot - self.confirmed_at
         return f"lost etcd for {silent:.0f} s: no longer serving, another daemon takes over"
 
+    def _why_moved(self, jump):
+        moved = super()._why_moved(jump)
+        return f"{moved}: no longer serving, another daemon takes over"
+
     def is_loaded(self) -> "bool":
         """Whether all of the memory was read."""
         return self._page_from == ""
@@ -7259,7 +7266,7 @@ class Leader(Asker):
             self._take_page(answer)
             return []
         if not answer.succeeded and not self._was_done(answer):
-            self._end("another daemon leads")
+            self._end("another daemon leads: no longer serving")
             return []
         return self._confirm()
 

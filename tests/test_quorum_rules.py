@@ -352,7 +352,7 @@ def test_another_record_deposes(etcd, fields):
     one, transaction = written(etcd, [("h/1", "x")])
     put_record(etcd, **fields)
     assert one.answer(etcd.obey(transaction), Now(2)) == []
-    assert one.over == "another daemon leads" and one.next_date() == flomd.NEVER
+    assert one.over == "another daemon leads: no longer serving" and one.next_date() == flomd.NEVER
     assert one.next_request(Now(3)) is None and etcd.memory() == {}
 
 
@@ -713,7 +713,7 @@ def test_the_answer_to_the_wrong_ping(etcd):
     ask(other, etcd, 11.2)
     one.ping("pong", Now(1))  # by a clock that stood
     assert one.answer(answer, Now(1)) == ["told"]
-    assert ask(one, etcd, 1.6) == [] and one.over == "another daemon leads"
+    assert ask(one, etcd, 1.6) == [] and one.over == "another daemon leads: no longer serving"
 
 
 def test_a_paused_machine_does_not_know_it(etcd):
