@@ -12665,6 +12665,8 @@ class Notices:
         if is_free(record):
             self._log.info("nobody leads")
             return
+        if record.daemon == self._quorum.mine.daemon:
+            return  # it was deposed, and has said so
         self._log.info(f"{record.host} leads, at {record.address}, in cluster "
                        f"{self._quorum.cluster.id}, term {record.term}")
         self._compare(record)
@@ -13102,8 +13104,14 @@ class Campaign:
             return f"{CANDIDATE}; etcd tells of no leader"
         if is_free(record):
             return f"{CANDIDATE}; nobody leads"
-        return (f"{CANDIDATE}; {record.host} leads at {record.address}, its record is "
-                f"{self._age():.0f} s old")
+        leads = f"{record.host} leads at {record.address}, its record is"
+        if self._is_own(record):
+            leads = "nobody leads, the last record is its own,"
+        return f"{CANDIDATE}; {leads} {self._age():.0f} s old"
+
+    def _is_own(self, record):
+        """Whether this daemon has written it: a candidate that was deposed can see it still."""
+        return record.daemon == self._quorum.mine.daemon
 
     def _record(self):
         """The leader record that was read or confirmed last; None: none is known."""
@@ -13117,7 +13125,7 @@ class Campaign:
         record = self._record()
         if record is None or is_free(record) or self._age() > record.ttl / 1000:
             return None
-        if isinstance(self._asker, Leader) and self.term is None:
+        if self.term is None and self._is_own(record):
             return None  # it does not serve yet, or not any more
         return record
 
