@@ -6803,6 +6803,7 @@ class Asker:
         self.quorum = quorum
         self.times = Times(quorum.mine.ttl)
         self.over = ""
+        self.changes = 0  # by others, that were seen
         self._request: "Any" = None
         self._is_out = False  # a copy of it is on its way
         self._handed_at = 0.0  # its first copy
@@ -7020,6 +7021,8 @@ class Candidate(Asker):
         """The time of the answer counts, which is later than that of the writing."""
         if entry.revision == self._revision:
             return
+        if self._revision > 0:
+            self.changes += 1
         self._forget_leader()
         self._revision = entry.revision
         self.seen_at = now.boot
@@ -7330,6 +7333,11 @@ def _size(key, text):
 #
 # Words.  A place: where a member listens.  A link: the connection to it.  The token: what etcd
 # gives to whoever has said name and password; it is lost when a member is started again.
+#
+# What the log says of members.  A member that is stopped, or refuses to be read, is told by its
+# URL, and when it answers again.  But why changes are refused, as when there is no room, is a
+# matter of the whole cluster, whose members can be read all the while: it is told once, and is
+# over when a change was done, be it another daemon's.
 
 MOST_ANSWER = 8 * 1024 * 1024  # bytes; to read them as JSON holds up the loop
 PIECE = 65536  # bytes of an answer that are read at once
@@ -8086,6 +8094,7 @@ class _Question:
 
     def __init__(self, inquirer: "_Inquirer", url: "str", request: "tuple", until: "float"):
         self.url = url
+        self.is_change = isinstance(request, Transaction)
         self.answer = failure(UNKNOWN)
         self._inquirer = inquirer
         self._request = request
@@ -8102,7 +8111,8 @@ class _Question:
 
 class Etcd:
     """Asks the members of the cluster, in a thread of its own.  Raises CannotServe where it never
-    could.  `trouble`: what is wrong with the member that was asked last, "" when nothing is."""
+    could.  `trouble`: what is wrong with the member that was asked last, "" when nothing is;
+    `refusal`: why changes are refused, "" while they are not."""
 
     def __init__(self, loop: "Loop", log: "Log", access: "Access"):
         self.access = access
@@ -8116,6 +8126,7 @@ class Etcd:
         self._thread: "Any" = None
         self._inquirer: "Any" = None
         self.trouble = ""
+        self.refusal = ""
         # of each member that was asked: what is wrong with it, "" when nothing is
         self._reasons: "Dict[str, str]" = {}
         self._lost: "set" = set()  # the members that did not answer when they were asked last
@@ -8156,6 +8167,12 @@ class Etcd:
         question = _Question(self._inquirer, url, request, until)
         self._thread.do(question, functools.partial(self._hear, hear))
 
+    def saw_change(self) -> "None":
+        """Something was changed, by this daemon or by another one."""
+        if self.refusal:
+            self.refusal = ""
+            self._log.limited("etcd takes changes again", "info")
+
     def stop(self) -> "None":
         """Ends the generation: no answer to what was asked is heard.  Its thread ends by itself,
         as soon as the time of what is under way is over."""
@@ -8166,29 +8183,48 @@ class Etcd:
         self._thread = None
 
     def _hear(self, hear, question):
-        self._note(question.url, question.answer)
+        self._note(question)
         hear(question.answer)
 
-    def _note(self, url, answer):
+    def _note(self, question):
         """Logs what has changed."""
+        url, answer = question.url, question.answer
         if answer.outcome == UNKNOWN:
             self._lost.add(url)
         else:
             self._lost.discard(url)
-        before = self._reasons.get(url, "")
         reason = answer.reason
         if answer.outcome == DONE:
             reason = ""
-        self._reasons[url] = reason
         self.trouble = ""
         if reason:
             self.trouble = f"{url}: {reason}"
+        if not question.is_change:
+            self._note_member(url, reason)
+        elif not reason:
+            self._note_member(url, "")
+            self.saw_change()
+        elif answer.outcome == NOT_DONE or reason == self.refusal:
+            self._note_member(url, "")
+            self._note_refusal(url, reason)
+        else:
+            self._note_member(url, reason)
+
+    def _note_member(self, url, reason):
+        before = self._reasons.get(url, "")
+        self._reasons[url] = reason
         if reason == before:
             return
         if reason:
             self._log.limited(f"etcd {url}: {reason}{self._cure(reason)}", "error")
         else:
             self._log.limited(f"etcd {url} answers again", "info")
+
+    def _note_refusal(self, url, reason):
+        """The third refusal of a member in a row counts as no answer; it is one all the same."""
+        if reason != self.refusal:
+            self.refusal = reason
+            self._log.limited(f"etcd {url}: {reason}{self._cure(reason)}", "error")
 
     @staticmethod
     def _cure(reason):
@@ -12877,7 +12913,10 @@ class Campaign:
         if not asker.look(now):
             self._change()
             return
+        before = asker.changes
         told = asker.answer(answer, now)
+        if asker.changes > before:
+            self._etcd.saw_change()
         self._file.write(self._quorum.cluster)
         if isinstance(asker, Leader):
             self._latency = now.boot - self._asked_at
@@ -12913,7 +12952,8 @@ class Campaign:
             if asker.leader is not None:
                 self._load(asker.leader)
                 return
-            self.log.limited(f"the claim failed: {asker.over}")
+            if not self._etcd.refusal:  # which was told
+                self.log.limited(f"the claim failed: {asker.over}; this daemon stays a candidate")
         elif asker.stage != RESIGNS or not is_free(asker.record):
             self._forsake()
             self.log.error(asker.over)
@@ -13187,6 +13227,7 @@ class Campaign:
             found = found or asker.trouble
         if asker is not None and asker.unanswered_for(Moment()) > LASTING:
             found = found or self._etcd.trouble
+        found = found or self._etcd.refusal
         return found
 
 

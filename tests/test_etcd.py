@@ -232,11 +232,15 @@ def test_what_goes_wrong_has_an_outcome_and_a_reason(fake, world, generation, fa
     world.ask(ALL)
     fake.members[0].misbehave(fault)
     assert world.outcome(write("1")) == (outcome, reason)
+    assert world.etcd.refusal == (reason if outcome == flomd.NOT_DONE else "")
     assert world.etcd.trouble == f"{world.urls[0]}: {reason}"
     assert world.etcd.reachable == (1 if outcome == flomd.NOT_DONE else 0)
     assert world.ask(write("2", "1" if fake.keys else None)).succeeded
-    assert (world.etcd.trouble, world.etcd.reachable) == ("", 1)
-    assert world.log.lines[1:] == [f"info: etcd {world.urls[0]} answers again"]
+    assert (world.etcd.trouble, world.etcd.refusal, world.etcd.reachable) == ("", "", 1)
+    over = f"etcd {world.urls[0]} answers again"
+    if outcome == flomd.NOT_DONE:
+        over = "etcd takes changes again"
+    assert world.log.lines[1:] == [f"info: {over}"]
     assert world.log.lines[0].startswith(f"error: etcd {world.urls[0]}: {reason}")
 
 
@@ -246,6 +250,22 @@ def test_a_full_database_has_a_cure(fake, world):
     world.ask(write("1"))
     line, = world.log.lines
     assert "etcdctl defrag" in line and "ETCD_AUTO_COMPACTION_RETENTION" in line
+
+
+def test_that_changes_are_refused_is_told_once_while_the_members_are_read(open_world):
+    with FakeEtcd(2) as fake:
+        world = open_world(fake.urls)
+        for member in fake.members:
+            member.misbehave(fake_etcd.NO_SPACE, 5)
+        for number in range(10):
+            world.ask(write("1"), member=number % 2)
+            world.ask(ALL, member=number % 2)
+        assert len(world.log.lines) == 1 and fake_etcd.NO_SPACE not in world.etcd.trouble
+        assert world.etcd.refusal == "database space exceeded"
+        world.ask(write("1"))
+        assert world.log.lines[1:] == ["info: etcd takes changes again"]
+        world.etcd.saw_change()
+        assert len(world.log.lines) == 2
 
 
 def test_a_member_that_refuses_again_and_again_is_not_the_only_one(fake, world):

@@ -13,7 +13,7 @@ import flomd
 import pytest
 
 from certificates import Certificates
-from fake_etcd import AFTER_503, CLUSTER_ID, FakeEtcd
+from fake_etcd import AFTER_503, CLUSTER_ID, NO_SPACE, FakeEtcd
 from fakes import FlomClient, b64
 from world import (
     COUNT, FLOMD, SOAK, can_connect, endpoint, free_port, pass_time, patched, read, wait_until)
@@ -577,6 +577,70 @@ def test_trouble_is_told_once_when_it_lasts_whatever_its_numbers():
         seen.trouble = "another" if tick % 2 else ""
         notices.see(seen, types.SimpleNamespace(boot=tick / 5))
     assert len(Log.lines) == 1
+
+
+def candidate(**fields):
+    """What is asked for here of a daemon that waits, and sees a record with these fields."""
+    return types.SimpleNamespace(trouble="", record=RECORD._replace(term="a" * 16, **fields))
+
+
+@pytest.fixture
+def notices():
+    """Of a daemon d; what it tells is its `lines`."""
+    lines = []
+    log = types.SimpleNamespace(info=lines.append, error=lines.append)
+    mine = RECORD._replace(daemon="d", version="1.5")
+    made = flomd.Notices(flomd.Quorum(PREFIX, mine, flomd.Cluster("7"), None, None), log)
+    made.lines = lines
+    return made
+
+
+def test_who_was_deposed_does_not_tell_of_its_own_record(notices):
+    notices.see(candidate(daemon="d"), flomd.Moment())
+    assert notices.lines == []
+    notices.see(candidate(daemon="e", host="h2"), flomd.Moment())
+    assert notices.lines == []  # the same term
+    other = candidate(daemon="e", host="h2")
+    other.record = other.record._replace(term="b" * 16)
+    notices.see(other, flomd.Moment())
+    assert notices.lines == [f"h2 leads, at 10.9.9.9:1, in cluster 7, term {'b' * 16}"]
+
+
+@pytest.mark.parametrize("version, number", [("", 0), ("1.5", 0), ("1.4", 1)])
+def test_another_version_is_told(notices, version, number):
+    notices.see(candidate(version=version), flomd.Moment())
+    assert len(notices.lines) == 1 + number
+    assert all("leads with version 1.4, and this daemon has 1.5" in line
+               for line in notices.lines[1:])
+
+
+@pytest.mark.processes
+def test_people_are_told_when_changes_are_refused_and_when_it_is_over(box, quorums):
+    """Each once, though the record can be read all the while; of another's record, too."""
+    quorum = quorums(1)
+    quorum.await_leader()
+    for member in quorum.etcd.members:
+        member.misbehave(NO_SPACE, 10 ** 4)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as init:
+        init.bind(box.path("init"))
+        init.settimeout(20)
+        quorum.start(2, env={"NOTIFY_SOCKET": box.path("init")})
+        wait_until(lambda: "no longer serving" in quorum.said(1), 20)
+        told = []
+        while len(told) < 12 and "database space exceeded" not in "".join(told[-1:]):
+            told.append(init.recv(4096).decode())
+    os.unlink(box.path("init"))
+    assert "database space exceeded" in told[-1]  # it claims, and is refused
+    asked = len(quorum.etcd.asked)
+    wait_until(lambda: len(quorum.etcd.asked) > asked + 50, 20)
+    for member in quorum.etcd.members:
+        member.behave()
+    quorum.await_leader(seconds=20)
+    for number in (1, 2):
+        wait_until(lambda: "etcd takes changes again" in quorum.said(number))
+        assert quorum.said(number).count("database space exceeded") == 1
+        assert quorum.said(number).count("takes changes again") == 1
+        assert "the claim failed" not in quorum.said(number)
 
 
 @pytest.mark.processes
