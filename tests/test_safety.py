@@ -42,9 +42,9 @@ def shared(box):
     os.chmod(box.folder, 0o777)
     yield box
     for user in () if STRANGER is None else (STRANGER, STRANGER + 1):
-        for path in (f"/tmp/flom-{user}", f"/tmp/flom-{user}.lock"):
-            if os.path.lexists(path):
-                os.unlink(path)
+        for end in ("", ".lock", ".journal"):
+            if os.path.lexists(f"/tmp/flom-{user}{end}"):
+                os.unlink(f"/tmp/flom-{user}{end}")
 
 
 def mode(path):
