@@ -25,7 +25,8 @@ import flom
 import flomd
 import pytest
 
-from world import FLOM_PY, FLOMD_PY, PYTHON, ROOT, can_connect, comm, read, wait_until
+from world import (
+    FLOM, FLOM_PY, FLOMD_PY, PYTHON, ROOT, can_connect, comm, read, wait_until)
 
 CONTRIB = os.path.join(ROOT, "contrib")
 FLOM_SOURCE = os.path.join(ROOT, "flom.py")  # as text: FLOM_PY is compiled
@@ -424,11 +425,12 @@ def test_values_are_completed(box, shell):
     }.items())]
 
 
+@pytest.mark.in_time  # a shell waits for 2 s
 @pytest.mark.parametrize("shell", sorted(SHELLS))
 def test_names_and_ids_are_those_that_the_daemon_has(box, shell):
     """The daemon that the options before mean; without one there are none, and none is started."""
     python = " ".join(PYTHON)
-    os.chmod(box.write("flom", f'#!/bin/sh\nexec {python} {FLOM_PY} "$@"\n'), 0o755)
+    os.chmod(box.write("flom", f'#!/bin/sh\nexec {python} {FLOM} "$@"\n'), 0o755)
     path = f"{box.folder}:{os.environ['PATH']}"
     where = f"-s {box.socket}"
     lines = [f"flom {where} -r ", f"flom --socket-name={box.socket} --evict ",

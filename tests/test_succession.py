@@ -680,9 +680,9 @@ def test_holders_on_other_hosts_survive_a_boot(box, synced):
     restart(box, *quick, program=patched(f"flomd.BOOT_ID = {path!r}\n{change}"))
     began = time.monotonic()
     assert is_absent(box, "R1")
+    assert not synced or "window" not in report(box)["daemon"]
     assert box.run("-r", "R2", "-o", "5000", *ALONE, "--", "true").status == 0
-    took = time.monotonic() - began
-    assert took < 1 if synced else 1 < took < 4
+    assert synced or time.monotonic() - began > 1
     assert grants(box, "R1") == 98
     os.kill(holder.pid, signal.SIGCONT)
     wait_until(lambda: not is_absent(box, "R1"))
@@ -776,14 +776,15 @@ def test_a_journal_that_does_not_count(box, how):
         file.write(older)
     box.kill(box.the_daemon())
     path = damage(box, how)
+    began = time.monotonic()
     daemon = box.daemon()
     assert path in daemon.err and "Traceback" not in daemon.err
-    assert holders(box, "R1") == [] and report(box)["daemon"]["window"] > 0
-    began = time.monotonic()
+    begun = report(box)
+    assert begun["daemon"]["window"] > 0 and begun["resources"] == []
     waiter = box.waiter("-r", "R2", *ALONE, "--", "true")
     os.kill(holder.pid, signal.SIGCONT)
     wait_until(lambda: holders(box, "R1"))
-    assert waiter.end().status == 0 and time.monotonic() - began > 1
+    assert waiter.end().status == 0 and time.monotonic() - began > 2
     gate.open()
     assert holder.end() == (0, "", "")
 

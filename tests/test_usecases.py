@@ -206,9 +206,9 @@ def test_16_in_reverse(box):
 def test_17_a_resource_that_outlives_its_users(box):
     """Use case 17: after 2 s only resources with a longer idle lifespan are left; a use prolongs
     it."""
+    assert box.run("-r", "R2", "--", "true").status == 0
     for name in ("R1", "R3"):
         assert box.run("--resource-idle-lifespan=5000", "-r", name, "--", "true").status == 0
-    assert box.run("-r", "R2", "--", "true").status == 0
 
     def use(name):
         return box.run("--resource-create=no", "-o", "0", "-r", name, "--", "true").status
