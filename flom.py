@@ -1859,12 +1859,19 @@ def input_of(sock, until: "float"):
 def limiting(steps, until: "float"):
     """Steps that end with others, with their result; None when `until` (monotonic s) is first.
 
-    Whatever ends them closes the others, and thereby the connection on which those wait.
+    Whatever ends them closes the others, and thereby the connection on which those wait.  Who is
+    resumed late may have an answer by then, perhaps a granted lock, which that would release: so
+    what has come in is read before.
     """
+    is_over = clock() >= until
     try:
-        while clock() < until:
+        while not is_over:
             descriptor, events, seconds = next(steps)
-            yield descriptor, events, min(seconds, until - clock())
+            left = until - clock()
+            if left <= 0:
+                break
+            yield descriptor, events, min(seconds, left)
+            is_over = clock() >= until and not (events == READ and _sleep(descriptor, READ, 0))
     except StopIteration as end:
         return end.value
     finally:
@@ -1893,14 +1900,14 @@ def finish(steps, until: "float" = FOREVER):
 
 
 def _sleep(descriptor, events, seconds):
-    """Waits for events of a descriptor (None: of none), so many seconds at most."""
+    """Waits for events of a descriptor (None: of none), so many seconds at most; whether any came.
+    """
     seconds = max(0, min(seconds, DAY))
     if hasattr(select, "poll"):
         poll = select.poll()
         if descriptor is not None:
             poll.register(descriptor, events)
-        poll.poll(seconds * 1000)
-        return
+        return bool(poll.poll(seconds * 1000))
     # eventlet takes poll away and makes select() cooperative
     readers, writers = [], []
     if events == READ:
@@ -1908,9 +1915,11 @@ def _sleep(descriptor, events, seconds):
     elif events == WRITE:
         writers.append(descriptor)
     try:
-        select.select(readers, writers, [], seconds)
+        readable, writable, _ = select.select(readers, writers, [], seconds)
     except RuntimeError:  # with eventlet only one thread can wait for a descriptor
         time.sleep(min(seconds, 0.01))
+        return False
+    return bool(readable or writable)
 
 
 def reading_all(descriptor: "int"):

@@ -474,6 +474,24 @@ def test_finish_closes_its_steps(stopping):
     assert closed == [waiting, raising, signalled]
 
 
+@pytest.mark.parametrize("has_come", [False, True])
+def test_who_looks_late_reads_what_has_come(has_come):
+    """A lock that was granted in time is not given back because this process was held up."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        def steps():
+            yield flom.input_of(ours, flom.clock() + 10)
+            return ours.recv(1)
+        limited = flom.limiting(steps(), flom.clock() + 0.01)
+        next(limited)
+        if has_come:
+            theirs.send(b"x")
+        wait_until(lambda: flom.clock() > limited.gi_frame.f_locals["until"])
+        with pytest.raises(StopIteration) as end:
+            next(limited)
+        assert end.value.value == (b"x" if has_come else None)
+
+
 # Loss
 
 def test_a_lock_is_reclaimed_from_the_next_daemon(box, lock):
