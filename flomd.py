@@ -5218,8 +5218,6 @@ _batch_head = re.compile(rb"""
 
 _batch_head_cut = re.compile(rb"\+([1-9]\d{0,9}( [0-9a-f]{0,8})?)?\Z").match
 
-_attribute = re.compile(r'([a-z]+)="([^"]*)"').findall
-
 
 # The text of a journal.
 
@@ -6660,7 +6658,7 @@ Record.__new__.__defaults__ = ("",)  # type: ignore[attr-defined]
 LONGEST_NUMBER = 20  # digits of a number in JSON
 
 
-class StrangeRecord(Exception):
+class UnreadableRecord(Exception):
     """A leader record that this daemon cannot read: one line that says why."""
 
 
@@ -6680,22 +6678,22 @@ def text_of(record: "Record") -> "str":
 
 
 def record_of(text: "str") -> "Record":
-    """The record that was stored as this text.  Raises StrangeRecord."""
+    """The record that was stored as this text.  Raises UnreadableRecord."""
     import json
     try:
         fields = json.loads(text, parse_int=short_number)
     except (ValueError, RecursionError):
-        raise StrangeRecord("the leader record is damaged")
+        raise UnreadableRecord("the leader record is damaged")
     if not isinstance(fields, dict):
-        raise StrangeRecord("the leader record is damaged")
+        raise UnreadableRecord("the leader record is damaged")
     version = fields.get("v")
     if isinstance(version, int) and version > RECORD_LAYOUT:
-        raise StrangeRecord(f"the leader record has the newer layout {version}")
+        raise UnreadableRecord(f"the leader record has the newer layout {version}")
     fields.setdefault("version", "")
     for name, kind in FIELDS.items():
         found = fields.get(name)
         if type(found) is not kind or not _can_be(name, found):
-            raise StrangeRecord(f"the leader record has no proper {name}")
+            raise UnreadableRecord(f"the leader record has no proper {name}")
     return Record(*[fields[name] for name in FIELDS])
 
 
@@ -6727,7 +6725,7 @@ class Cluster:
         self.revision = revision
         self.is_new = is_new
 
-    def strangeness(self, answer: "Answer") -> "str":
+    def mismatch(self, answer: "Answer") -> "str":
         """Why the member that has answered so is not one of this cluster, "" if it is."""
         if not self.is_new:
             if self.id not in ("", answer.cluster):
@@ -6739,7 +6737,7 @@ class Cluster:
         self.revision = answer.revision
         return ""
 
-    def strangeness_of_mark(self, mark: "str", led: "bool") -> "str":
+    def mismatch_of_mark(self, mark: "str", led: "bool") -> "str":
         """Why a cluster with this mark ("": none), and with a leader record or not, is not the one
         that is known, "" if it is."""
         is_known = self.mark != "" and not self.is_new
@@ -6829,7 +6827,7 @@ class Asker:
         """Takes an answer; returns what may be told now."""
         raise NotImplementedError
 
-    def _meet_stranger(self, why, now):
+    def _meet_other_cluster(self, why, now):
         """Another cluster has answered."""
         raise NotImplementedError
 
@@ -6896,10 +6894,10 @@ class Asker:
             self._repeat(answer.outcome, now)
             return []
         self.quorum.members.answered()
-        strange = self.quorum.cluster.strangeness(answer)
-        if strange:
+        why = self.quorum.cluster.mismatch(answer)
+        if why:
             self.quorum.members.refuse()
-            self._meet_stranger(strange, now)
+            self._meet_other_cluster(why, now)
             return []
         request = self._request
         self._request = None
@@ -6965,7 +6963,7 @@ class Candidate(Asker):
             return Range(self.quorum.prefix, end_of(self.quorum.prefix), 1)
         return Range(self._key(MARK_KEY), self._key(LEADER_KEY) + "\0", 0)
 
-    def _meet_stranger(self, why, now):
+    def _meet_other_cluster(self, why, now):
         self.trouble = why
         self._repeat(UNKNOWN, now)
 
@@ -6984,9 +6982,9 @@ class Candidate(Asker):
     def _see(self, answer, now):
         entry = self._found(answer, LEADER_KEY)
         mark = self._found(answer, MARK_KEY)
-        strange = self._strangeness(entry, mark)
-        if strange:
-            self.trouble = strange
+        why = self._mismatch(entry, mark)
+        if why:
+            self.trouble = why
             self._forget_leader()
             self.quorum.members.refuse()
             self.quorum.members.turn()
@@ -6996,15 +6994,15 @@ class Candidate(Asker):
             self._note(entry, now)
             self._claim_if_due(now)
 
-    def _strangeness(self, entry, mark):
+    def _mismatch(self, entry, mark):
         found = ""
         if mark is not None:
             found = mark.text
         cluster = self.quorum.cluster
-        strange = cluster.strangeness_of_mark(found, entry is not None)
+        why = cluster.mismatch_of_mark(found, entry is not None)
         if entry is not None and cluster.mark:
             cluster.settle()
-        return strange
+        return why
 
     def _forget_leader(self):
         self.record = None
@@ -7029,7 +7027,7 @@ class Candidate(Asker):
         self.trouble = ""
         try:
             self.record = record_of(entry.text)
-        except StrangeRecord as error:
+        except UnreadableRecord as error:
             self.trouble = str(error)
 
     # Its claim.
@@ -7117,7 +7115,7 @@ class Leader(Asker):
         self._number = 0  # of the last key that was gathered
         self._waiting: "Deque[tuple]" = collections.deque()  # (number, done)
         self._pings: "List[Any]" = []
-        self._riding: "List[Any]" = []  # is told when what is on its way is confirmed
+        self._unconfirmed: "List[Any]" = []  # is told when what is on its way is confirmed
         self._stored: "set" = set()  # the keys that etcd has, or will have
 
     @property
@@ -7150,11 +7148,12 @@ class Leader(Asker):
 
     # What is to be stored and told.
 
-    def write(self, changes: "Iterable[tuple]", done: "Any", now: "Moment") -> "None":
+    def write(self, changes: "Iterable[tuple]", done: "Any") -> "None":
         """Stores [(key, text or None)] at once.  answer() returns `done` when all of it, and all
         that was written before, is stored; without changes, when it is certain that nobody else
-        led at `now`.  Where a holding ends before it was stored, its done comes all the same.
-        After resign() nothing is stored: who holds is an absent holder of the next leader."""
+        led at this instant.  Where a holding ends before it was stored, its done comes all the
+        same.  After resign() nothing is stored: who holds is an absent holder of the next
+        leader."""
         if self.stage != LEADS:
             return
         kept = [change for change in changes if change[0][:2] in STORED_KINDS]
@@ -7209,8 +7208,8 @@ class Leader(Asker):
     def _make_transaction(self, now):
         """One link of the chain.  From here to its outcome its content stays as it is."""
         changes = self._cut()
-        self._riding = self._take_stored()
-        self._riding += self._pings
+        self._unconfirmed = self._take_stored()
+        self._unconfirmed += self._pings
         self._pings = []
         self._beat_at = now.boot + self.times.beat
         is_last = self.stage == RESIGNS and len(self._gathered) == 0
@@ -7261,7 +7260,7 @@ class Leader(Asker):
 
     # What is answered.
 
-    def _meet_stranger(self, why, now):
+    def _meet_other_cluster(self, why, now):
         self._end(f"{why}: no longer serving")
 
     def _understand(self, request, answer, now):
@@ -7281,8 +7280,8 @@ class Leader(Asker):
     def _confirm(self):
         self.record = self._sent
         self.confirmed_at = self._handed_at
-        told = self._riding
-        self._riding = []
+        told = self._unconfirmed
+        self._unconfirmed = []
         if is_free(self.record):
             self._end("it has resigned")
         return told
@@ -7390,7 +7389,7 @@ def place_of(url: "str") -> "Place":
 
 # Requests and answers.
 
-class _Strange(Exception):
+class _Unexpected(Exception):
     """What has come is not what etcd answers: one line."""
 
 
@@ -7401,11 +7400,11 @@ def _in_base64(text):
 
 def _from_base64(text):
     if not isinstance(text, str):
-        raise _Strange("no text in base64")
+        raise _Unexpected("no text in base64")
     try:
         return decode_name(text)
     except ProtocolError as error:
-        raise _Strange(str(error))
+        raise _Unexpected(str(error))
 
 
 def _encode_range(request):
@@ -7455,13 +7454,13 @@ def _number(fields, name, default=None):
         return int(found)
     if type(found) is int and found >= 0:
         return found
-    raise _Strange(f"no number is its {name}")
+    raise _Unexpected(f"no number is its {name}")
 
 
 def _truth(fields, name):
     found = fields.get(name, False)
     if type(found) is not bool:
-        raise _Strange(f"its {name} is neither true nor false")
+        raise _Unexpected(f"its {name} is neither true nor false")
     return found
 
 
@@ -7469,17 +7468,17 @@ def _list(fields, name):
     """The objects of a list, which may be left out when it is empty."""
     found = fields.get(name, [])
     if not isinstance(found, list):
-        raise _Strange(f"no list is its {name}")
+        raise _Unexpected(f"no list is its {name}")
     for one in found:
         if not isinstance(one, dict):
-            raise _Strange(f"no object is in its {name}")
+            raise _Unexpected(f"no object is in its {name}")
     return found
 
 
 def _object(fields, name):
     found = fields.get(name)
     if not isinstance(found, dict):
-        raise _Strange(f"no object is its {name}")
+        raise _Unexpected(f"no object is its {name}")
     return found
 
 
@@ -7495,7 +7494,7 @@ def _cluster_and_revision(fields):
     header = _object(fields, "header")
     cluster, revision = _number(header, "cluster_id"), _number(header, "revision")
     if not cluster or not revision:
-        raise _Strange("it tells no cluster, or no revision")
+        raise _Unexpected("it tells no cluster, or no revision")
     return str(cluster), revision
 
 
@@ -7504,14 +7503,14 @@ def _read_range(request, fields):
     entries, more = _entries(fields), _truth(fields, "more")
     for name in OF_OTHER_ANSWERS:
         if name in fields:
-            raise _Strange("it answers something else")
+            raise _Unexpected("it answers something else")
     for entry in entries:
         if not request.first <= entry.key < request.end:
-            raise _Strange("a key that was not asked for")
+            raise _Unexpected("a key that was not asked for")
     if more and not entries:
-        raise _Strange("there are more keys than none")
+        raise _Unexpected("there are more keys than none")
     if not more and _number(fields, "count", 0) != len(entries):
-        raise _Strange("it leaves out keys")
+        raise _Unexpected("it leaves out keys")
     return Answer(DONE, cluster, revision, True, entries, more, "")
 
 
@@ -7520,11 +7519,11 @@ def _read_transaction(request, fields):
     succeeded, responses = _truth(fields, "succeeded"), _list(fields, "responses")
     if not succeeded:
         if len(responses) != 1:
-            raise _Strange("it does not say what it has found")
+            raise _Unexpected("it does not say what it has found")
         entries = _entries(_object(responses[0], "response_range"))
         return Answer(DONE, cluster, revision, False, entries, False, "")
     if len(responses) != len(request.changes):
-        raise _Strange("it has not done what was asked for")
+        raise _Unexpected("it has not done what was asked for")
     return Answer(DONE, cluster, revision, True, (), False, "")
 
 
@@ -7536,7 +7535,7 @@ def _read_compaction(_, fields):
 def _read_version(_, fields):
     version = fields.get("etcdserver")
     if not isinstance(version, str):
-        raise _Strange("it tells no version")
+        raise _Unexpected("it tells no version")
     return Answer(DONE, "", 0, True, (Entry("version", version, 0),), False, "")
 
 
@@ -7569,19 +7568,19 @@ def read_answer(request: "tuple", status: "int", body: "bytes") -> "Answer":
     _, _, read_fields = _REQUEST_KINDS[type(request)]
     try:
         return read_fields(request, _fields_of(body))
-    except _Strange as error:
+    except _Unexpected as error:
         return failure(UNKNOWN, f"{NOT_AN_ETCD}: {error}")
 
 
 def _fields_of(body):
-    """The JSON object; raises _Strange."""
+    """The JSON object; raises _Unexpected."""
     import json
     try:
         fields = json.loads(body.decode("utf-8"), parse_int=short_number)
     except (ValueError, RecursionError):
-        raise _Strange("it answers without JSON")
+        raise _Unexpected("it answers without JSON")
     if not isinstance(fields, dict):
-        raise _Strange("it answers without an object")
+        raise _Unexpected("it answers without an object")
     return fields
 
 
@@ -7615,7 +7614,7 @@ def _message_of(body):
     """What an error says, of both generations of the gateway; "" when it is none of etcd's."""
     try:
         fields = _fields_of(body)
-    except _Strange:
+    except _Unexpected:
         text = body[:500].decode("utf-8", "replace").strip()
         return text if text.startswith("CommonName of client") else ""
     code, message = fields.get("code"), fields.get("message")
@@ -8062,7 +8061,7 @@ class _Inquirer:
     def _take_token(self, data):
         try:
             token = _fields_of(data).get("token")
-        except _Strange as error:
+        except _Unexpected as error:
             return failure(UNKNOWN, f"{NOT_AN_ETCD}: {error}")
         if not isinstance(token, str) or not re.fullmatch("[!-~]+", token):
             return failure(UNKNOWN, f"{NOT_AN_ETCD}: it gives no token")
@@ -9012,10 +9011,10 @@ class Connections:
         for connection in self.open:
             connection.batch = NEVER_STORED
 
-    def part(self) -> "None":
+    def end_in_order(self) -> "None":
         """Every client sees an end of file."""
         for connection in list(self.open):
-            connection.part()
+            connection.end_in_order()
         self.open.clear()
 
     def abandon(self) -> "None":
@@ -9363,7 +9362,7 @@ class Connection:
             if self.batch is None:
                 self._close_socket()
 
-    def part(self) -> "None":
+    def end_in_order(self) -> "None":
         """Ends the connection whatever the client has said: a system that has bytes which were not
         read would reset it.  Nobody is told of the end."""
         self._leave_loop()
@@ -11245,13 +11244,13 @@ class Server:
         self.batches.stop()
         self._connections.ignore()
 
-    def part(self) -> "None":
+    def end_in_order(self) -> "None":
         """Its end: another daemon may lead now.  Every client sees an end of file; who has ordered
         it is told."""
         self.orders.tell_end()
-        self._connections.part()
+        self._connections.end_in_order()
         for connection in self.batches.waiting():
-            connection.part()
+            connection.end_in_order()
 
     def abandon(self) -> "None":
         """Another daemon may lead already.  Nobody is told anything, every connection is reset,
@@ -11269,15 +11268,15 @@ class Server:
         for part in (self.absences, self._progress, self._pings):
             part.stop()
 
-    def say_farewell(self, reason: "str") -> "None":
+    def tell_stopped(self, reason: "str") -> "None":
         """Tells all clients of ours that nobody should start another daemon; what was decided
         before is told before, where it is stored at once."""
         self.batches.commit()
         for connection in list(self._connections.open):
             session = connection.session
             if session.ours:
-                farewell = Decision(session, STOPPED, reason=reason)
-                connection.tell(farewell)
+                stopped = Decision(session, STOPPED, reason=reason)
+                connection.tell(stopped)
         self._let_go_who_has_heard()
 
     def _let_go_who_has_heard(self):
@@ -11836,7 +11835,7 @@ class Daemon:
         """Ends by the order that came on this connection, which ends with the process."""
         reason = f"the order came from {connection.peer}"
         connection.closing = True
-        self.server.say_farewell(reason)
+        self.server.tell_stopped(reason)
         self._forgets = True
         self.stop(reason)
 
@@ -12531,19 +12530,19 @@ def is_loopback(host) -> "bool":
 # it is heard, and whatever it allows to be told is told at once.
 #
 # A memory that cannot be.  Who cannot believe what he reads must not serve: an empty table would
-# grant what others hold.  So the daemon resigns, says so, and does not claim for BARRED s; another
-# one may be of a version that can read it, or somebody may mend it.
+# grant what others hold.  So the daemon resigns, says so, and does not claim for REJECTED_FOR s;
+# another one may be of a version that can read it, or somebody may mend it.
 
 RESTORED_AT_ONCE = 0.05  # s of a turn for the memory; then the others come
 DECODED_AT_ONCE = 500  # keys, between two looks at the clock
-BARRED = 60  # s in which it does not claim after it could not read the memory
+REJECTED_FOR = 60  # s in which it does not claim after it could not read the memory
 LAST_BEAT = 2  # s that the end waits for etcd
 STATUS_PAUSE = 5  # s between two lines of status for the init system
 LASTING = 1  # s for which something is wrong until it is told
 CANDIDATE, LEADER = "candidate", "leader"  # roles, for people
 
 
-class Chain:
+class EtcdStore:
     """The store of a leader, in place of a Disk.  act() is called when there is something for
     etcd; `leader` is the Leader, whose memory is restored.
 
@@ -12567,7 +12566,7 @@ class Chain:
     def commit(self, records: "Iterable[Tuple[str, str | None]]", done: "Act") -> "bool":
         """Stores a batch of records.  done() is called when etcd has confirmed it."""
         if self._is_open:
-            self._leader.write(stored(records), done, self._loop.now)
+            self._leader.write(stored(records), done)
             self._act()
         return True
 
@@ -12654,7 +12653,7 @@ class Term(Daemon):
     def drain(self, reason: "str") -> "None":
         """It is not the one that has to go."""
 
-    def forsake(self) -> "None":
+    def abandon(self) -> "None":
         """It leads no more: nobody is told anything."""
         self.disk.close()
         self.server.abandon()
@@ -12790,8 +12789,8 @@ class Campaign:
         self._table: "Any" = None  # that is restored
         self._publisher: "Publisher | None" = None
         self._damage = ""  # why it cannot believe the memory
-        self._lack = ""  # why it cannot be a candidate
-        self._ends = ""  # why it is to end
+        self._obstacle = ""  # why it cannot be a candidate
+        self._end_reason = ""  # why it is to end
         self._notices = Notices(quorum, log)
         self.member: "QuorumMember | None" = None  # of its group
         if group is not None:
@@ -12831,9 +12830,9 @@ class Campaign:
 
     def hand_over(self, reason: "str") -> "None":
         """Ends, so that another daemon can serve at once."""
-        if self._ends:
+        if self._end_reason:
             return
-        self._ends = reason
+        self._end_reason = reason
         self.log.info(f"ending: {reason}")
         self.loop.after(LAST_BEAT, self._end)
         asker = self._asker
@@ -12857,7 +12856,7 @@ class Campaign:
             seconds = self._asker.times.ttl
             self.log.error(f"etcd does not answer; another daemon serves in {seconds:.0f} s")
         if self.term is not None:
-            self.term.server.part()
+            self.term.server.end_in_order()
         self._asker = None
         self.loop.stop()
 
@@ -12897,9 +12896,9 @@ class Campaign:
     def _hear(self, asker, answer):
         """A bug, or a record that nobody has foreseen, must not leave it for ever without a next
         step."""
-        self.loop.guarded(self._stumble, self._take, asker, answer)
+        self.loop.guarded(self._go_on_after_bug, self._take, asker, answer)
 
-    def _stumble(self):
+    def _go_on_after_bug(self):
         """A candidate begins anew.  A leader is deposed at its deadline."""
         if not isinstance(self._asker, Leader):
             self._asker = None
@@ -12920,7 +12919,7 @@ class Campaign:
         self._file.write(self._quorum.cluster)
         if isinstance(asker, Leader):
             self._latency = now.boot - self._asked_at
-        if not self._ends:
+        if not self._end_reason:
             for done in told:
                 self.loop.guarded(nothing, done)
         self._understand(asker)
@@ -12934,7 +12933,7 @@ class Campaign:
             return
         if isinstance(asker, Candidate):
             self._notices.see(asker, Moment())
-            if self._ends and asker.deadline == NEVER:
+            if self._end_reason and asker.deadline == NEVER:
                 self._end()
         elif asker.stage == LOADS and asker.is_loaded() and self._steps is None:
             self._steps = all_of_it_stays(self._restoring(asker))
@@ -12955,16 +12954,16 @@ class Campaign:
             if not self._etcd.refusal:  # which was told
                 self.log.limited(f"the claim failed: {asker.over}; this daemon stays a candidate")
         elif asker.stage != RESIGNS or not is_free(asker.record):
-            self._forsake()
+            self._drop_term()
             self.log.error(asker.over)
-        elif not self._ends:
-            self._forsake()
-        if self._ends:
+        elif not self._end_reason:
+            self._drop_term()
+        if self._end_reason:
             self._end()
         else:
             self._begin_anew()
 
-    def _forsake(self):
+    def _drop_term(self):
         """Deposed: the term is gone, whatever was going on."""
         self._house.follow()
         self._steps = None
@@ -12972,33 +12971,33 @@ class Campaign:
         term = self.term
         self.term = None
         if term is not None:
-            term.forsake()
+            term.abandon()
 
     def _begin_anew(self):
         """With another thread, and connections that nobody knows."""
         self._etcd.stop()
         self.loop.after(0, nothing_stays)
-        pause = BARRED if self._damage else 0
+        pause = REJECTED_FOR if self._damage else 0
         self.loop.after(pause, self._prepare)
         self._show(self._nobody())
 
     def _prepare(self):
         """Gets what a candidate and its next term need.  The system may refuse it, or the files of
         TLS are just replaced: then it is tried again."""
-        before, self._lack = self._lack, ""
+        before, self._obstacle = self._obstacle, ""
         try:
             with serving("cannot ask etcd"):
                 self._etcd.start()
             if self._connections is None:
                 self._connections = self._make_connections()
         except CannotServe as error:
-            self._lack = f"{error}; this daemon does not claim"
-        if not self._lack:
+            self._obstacle = f"{error}; this daemon does not claim"
+        if not self._obstacle:
             self._stand()
             return
         self.loop.after(PAUSE, self._prepare)
-        if self._lack != before:
-            self.log.error(self._lack)
+        if self._obstacle != before:
+            self.log.error(self._obstacle)
 
     def _nobody(self):
         """What is to be published while it does not serve."""
@@ -13032,7 +13031,7 @@ class Campaign:
     def _load(self, leader):
         """Its claim was confirmed: it leads, and serves when it knows the memory."""
         self._asker = leader
-        if self._ends:
+        if self._end_reason:
             self._resign()
         else:
             self._go_on()
@@ -13057,7 +13056,7 @@ class Campaign:
     def _restore(self):
         """A portion of it; the beats come between two."""
         if self._steps is not None:
-            self.loop.guarded(self._bar, self._restore_portion)
+            self.loop.guarded(self._reject_memory, self._restore_portion)
 
     def _restore_portion(self):
         until = time.monotonic() + RESTORED_AT_ONCE
@@ -13067,11 +13066,11 @@ class Campaign:
                     self.loop.after(0, self._restore)
                     return
         except BrokenMemory as error:
-            self._bar(str(error))
+            self._reject_memory(str(error))
         else:
             self._serve(self._asker)
 
-    def _bar(self, reason="a bug"):
+    def _reject_memory(self, reason="a bug"):
         """An empty table would grant what others hold."""
         self._damage = f"the memory below {self._quorum.prefix} in etcd is damaged: {reason}"
         self.log.error(f"{self._damage}; not to serve is better than to grant what others hold")
@@ -13084,16 +13083,9 @@ class Campaign:
         self._steps = None
         self._table = None
         leader.lead(leader.epoch)
-        chain = Chain(self.loop, leader, self._go_on)
-        table.cover((chain.epoch + 1 << 32) - 1)
-        table.know_all()
-        Session.introduce(self._peer_id, self.pair[1], chain.ping_for())
-        connections = self._connections
-        self._connections = None
-        term = self.term = Term(self, chain, table, connections)
-        term.server.absences.begin_term(leader.claimed_at, self._quorum.mine.grace)
+        term = self.term = self._make_term(leader, table)
         try:
-            self._listener.begin(connections.welcome, connections.has_room)
+            self._listener.begin(term.connections.welcome, term.connections.has_room)
         except CannotServe as error:
             self.status = 1
             self.log.error(str(error))
@@ -13107,6 +13099,18 @@ class Campaign:
                       f"{seconds:.1f} s")
         self._show(term)
         term.server.publisher = self._publisher
+
+    def _make_term(self, leader, table):
+        """A term of the leader, with the table that was restored; nobody can connect yet."""
+        store = EtcdStore(self.loop, leader, self._go_on)
+        table.cover((store.epoch + 1 << 32) - 1)
+        table.know_all()
+        Session.introduce(self._peer_id, self.pair[1], store.ping_for())
+        connections = self._connections
+        self._connections = None
+        term = Term(self, store, table, connections)
+        term.server.absences.begin_term(leader.claimed_at, self._quorum.mine.grace)
+        return term
 
     def _show(self, term):
         """From now on what is published is that of the term."""
@@ -13222,7 +13226,7 @@ class Campaign:
     def _trouble(self):
         """What somebody has to do something about, "" for nothing."""
         asker = self._asker
-        found = self._damage or self._lack or self._house.refusal or self._house.trouble
+        found = self._damage or self._obstacle or self._house.refusal or self._house.trouble
         if isinstance(asker, Candidate):
             found = found or asker.trouble
         if asker is not None and asker.unanswered_for(Moment()) > LASTING:

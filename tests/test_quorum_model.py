@@ -88,7 +88,7 @@ def twin(thing):
 def mutable_fields(kind):
     if issubclass(kind, flomd.Candidate):
         return ()
-    return "loaded", "_gathered", "_waiting", "_pings", "_riding", "_stored"
+    return "loaded", "_gathered", "_waiting", "_pings", "_unconfirmed", "_stored"
 
 
 @functools.lru_cache(maxsize=None)
@@ -164,8 +164,8 @@ class View:
                          for key, (number, text) in role._gathered.items())
         sent = self.record(role._sent) if role._request is not None else None
         return (role.stage, self.record(role.record), sent, min(now - role.confirmed_at, TTL),
-                role._beat_at > now, waiting, gathered, tuple(role._pings), tuple(role._riding),
-                frozenset(role._stored))
+                role._beat_at > now, waiting, gathered, tuple(role._pings),
+                tuple(role._unconfirmed), frozenset(role._stored))
 
     def client(self, client):
         links = tuple(link and self.link(link) for link in client.links)
@@ -521,7 +521,7 @@ class World:
         asked = self.clients[client].links[number].asked
         if holder is not None and holder.client == client:
             daemon.holder = holder._replace(until=NEVER)
-            daemon.role.write((), (client, holder.key, asked), now)
+            daemon.role.write((), (client, holder.key, asked))
         elif what == "reclaim":
             link = self.clients[client].links[number]
             self.set_link(client, number, link._replace(down="refused"))
@@ -529,7 +529,7 @@ class World:
                 self.client_reads(client, number)
         elif holder is None:
             changes = self.grant(daemon, client)
-            daemon.role.write(changes, (client, daemon.holder.key, asked), now)
+            daemon.role.write(changes, (client, daemon.holder.key, asked))
         elif client not in daemon.queue:
             daemon.queue += (client,)
 
@@ -564,7 +564,7 @@ class World:
             heir, daemon.queue = daemon.queue[0], daemon.queue[1:]
             changes += self.grant(daemon, heir)
             done = heir, daemon.holder.key, self.clients[heir].links[number].asked
-        daemon.role.write(changes, done, now)
+        daemon.role.write(changes, done)
 
     # A client.
 
@@ -749,7 +749,7 @@ class OtherBatch(flomd.Leader):
             self._gathered[key] = 0, text
         for key, (_, text) in gathered.items():
             self._gather(key, text)
-        for done in reversed(self._riding):
+        for done in reversed(self._unconfirmed):
             self._waiting.appendleft((0, done))
         self._beat_at = now.boot
 
@@ -777,10 +777,10 @@ class LoadsFirst(flomd.Candidate):
 class ClaimsAbsent(flomd.Candidate):
     """Claims at once where there is no leader record, whatever else there is, or was."""
 
-    def _strangeness(self, entry, mark):
+    def _mismatch(self, entry, mark):
         if entry is None:
             self.quorum.cluster.mark = mark.text if mark else ""
-        return super()._strangeness(entry, mark)
+        return super()._mismatch(entry, mark)
 
     def _see_nobody(self, is_empty, now):
         super()._see_nobody(True, now)

@@ -96,7 +96,7 @@ def test_a_record_has_one_text():
     (flomd.text_of(own_record(address="10.77.0.1")), "no proper address"),
     (flomd.text_of(own_record(address="10.77.0.1:x")), "no proper address")])
 def test_a_strange_record(text, why):
-    with pytest.raises(flomd.StrangeRecord) as error:
+    with pytest.raises(flomd.UnreadableRecord) as error:
         flomd.record_of(text)
     assert why in str(error.value)
 
@@ -304,7 +304,7 @@ def test_a_member_of_another_cluster_is_asked_no_more():
 def written(etcd, changes=(), **other):
     """A leader that has written, and its transaction on the way."""
     one = leader(etcd, **other)
-    one.write(changes, "told", Now(1))
+    one.write(changes, "told")
     return one, one.next_request(Now(1))
 
 
@@ -323,7 +323,7 @@ def test_a_transaction_is_guarded_by_the_record_before(etcd):
 
 def test_between_two_records_one_content_only(etcd):
     one, transaction = written(etcd, [("h/1", "x")])
-    one.write([("h/1", None), ("h/2", "y")], "second", Now(1.1))
+    one.write([("h/1", None), ("h/2", "y")], "second")
     one.answer(UNKNOWN, Now(2))
     assert one.next_request(Now(2)) is transaction
     assert one.answer(etcd.obey(transaction), Now(3)) == ["told"]
@@ -334,7 +334,7 @@ def test_between_two_records_one_content_only(etcd):
 def test_a_late_copy_changes_nothing(etcd):
     one, transaction = written(etcd, [("h/1", "x")])
     one.answer(etcd.obey(transaction), Now(1))
-    one.write([("h/1", None)], "ended", Now(2))
+    one.write([("h/1", None)], "ended")
     assert ask(one, etcd, 2) == ["ended"]
     assert not etcd.obey(transaction).succeeded and etcd.memory() == {}
 
@@ -430,8 +430,8 @@ def keys_of(transaction):
 
 def test_a_key_keeps_its_place(etcd):
     one, _ = written(etcd)
-    one.write([("r/a", "1"), ("h/1", "x")], 1, Now(1))
-    one.write([("h/2", "x"), ("r/a", "2")], 2, Now(1))
+    one.write([("r/a", "1"), ("h/1", "x")], 1)
+    one.write([("h/2", "x"), ("r/a", "2")], 2)
     one.answer(etcd.obey(one._request), Now(1))
     assert keys_of(one.next_request(Now(1))) == ["r/a", "h/1", "h/2"]
 
@@ -440,17 +440,17 @@ def test_the_order_of_a_batch(etcd):
     """Half of it may lose a number, and not have it twice."""
     before = [("v/a/1", "x"), ("h/1", "x"), ("r/b", "x")]
     one = leader(etcd)
-    one.write(before, 1, Now(1))
+    one.write(before, 1)
     ask(one, etcd, 1)
     one.write([("r/b", None), ("h/2", "y"), ("v/a/2", "y"), ("r/a", "y"), ("h/1", None),
-               ("v/a/1", None), ("d", "y")], 2, Now(1))
+               ("v/a/1", None), ("d", "y")], 2)
     assert keys_of(one.next_request(Now(1))) == ["h/1", "v/a/1", "r/a", "h/2", "v/a/2", "r/b"]
 
 
 def test_what_was_never_sent_is_not_removed(etcd):
     one, _ = written(etcd)
-    one.write([("h/1", "x"), ("h/2", "x")], 1, Now(1))
-    one.write([("h/1", None), ("h/9", None)], 2, Now(1))
+    one.write([("h/1", "x"), ("h/2", "x")], 1)
+    one.write([("h/1", None), ("h/9", None)], 2)
     one.answer(etcd.obey(one._request), Now(1))
     transaction = one.next_request(Now(1))
     assert keys_of(transaction) == ["h/2"]
@@ -460,10 +460,10 @@ def test_what_was_never_sent_is_not_removed(etcd):
 def test_what_was_removed_is_as_if_it_was_never_sent(etcd):
     one = leader(etcd)
     for text in ("x", None):
-        one.write([("h/1", text)], text, Now(1))
+        one.write([("h/1", text)], text)
         ask(one, etcd, 1)
-    one.write([("h/1", "y")], 1, Now(1))
-    one.write([("h/1", None)], 2, Now(1))
+    one.write([("h/1", "y")], 1)
+    one.write([("h/1", None)], 2)
     transaction = one.next_request(Now(1))
     assert keys_of(transaction) == []
     assert one.answer(etcd.obey(transaction), Now(1)) == [1, 2]
@@ -471,7 +471,7 @@ def test_what_was_removed_is_as_if_it_was_never_sent(etcd):
 
 def test_what_is_on_its_way_is_removed(etcd):
     one, transaction = written(etcd, [("h/1", "x")])
-    one.write([("h/1", None)], 2, Now(1))
+    one.write([("h/1", None)], 2)
     one.answer(etcd.obey(transaction), Now(1))
     ask(one, etcd, 1)
     assert etcd.memory() == {}
@@ -481,7 +481,7 @@ def test_what_was_loaded_is_removed(etcd):
     put_record(etcd, term="")
     etcd.change([(PREFIX + "h/1", "x")])
     one = leader(etcd)
-    one.write([("h/1", None)], 1, Now(1))
+    one.write([("h/1", None)], 1)
     ask(one, etcd, 1)
     assert etcd.memory() == {}
 
@@ -489,7 +489,7 @@ def test_what_was_loaded_is_removed(etcd):
 def test_a_transaction_is_cut(etcd):
     one = leader(etcd)
     for number in range(150):
-        one.write([(f"h/{number:03}", "x")], number, Now(1))
+        one.write([(f"h/{number:03}", "x")], number)
     first = one.next_request(Now(1))
     assert len(first.changes) == 121  # with the record; etcd takes 128
     assert one.answer(etcd.obey(first), Now(1)) == list(range(120))
@@ -499,7 +499,7 @@ def test_a_transaction_is_cut(etcd):
 def test_a_transaction_is_cut_by_its_size(etcd):
     one = leader(etcd)
     text = "é" * 50000  # 100 000 bytes
-    one.write([(f"h/{number}", text) for number in range(5)], "all", Now(1))
+    one.write([(f"h/{number}", text) for number in range(5)], "all")
     sizes = []
     for _ in range(3):
         transaction = one.next_request(Now(1))
@@ -511,7 +511,7 @@ def test_a_transaction_is_cut_by_its_size(etcd):
 
 def test_what_is_larger_than_that_goes_alone(etcd):
     one = leader(etcd)
-    one.write([("h/1", "x" * 300000), ("h/2", "y")], 1, Now(1))
+    one.write([("h/1", "x" * 300000), ("h/2", "y")], 1)
     assert keys_of(one.next_request(Now(1))) == ["h/1"]
 
 
@@ -537,15 +537,15 @@ def test_pings_share_a_beat(etcd):
 def test_a_ping_goes_with_what_is_written(etcd):
     one = leader(etcd)
     one.ping("pong", Now(1))
-    one.write([("h/1", "x")], "told", Now(1.1))
+    one.write([("h/1", "x")], "told")
     assert ask(one, etcd, 1.1) == ["told", "pong"]
-    one.write((), "second", Now(1.2))
+    one.write((), "second")
     assert ask(one, etcd, 1.2) == ["second"]
 
 
 def test_a_reclaim_without_changes_is_told_at_once_but_not_before(etcd):
     one, transaction = written(etcd, [("h/1", "x")])
-    one.write((), "held again", Now(1.5))
+    one.write((), "held again")
     assert one.answer(etcd.obey(transaction), Now(2)) == ["told"]
     assert ask(one, etcd, 2) == ["held again"]
 
@@ -603,7 +603,7 @@ def test_the_orderly_end(etcd):
     """What was gathered is stored, the record is free, and the next one claims at once."""
     one, transaction = written(etcd, [("h/1", "x")])
     other = candidate(etcd, 1, "b")
-    one.write([("h/2", "y")], "second", Now(1))
+    one.write([("h/2", "y")], "second")
     one.ping("pong", Now(1))
     one.resign()
     one.ping("late pong", Now(1))
@@ -619,7 +619,7 @@ def test_nothing_is_stored_after_the_end(etcd):
     """The connections are closed; their holders are those of the next leader."""
     one, transaction = written(etcd, [("h/1", "x")])
     one.resign()
-    one.write([("h/1", None)], "too late", Now(1))
+    one.write([("h/1", None)], "too late")
     assert one.answer(etcd.obey(transaction), Now(1)) == ["told"]
     assert ask(one, etcd, 1) == [] and etcd.memory() == {"h/1": "x"}
 
@@ -627,7 +627,7 @@ def test_nothing_is_stored_after_the_end(etcd):
 def test_the_last_transaction_of_many(etcd):
     one = leader(etcd)
     for number in range(150):
-        one.write([(f"h/{number:03}", "x")], number, Now(1))
+        one.write([(f"h/{number:03}", "x")], number)
     one.resign()
     one.answer(etcd.obey(one.next_request(Now(1))), Now(1))
     assert not flomd.is_free(record_in(etcd))
@@ -725,8 +725,8 @@ def test_a_paused_machine_does_not_know_it(etcd):
     now = Now(0.3)
     assert one.look(now)
     one.ping("pong", now)
-    one.write((), "held again", now)
-    one.write([("h/1", "x")], "granted", now)
+    one.write((), "held again")
+    one.write([("h/1", "x")], "granted")
     assert ask(one, etcd, 0.3) == [] and one.over and etcd.memory() == {}
 
 

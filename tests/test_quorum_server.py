@@ -667,7 +667,7 @@ def test_a_leader_that_hands_over_hears_nobody_and_all_see_an_end_of_file(site):
         site.serve()
     assert site.table.holding == 2 and len(site.table.requests) == 3
     assert len(site.disk.asked) == asked and not site.disk.pings and not dates(site)
-    site.server.part()
+    site.server.end_in_order()
     assert [client.recv(1000) for client in (holder, late, waiter, newcomer)] == [b""] * 4
 
 
@@ -694,7 +694,7 @@ def test_who_has_ordered_the_end_is_told_what_has_become_of_it(site, immediate):
     assert len(site.ordered) == 1
     site.server.hand_over()
     site.serve()
-    site.server.part()
+    site.server.end_in_order()
     told = giver.recv(1000)
     assert b'rc="0" reason="this daemon ended; another one takes over"' in told
     assert giver.recv(1000) == holder.recv(1000) == b""

@@ -241,7 +241,7 @@ class Site:
         disk = self.leader.disk
         self.leader.server.hand_over()
         disk.obey(len(disk.given), tells=False)
-        self.leader.server.part()
+        self.leader.server.end_in_order()
         self.leader = Leader(self.leader.EPOCH + 1, self.stored)
 
     def look(self, silent_for):

@@ -431,7 +431,7 @@ def test_who_hears_of_the_end_before_its_grant_holds_nothing(slow):
     waiter.ask("R2")
     floms.ask("R3")
     slow.turn()
-    slow.server.say_farewell("an order")
+    slow.server.tell_stopped("an order")
     assert late.told == again.told == [8] and waiter.told == [1, 8] and floms.told == []
     assert set(slow.table.requests) == {again.session, floms.session}
 

@@ -26,7 +26,7 @@ class World:
         claimed = own_record(term="aa", n=1)
         self.leader = flomd.Leader(quorum(), claimed, 100.0, self.loop.now)
         self.leader.lead(7)
-        self.chain = flomd.Chain(self.loop, self.leader, self.act)
+        self.chain = flomd.EtcdStore(self.loop, self.leader, self.act)
         monkeypatch.setattr(flomd, "Moment", lambda: self.loop.now)
 
     def act(self):
@@ -131,7 +131,7 @@ def test_nothing_is_left_of_a_term_that_a_bug_has_ended(world):
     campaign.loop = campaign.log = campaign._house = campaign._etcd = Noting(noted)
     campaign.term = Noting(noted)
     campaign._steps = campaign._table = None
-    campaign._ends, campaign._damage = "", "a bug"
+    campaign._end_reason, campaign._damage = "", "a bug"
     campaign._show = campaign._nobody = lambda *term: None
     world.leader.resign()
     world.ask()
@@ -139,7 +139,7 @@ def test_nothing_is_left_of_a_term_that_a_bug_has_ended(world):
     campaign._asker = world.leader
     campaign._change()
     assert world.leader.over and campaign.term is None and campaign._asker is None
-    assert noted.count("forsake") == 1 and "error" not in noted
+    assert noted.count("abandon") == 1 and "error" not in noted
 
 
 def test_a_candidate_that_meets_a_bug_begins_anew():
