@@ -37,7 +37,7 @@ from fakes import FlomClient
 
 LOCKS = ["job", "_s_x[1]", "_S_y[1]"]  # each is exclusive
 SEQUENCE, TRANSACTIONAL = LOCKS[1:]
-OPTIONS = ["-d", "0", "-i", "1h", "-o", "120s", "--on-lock-loss", "term"]
+OPTIONS = ["-d", "0", "-i", "1h", "-o", "600s", "--on-lock-loss", "term"]
 WORK = os.path.join(os.path.dirname(os.path.abspath(__file__)), "etcd_work.py")
 PORT = 28015
 PAUSE = 0.05  # s between two probes of a host

@@ -222,6 +222,14 @@ class World:
     def await_etcd(self, seconds=30):
         wait_until(lambda: all(member.is_healthy() for member in self.members.values()), seconds)
 
+    def await_an_answer_of_etcd(self, number, seconds=60):
+        """s until a member that runs, but not that of the host with this number, answers."""
+        begun = time.monotonic()
+        members = [member for other, member in self.members.items()
+                   if other != number and member.process.poll() is None]
+        wait_until(lambda: any(member.is_healthy() for member in members), seconds)
+        return time.monotonic() - begun
+
     def etcd_leader(self):
         """The number of the member that leads."""
         def found():
