@@ -7994,12 +7994,16 @@ class _Inquirer:
 
     def _ask(self, place, request, until):
         self._open_link(place, until)
-        if self._access.user and not self._token:
+        needs_token = self._access.user and not isinstance(request, Version)
+        if needs_token and not self._token:
             refusal = self._authenticate(until)
             if refusal is not None:
                 return self._count(refusal)
         answer = self._ask_once(request, until)
-        if self._needs_token(answer) and self._authenticate(until) is None:
+        if self._needs_token(answer):
+            refusal = self._authenticate(until)
+            if refusal is not None:
+                return self._count(refusal)
             answer = self._ask_once(request, until)
         return self._count(answer)
 

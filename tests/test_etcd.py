@@ -684,6 +684,21 @@ def test_a_wrong_password(fake, open_world, password_file):
     assert world.ask(write("1")).succeeded
 
 
+def test_a_password_that_was_changed_is_told_and_nothing_else(fake, open_world, password_file):
+    fake.users = {"flom": "secret"}
+    world = open_world(fake.urls, user="flom", password_file=password_file)
+    assert world.ask(write("1")).succeeded
+    fake.users = {"flom": "another"}
+    fake.forget_tokens()
+    wrong = "wrong name or password, see --etcd-password-file"
+    for _ in range(5):
+        assert world.ask(ALL).reason == wrong
+    assert world.log.lines == [f"error: etcd {world.urls[0]}: {wrong}"]
+    asked = len(fake.asked)
+    assert world.ask(flomd.Version()).outcome == flomd.DONE  # which anybody may ask for
+    assert len(fake.asked) == asked
+
+
 def test_a_name_without_authentication(fake, open_world, password_file):
     world = open_world(fake.urls, user="flom", password_file=password_file)
     assert world.ask(write("1")).succeeded
