@@ -7590,6 +7590,10 @@ _SAID = {
                             "is on; make one without",
     "user name is empty": "user name is empty: authentication is on, see --etcd-user",
     "invalid user ID or password": "wrong name or password, see --etcd-password-file",
+    "permission denied": "permission denied: the role of --etcd-user is to read and write all "
+                         "below --etcd-prefix",
+    "leader changed": "the members of etcd have changed their leader",
+    "no leader": "the members of etcd have no leader, most of them may be away",
 }
 _NO_TOKEN = ("invalid auth token", "revision of auth store is old", "user name is empty")
 

@@ -21,6 +21,8 @@ RESET = "connection reset by peer"  # by who closes and has not read all
 PREFIX, END = "/x/", "/x0"
 ALL = flomd.Range(PREFIX, END, 0)
 LEADER = "/x/leader"
+DENIED = ("permission denied: the role of --etcd-user is to read and write all below "
+          "--etcd-prefix")
 
 
 def write(text, guard=None):
@@ -220,7 +222,7 @@ def test_housekeeping_is_asked_for(any_world):
     (fake_etcd.AFTER_503, flomd.UNKNOWN, "request timed out"),
     (fake_etcd.CLOSE_BEFORE, flomd.UNKNOWN, CLOSED), (fake_etcd.CLOSE_AFTER, flomd.UNKNOWN, CLOSED),
     (fake_etcd.NO_SPACE, flomd.NOT_DONE, "database space exceeded"),
-    (fake_etcd.DENIED, flomd.NOT_DONE, "permission denied"),
+    (fake_etcd.DENIED, flomd.NOT_DONE, DENIED),
     (fake_etcd.TOKEN, flomd.NOT_DONE, "invalid auth token"),
     ("no user", flomd.NOT_DONE,
      "user name is empty: authentication is on, see --etcd-user"),
@@ -656,7 +658,7 @@ def test_authentication(fake, open_world, password_file):
     assert world.ask(write("2", "1")).succeeded
     logins = [path for path, _ in fake.asked if path == "/v3/auth/authenticate"]
     assert len(logins) == 1
-    assert world.outcome(flomd.Range("/y/", "/y0", 0)) == (flomd.NOT_DONE, "permission denied")
+    assert world.outcome(flomd.Range("/y/", "/y0", 0)) == (flomd.NOT_DONE, DENIED)
 
 
 @pytest.mark.parametrize("fault", [fake_etcd.TOKEN, fake_etcd.OLD_TOKEN, "no user", "forgotten"])
@@ -816,7 +818,7 @@ def test_authentication_of_a_real_one(open_world, password_file):
             answer = world.ask(ALL)
             assert world.ask(write("2", answer.entries[0].text)).succeeded
         denied = world.outcome(flomd.Range("/y/", "/y0", 0))
-        assert denied == (flomd.NOT_DONE, "permission denied")
+        assert denied == (flomd.NOT_DONE, DENIED)
         assert world.ask(flomd.Version()).outcome == flomd.DONE
         stranger = open_world([real.url], user="root", password_file=password_file)
         assert stranger.ask(write("2")).reason.startswith("wrong name or password")
