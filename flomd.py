@@ -7077,8 +7077,7 @@ class Candidate(Asker):
             self._become_leader(claim, now)
         elif found is not None:
             self._note(found, now)
-        else:
-            self._note_nobody(now)
+        # else the next look tells whether the record was removed, or the mark
 
     def _become_leader(self, claim, now):
         cluster = self.quorum.cluster
@@ -7268,7 +7267,9 @@ class Leader(Asker):
             self._take_page(answer)
             return []
         if not answer.succeeded and not self._was_done(answer):
-            self._end("another daemon leads: no longer serving")
+            found = self._found(answer, LEADER_KEY)
+            lost = "another daemon leads" if found else "somebody has removed the leader record"
+            self._end(f"{lost}: no longer serving")
             return []
         return self._confirm()
 

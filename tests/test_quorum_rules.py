@@ -195,6 +195,23 @@ def test_without_a_record_nobody_claims_what_is_there(etcd):
     assert one.leader is None and "--etcd-new-cluster" in one.trouble
 
 
+def test_who_cannot_claim_since_the_mark_was_removed_says_so(etcd):
+    etcd.change([(PREFIX + "h/1", "held"), (MARK, "m")])
+    one = candidate(etcd, cluster=flomd.Cluster(mark="m"))
+    assert one._looks_for_any
+    etcd.change([(PREFIX + "h/1", None), (MARK, None)])
+    for second in range(1, 5):
+        ask(one, etcd, second)
+    assert one.leader is None and "lost the mark" in one.trouble
+
+
+def test_a_leader_whose_record_was_removed_says_so(etcd):
+    one = leader(etcd)
+    etcd.change([(LEADER, None)])
+    ask(one, etcd, 3)
+    assert one.over == "somebody has removed the leader record: no longer serving"
+
+
 def test_told_that_it_is_new_it_waits_for_whoever_led(etcd):
     etcd.change([(PREFIX + "h/1", "held"), (MARK, "m")])
     one = candidate(etcd, cluster=flomd.Cluster(is_new=True))
