@@ -8354,7 +8354,8 @@ class ClusterFile:
                 self._replace(Cluster())
             return Cluster(is_new=is_new)
         except (OSError, ValueError) as error:
-            raise CannotServe(f"cannot read {self.path}: {_words_of(error)}")
+            reason = getattr(error, "strerror", error)
+            raise CannotServe(f"cannot read {self.path}: {reason}")
         if is_new:
             return Cluster(is_new=True)
         return self._cluster_of(text)
@@ -8392,7 +8393,10 @@ class ClusterFile:
         self._noted_at = time.monotonic()
         reason = failure_of(functools.partial(write, cluster))
         if reason and not self._fails:
-            self._log.error(f"cannot write {self.path}: {reason}")
+            self._log.error(f"cannot write {self.path}: {reason}; it is tried again every "
+                            f"{NOTED} s")
+        elif self._fails and not reason:
+            self._log.info(f"{self.path} is written again")
         self._fails = reason != ""
 
     def _replace(self, cluster):

@@ -123,6 +123,8 @@ class Log:
     def error(self, text):
         self.lines.append(text)
 
+    info = error
+
 
 @pytest.fixture
 def path(tmp_path):
@@ -219,8 +221,9 @@ def test_a_damaged_file_is_reported(path, damage):
 def test_a_file_that_cannot_be_written(tmp_path):
     with pytest.raises(flomd.CannotServe):
         opened(str(tmp_path / "nowhere" / "cluster")).read()
-    with pytest.raises(flomd.CannotServe):
+    with pytest.raises(flomd.CannotServe) as caught:
         opened(str(tmp_path)).read()
+    assert str(caught.value) == f"cannot read {tmp_path}: Is a directory"
 
 
 def test_a_file_that_cannot_be_written_any_more_is_told_once(tmp_path):
@@ -232,7 +235,12 @@ def test_a_file_that_cannot_be_written_any_more_is_told_once(tmp_path):
     folder.rmdir()
     for revision in range(3):
         file.write(flomd.Cluster("5", "mark", revision))
-    assert len(file._log.lines) == 1
+    path = str(folder / "cluster")
+    assert file._log.lines == [f"cannot write {path}: No such file or directory; it is tried "
+                               "again every 5 s"]
+    folder.mkdir()
+    file.finish(flomd.Cluster("5", "mark", 4))
+    assert file._log.lines[1:] == [f"{path} is written again"]
 
 
 def test_a_disk_that_fails_is_not_tried_with_each_answer(path, monkeypatch):
