@@ -6498,6 +6498,7 @@ NEVER = float("inf")  # the date of nothing
 RECORD_LAYOUT = 1  # of the leader record
 LEADER_KEY, MARK_KEY = "leader", "id"  # after the prefix
 POLL = 0.2  # s between two looks of a candidate
+IF_IT_IS_RIGHT = "; if --etcd is right, see --etcd-new-cluster"  # behind a line on another cluster
 PAGE = 2000  # keys that are read at once
 MOST_CHANGES = 120  # of a transaction; etcd takes 128, among them the record
 MOST_BYTES = 256 * 1024  # of the keys and texts of a transaction
@@ -6964,7 +6965,7 @@ class Candidate(Asker):
         return Range(self._key(MARK_KEY), self._key(LEADER_KEY) + "\0", 0)
 
     def _meet_other_cluster(self, why, now):
-        self.trouble = why
+        self.trouble = why + IF_IT_IS_RIGHT
         self._repeat(UNKNOWN, now)
 
     def _understand(self, request, answer, now):
@@ -6984,7 +6985,7 @@ class Candidate(Asker):
         mark = self._found(answer, MARK_KEY)
         why = self._mismatch(entry, mark)
         if why:
-            self.trouble = why
+            self.trouble = why + IF_IT_IS_RIGHT
             self._forget_leader()
             self.quorum.members.refuse()
             self.quorum.members.turn()
@@ -11483,7 +11484,7 @@ class Absences:
         self._untold.clear()
         self._tell_at = self._loop.now.mono + INTERVAL
         if others:
-            line += f"; {len(others)} other locks are kept, too"
+            line += f"; so are {len(others)} more"
         self._log.info(line)
 
     def stop(self) -> "None":

@@ -324,7 +324,7 @@ def test_many_that_become_absent_are_one_line_of_the_log(world, monkeypatch):
     world.run(0.05)
     line, = world.log.told
     assert line.startswith("'R', of ") and line.endswith(
-        " is kept for 25 s: its connection ended by reset; 2 other locks are kept, too")
+        " is kept for 25 s: its connection ended by reset; so are 2 more")
     world.ours(reclaim=token).close(end="reset")
     world.run(0.05)
     assert len(world.log.told) == 1  # the next one in INTERVAL s
