@@ -10552,7 +10552,7 @@ class Batches:
         self.is_due = False  # what changes is stored at the end of this turn
         self._loop = loop
         self._take_records = take_records
-        self._give_back = give_back
+        self._give_back = functools.partial(loop.guarded, nothing, give_back)
         self._is_over = False  # what is not stored is not for this daemon any more
         self._open = Batch()  # of this turn
         self._told = disk.epoch << 32  # the greatest token of all batches that were said
@@ -11502,7 +11502,8 @@ class Absences:
         del self._round[-MOST_LOOKED_AT:]
         for holder in part:
             if self._is_absent(holder):
-                self._loop.guarded(nothing, self._look_at, holder)
+                give_grace = functools.partial(self._give_grace, holder, self._begun)
+                self._loop.guarded(give_grace, self._look_at, holder)  # no lock is kept by a bug
         if self._round:
             self._loop.after(0, self._look)
         elif self._watched:

@@ -75,6 +75,16 @@ def hold(world, name="R", pid=None, ours=True, life=1, grace=-1, **more):
 
 # Their processes
 
+def test_a_bug_in_looking_at_a_process_keeps_no_lock_for_ever(world, process, monkeypatch):
+    hold(world, pid=process.pid)
+    later = Later(world)
+    monkeypatch.setattr(flomd, "look_at_process", lambda *_: 1 / 0)
+    later.run(1)
+    assert later.absent() == ["R"]
+    later.run(later.server.absences.grace / 1000)
+    assert later.absent() == [] and "ZeroDivisionError" in later.log.lines[0]
+
+
 def test_a_lock_ends_with_its_process(world, process):
     hold(world, pid=process.pid)
     later = Later(world)

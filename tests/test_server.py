@@ -543,6 +543,17 @@ def test_nobody_waits_for_ever_for_a_disk(slow):
     assert (patient.told, impatient.told) == ([1, 0], [4]) and patient.resumed == 1
 
 
+def test_a_bug_in_giving_back_a_grant_costs_no_decision(slow, monkeypatch):
+    """Whoever is late beside it is told all the same, now and later."""
+    clients = [slow.client() for _ in range(3)]
+    for number, client in enumerate(clients):
+        client.ask(f"R{number}", wait=0)
+    monkeypatch.setattr(slow.table, "gone", lambda *_: broken())
+    late(slow, clients)
+    assert [client.told for client in clients] == [[4]] * 3
+    assert "a bug" in slow.log.lines[0]
+
+
 def test_nobody_waits_for_ever_behind_what_is_not_stored(slow):
     """What has nothing to be stored is said behind what has."""
     slow.client().lock()
