@@ -351,6 +351,16 @@ tell_running() {
     echo "keeps all locks, after: $daemons"
 }
 
+tell_left() {  # the daemons of what was removed
+    left=
+    for process in $(running); do
+        if tr '\0' ' ' <"/proc/$process/cmdline" | grep -qF " $lib/flomd "; then
+            left="$left $process"
+        fi
+    done 2>/dev/null  # one may have ended
+    [ -z "$left" ] || echo "A daemon of it still runs, and ends when nobody uses it, or by: kill$left"
+}
+
 tell_daemon() {
     systemd_runs || echo "systemd does not run here: the daemon will be started at boot."
     [ ! -e /etc/flom.conf ] || return 0
@@ -406,6 +416,7 @@ uninstall_all() {
         rmdir "$dest$path" 2>/dev/null || :
     done
     echo "flom is no longer in $dest$prefix."
+    [ -n "$dest" ] || tell_left
 }
 
 read_arguments "$@"

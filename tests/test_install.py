@@ -84,7 +84,8 @@ def test_from_nothing_to_a_lock_and_back(box, prefix, shell):
     lines = read(program).splitlines()
     assert lines[0] == f"#!{PYTHON3} -IS" and len(lines) == 3
     assert {f"flom.{CODE}", f"flomd.{CODE}"} == set(os.listdir(os.path.join(lib, "__pycache__")))
-    assert box.start(program, *box.address, "--", "echo", "hello").end() == (0, "hello\n", "")
+    first = box.start(program, *box.address, "-d", "10m", "--", "echo", "hello").end()
+    assert first == (0, "hello\n", "")
     daemon = box.the_daemon()
     assert comm(daemon) == "flomd"
     words = read(f"/proc/{daemon}/cmdline").split("\0")
@@ -95,7 +96,9 @@ def test_from_nothing_to_a_lock_and_back(box, prefix, shell):
     assert (again.status, again.err) == (0, "") and box.the_daemon() == daemon
     assert re.search(rf"kill .*\b{daemon}\b", again.out)
     gone = install(box, "--prefix", prefix, "--uninstall", shell=shell)
-    assert gone == (0, f"flom is no longer in {prefix}.\n", "") and tree(prefix) == before
+    assert (gone.status, gone.err) == (0, "") and tree(prefix) == before
+    assert gone.out == (f"flom is no longer in {prefix}.\nA daemon of it still runs, and ends when "
+                        f"nobody uses it, or by: kill {daemon}\n")
 
 
 def test_an_ordinary_user_installs_at_home(box):
