@@ -2868,6 +2868,8 @@ class Connection:
         self.suspended = boot_clock() - clock()  # s, since the boot, before it was made
         self._not_now: "Any" = (BlockingIOError,)  # nothing can be read or written at present
         self._maker = os.getpid()
+        self._is_closed = False
+        self._is_awaited = False
 
     def __enter__(self):
         return self
@@ -2879,7 +2881,7 @@ class Connection:
     @property
     def is_open(self) -> "bool":
         """Whether this process has not closed it."""
-        return self.sock.fileno() >= 0
+        return not self._is_closed and self.sock.fileno() >= 0
 
     def opening(self, address, until: "float", context):
         """Steps that connect, with TLS where there is a context; raises OSError."""
@@ -3079,10 +3081,23 @@ class Connection:
 
     def close(self):
         """Ends it, also for copies of the descriptor that a command has inherited."""
+        self._is_closed = True
         if self._maker == os.getpid():
             with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RDWR)
+            if self._is_awaited:  # who awaits it is woken, and lets it go
+                return
         self.sock.close()
+
+    def note_awaited(self, awaited: "bool"):
+        """Notes that another thread waits for its descriptor, or does not any more.
+
+        It is not closed meanwhile: the next file of the program would have its number, and the
+        thread, woken a moment too late, would go on to wait for that.
+        """
+        self._is_awaited = awaited
+        if self._is_closed and not awaited:
+            self.sock.close()
 
 
 @functools.lru_cache(maxsize=None)
@@ -4736,8 +4751,11 @@ class Lock(_CommonLock):
     def _watch(self, claim):
         """In a thread: looks after the lock as long as it is held, and tells its loss."""
         limit = 0.0
+        awaited = None  # the connection that is waited for
         while True:
             with self._turn:
+                if awaited:
+                    awaited.note_awaited(False)
                 if not claim.is_ours():
                     return
                 if claim.look():
@@ -4745,6 +4763,9 @@ class Lock(_CommonLock):
                 elif not limit:
                     limit = claim.reclaim_until()
                 step = self._step_of_watch(claim, limit)
+                awaited = claim.connection
+                if awaited:
+                    awaited.note_awaited(True)
             if not step:
                 break
             finish(waiting_for(step), limit or FOREVER)

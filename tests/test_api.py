@@ -772,6 +772,36 @@ def test_a_watched_lock_that_is_not_lost(daemon, lock, box):
     assert heard.told == [] and is_free(lock)
 
 
+@pytest.mark.parametrize("end", ["release", "loss"])
+def test_a_thread_waits_for_nothing_but_its_connection(daemon, lock, box, monkeypatch, end):
+    """It is about to wait when the connection is closed, and its number given to another file."""
+    waits, goes_on, told = threading.Event(), threading.Event(), threading.Event()
+
+    def sleep(*step):
+        if threading.current_thread() is not threading.main_thread():
+            waits.set()
+            goes_on.wait(20)
+        real(*step)
+
+    real, threads = flom._sleep, threading.active_count()
+    monkeypatch.setattr(flom, "_sleep", sleep)
+    monkeypatch.setattr(flom, "RECOVERY_WINDOW", 200)  # ms
+    mine = lock(on_lost=lambda lost: told.set()).acquire()
+    assert waits.wait(20)
+    if end == "release":
+        mine.release()
+    else:
+        box.kill(daemon.pid)
+        wait_until(lambda: not mine.locked())
+    others = socket.socketpair()
+    goes_on.set()
+    wait_until(lambda: threading.active_count() <= threads)
+    assert told.is_set() == (end == "loss")
+    for other in others:
+        other.close()
+    mine.release()
+
+
 def test_a_watched_lock_is_acquired_anew(daemon, lock, box, monkeypatch):
     """The loss of the one before is told no more; nor does its thread reclaim it."""
     heard = Heard()
