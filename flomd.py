@@ -37,10 +37,28 @@ option or configuration file.
 #   way        how clients find the daemon: a listener, or its membership of a multicast group
 #   pair       (start time, id) of a daemon, by which the candidates for a group are ordered
 #   drain      to leave the clients to another daemon, and to end with the last holder
+import gc
 import sys
 
 if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
     del sys.path[0]  # a signal.py beside this script is not the one that is meant
+
+import types
+
+# Python does two things unasked that take a good part of a start.  They are left out where this
+# process is ours: that of the script itself, or of a launcher, which runs Python without site, as
+# no program does that imports this for its own ends.
+# * It looks again and again which objects can go, and of those made at the start none can.
+# * argparse has its few texts translated: that takes gettext, locale, expressions and a search for
+#   files.  What is written here is English, anyway.  Who imports gettext later gets it.
+if __name__ == "__main__" or sys.flags.no_site:
+    gc.set_threshold(50000)
+    if "gettext" not in sys.modules:
+        sys.modules["gettext"] = types.ModuleType("gettext")
+        vars(sys.modules["gettext"]).update(
+            gettext=str, ngettext=lambda one, many, number: one if number == 1 else many)
+        import argparse
+        del sys.modules["gettext"]
 
 import argparse
 import binascii
@@ -63,7 +81,6 @@ import socket
 import stat
 import struct
 import time
-import types
 
 TYPE_CHECKING = False  # mypy knows it as true: names that annotations alone use
 if TYPE_CHECKING:
@@ -1156,6 +1173,36 @@ class _Option(argparse.Action):
         self.act(option_string, text)
 
 
+class _Row:
+    """An option that argparse gets when it is needed; its parts are those of Parser.add."""
+
+    def __init__(self, group, names, help, act, hint):
+        self.group = group
+        self.names = names
+        self.help = help
+        self.act = act
+        self.hint = hint
+
+    def add_to(self, parser):
+        """Gives it to a parser of argparse, or to a group of one."""
+        shape = {"metavar": self.hint} if self.hint else {"nargs": 0}
+        parser.add_argument(*self.names, action=_Option, act=self.act, help=self.help, **shape)
+
+
+def _possible_options(arguments):
+    """The options that may be among the arguments: too many, since some of the words are values or
+    the command's, and `-Vx` may be two options as well as one with a value."""
+    found = set()
+    for word in arguments:
+        if word == "--":
+            break
+        if word.startswith("--"):
+            found.add(word.partition("=")[0])
+        elif word.startswith("-"):
+            found.update([f"-{letter}" for letter in word])
+    return found
+
+
 class _NegativeTime:
     """What argparse takes for a value though it begins as an option does; compiled when needed."""
 
@@ -1173,23 +1220,24 @@ class Parser(argparse.ArgumentParser):
         self.closing = closing
         self.defaults = defaults
         self._negative_number_matcher = _NegativeTime()  # type: ignore[assignment]
-        self.color = False  # from Python 3.14 on help has escape sequences on a terminal
-        self.groups: "dict" = {}  # name: what add_argument_group() has made
-        self.options: "dict" = {}  # long option: what add_argument() has made
+        self.options: "list[_Row]" = []
 
     def add(self, group: "str", names: "list", help: "str", act, hint: "str" = ""):
         """Adds an option to one of HELP_GROUPS; `hint` names its value, "": it has none.
 
         `act` is called with the option as it was typed, and with the text of its value.
         """
-        if group not in self.groups:
-            self.groups[group] = self.add_argument_group(HELP_GROUPS[group])
-        shape = {"metavar": hint} if hint else {"nargs": 0}
-        self.options[names[-1]] = self.groups[group].add_argument(
-            *names, action=_Option, act=act, help=help, **shape)
+        self.options.append(_Row(group, names, help, act, hint))
 
     def parse(self, arguments: "list") -> "list":
-        """Calls what each option does; returns the words behind the options; UsageError."""
+        """Calls what each option does; returns the words behind the options; UsageError.
+
+        argparse takes a while for an option, so it gets only those that are there.
+        """
+        there = _possible_options(arguments)
+        for option in self.options:
+            if not there.isdisjoint(option.names):
+                option.add_to(self)
         self.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
         words = self.parse_args(arguments).words
         if words and words[0] == "--":
@@ -1199,14 +1247,20 @@ class Parser(argparse.ArgumentParser):
         return words
 
     def help(self) -> "str":
-        """What --help prints; made here, since it is seldom asked for."""
-        for setting in SETTINGS:
-            option = self.options.get(f"--{setting.long}")
-            if option:
-                default = self.defaults.get(setting.key, setting.default)
-                option.help = setting.explained(default)
-        self._action_groups = [self.groups[name] for name in HELP_GROUPS if name in self.groups]
-        return self.format_help() + self.closing
+        """What --help prints, with all options, in groups."""
+        whole = argparse.ArgumentParser(usage=self.usage, add_help=False,
+                                        formatter_class=_help_format)
+        # From Python 3.14 on help has escape sequences on a terminal.
+        whole.color = False  # type: ignore[attr-defined]
+        explained = {f"--{setting.long}": setting.explained(
+            self.defaults.get(setting.key, setting.default)) for setting in SETTINGS}
+        for name, title in HELP_GROUPS.items():
+            group = whole.add_argument_group(title)
+            for option in self.options:
+                if option.group == name:
+                    option.help = explained.get(option.names[-1], option.help)
+                    option.add_to(group)
+        return whole.format_help() + self.closing
 
     def error(self, message):
         for pattern, ours in _ARGPARSE_SAYS:
@@ -12747,10 +12801,11 @@ class Notices:
 
 # Python looks now and then whether objects that refer to each other in a circle can go.  Where
 # there are many that stay, that lasts longer than a turn of the loop may.
+USUAL_THRESHOLDS = (700, 10, 10)  # see gc; those of Python until 3.12
+
 
 def all_of_it_stays(steps: "Iterator[None]") -> "Iterator[None]":
     """The same steps: what they have made is not looked at before nothing_stays()."""
-    import gc
     gc.disable()
     try:
         yield from steps
@@ -12760,9 +12815,15 @@ def all_of_it_stays(steps: "Iterator[None]") -> "Iterator[None]":
         gc.enable()
 
 
+def start_is_over() -> "None":
+    """What a start has made stays, and Python looks at the rest as often as it does by itself."""
+    if hasattr(gc, "freeze"):
+        gc.freeze()
+    gc.set_threshold(*USUAL_THRESHOLDS)
+
+
 def nothing_stays() -> "None":
     """Frees what a term has left."""
-    import gc
     if hasattr(gc, "unfreeze"):
         gc.unfreeze()
     gc.collect()
@@ -13698,6 +13759,7 @@ def serve(settings, options):
     log.info(daemon.greeting())
     starter.tell(0)
     notify("READY=1")
+    start_is_over()
     try:
         daemon.run()
     finally:

@@ -52,7 +52,8 @@ def flom_options(capsys):
 
 
 def flomd_options():
-    return set(flomd.make_parser(types.SimpleNamespace(given={}))._option_string_actions)
+    parser = flomd.make_parser(types.SimpleNamespace(given={}))
+    return {name for option in parser.options for name in option.names}
 
 
 @pytest.fixture

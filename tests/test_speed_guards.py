@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import sys
+import types
 
 import flomd
 import pytest
@@ -17,11 +18,11 @@ from world import ROOT, can_connect, pass_time, read, wait_until
 
 # What flom imports on its common path, and a daemon at its start, no more and no less.  All else
 # that an interpreter loads must come with these by itself.
-OF_FLOM = set("argparse binascii collections contextlib errno fcntl functools os pwd re select "
-              "signal socket sys time".split())
+OF_FLOM = set("argparse binascii collections contextlib errno fcntl functools gc os pwd re "
+              "select signal socket sys time".split())
 OF_FLOMD = OF_FLOM | set("bisect heapq itertools operator resource selectors stat struct".split())
-DEAR = {"asyncio", "base64", "configparser", "ctypes", "datetime", "getpass", "hashlib", "http",
-        "inspect", "ipaddress", "json", "logging", "pathlib", "platform", "queue", "shlex",
+DEAR = {"asyncio", "base64", "configparser", "ctypes", "datetime", "getpass", "gettext", "hashlib",
+        "http", "inspect", "ipaddress", "json", "logging", "pathlib", "platform", "queue", "shlex",
         "shutil", "ssl", "subprocess", "syslog", "tempfile", "typing", "urllib", "uuid", "xml",
         "zlib"}
 PYTHON = [sys.executable, "-I", "-S"]  # no site: nobody's .pth files
@@ -120,16 +121,20 @@ def of_machine_id():
 
 
 def baseline(box, names, more=""):
-    """What the interpreter loads by itself for these modules, and to open a text file."""
+    """What the interpreter loads by itself for these modules, and to open a text file; argparse is
+    kept from loading gettext."""
     names = names | of_machine_id()
     return modules(box, f"""
 import sys
+import types
+sys.modules["gettext"] = types.SimpleNamespace(gettext=str, ngettext=None)
+import argparse
+del sys.modules["gettext"]
 for name in {sorted(names)}:
     try:
         __import__(name)
     except ImportError:  # a small Python
         pass
-import argparse
 open("/dev/null").close()
 {more}
 print(0, *sys.modules)
@@ -170,6 +175,23 @@ def test_modules_of_the_daemon(box):
     assert used - allowed == set()
     assert OF_FLOMD & allowed - used == set()
     assert used & DEAR - allowed == set()
+
+
+@pytest.mark.parametrize("name", ["flom", "flomd"])
+def test_who_imports_gettext_later_gets_that_of_the_library(box, name):
+    code = f"import sys; sys.path.append(sys.argv[1]); import {name}, gettext; print(gettext.find)"
+    status, out, err = box.start(*BARE, "-c", code, ROOT).end()
+    assert (status, out.split()[:2]) == (0, ["<function", "find"]), err
+
+
+def test_argparse_gets_the_options_that_may_be_there():
+    options = types.SimpleNamespace(given={})
+    parser = flomd.make_parser(options)
+    parser.parse(["-Vd5", "--unicast-port=7", "--", "-f", "--policy"])
+    assert sorted(parser._option_string_actions) == [
+        "--daemon-lifespan", "--unicast-port", "--verbose", "-V", "-d", "-p"]
+    assert options.given == {"Verbose": [("-V", "yes")], "Lifespan": [("-d", "5")],
+                             "UnicastPort": [("--unicast-port", "7")]}
 
 
 # System calls
