@@ -11,7 +11,8 @@ set -eu
 cd "${1:-$(dirname "$0")/..}"
 for program in sha256sum gsha256sum 'shasum -a 256' 'openssl dgst -sha256 -r'; do
     if command -v "${program%% *}" >/dev/null; then
-        $program flom.py flomd.py | sed 's/ \*/  /'
+        sums=$($program flom.py flomd.py)
+        echo "$sums" | sed 's/ \*/  /'
         exit
     fi
 done

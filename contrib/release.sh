@@ -58,7 +58,8 @@ case $(headings | head -n 1) in
     *) fail "contrib/CHANGELOG.md: $version is not its newest section" ;;
 esac
 mkdir -p dist
-git archive --prefix="flom-$version/" HEAD | gzip -n >"dist/flom-$version.tar.gz"
+git archive --prefix="flom-$version/" -o "dist/flom-$version.tar" HEAD
+gzip -nf "dist/flom-$version.tar"
 contrib/checksums.sh >"dist/flom-$version.sha256"
 cat <<END
 dist/flom-$version.tar.gz and dist/flom-$version.sha256 are made.  What is left:

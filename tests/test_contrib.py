@@ -495,6 +495,8 @@ def test_the_checksums_are_what_sha256sum_checks(box):
     os.chmod(box.write("python3", f"#!/bin/sh\nexec {sys.executable} \"$@\"\n"), 0o755)
     poor = box.start("/bin/sh", contrib("checksums.sh"), ROOT, env={"PATH": box.folder})
     assert poor.end() == (0, expected, "")
+    empty = box.start("/bin/sh", contrib("checksums.sh"), box.folder).end()
+    assert empty.status and empty.out == "" and "flom.py" in empty.err
 
 
 # Installation
