@@ -32,8 +32,10 @@ option or configuration file.
 #   decision   what the lock table has to tell a session
 #   window     the recovery window: after a crash reclaims alone are granted for a while
 #   epoch      the upper half of the tokens; it grows from one daemon to the next
-#   record     a key and a text, by which a later daemon knows a holder or a resource
+#   memory     what a later daemon knows of this one: who holds what
+#   record     a key and a text of the memory; the leader record says who serves a quorum
 #   batch      records that are stored together
+#   store      where they are kept: two files, see State on disk, or etcd
 #   way        how clients find the daemon: a listener, or its membership of a multicast group
 #   pair       (start time, id) of a daemon, by which the candidates for a group are ordered
 #   drain      to leave the clients to another daemon, and to end with the last holder
@@ -7402,7 +7404,7 @@ ETCD_PORT = 2379  # where a URL has none
 NO_ROOM = "database space exceeded"
 NOT_AN_ETCD = "not an etcd"
 OF_OTHER_ANSWERS = ("succeeded", "responses", "token")  # than those to a range
-TOO_LATE = "timed out"  # why there is no answer
+TOO_LATE, TOO_LONG_TO_READ = "timed out", "its answer is too long"  # why there is no answer
 
 Access = collections.namedtuple("Access", "urls user password_file ca certificate private_key")
 Access.__doc__ = """The members, and how they are told who asks; what is not given is None."""
@@ -7840,10 +7842,12 @@ class _Resolver:
 # A connection.
 
 class _Stream(io.RawIOBase):
-    """What comes from a member.  No read lasts longer than `until` (s, monotonic)."""
+    """What comes from a member.  No read lasts longer than `until` (s, monotonic), and at most
+    `left` bytes are read: a chunk of the length -1 is to Python 3.13 all that comes."""
 
     def __init__(self, connection):
         self.until = 0.0
+        self.left = 0
         self._connection = connection
 
     def readable(self):
@@ -7851,7 +7855,11 @@ class _Stream(io.RawIOBase):
 
     def readinto(self, buffer):
         self._connection.settimeout(left_until(self.until))
-        return self._connection.recv_into(buffer)
+        number = self._connection.recv_into(buffer)
+        self.left -= number
+        if self.left < 0:
+            raise TooLong(TOO_LONG_TO_READ)
+        return number
 
 
 class _Buffered(io.BufferedReader):
@@ -7945,6 +7953,7 @@ class _Link:
         self._socket.settimeout(left_until(until))
         self._socket.sendall(f"{head}\r\n".encode() + body)
         self._stream.until = until
+        self._stream.left = 2 * MOST_ANSWER  # of the head and of what divides chunks, too
         response = http.client.HTTPResponse(self, method=method)  # type: ignore[arg-type]
         response.begin()
         data = self._read_body(response)
@@ -7965,7 +7974,7 @@ class _Link:
             pieces.append(piece)
             size += len(piece)
             if size > MOST_ANSWER:
-                raise TooLong("its answer is too long")
+                raise TooLong(TOO_LONG_TO_READ)
         if response.length:
             raise ValueError("its answer was cut off")
         return b"".join(pieces)

@@ -366,6 +366,15 @@ def test_an_answer_that_is_too_long_is_not_read(fake, world, head):
     assert world.outcome(write("1")) == (flomd.UNKNOWN, "its answer is too long")
 
 
+def test_no_more_is_read_whatever_length_is_said(fake, world):
+    """A length below 0 is to some versions of Python all that comes."""
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n"
+    fake.members[0].misbehave(head + b" " * (4 * flomd.MOST_ANSWER))
+    outcome, reason = world.outcome(write("1"))
+    assert outcome == flomd.UNKNOWN
+    assert reason in ("its answer is too long", "not an etcd: LineTooLong")
+
+
 def test_the_refusal_of_a_certificate_with_a_name_is_told(fake, world):
     text = (b"CommonName of client sending a request against gateway will be ignored and not used "
             b"as expected\n")
