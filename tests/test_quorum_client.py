@@ -1082,6 +1082,7 @@ def test_an_unlock_that_the_leader_does_not_acknowledge(box, leaders, end):
 def test_a_program_releases_over_a_change_of_leader(leaders, lock, looks, rollback):
     """However long ago it looked last: the next leader keeps the lock from its claim on."""
     leader, other = leaders(grace=300, element="1")
+    other.grace = WANTED["grace"]
     lock.settings.values["Name"] = "_S_n[1]"
     lock.name = "_S_n[1]"
     lock.acquire()

@@ -73,7 +73,7 @@ def is_busy(result, status=98):
     return result[:2] == (status, "") and bool(re.fullmatch(text, result.err))
 
 
-def wait_until(predicate, seconds=10):
+def wait_until(predicate, seconds=30):
     """The first true value of predicate(), asked until then; AssertionError after the deadline."""
     begun = time.monotonic()
     deadline, pause = begun + seconds, 0.001
@@ -87,7 +87,7 @@ def wait_until(predicate, seconds=10):
         pause, begun = min(2 * pause, max(0.005, 10 * (asked - begun)), 0.05), time.monotonic()
 
 
-def run_until(loop, is_done, seconds=10):
+def run_until(loop, is_done, seconds=30):
     """Runs a loop of flomd in this process until is_done()."""
     def look():
         if is_done():
@@ -164,7 +164,7 @@ class Process(subprocess.Popen):
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return self.returncode
 
-    def end(self, seconds=20):
+    def end(self, seconds=60):
         """Waits for its end and returns (status, out, err)."""
         return Result(self.wait(timeout=seconds), self.out, self.err)
 
@@ -182,7 +182,7 @@ class Gate:
     def started(self):
         return any(line.split()[:2] == [self.name, "start"] for line in self.box.events())
 
-    def wait(self, seconds=10):
+    def wait(self, seconds=30):
         """Waits until the command has started."""
         wait_until(self.started, seconds)
 
@@ -206,6 +206,7 @@ class Box:
         self.socket, self.log = self.path("s"), self.path("log")
         self.address = ("-s", self.socket) if address is None else address
         self.foreground, self.forgiven, self.seen = [], set(), {}
+        self.before = set(os.listdir("/proc"))  # processes that are not of this box
 
     def path(self, name):
         return os.path.join(self.folder, name)
@@ -236,7 +237,7 @@ class Box:
 
     def run(self, *args, **options):
         """Runs flom.py to its end: (status, out, err)."""
-        seconds = options.pop("seconds", 20)
+        seconds = options.pop("seconds", 60)
         return self.flom(*args, **options).end(seconds)
 
     def flomd(self, *args, **options):
@@ -284,7 +285,9 @@ class Box:
     def running(self):
         """{pid: command line} of all processes of this box, zombies aside."""
         mark, found = f"HOME={self.folder}".encode(), {}
-        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        there = set(filter(str.isdigit, os.listdir("/proc")))
+        self.before &= there  # the pid of one that has ended may be another's later
+        for pid in map(int, there - self.before):
             try:
                 with open(f"/proc/{pid}/environ", "rb") as file:
                     environment = file.read()
