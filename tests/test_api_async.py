@@ -34,7 +34,7 @@ def run():
     asyncio.set_event_loop(loop)
     mistakes = []
     loop.set_exception_handler(lambda _, context: mistakes.append(context))
-    yield lambda work: loop.run_until_complete(asyncio.wait_for(work, 30))
+    yield lambda work: loop.run_until_complete(asyncio.wait_for(work, 60))
     left = [task for task in all_tasks(loop) if not task.done()]
     loop.run_until_complete(loop.shutdown_asyncgens())
     loop.close()
@@ -52,7 +52,7 @@ def waits(box, number=1):
     return f"waits {number}" in box.run("--status").out
 
 
-async def until(predicate, seconds=10):
+async def until(predicate, seconds=30):
     """As wait_until, while the loop runs."""
     loop = asyncio.get_event_loop()
     deadline = loop.time() + seconds
