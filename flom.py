@@ -1759,13 +1759,17 @@ INFINITE, NOT_A_NUMBER = float("inf"), float("nan")
 
 
 def milliseconds(seconds, origin: "str") -> "int":
-    """The ms of a number of seconds, of its text or of a timedelta; UsageError.
+    """The ms of a number of seconds, of its text, which may have a unit, or of a timedelta;
+    UsageError.
 
     -1, which means for ever, of inf and of what is negative.  What is more than 0 is at least 1.
     """
     if hasattr(seconds, "total_seconds"):
         seconds = seconds.total_seconds()
     number = _float_of(seconds)
+    if number != number and isinstance(seconds, str):  # no number: one with a unit
+        with contextlib.suppress(ValueError):
+            number = Time(0).read(seconds) / 1000
     if number < 0 or number == INFINITE:
         return -1
     if not number * 1000 <= MOST:  # also what is no number

@@ -1005,6 +1005,7 @@ def test_values_of_python():
 
 SECONDS = [(5, 5000), (1.5, 1500), ("5", 5000), ("0.25", 250), (0, 0), (0.0003, 1), (1e-9, 1),
            (2.01, 2010), (-1, -1), (-0.0003, -1), (float("inf"), -1), (float("-inf"), -1),
+           ("20ms", 20), ("1.5m", 90000), ("1h", 3600000), ("3s", 3000), ("inf", -1),
            (datetime.timedelta(minutes=1, milliseconds=20), 60020), (2147483, 2147483000)]
 
 
@@ -1014,7 +1015,7 @@ def test_seconds(seconds, ms):
 
 
 @pytest.mark.parametrize("seconds", [
-    "soon", "", float("nan"), 2147484, 1e300, 10 ** 400, True, [5], datetime.timedelta(days=25)],
+    "soon", "", "ms", "5 s", "nan", "25d", "597h", float("nan"), 2147484, 1e300, 10 ** 400, True, [5], datetime.timedelta(days=25)],
     ids=lambda value: repr(value)[:9])
 def test_what_is_no_number_of_seconds(seconds):
     text = r"^timeout=: .* is not a number of seconds up to 2147483$"
