@@ -4725,6 +4725,8 @@ class Lock(_CommonLock):
                  timeout: "Seconds" = None, quantity: "int | None" = None, *,
                  start_daemon: "bool" = False, config: "bool" = True, reentrant: "bool" = False,
                  on_lost: "Callable[[Lock], object] | None" = None, **options: "Any") -> "None":
+        if on_lost and body_of(on_lost) != "plain":
+            raise TypeError(f"on_lost=: {on_lost!r} is not plain: no event loop would run it")
         self.reentrant = reentrant
         super().__init__(name, mode, timeout, quantity, start_daemon=start_daemon, config=config,
                          on_lost=on_lost, **options)
@@ -4956,11 +4958,12 @@ class AsyncLock(_CommonLock):
     lock is held the event loop watches its connection, and reclaims it when its daemon vanishes.
     Use one AsyncLock per task.
 
-    on_lost: a function that the event loop calls once, with the lock, when it is lost and was not
-    to be had back.
+    on_lost: a function, which may be async, that the event loop calls once, with the lock, when it
+    is lost and was not to be had back.
     """
 
-    _PASSING = _CommonLock._PASSING | {"_loop", "_descriptor", "_timer", "_recovery"}
+    _PASSING = _CommonLock._PASSING | {"_loop", "_descriptor", "_timer", "_recovery",
+                                         "_telling"}
     _ONE_EACH = "AsyncLock per task"
 
     def _begin(self):
@@ -4969,6 +4972,7 @@ class AsyncLock(_CommonLock):
         self._descriptor: "int | None" = None  # that the loop watches
         self._timer: "Any" = None
         self._recovery: "Any" = None  # the task that reclaims the lock, or has failed to
+        self._telling: "Any" = None  # the task of an on_lost that is async
 
     def _new_claim(self, settings):
         claim = super()._new_claim(settings)
@@ -5106,7 +5110,10 @@ class AsyncLock(_CommonLock):
             self._recovery = None
             self._watch()
         elif self.on_lost:
-            self.on_lost(self)
+            import asyncio
+            told = self.on_lost(self)
+            if asyncio.iscoroutine(told):  # a task of its own, since it may release the lock
+                self._telling = self._loop.create_task(told)
 
     if TYPE_CHECKING:
         @overload

@@ -265,6 +265,26 @@ def test_a_loss_is_told(daemon, alock, lock, box, run, monkeypatch):  # noqa: F8
     run(work())
 
 
+def test_a_loss_is_told_to_a_coroutine(daemon, alock, lock, box, run):  # noqa: F811
+    """Which may release the lock."""
+    told = []
+
+    async def on_lost(lost):
+        await lost.release()
+        told.append(lost)
+
+    async def work():
+        held = await alock(on_lost=on_lost).acquire()
+        assert box.run("--evict", held._claim.chain[0]).status == 0
+        await until(lambda: told == [held])
+        assert not held.lost and is_free(lock)
+        await held.acquire()
+        await held.release()
+    run(work())
+    with pytest.raises(TypeError, match="on_lost=: .* no event loop would run it"):
+        lock(on_lost=on_lost)
+
+
 def test_a_decorator(daemon, alock, lock, run):  # noqa: F811
     class Work:
         async def double(self, number: int) -> int:
