@@ -781,7 +781,7 @@ def test_a_thread_waits_for_nothing_but_its_connection(daemon, lock, box, monkey
         if threading.current_thread() is not threading.main_thread():
             waits.set()
             goes_on.wait(20)
-        real(*step)
+        return real(*step)
 
     real, threads = flom._sleep, threading.active_count()
     monkeypatch.setattr(flom, "_sleep", sleep)
