@@ -335,6 +335,11 @@ tell_installed() {
         *:"$prefix/bin":*) echo "Try: flom -- echo hello" ;;
         *) echo "Try: $prefix/bin/flom -- echo hello    ($prefix/bin is not in PATH)" ;;
     esac
+    case $prefix in
+        /usr | /usr/local) ;;
+        *) ! command -v zsh >/dev/null ||
+            echo "In ~/.zshrc, before compinit: fpath+=($share/zsh/site-functions)" ;;
+    esac
     tell_running
 }
 

@@ -118,6 +118,14 @@ def test_an_ordinary_user_installs_at_home(box):
     assert user.install(*prefix, "--uninstall").status == 0 and tree(home) == set()
 
 
+def test_who_has_zsh_reads_how_it_finds_its_completion(box, prefix):
+    os.chmod(box.write("zsh", ""), 0o755)
+    path = {"DESTDIR": "", "PATH": f"{box.folder}:{os.environ['PATH']}"}
+    done = box.start("sh", INSTALL, "--prefix", prefix, "--python", PYTHON3, env=path).end()
+    folder = re.search(r"\n.*zshrc.*fpath\+=\((.*)\)\n", done.out).group(1)
+    assert os.path.exists(os.path.join(folder, "_flom"))
+
+
 def test_a_launcher_is_alone_with_python_s_own_library(box, prefix):
     """Neither PYTHONPATH nor the current folder nor its own one gets in between."""
     assert install(box, "--prefix", prefix, "--python", PYTHON3).status == 0
