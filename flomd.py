@@ -5837,7 +5837,7 @@ class Thread:
                 _, self._bug, _ = sys.exc_info()
 
     def _obey(self):
-        while has_come(self._theirs):
+        while take_bytes(self._theirs):
             while self._todo:
                 work = self._todo.popleft()
                 work.do()
@@ -5853,9 +5853,9 @@ class Thread:
             self._ours.send(b".")
 
     def _handle(self, events):
-        is_there = has_come(self._ours)
+        is_open = take_bytes(self._ours)
         self._hear()
-        if not is_there and not self._is_finished:
+        if not is_open and not self._is_finished:
             self._begin_again()
 
     def _hear(self):
@@ -5883,7 +5883,7 @@ class Thread:
         left = seconds
         while self._begun and left > 0:
             readable, _, _ = select.select([self._ours], [], [], left)
-            if readable and not has_come(self._ours):
+            if readable and not take_bytes(self._ours):
                 break
             self._hear()
             left = until - time.monotonic()
@@ -5892,11 +5892,11 @@ class Thread:
         self._ours.close()
 
 
-def has_come(wakes: "socket.socket") -> "bool":
-    """Takes the bytes that have come, or waits for one; returns whether there was any before the
-    other end was closed, which with bytes that nobody has read there is a reset."""
+def take_bytes(source: "socket.socket") -> "bool":
+    """Takes the bytes that have come, or waits for one; returns whether the other end is open.
+    The end of one that has not read all is a reset."""
     try:
-        return wakes.recv(64) != b""
+        return source.recv(64) != b""
     except ConnectionResetError:
         return False
 
@@ -10678,7 +10678,7 @@ class Batches:
         records = self._take_records()
         if batch.token >> 32 > disk.epoch and not disk.cover(batch.token):
             return
-        done = functools.partial(self._is_stored, batch)
+        done = functools.partial(self._note_stored, batch)
         if records:
             batch.is_accepted = disk.commit(records, done)
         elif batch.connections and disk.kind == IN_ETCD:
@@ -10687,7 +10687,7 @@ class Batches:
         elif not batch.token or disk.kind != NOT_KEPT:
             done()
 
-    def _is_stored(self, batch):
+    def _note_stored(self, batch):
         """It counts; it is said when all before it are.  One that counts at once is not pending
         yet."""
         batch.is_stored = True
@@ -10760,7 +10760,7 @@ class Batches:
                     detail = Decision(detail.session, LIMIT, reason=CANNOT_STORE)
                 said.append((act, connection, detail))
             batch.said = said
-        self._is_stored(batch)
+        self._note_stored(batch)
 
     def _is_new_grant(self, detail):
         """Whether it is a grant of which nobody knows."""
@@ -12744,8 +12744,8 @@ class Term(Daemon):
         self.hide()
 
 
-class NobodysTerm:
-    """What a candidate publishes, in place of a Term: figures of itself, and an empty table."""
+class EmptyTerm:
+    """What a candidate publishes in place of a Term: an empty table, and the figures."""
     kind = IN_ETCD
     failing = ""
     epoch = 0
@@ -12808,13 +12808,13 @@ class Notices:
                            f"has {mine.version}: that is for the time of an upgrade")
 
 
-# Python looks now and then whether objects that refer to each other in a circle can go.  Where
-# there are many that stay, that lasts longer than a turn of the loop may.
+# Python's collector looks now and then whether objects that refer to each other in a circle can
+# go.  Where there are many that stay, that lasts longer than a turn of the loop may.
 USUAL_THRESHOLDS = (700, 10, 10)  # see gc; those of Python until 3.12
 
 
-def all_of_it_stays(steps: "Iterator[None]") -> "Iterator[None]":
-    """The same steps: what they have made is not looked at before nothing_stays()."""
+def kept_from_collector(steps: "Iterator[None]") -> "Iterator[None]":
+    """The same steps: the collector does not look at what they have made before collect()."""
     gc.disable()
     try:
         yield from steps
@@ -12831,7 +12831,7 @@ def start_is_over() -> "None":
     gc.set_threshold(*USUAL_THRESHOLDS)
 
 
-def nothing_stays() -> "None":
+def collect() -> "None":
     """Frees what a term has left."""
     if hasattr(gc, "unfreeze"):
         gc.unfreeze()
@@ -12891,7 +12891,7 @@ class Campaign:
             self._house.start()
             self._etcd.start()
         self._connections = self._make_connections()
-        self._publish(self._nobody())
+        self._publish(self._empty_term())
         self._stand()
         self._tell_status()
 
@@ -13021,7 +13021,7 @@ class Campaign:
             if self._end_reason and asker.deadline == NEVER:
                 self._end()
         elif asker.stage == LOADS and asker.is_loaded() and self._steps is None:
-            self._steps = all_of_it_stays(self._restoring(asker))
+            self._steps = kept_from_collector(self._restoring(asker))
             self._restore()
         self._go_on()
 
@@ -13061,10 +13061,10 @@ class Campaign:
     def _begin_anew(self):
         """With another thread, and connections that nobody knows."""
         self._etcd.stop()
-        self.loop.after(0, nothing_stays)
+        self.loop.after(0, collect)
         pause = REJECTED_FOR if self._damage else 0
         self.loop.after(pause, self._prepare)
-        self._show(self._nobody())
+        self._show(self._empty_term())
 
     def _prepare(self):
         """Gets what a candidate and its next term need.  The system may refuse it, or the files of
@@ -13084,9 +13084,9 @@ class Campaign:
         if self._obstacle != before:
             self.log.error(self._obstacle)
 
-    def _nobody(self):
+    def _empty_term(self):
         """What is to be published while it does not serve."""
-        return NobodysTerm(self, self._make_table(0))
+        return EmptyTerm(self, self._make_table(0))
 
     def _stand(self):
         """A candidate, in a cluster that may be used."""

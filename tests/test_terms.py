@@ -132,7 +132,7 @@ def test_nothing_is_left_of_a_term_that_a_bug_has_ended(world):
     campaign.term = Noting(noted)
     campaign._steps = campaign._table = None
     campaign._end_reason, campaign._damage = "", "a bug"
-    campaign._show = campaign._nobody = lambda *term: None
+    campaign._show = campaign._empty_term = lambda *term: None
     world.leader.resign()
     world.ask()
     world.confirm()
