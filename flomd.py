@@ -1531,7 +1531,7 @@ def serving(failure, *opened):
     except (OSError, UnicodeError) as error:
         for part in opened:
             part.close()
-        reason = getattr(error, "strerror", error)
+        reason = getattr(error, "strerror", None) or error
         raise CannotServe(f"{failure}: {reason}")
 
 
@@ -8418,7 +8418,7 @@ class ClusterFile:
                 self._replace(Cluster())
             return Cluster(is_new=is_new)
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", error)
+            reason = getattr(error, "strerror", None) or error
             raise CannotServe(f"cannot read {self.path}: {reason}")
         if is_new:
             return Cluster(is_new=True)
