@@ -1511,6 +1511,8 @@ LONGEST_SYSLOG = 2000  # bytes
 LONGEST_LINE = 4096  # bytes that stderr takes at once: a pipe's atomic write
 LONGEST_TEXT = 3000  # characters of what is told, be it a stranger's
 LIMITED, INTERVAL = 10, 10  # lines that peers may cause in so many s
+SELDOM = 3600  # s until a line is told again that would come every few s
+MOST_SELDOM = 100  # such lines that are remembered
 LOG_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
 
 
@@ -1640,6 +1642,8 @@ class Log:
         self._lost = 0  # lines since the last that was written
         self._caused = 0  # lines that peers have caused in the interval
         self._interval_began = 0.0  # s, monotonic
+        # s, monotonic, until which a line is not told again, in their order
+        self._seldom: "OrderedDict[str, float]" = collections.OrderedDict()
 
     def _make_target(self, append):
         if self.target == "syslog":
@@ -1671,6 +1675,18 @@ class Log:
         """A line that a peer causes: at most LIMITED of them are written in an INTERVAL."""
         if self._may_cause():
             self._write(level, text)
+
+    def seldom(self, text: "str", level: "str" = "error") -> "None":
+        """A line on what lasts and is seen every few s, until somebody has mended it: it is
+        written once in SELDOM s."""
+        now = time.monotonic()
+        if now < self._seldom.get(text, 0):
+            return
+        self._seldom[text] = now + SELDOM
+        self._seldom.move_to_end(text)
+        if len(self._seldom) > MOST_SELDOM:
+            self._seldom.popitem(last=False)
+        self.limited(text, level)
 
     def bug(self, trace: "str") -> "None":
         """The traceback of a bug in flomd, which goes on; a peer may cause it."""
@@ -10326,7 +10342,7 @@ class Member:
                 continue
             host, port = _address_in(answer)
             who = "a quorum" if answer.quorum else "another daemon"
-            self._log.limited(f"{who} answers for the group: {host!r} port {port}", "error")
+            self._log.seldom(f"{who} answers for the group: {host!r} port {port}")
             if answer.pair is None or answer.pair < self._group.pair:
                 self._verify(answer)
 
@@ -10387,8 +10403,8 @@ class QuorumMember:
         """Answers the questions that have come."""
         for question in self._group.questions():
             if question.pair is not None and not question.quorum:
-                self._log.limited(f"a daemon without quorum is in the group, on "
-                                  f"{question.sender[0]}", "error")
+                self._log.seldom("a daemon without quorum is in the group, on "
+                                 f"{question.sender[0]}")
             record = self._record()
             if record is not None and question.sender[1] != self._group.port:
                 self._group.answer_for(question, record)
@@ -10402,8 +10418,8 @@ class QuorumMember:
             if answer.quorum:
                 self._compare(f"{host} port {port}")
             else:
-                self._log.limited(f"a daemon without quorum answers for the group: {host!r} port "
-                                  f"{port}", "error")
+                self._log.seldom(f"a daemon without quorum answers for the group: {host!r} port "
+                                 f"{port}")
 
     def _compare(self, theirs):
         """Daemons of one quorum tell of the same leader, but for the moment of a change."""
@@ -10415,8 +10431,8 @@ class QuorumMember:
         if theirs == ours:
             return
         if theirs == self._other:
-            self._log.limited(f"another quorum serves the group: its leader is at {theirs}, that "
-                              f"of this one at {ours}", "error")
+            self._log.seldom(f"another quorum serves the group: its leader is at {theirs}, that "
+                             f"of this one at {ours}")
         self._other = theirs
 
     def close(self) -> "None":

@@ -28,6 +28,8 @@ class Lines:
     def limited(self, text, level="warning"):
         self.lines.append(text)
 
+    seldom = limited
+
 
 class Members:
     """Members of one group on the loopback, in one loop."""

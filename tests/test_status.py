@@ -365,6 +365,35 @@ def test_a_line_of_the_log_is_one_line_whatever_it_tells(tmp_path):
     assert len(last) < 4096 and not log._lost
 
 
+@pytest.mark.parametrize("error, reason", [
+    (OSError("no such interface"), "no such interface"), (OSError(2, "none", "f"), "none"),
+    (UnicodeError("no name"), "no name")])
+def test_why_a_daemon_cannot_serve(error, reason):
+    with pytest.raises(flomd.CannotServe) as caught:
+        with flomd.serving("cannot join"):
+            raise error
+    assert str(caught.value) == f"cannot join: {reason}"
+
+
+def test_what_lasts_is_told_seldom(tmp_path, monkeypatch):
+    log = flomd.Log(str(tmp_path / "log"), "info")
+    log.open()
+    for _ in range(5):
+        log.seldom("a rival")
+        log.seldom("another")
+    for number in range(2 * flomd.MOST_SELDOM):
+        log.seldom(f"{number}")
+    assert len(log._seldom) == flomd.MOST_SELDOM
+    monkeypatch.setattr(flomd, "LIMITED", 10 ** 6)
+    monkeypatch.setattr(flomd, "SELDOM", 0)
+    for _ in range(2):
+        log.seldom("over")
+    log._target.file.close()
+    said = read(log.target)
+    assert said.count("a rival\n") == said.count("another\n") == 1
+    assert said.count("over\n") == 2
+
+
 def test_what_an_init_system_is_told_is_one_line(tmp_path, monkeypatch):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as init:
         init.bind(str(tmp_path / "init"))
