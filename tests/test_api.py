@@ -1015,7 +1015,8 @@ def test_seconds(seconds, ms):
 
 
 @pytest.mark.parametrize("seconds", [
-    "soon", "", "ms", "5 s", "nan", "25d", "597h", float("nan"), 2147484, 1e300, 10 ** 400, True, [5], datetime.timedelta(days=25)],
+    "soon", "", "ms", "5 s", "nan", "25d", "597h", float("nan"), 2147484, 1e300, 10 ** 400, True,
+    [5], datetime.timedelta(days=25)],
     ids=lambda value: repr(value)[:9])
 def test_what_is_no_number_of_seconds(seconds):
     text = r"^timeout=: .* is not a number of seconds up to 2147483$"
