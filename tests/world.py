@@ -285,18 +285,22 @@ class Box:
     def running(self):
         """{pid: command line} of all processes of this box, zombies aside."""
         mark, found = f"HOME={self.folder}".encode(), {}
+
+        def look(pid):
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                environment = file.read()
+            if mark in environment.split(b"\0"):
+                found[pid] = read(f"/proc/{pid}/cmdline").replace("\0", " ")
+            return environment
         there = set(filter(str.isdigit, os.listdir("/proc")))
         self.before &= there  # the pid of one that has ended may be another's later
         for pid in map(int, there - self.before):
             try:
-                with open(f"/proc/{pid}/environ", "rb") as file:
-                    environment = file.read()
-                if mark in environment.split(b"\0"):
-                    found[pid] = read(f"/proc/{pid}/cmdline").replace("\0", " ")
-                elif not environment and pid in self.seen and not has_ended(pid):
-                    found[pid] = self.seen[pid]  # it is dying, and its sockets may still be there
-            except OSError:  # it has ended, or is another user's
-                pass
+                has_told = look(pid)
+            except OSError:  # it is dying, has ended, or is another user's
+                has_told = False
+            if not has_told and pid in self.seen and not has_ended(pid):
+                found[pid] = self.seen[pid]  # it is dying, and its sockets may still be there
         self.seen = found
         return found
 
