@@ -28,6 +28,9 @@ class Lines:
     def limited(self, text, level):
         self.lines.append(text)
 
+    def bug(self, trace):
+        self.lines.append(trace)
+
 
 RECORDS = [("d", 'epoch="7" covers="34359738367"'), ("h/00000000000000a1", 'name="R" user="jö"')]
 BATCHES = [
@@ -742,6 +745,14 @@ def test_a_bug_in_the_thread_is_a_failure(path, monkeypatch):
     assert told == [3] and journal.rewritten == 3 and not journal.failing
     assert len(log.lines) == 1 and "a bug" in log.lines[0]
     journal.close()
+    join_threads()
+
+
+def join_threads():
+    """Waits for their ends: a bug is told to pytest after it was told to the loop."""
+    for thread in threading.enumerate():
+        if thread.name == "disk":
+            thread.join(10)
 
 
 class Bug:
@@ -773,6 +784,7 @@ def test_what_is_behind_a_bug_in_the_thread_has_failed_at_once():
     thread.do(flomd.Task(gate.wait), heard.append)
     thread.finish(10)
     assert len(heard) == 3
+    join_threads()
 
 
 def test_a_thread_that_is_held_up_takes_whatever_it_is_given():
