@@ -49,7 +49,7 @@ def test_a_pipe_ends_when_the_command_ends(box):
     """The daemon keeps nothing of its starter, so `flom … | cat` does not wait for it."""
     flom = box.flom("-d", "-1", "--", "echo", "hello", stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT)
-    assert flom.communicate(timeout=5) == (b"hello\n", None)
+    assert flom.communicate(timeout=30) == (b"hello\n", None)
     assert flom.returncode == 0
     assert len(box.daemons()) == 1
 
