@@ -807,6 +807,7 @@ def test_a_watched_lock_is_acquired_anew(daemon, lock, box, monkeypatch):
     heard = Heard()
     held = lock(on_lost=heard, timeout=5).acquire()
     gate = threading.Event()
+    monkeypatch.setattr(flom, "RECOVERY_WINDOW", 60000)  # ms; not over before the next daemon comes
     real = flom.Claim.reclaim_until
     monkeypatch.setattr(flom.Claim, "reclaim_until", lambda claim: gate.wait(10) and real(claim))
     box.kill(daemon.pid)

@@ -756,7 +756,7 @@ def test_a_slow_tree_is_written_once_and_whole(box):
     begun, first = os.listdir(state), children(daemon.pid)
     holder, hold = box.hold("a", "-r", "R1")
     for number in range(5):
-        assert box.run("-r", f"n{number}", "--", "true").status == 0
+        assert box.run("-r", f"n{number}", "-i", "60000", "--", "true").status == 0
         assert os.listdir(state) == begun and children(daemon.pid) == first
     release(gate)
     wait_until(lambda: children(daemon.pid) not in ([], first))
