@@ -63,7 +63,10 @@ if __name__ == "__main__" or sys.flags.no_site:
         sys.modules["gettext"] = types.ModuleType("gettext")
         vars(sys.modules["gettext"]).update(
             gettext=str, ngettext=lambda one, many, number: one if number == 1 else many)
-        import argparse
+        try:
+            import argparse
+        except ImportError:
+            pass  # one of a later Python, that wants more of gettext: it gets the library's below
         del sys.modules["gettext"]
 
 import argparse
