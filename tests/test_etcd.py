@@ -816,6 +816,7 @@ def enable_authentication(world):
         post(world, path, body)
 
 
+@pytest.mark.in_time  # etcd gives up a request that it cannot do in time
 @with_real_etcd
 def test_authentication_of_a_real_one(open_world, password_file):
     real = RealEtcd()
@@ -929,6 +930,7 @@ def test_certificates_of_our_making(certificates, open_world, tmp_path):
         real.close()
 
 
+@pytest.mark.in_time  # etcd gives up a request that it cannot do in time
 @with_real_etcd
 def test_tls_of_a_real_one(certificates, open_world, password_file):
     access = tls_access(certificates)
