@@ -67,6 +67,8 @@ sys.path.insert(0, sys.argv[1])
 import flomd
 
 def tell(number, frame):
+    if hasattr(gc, "unfreeze"):
+        gc.unfreeze()  # what is frozen is not among the objects
     for one in gc.get_objects():
         if type(one) is CACHE:
             one.cache_clear()
