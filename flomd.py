@@ -8947,11 +8947,20 @@ class Loop:
 
     def _catch_up(self, date):
         """Handles what has come by now, before what was due at the date is done."""
-        now = self.now.mono
-        late = now - date
-        until = now + late
-        if late > STALL:
-            self.running_since = now
+        since, stalled = date, True
+        while stalled and not self._stopped:
+            begun = self.now.mono
+            late = begun - since
+            if late > STALL:
+                self.running_since = begun
+            self._read_for(late)
+            # The process may have been stopped right here: then more has come, and more is due.
+            stalled = self.now.mono > begun + late + STALL
+            since = begun
+
+    def _read_for(self, seconds):
+        """Handles what has come: two turns at least if anything has, and until nothing comes."""
+        until = self.now.mono + seconds
         accepted = self._turn(0)
         came = accepted and self._turn(0)  # what they have sent
         while came and self.now.mono < until and not self._stopped:

@@ -6,6 +6,7 @@ import socket
 
 import flomd
 import pytest
+from clock import Clock
 from fakes import LOCK, PEER, FlomClient, b64, message, parse
 from world import can_connect, endpoint, pass_time, patched, read, wait_until
 
@@ -207,6 +208,29 @@ def test_an_act_has_one_date(pairs):
     loop.at(now + 0.02, third)
     pairs.run(0.05)
     assert called == ["first", "second"]
+
+
+def test_a_stop_while_what_has_come_is_read(pairs, monkeypatch):
+    """What came during it is read, too, before what was due is done; and nobody was silent."""
+    clock, found = Clock(), []
+    monkeypatch.setattr(flomd, "time", clock)
+    loop = pairs.loop
+    STOPPED, LAST = 1, 9
+
+    def handle(events):
+        number = pairs.called[-1]
+        pairs.pairs[number][0].recv(1)
+        if number == STOPPED:
+            clock.passed += 100
+        if number < LAST:
+            pairs.call(number + 1)
+    for _ in range(LAST + 1):
+        pairs.add(handle)
+    pairs.call(0)
+    loop.after(0, lambda: found.append((list(pairs.called), loop.now.mono - loop.running_since)))
+    pairs.run()
+    (called, running), = found
+    assert called == list(range(LAST + 1)) and running < 50
 
 
 def test_dates_that_were_moved_do_not_pile_up(pairs):
