@@ -3,6 +3,7 @@ an OK that is read late, several addresses, and that it starts none.
 """
 import asyncio
 import base64
+import contextlib
 import os
 import re
 import select
@@ -294,9 +295,10 @@ def open_at(daemon):
     found = []
     for connection in list(daemon.connections):
         poll = select.poll()
-        poll.register(connection, select.POLLRDHUP)
-        if not poll.poll(0):
-            found.append(connection)
+        with contextlib.suppress(ValueError):  # the daemon has just closed it itself
+            poll.register(connection, select.POLLRDHUP)
+            if not poll.poll(0):
+                found.append(connection)
     return found
 
 
