@@ -429,16 +429,24 @@ def run(world, *words, **options):
         address=(), **options)
 
 
+def known_revision(host):
+    """The revision of etcd that the daemon of a host has noted (each few seconds)."""
+    return int(re.search(r"^revision (\d+)$", read(host.path("cluster")), re.MULTILINE).group(1))
+
+
 def test_older_data_is_not_used(world):
     """Etcd is set back to yesterday, with its cluster id.  Nobody serves, not even after a restart,
     until somebody says that this is the right one."""
     world.start()
+    yesterday = world.members[1].revision()
     world.kill_etcd()
     for member in world.members.values():
         member.keep_data()
     world.start_etcd()
     world.await_etcd()
     assert [run(world, seconds=30).out for _ in range(3)] == ["1\n", "2\n", "3\n"]
+    hosts = [world.hosts[number - 1] for number in world.daemons]
+    wait_until(lambda: all(known_revision(host) > yesterday for host in hosts))
     world.kill_etcd()
     for member in world.members.values():
         member.put_back_data()
