@@ -43,7 +43,6 @@ Exit status: that of COMMAND, 128 + n when signal n killed it; of flom, with a l
 #   obstacle         what keeps a reclaim, or the start of a daemon, from succeeding at present
 #   steps            a generator that does what may take time, and yields what it waits for
 #   carrier          a process that has inherited the command's pipe: flom may wait for its end
-import gc
 import sys
 
 if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
@@ -58,6 +57,7 @@ import types
 # * argparse has its few texts translated: that takes gettext, locale, expressions and a search for
 #   files.  What is written here is English, anyway.  Who imports gettext later gets it.
 if __name__ == "__main__" or sys.flags.no_site:
+    import gc
     gc.set_threshold(50000)
     if "gettext" not in sys.modules:
         sys.modules["gettext"] = types.ModuleType("gettext")

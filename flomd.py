@@ -39,7 +39,6 @@ option or configuration file.
 #   way        how clients find the daemon: a listener, or its membership of a multicast group
 #   pair       (start time, id) of a daemon, by which the candidates for a group are ordered
 #   drain      to leave the clients to another daemon, and to end with the last holder
-import gc
 import sys
 
 if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
@@ -54,6 +53,7 @@ import types
 # * argparse has its few texts translated: that takes gettext, locale, expressions and a search for
 #   files.  What is written here is English, anyway.  Who imports gettext later gets it.
 if __name__ == "__main__" or sys.flags.no_site:
+    import gc
     gc.set_threshold(50000)
     if "gettext" not in sys.modules:
         sys.modules["gettext"] = types.ModuleType("gettext")
@@ -12843,6 +12843,7 @@ USUAL_THRESHOLDS = (700, 10, 10)  # see gc; those of Python until 3.12
 
 def kept_from_collector(steps: "Iterator[None]") -> "Iterator[None]":
     """The same steps: the collector does not look at what they have made before collect()."""
+    import gc
     gc.disable()
     try:
         yield from steps
@@ -12854,6 +12855,7 @@ def kept_from_collector(steps: "Iterator[None]") -> "Iterator[None]":
 
 def start_is_over() -> "None":
     """What a start has made stays, and Python looks at the rest as often as it does by itself."""
+    import gc
     if hasattr(gc, "freeze"):
         gc.freeze()
     gc.set_threshold(*USUAL_THRESHOLDS)
@@ -12861,6 +12863,7 @@ def start_is_over() -> "None":
 
 def collect() -> "None":
     """Frees what a term has left."""
+    import gc
     if hasattr(gc, "unfreeze"):
         gc.unfreeze()
     gc.collect()
