@@ -473,11 +473,16 @@ class OurDaemon:
     def die(self):
         """It ends, as by KILL."""
         with self.life:
-            if self.listener:
-                self.listener.shutdown(socket.SHUT_RDWR)
-                self.listener.close()
-            self.listener = None
+            self._stop_listening()
             self._cut_off()
+
+    def _stop_listening(self):
+        """Before its connections end: a client is back within no time."""
+        with self.changed:
+            listener, self.listener = self.listener, None
+        if listener:
+            listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
 
     def _cut_off(self):
         with self.changed:
@@ -499,12 +504,15 @@ class OurDaemon:
 
     def reset(self):
         """It ends, and resets its connections."""
-        with self.changed:
-            for connection in list(self.connections):
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER)
-                connection.shutdown(socket.SHUT_RD)
-            self.connections.clear()
-        self.die()
+        with self.life:
+            self._stop_listening()
+            with self.changed:
+                for connection in list(self.connections):
+                    with suppress(OSError):  # it has ended
+                        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER)
+                        connection.shutdown(socket.SHUT_RD)
+                self.connections.clear()
+            self.die()
 
     def count(self, kind):
         """How many messages of a kind it has had."""
@@ -520,6 +528,9 @@ class OurDaemon:
             while True:
                 connection = listener.accept()[0]
                 with self.changed:
+                    if listener is not self.listener:  # it has died since
+                        connection.close()
+                        return
                     self.connections.add(connection)
                 self._start(self._serve, connection)
 

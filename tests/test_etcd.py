@@ -393,6 +393,7 @@ def test_an_answer_byte_by_byte(fake, world):
     assert world.ask(write("2", "1")).succeeded
 
 
+@pytest.mark.in_time
 @pytest.mark.parametrize("fault", [fake_etcd.SILENCE, fake_etcd.SILENCE_AFTER, fake_etcd.DRIP])
 def test_the_whole_answer_must_come_in_time(fake, world, fault):
     fake.members[0].misbehave(fault)
@@ -611,6 +612,7 @@ def test_a_name_is_resolved(fake, open_world):
     assert world.ask(write("1")).succeeded
 
 
+@pytest.mark.in_time
 def test_a_slow_resolver_does_not_take_the_time_of_an_answer(fake, open_world, monkeypatch):
     port = fake.members[0].port
     calls, found = [], threading.Event()

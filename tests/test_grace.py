@@ -320,6 +320,7 @@ def test_term_never_comes_to_whom_a_lock_is_kept_for_as_long_as_it_lives(box, fa
     assert holder.end().status == 0 and holder.err.count("\n") == 1
 
 
+@pytest.mark.in_time
 @pytest.mark.parametrize("end, options", [("reset", NETWORK), ("reset", {}), ("die", {})])
 def test_term_where_others_may_have_the_lock(box, fake, end, options):
     """The daemon may live, and have seen the reset; or it has promised nothing."""

@@ -126,6 +126,7 @@ def test_the_layout_of_another_version_is_told():
     assert error.value.args == (12,)
 
 
+@pytest.mark.in_time
 @pytest.mark.parametrize("size", [1, 1000])
 def test_a_large_file_is_read_soon(size):
     text = ('name="X3Jlc291cmNl" mode="5" id="0123456789abcdef" proof="0123456789abcdef" '
