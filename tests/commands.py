@@ -43,6 +43,16 @@ sys.exit(flom.main())
 # For `driven`: a loss that is mended is not told, also where that takes more than a second.
 PATIENT = "flom.NOTICE = 60\n"
 
+
+def impatient(seconds):
+    """For `driven`: the first answer to a reclaim has that long; that to the lock takes its time."""
+    return ("begin = flom.Loss.__init__\n"
+            "def lose(loss, claim, *rest):\n"
+            f"    claim._patience = flom.PATIENCE = {seconds}\n"
+            "    begin(loss, claim, *rest)\n"
+            "flom.Loss.__init__ = lose\n")
+
+
 DAEMON_DRIVER = f"""\
 import sys
 sys.path.insert(0, {ROOT!r})

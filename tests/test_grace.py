@@ -11,7 +11,7 @@ import types
 
 import flom
 import pytest
-from commands import PATIENT, Counter, driven
+from commands import PATIENT, Counter, driven, impatient
 from test_lock_loss import ALONE, is_in_trouble, is_told
 from world import pass_time, read, wait_until
 
@@ -203,7 +203,7 @@ def test_a_start_that_has_begun_is_waited_for(box, fake):
 def test_obstacles_of_a_reclaim(box, fake):
     """A daemon at its limits, one that ends again, and one that says nothing."""
     daemon = fake(**LOCAL)
-    holder, gate = hold(box, PATIENT + "flom.PATIENCE = 0.3", *ALONE)
+    holder, gate = hold(box, PATIENT + impatient(0.3), *ALONE)
     for obstacle in (9, 8, "close", "hang", "reset"):
         daemon.does = {"reclaim": obstacle}
         daemon.die()
@@ -223,7 +223,7 @@ def test_obstacles_of_a_reclaim(box, fake):
 def test_a_reclaim_that_is_answered_late(box, fake):
     """The lock moves to the connection that is answered; the end of the others frees nothing."""
     daemon, turns = fake(**LOCAL), Turns()
-    holder, gate = hold(box, PATIENT + "flom.PATIENCE = 0.1", *ALONE)
+    holder, gate = hold(box, PATIENT + impatient(0.1), *ALONE)
     daemon.die()
     daemon.does = {"reclaim": turns}
     daemon.begin()
@@ -240,7 +240,7 @@ def test_a_reclaim_that_is_answered_late(box, fake):
 def test_a_reclaim_that_is_answered_after_the_end(box, fake, patience, status):
     """Whether the value of the sequence is to be granted again is said with it."""
     daemon, turns = fake(True, element="1", **LOCAL), Turns()
-    code = PATIENT + f"flom.PATIENCE = {patience}; flom.HURRY = 0"
+    code = PATIENT + impatient(patience) + "flom.HURRY = 0"
     holder, gate = hold(box, code, *ALONE, "-r", "_S_n[1]", status=status)
     daemon.die()
     daemon.does = {"reclaim": turns}
