@@ -44,13 +44,14 @@ sys.exit(flom.main())
 PATIENT = "flom.NOTICE = 60\n"
 
 
-def impatient(seconds):
-    """For `driven`: the first answer to a reclaim has that long; that to the lock takes its time."""
-    return ("begin = flom.Loss.__init__\n"
-            "def lose(loss, claim, *rest):\n"
+def impatient(seconds, after="_set_lost"):
+    """For `driven`: a first answer has that long, but from a step of the Claim on: before it, that
+    to the lock takes its time."""
+    return (f"step = flom.Claim.{after}\n"
+            "def then(claim, *rest):\n"
             f"    claim._patience = flom.PATIENCE = {seconds}\n"
-            "    begin(loss, claim, *rest)\n"
-            "flom.Loss.__init__ = lose\n")
+            "    return step(claim, *rest)\n"
+            f"flom.Claim.{after} = then\n")
 
 
 DAEMON_DRIVER = f"""\

@@ -227,8 +227,8 @@ def test_a_reclaim_that_is_answered_late(box, fake):
     daemon.die()
     daemon.does = {"reclaim": turns}
     daemon.begin()
-    wait_until(lambda: daemon.count("reclaim") == 3)
-    assert len(daemon.connections) == 3
+    wait_until(lambda: daemon.count("reclaim") >= 3)
+    assert len(daemon.connections) >= 3
     turns.begin()
     wait_until(lambda: len(daemon.connections) == 1)
     assert len(daemon.holders) == 1

@@ -264,10 +264,11 @@ def test_a_status_report_that_nobody_reads(box):
 def test_a_reader_who_takes_nothing_of_a_report(box):
     """It is closed when it has taken no part of it for 10 s.  (Here: 1 s.)"""
     daemon = driven_daemon(box, "flomd.PATIENCE = 1")
-    with connections(box, MANY + 1) as clients:
-        *holders, reader = clients
-        for number, client in enumerate(holders):
+    with contextlib.ExitStack() as stack:
+        for number in range(MANY):
+            client = stack.enter_context(FlomClient(*endpoint(box.address)))
             assert client.lock(f"R{number}x{'y' * 8000}") is True
+        reader = stack.enter_context(FlomClient(*endpoint(box.address)))
         reader.socket.sendall(message(LOCK, 8, f'<resource name="{b64("_STATUS")}" wait="0"/>'))
         wait_until(lambda: "silent" in daemon.err)
         reader.socket.settimeout(5)

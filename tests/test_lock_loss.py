@@ -424,11 +424,15 @@ def test_a_name_that_is_not_resolved_while_a_lock_is_reclaimed(box, back):
 # TCP
 
 class Relay(threading.Thread):
-    """Passes TCP connections on to a daemon, and resets them: the client's side, or both."""
+    """Passes TCP connections on to a daemon, and resets them: the client's side, or both.
+
+    `pairs`: [(the client's side, the daemon's)]; `answered`: those over which the daemon has spoken.
+    """
 
     def __init__(self, target):
         super().__init__()
-        self.target, self.pairs, self.done = target, [], threading.Semaphore(0)
+        self.target, self.pairs, self.answered = target, [], set()
+        self.done = threading.Semaphore(0)
         self.selector, self.listener = selectors.DefaultSelector(), socket.socket()
         self.listener.bind(("127.0.0.1", 0))
         self.listener.listen(50)
@@ -466,12 +470,15 @@ class Relay(threading.Thread):
                 self._pass(ready[0])
 
     def _pass(self, source):
-        other, = [pair[source is pair[0]] for pair in self.pairs if source in pair]
+        pair, = [pair for pair in self.pairs if source in pair]
+        other = pair[source is pair[0]]
         data = b""
         with contextlib.suppress(OSError):
             data = source.recv(65536)
         with contextlib.suppress(OSError):
             other.sendall(data) if data else other.shutdown(socket.SHUT_WR)
+        if data and source is pair[1]:
+            self.answered.add(pair)
         if not data:
             self.selector.unregister(source)
 
@@ -502,9 +509,9 @@ def test_a_reset_connection_is_made_again(box, relay, sides):
             for n, name in enumerate(names)]
     before = holders_of(box)
     waiters = [box.waiter("-r", "R1", "--", *box.note("late"))] if sides == 1 else []
-    pairs = len(relay.pairs)
+    answered = len(relay.answered)
     relay.reset(sides)
-    wait_until(lambda: len(relay.pairs) >= pairs + len(names))
+    wait_until(lambda: len(relay.answered) >= answered + len(names))
     wait_until(lambda: holders_of(box) == before)
     assert "late" not in box.events()
     for holder, gate in runs:
