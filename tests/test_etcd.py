@@ -914,18 +914,17 @@ def test_http_at_another_url(open_world):
 
 @with_real_etcd
 def test_certificates_of_our_making(certificates, open_world, tmp_path):
-    """Those of make-certificates.sh show who asks.  Etcd has to trust that of its own, too."""
+    """Those of make-certificates.sh show who asks, and who answers."""
     script = os.path.join(ROOT, "contrib/tls/make-certificates.sh")
-    for words in ["ca"], ["one", "some-id"]:
+    for words in ["ca"], ["one", "some-id"], ["127.0.0.1", "its-id"], ["::1", "its-id"]:
         subprocess.check_call(["sh", script] + words, cwd=str(tmp_path))
-    trusted = tmp_path / "trusted.pem"
-    trusted.write_text(read(certificates.pem("ca")) + read(str(tmp_path / "ca.pem")))
-    access = dict(ca=certificates.pem("ca"), certificate=str(tmp_path / "one.pem"),
-                  private_key=str(tmp_path / "one.key"))
+    ca, *one = [str(tmp_path / name) for name in ("ca.pem", "one.pem", "one.key")]
+    access = dict(ca=ca, certificate=one[0], private_key=one[1])
     own = flomd.Access(("https://127.0.0.1",), None, None, *access.values())
-    real = RealEtcd("--client-cert-auth", "--trusted-ca-file", str(trusted),
-                    "--cert-file", certificates.pem("server"),
-                    "--key-file", certificates.key("server"), context=flomd._client_context(own))
+    real = RealEtcd("--client-cert-auth", "--trusted-ca-file", ca,
+                    "--cert-file", str(tmp_path / "127.0.0.1.pem"),
+                    "--key-file", str(tmp_path / "127.0.0.1.key"),
+                    context=flomd._client_context(own))
     try:
         assert open_world([real.url], **access).ask(write("1")).succeeded
     finally:
