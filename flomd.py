@@ -9954,6 +9954,8 @@ class LocalListener(Listener):
             self._log.limited(f"{error}, which was removed", "error")
             return
         self._log.error(f"{self._path} was removed; it was made anew")
+        self._at_once = BACKLOG  # who had connected to the old one is a client like any other
+        self.handle(EVENT_READ)
         super().close()
         self._listen(bound)
         self._identity = identity(self._path)

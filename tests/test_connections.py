@@ -1,4 +1,5 @@
 """What a connection sends, to those who read slowly, too; a report goes out in portions."""
+import os
 import signal
 import socket
 import struct
@@ -19,6 +20,8 @@ class Log:
 
     def limited(self, text, level="warning"):
         self.lines.append(text)
+
+    error = limited
 
     def info(self, text):
         self.told.append(text)
@@ -329,6 +332,27 @@ def test_a_crowd_leaves_files_for_the_daemon_itself(monkeypatch):
     assert len(connections) == flomd.RESERVE // 2 + 2
     listener.close()
     connections.abandon()
+    for client in crowd:
+        client.close()
+
+
+def test_who_had_connected_to_a_socket_that_was_removed_is_accepted(box):
+    """Also where it came after the loop had last looked for clients."""
+    links = Links()
+    guard = types.SimpleNamespace(look=lambda: True)
+    listener = flomd.LocalListener(links.loop, links.log, box.socket, 0o600, guard,
+                                   links.connections.welcome, flomd.always, None)
+    crowd = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+    for client in crowd[:2]:
+        client.connect(box.socket)
+    os.unlink(box.socket)
+    listener.look()
+    crowd[2].connect(box.socket)
+    links.turn()
+    assert links.log.lines == [f"{box.socket} was removed; it was made anew"]
+    assert len(links.connections) == 3
+    listener.close()
+    links.connections.abandon()
     for client in crowd:
         client.close()
 
