@@ -278,9 +278,9 @@ def test_daemons_killed_under_many_clients(boxes):
             crowd.box.kill(pid, signal.Signals["SIG" + end])
         if end == "order" or lifespans[crowd.box] == "0":
             crowd.box.flomd("--no-files", *crowd.box.address, "-d", "-1", *QUICK).end()
-        wait_until(lambda: crowd.box.daemons(), 30)
         for each in crowds:
-            each.fill(4)
+            each.fill(4)  # all others may have ended, and nobody would start a daemon
+        wait_until(lambda: crowd.box.daemons(), 30)
     for crowd, ordered in zip(crowds, stops):
         crowd.end()
         check(crowd, lifespans[crowd.box], ordered)

@@ -537,8 +537,8 @@ def container(box):
 
     def make(*words):
         made = box.start(*unshare, *PYTHON, FLOM, *box.address, *words)
-        wait_until(lambda: made.poll() is not None or children(box, made.pid))
-        made.first, = children(box, made.pid)
+        made.first, = wait_until(
+            lambda: children(box, made.pid) or made.poll() is not None and [None])
         return made
 
     return make

@@ -453,7 +453,7 @@ def test_an_alert_at_the_unlock(box, certificates):
         with pytest.raises(ZeroDivisionError):
             with flom.Lock(config=False, unicast_address="127.0.0.1", unicast_port=port, **files):
                 raise ZeroDivisionError
-        assert alerting.alerts == 2
+        wait_until(lambda: alerting.alerts == 2)
 
 
 @pytest.mark.parametrize("reason, said, certificates_are_wrong", [
