@@ -623,7 +623,8 @@ def test_ignore_neither_pings_nor_reclaims(box, leaders):
     assert other.messages == []
     leader.go_on()
     gate.open()
-    assert holder.end() == (0, "", "") and leader.holders == {}
+    assert holder.end() == (0, "", "")
+    wait_until(lambda: leader.holders == {})
 
 
 # Waiters
@@ -962,15 +963,15 @@ def test_a_program_pings_when_it_looks(leaders, lock):
 
 def test_a_program_that_has_not_looked_for_long(leaders, lock):
     """It does not take an old answer for a new one, nor its own silence for that of the daemon."""
-    leader, _ = leaders(interval=400, grace=600)
+    leader, _ = leaders(interval=600, grace=1200)
     lock.acquire()
     for _ in range(2):
-        pass_time(0.5)
+        pass_time(0.8)
         assert not lock.lost
     lock.check()
     assert leader.count("reclaim") == 0
     leader.stop()
-    pass_time(0.5)
+    pass_time(0.8)
     assert lock.lost
     leader.go_on()
 
