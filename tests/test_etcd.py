@@ -14,7 +14,7 @@ import flomd
 from certificates import Certificates
 from fake_etcd import FakeEtcd
 from real_etcd import USERS, RealEtcd, free_ports, with_real_etcd
-from world import ROOT, pass_time, read, wait_until
+from world import ROOT, pass_time, wait_until
 
 CLOSED = "it has closed the connection without an answer"
 RESET = "connection reset by peer"  # by who closes and has not read all

@@ -426,7 +426,7 @@ def test_a_name_that_is_not_resolved_while_a_lock_is_reclaimed(box, back):
 class Relay(threading.Thread):
     """Passes TCP connections on to a daemon, and resets them: the client's side, or both.
 
-    `pairs`: [(the client's side, the daemon's)]; `answered`: those over which the daemon has spoken.
+    `pairs`: [(the client's side, the daemon's)]; `answered`: those over which the daemon spoke.
     """
 
     def __init__(self, target):
