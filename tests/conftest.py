@@ -20,7 +20,8 @@ os.environ.setdefault("FLOM_SEED", str(random.SystemRandom().randrange(10 ** 9))
 from clock import let_time_fly  # noqa: E402
 from fakes import OurDaemon  # noqa: E402
 from network import Host, Network, Unavailable  # noqa: E402
-from world import AS_IS, FLOM, SEED, Boxes, endpoint, free_port, wait_until  # noqa: E402
+from world import (  # noqa: E402
+    AS_IS, CLAIMS, FLOM, PORTS, SEED, Boxes, claim, endpoint, forget_daemon, free_port, wait_until)
 
 MOST_SECOND_TRIES = 2  # in a run
 FIRST_FAILURES = []  # of the tests that were tried again: (name, text)
@@ -154,17 +155,10 @@ def pytest_configure(config):
 
 
 def pytest_unconfigure():
+    for port in PORTS:
+        forget_daemon(port)
     if not AS_IS:
         shutil.rmtree(os.path.dirname(FLOM))
-
-
-def claim(path):
-    """Makes a file for all processes of together.py; False when another has made it."""
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return False
-    return True
 
 
 def to_run(items):
@@ -196,11 +190,10 @@ def pytest_runtestloop(session):
 
 def may_try_again():
     """Whether one more of the second tries of this run, in all its processes, is left."""
-    folder = os.environ.get("FLOM_CLAIMS", "").split(":")[0]
     for number in range(MOST_SECOND_TRIES):
-        if not folder and number >= len(FIRST_FAILURES):
+        if not CLAIMS and number >= len(FIRST_FAILURES):
             return True
-        if folder and claim(os.path.join(folder, f"second-{number}")):
+        if CLAIMS and claim(os.path.join(CLAIMS, f"second-{number}")):
             return True
     return False
 

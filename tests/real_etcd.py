@@ -2,15 +2,13 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import urllib.request
-from contextlib import ExitStack
 
 import pytest
 
-from world import read, wait_until
+from world import free_port, read, wait_until
 
 ETCD = shutil.which("etcd")
 REQUIRED = os.environ.get("FLOM_REQUIRE_ETCD") == "1"
@@ -27,21 +25,13 @@ USERS = [(f"auth/{path}", body) for path, body in [
 """What is to be posted so that nobody is admitted but `root`, and `flom` below /x/."""
 
 
-def free_ports(number):
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
 class RealEtcd:
     """Listens at `url` until it is closed; `options` are its own, `context` is for TLS, `health`
     the URL that tells its health, if it is another."""
 
     def __init__(self, *options, context=None, health=None):
         self.folder = tempfile.mkdtemp(prefix="flom-etcd-", dir="/tmp")
-        client, peer = free_ports(2)
+        client, peer = free_port(), free_port()
         self.url = f"{'https' if context else 'http'}://127.0.0.1:{client}"
         self._context, self._health = context, health or self.url
         peer = f"http://127.0.0.1:{peer}"

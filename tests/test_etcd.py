@@ -13,8 +13,8 @@ import fake_etcd
 import flomd
 from certificates import Certificates
 from fake_etcd import FakeEtcd
-from real_etcd import USERS, RealEtcd, free_ports, with_real_etcd
-from world import ROOT, pass_time, wait_until
+from real_etcd import USERS, RealEtcd, with_real_etcd
+from world import ROOT, free_port, pass_time, wait_until
 
 CLOSED = "it has closed the connection without an answer"
 RESET = "connection reset by peer"  # by who closes and has not read all
@@ -896,7 +896,7 @@ def test_a_real_one_that_is_full(open_world):
 @with_real_etcd
 def test_http_at_another_url(open_world):
     """Etcd 3.5.9 and later can have HTTP at one port and gRPC alone at the other."""
-    port, = free_ports(1)
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     try:
         real = RealEtcd("--listen-client-http-urls", url, health=url)

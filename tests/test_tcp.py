@@ -100,11 +100,11 @@ def test_one_daemon_serves_a_socket_and_an_address_as_one_lock_space(box):
 class Silent:
     """A listener that says nothing, or nothing but `words`; b"" closes the connection."""
 
-    def __init__(self, words=None, backlog=5, host="127.0.0.1", port=0):
+    def __init__(self, words=None, backlog=5, host="127.0.0.1", port=None):
         self.socket, self.words, self.accepted = socket.socket(), words, []
-        self.socket.bind((host, port))
+        self.port = port or free_port(host)
+        self.socket.bind((host, self.port))
         self.socket.listen(backlog)
-        self.port = self.socket.getsockname()[1]
         self.thread = threading.Thread(target=self._serve)
         self.thread.start()
 
@@ -142,7 +142,7 @@ def silent():
 def full_port():
     """A listener whose backlog is full, so that connecting takes for ever; [sockets], port."""
     listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
+    listener.bind(("127.0.0.1", free_port()))
     listener.listen(0)
     fillers = [socket.socket() for _ in range(4)]
     for filler in fillers:
@@ -209,11 +209,10 @@ def test_an_address_that_does_not_connect_holds_the_next_one_up_for_a_moment(box
 
 def test_two_addresses_are_never_asked_at_a_time(box):
     """The first connection is closed before the second carries a request."""
-    listeners, port = [], 0
+    listeners, port = [], free_port()
     for host in ("127.0.0.3", "127.0.0.2"):
         listener = socket.socket()
         listener.bind((host, port))
-        port = listener.getsockname()[1]
         listener.listen(1)
         listener.settimeout(10)
         listeners.append(listener)

@@ -552,7 +552,7 @@ def test_a_process_made_by_fork_closes_its_copy_alone(tls):
 def test_the_first_address_that_completes_the_handshake_is_asked(box, certificates):
     """One that takes the connection and says nothing holds the next one up for a moment alone."""
     with socket.socket() as silent:
-        silent.bind(("127.0.0.3", 0))
+        silent.bind(("127.0.0.3", free_port()))
         silent.listen(5)
         port, options = str(silent.getsockname()[1]), certificates.options()
         box.daemon(*options, address=("-a", "127.0.0.2", "-p", port))

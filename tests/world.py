@@ -63,6 +63,9 @@ if SOAK:
 # What tests do by chance they do by chance(), drawn anew in each run.
 SEED = os.environ["FLOM_SEED"]
 
+CLAIMS = os.environ.get("FLOM_CLAIMS", "").split(":")[0]  # the folder of together.py, "" for none
+PORTS = set()  # those that this process has used
+
 Result = collections.namedtuple("Result", "status out err")
 
 
@@ -463,13 +466,43 @@ def can_connect(address):
     return True
 
 
+def claim(path):
+    """Makes a file for all processes of together.py; False when another has made it."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
 def free_port(host="127.0.0.1"):
-    """A TCP port that nobody listens on, and that no daemon has served: its journal would tell of
-    holders."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.bind((host, 0))
-        port = probe.getsockname()[1]
+    """A TCP port that nobody listens on, and none that this run has had: a test may use it late,
+    or again and again.  The system itself gives higher ones to connections."""
+    while True:
+        port = random.SystemRandom().randrange(10000, 32768)
+        if is_free(host, port) and is_new(port):
+            forget_daemon(port)
+            return port
+
+
+def is_free(host, port):
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def is_new(port):
+    """Whether the port has not been used yet; now it has."""
+    if port in PORTS or CLAIMS and not claim(os.path.join(CLAIMS, f"port-{port}")):
+        return False
+    PORTS.add(port)
+    return True
+
+
+def forget_daemon(port):
+    """Removes what a daemon that has served a port leaves: its journal would tell of holders."""
     for path in glob.glob(f"/tmp/flom-*-{port}.*"):
         os.unlink(path)
-    return port
