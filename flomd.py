@@ -1683,13 +1683,13 @@ class Log:
         """A line on what lasts and is seen every few s, until somebody has mended it: it is
         written once in SELDOM s."""
         now = time.monotonic()
-        if now < self._seldom.get(text, 0):
-            return
+        if now < self._seldom.get(text, 0) or not self._may_cause():
+            return  # a line that was left out is written when it comes again
+        self._write(level, text)
         self._seldom[text] = now + SELDOM
         self._seldom.move_to_end(text)
         if len(self._seldom) > MOST_SELDOM:
             self._seldom.popitem(last=False)
-        self.limited(text, level)
 
     def bug(self, trace: "str") -> "None":
         """The traceback of a bug in flomd, which goes on; a peer may cause it."""

@@ -376,15 +376,20 @@ def test_why_a_daemon_cannot_serve(error, reason):
 
 
 def test_what_lasts_is_told_seldom(tmp_path, monkeypatch):
+    """What was left out among the lines that peers cause is told the next time."""
     log = flomd.Log(str(tmp_path / "log"), "info")
     log.open()
+    for _ in range(flomd.LIMITED):
+        log.limited("a crowd")
+    log.seldom("a rival")
+    assert "a rival" not in read(log.target)
+    monkeypatch.setattr(flomd, "LIMITED", 10 ** 6)
     for _ in range(5):
         log.seldom("a rival")
         log.seldom("another")
     for number in range(2 * flomd.MOST_SELDOM):
         log.seldom(f"{number}")
     assert len(log._seldom) == flomd.MOST_SELDOM
-    monkeypatch.setattr(flomd, "LIMITED", 10 ** 6)
     monkeypatch.setattr(flomd, "SELDOM", 0)
     for _ in range(2):
         log.seldom("over")
