@@ -5,6 +5,7 @@ are found again.  What a test has started must have ended when it ends, idle dae
 end with the box; a process or a socket left behind fails the test.
 """
 import collections
+import contextlib
 import glob
 import importlib.util
 import marshal
@@ -327,6 +328,15 @@ class Box:
                 process.wait(timeout=10)
         wait_until(lambda: has_ended(pid))
 
+    def tell(self):
+        """Prints the last words of all that has run; pytest shows them when the test has failed."""
+        for process in self.processes:
+            said = ""
+            with contextlib.suppress(OSError):  # a test has removed it
+                said = process.err[-2000:].encode("utf-8", "replace").decode()
+            if said:
+                print(f"{process.args} ended with {process.returncode} and said:\n{said}")
+
     def forget(self):
         """The next daemon is not to know what the one before it, which has ended, knew."""
         if os.path.exists(self.socket + ".journal"):
@@ -398,6 +408,8 @@ class Boxes:
 
     def close(self):
         wrong = [line for box in self.boxes for line in box.close()]
+        for box in self.boxes:
+            box.tell()
         for folder in self.folders:
             shutil.rmtree(folder)
         self.boxes, self.folders = [], []
