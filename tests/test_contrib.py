@@ -426,7 +426,6 @@ def test_values_are_completed(box, shell):
     }.items())]
 
 
-@pytest.mark.in_time  # a shell waits for 2 s
 @pytest.mark.parametrize("shell", sorted(SHELLS))
 def test_names_and_ids_are_those_that_the_daemon_has(box, shell):
     """The daemon that the options before mean; without one there are none, and none is started."""

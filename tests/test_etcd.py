@@ -16,6 +16,8 @@ from fake_etcd import FakeEtcd
 from real_etcd import USERS, RealEtcd, with_real_etcd
 from world import ROOT, free_port, pass_time, wait_until
 
+pytestmark = pytest.mark.in_time  # flomd's thread, an etcd, and limits of their own
+
 CLOSED = "it has closed the connection without an answer"
 RESET = "connection reset by peer"  # by who closes and has not read all
 PREFIX, END = "/x/", "/x0"
@@ -393,7 +395,6 @@ def test_an_answer_byte_by_byte(fake, world):
     assert world.ask(write("2", "1")).succeeded
 
 
-@pytest.mark.in_time
 @pytest.mark.parametrize("fault", [fake_etcd.SILENCE, fake_etcd.SILENCE_AFTER, fake_etcd.DRIP])
 def test_the_whole_answer_must_come_in_time(fake, world, fault):
     fake.members[0].misbehave(fault)
@@ -612,7 +613,6 @@ def test_a_name_is_resolved(fake, open_world):
     assert world.ask(write("1")).succeeded
 
 
-@pytest.mark.in_time
 def test_a_slow_resolver_does_not_take_the_time_of_an_answer(fake, open_world, monkeypatch):
     port = fake.members[0].port
     calls, found = [], threading.Event()
@@ -818,7 +818,6 @@ def enable_authentication(world):
         post(world, path, body)
 
 
-@pytest.mark.in_time  # etcd gives up a request that it cannot do in time
 @with_real_etcd
 def test_authentication_of_a_real_one(open_world, password_file):
     real = RealEtcd()
@@ -931,7 +930,6 @@ def test_certificates_of_our_making(certificates, open_world, tmp_path):
         real.close()
 
 
-@pytest.mark.in_time  # etcd gives up a request that it cannot do in time
 @with_real_etcd
 def test_tls_of_a_real_one(certificates, open_world, password_file):
     access = tls_access(certificates)

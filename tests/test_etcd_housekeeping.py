@@ -7,6 +7,8 @@ from fake_etcd import FakeEtcd
 from test_etcd import Log, threads
 from world import wait_until
 
+pytestmark = pytest.mark.in_time  # threads of flomd or of a fake
+
 PREFIX = "/x/"
 
 

@@ -12,6 +12,8 @@ from fake_etcd import FakeEtcd, encoded
 from real_etcd import USERS, RealEtcd, with_real_etcd
 from world import wait_until
 
+pytestmark = pytest.mark.in_time  # its threads, or those of a real one
+
 
 def key(text):
     return encoded(text.encode())

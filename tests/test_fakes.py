@@ -8,6 +8,8 @@ from fakes import (DISCOVER, HEADER, LOCK, PING, UNLOCK, Died, FlomClient, FlomD
                    message)
 from world import DATA, wait_until
 
+pytestmark = pytest.mark.in_time  # threads of flomd or of a fake
+
 
 @pytest.fixture
 def daemon():

@@ -102,7 +102,6 @@ def test_an_unlock_that_was_stored_and_not_acknowledged(box, fake):
     assert client.end() == (0, "", "") and daemon.count("reclaim") == 1
 
 
-@pytest.mark.in_time
 @pytest.mark.parametrize("tcp, options, status, seconds", [
     (False, LOCAL, 0, 0), (False, dict(LOCAL, element="1"), 0, 0),
     (False, dict(LOCAL, element="1"), 1, 2), (True, NETWORK, 0, 2), (True, {}, 0, 2)],
@@ -121,7 +120,6 @@ def test_how_long_an_unlock_is_tried(box, fake, tcp, options, status, seconds):
     assert not os.path.exists(box.path("started"))
 
 
-@pytest.mark.in_time
 def test_a_daemon_that_does_not_store(box, fake):
     """The goodbye is over after 5 s (here 1 s), and the lock free with the connection."""
     daemon = fake(True, unlock="hang", **NETWORK)
@@ -295,7 +293,6 @@ def counted(box, code, *options):
     return holder, counter
 
 
-@pytest.mark.in_time
 def test_term_comes_before_the_grace_is_over(box, fake):
     """As long before as KILL takes, and 1 s; here after 1 s."""
     daemon = fake(True, grace=2500)
@@ -320,7 +317,6 @@ def test_term_never_comes_to_whom_a_lock_is_kept_for_as_long_as_it_lives(box, fa
     assert holder.end().status == 0 and holder.err.count("\n") == 1
 
 
-@pytest.mark.in_time
 @pytest.mark.parametrize("end, options", [("reset", NETWORK), ("reset", {}), ("die", {})])
 def test_term_where_others_may_have_the_lock(box, fake, end, options):
     """The daemon may live, and have seen the reset; or it has promised nothing."""
@@ -478,7 +474,6 @@ def test_a_program_releases_a_lock_that_was_kept(box, fake, lock, end, grace, mo
     assert daemon.holders == {} and len(daemon.rolled_back) == 1
 
 
-@pytest.mark.in_time
 @pytest.mark.parametrize("grace", [60000, None])
 def test_a_program_that_finds_no_daemon_for_its_release(box, fake, lock, grace, monkeypatch):
     """Also where none was promised: the daemon may have stored the lock later."""

@@ -198,7 +198,6 @@ def test_one_byte_at_a_time(box):
 
 # Those that are silent, and those that do not read
 
-@pytest.mark.in_time
 def test_connections_that_send_one_byte_and_stop(box, certificates):
     """They are closed within 10 s; meanwhile nobody is hindered, and the CPU rests.  With TLS it
     is the handshake that must be over by then.  (Here: within 4 s.)"""
@@ -278,7 +277,6 @@ def test_a_reader_who_takes_nothing_of_a_report(box):
 
 # Limits
 
-@pytest.mark.in_time
 def test_at_the_limit_of_open_files(box):
     """64 files and 200 clients: holders are served, the CPU rests, it recovers by itself."""
     def limit():
@@ -457,7 +455,6 @@ def test_max_waiters(box):
 
 # Back to where it was
 
-@pytest.mark.in_time
 def test_idle_holders_cost_nothing(box):
     """While they hold the CPU rests; afterwards descriptors and memory are back."""
     daemon = box.daemon()
@@ -487,7 +484,6 @@ def test_connections_in_a_row(box):
     assert figures[3][0] <= figures[1][0] + 1 and figures[3][1] - figures[1][1] < 2048
 
 
-@pytest.mark.in_time
 def test_a_daemon_with_nothing_to_do_rests(box):
     daemon = box.daemon("-d", "60000")
     holder, gate = box.hold("a")

@@ -2,7 +2,6 @@
 import subprocess
 import time
 
-import pytest
 from world import COUNT, wait_until
 
 LIVES = {  # options, and when the daemon is gone: s after the command, at least and at most
@@ -10,7 +9,6 @@ LIVES = {  # options, and when the daemon is gone: s after the command, at least
     "resource": (["-d", "300", "-i", "4000"], 4.2, 6.5)}
 
 
-@pytest.mark.in_time
 def test_a_daemon_is_gone_when_nobody_has_used_it_for_its_lifespan(boxes):
     """By default 2 s for the resource and 5 s of its own; one for ever and one in use stay."""
     forever, used = boxes.make(), boxes.make()

@@ -66,7 +66,6 @@ def stubborn(box, name):
     return gate
 
 
-@pytest.mark.in_time
 def test_a_daemon_that_does_not_come_back(box, fake):
     """Nor has it promised a grace.  warn: told after 1 s, and at the end, 95 in place of 0; term:
     TERM after the recovery window, KILL later; ignore: silent."""
@@ -345,7 +344,6 @@ def test_a_lock_that_somebody_else_was_granted(box, choice):
     assert newcomer.end() == (0, "", "")
 
 
-@pytest.mark.in_time
 def test_a_daemon_stopped_and_continued(box):
     """Nobody loses anything; who comes meanwhile gets an error after 10 s, and the goodbye of one
     that ends meanwhile takes 5 s and keeps the command's status.  (Here: after 3 s and 1 s.)"""
@@ -578,7 +576,6 @@ wait
 """
 
 
-@pytest.mark.in_time
 def test_a_cable_that_is_cut(hosts):
     """Both ends learn of it by keepalive, flom first.  With `term` the old command has ended
     before the new one begins, with `warn` it has not.  Healed, the lock is the new one's, and

@@ -142,7 +142,6 @@ def delay(client):
     return (now - float(element)) % 60
 
 
-@pytest.mark.in_time
 def test_waiters_are_granted_at_the_start_of_their_interval(box):
     box.daemon()
     names, found = ["_t_%S[20]"] * 3 + ["_t_%S#f[20]"] * 13, []

@@ -469,7 +469,6 @@ def test_a_name_server_that_has_gone_with_the_leader(box, leaders, end):
     assert holder.end() == (0, "", "") and other.holders == {}
 
 
-@pytest.mark.in_time
 def test_the_end_of_file_of_a_leader_that_was_stopped(box, leaders):
     """TERM comes by the last good ping: here 2 s after it, and 1 s before the grace is over."""
     leader, _ = leaders(interval=100, grace=3000)
@@ -749,7 +748,6 @@ def test_an_ok_that_is_read_in_time(box, leaders):
 
 # Several addresses, none of which answers
 
-@pytest.mark.in_time
 @pytest.mark.parametrize("options", [(), ("-o", "0", "-d", "0")])
 def test_none_of_several_addresses_answers(box, options):
     """They are tried for a while, with or without -o."""

@@ -134,7 +134,6 @@ def test_values_and_tokens_go_on(box):
     assert holder.end().status in (0, 95)
 
 
-@pytest.mark.in_time
 def test_the_window_is_over_when_its_time_is(box):
     """The journal is gone, and nobody reclaims: flom and its command are gone as well.  Who comes
     meanwhile gets no answer that could be wrong, and the lock when the window is over."""
@@ -156,7 +155,6 @@ def mark(box):
     return read(box.socket + ".lock").split()[3] == "1"
 
 
-@pytest.mark.in_time
 def test_the_mark_stands_for_a_journal_that_cannot_be_written(box):
     """It is there while somebody holds a lock, and gone a second later."""
     daemon = box.daemon(preexec_fn=limit_files(100))

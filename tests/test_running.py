@@ -208,7 +208,6 @@ def test_no_process_can_be_had(box):
 
 # --inherit-connection, --min-hold, --busy-status
 
-@pytest.mark.in_time
 def test_min_hold_keeps_the_lock_after_the_command(box):
     """So that a second host's clock may be late; the status is the command's."""
     began = time.monotonic()
@@ -219,7 +218,6 @@ def test_min_hold_keeps_the_lock_after_the_command(box):
     assert box.run("-o", "0", "--min-hold", "100", "--", "true").status == 0
 
 
-@pytest.mark.in_time
 def test_min_hold_counts_from_the_start_of_the_command(box):
     holder, gate = box.hold("a", "--min-hold", "2000")
     pass_time(2.1)
@@ -262,7 +260,6 @@ def expired(ms):
     return f"The lock was not obtained because timeout ({ms} milliseconds) expired\n"
 
 
-@pytest.mark.in_time
 def test_one_deadline_over_a_daemon_that_is_replaced(box):
     """The waiter asks again, and its time goes on."""
     pid = box.run("-d", "-1", "--", "true") and box.the_daemon()
@@ -278,7 +275,6 @@ def test_one_deadline_over_a_daemon_that_is_replaced(box):
     assert holder.end().status == 0
 
 
-@pytest.mark.in_time
 def test_one_deadline_over_waiting_for_a_resource_and_for_its_lock(box):
     box.daemon()
     began = time.monotonic()

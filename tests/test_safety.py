@@ -154,7 +154,6 @@ flomd.LOOK_UP = 1
 """
 
 
-@pytest.mark.in_time
 @needs_root
 def test_a_directory_that_does_not_answer_keeps_nobody_waiting(shared):
     """It is asked once for each user, by a process of its own; until then numbers are shown."""

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 
-import pytest
 from siege import KINDS
 from world import COUNT, PYTHON, ROOT, SOAK, chance, wait_until
 
@@ -115,7 +114,6 @@ def besiege(host, target, kinds, seconds=1000, connections=10 ** 9):
                       str(seconds), str(connections), env={"FLOM_SOAK": str(int(SOAK))})
 
 
-@pytest.mark.in_time
 def test_a_daemon_under_siege(hosts):
     one, two = hosts(2)
     daemon, path = wrapped_daemon(one, MEASURED)
@@ -137,7 +135,6 @@ def test_a_daemon_under_siege(hosts):
     assert min(made) > 30
 
 
-@pytest.mark.in_time
 def test_nothing_is_left_of_hostile_connections(hosts):
     """By tracemalloc, less what is cached; the first make the tables as large as they get."""
     one, two = hosts(2)

@@ -318,7 +318,6 @@ def instructions(box, *arguments):
 # Wake-ups
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc")
-@pytest.mark.in_time
 def test_an_idle_daemon_sleeps(boxes):
     """Of two daemons one has no clients, one has 200 that hold what they hold.  Both look every
     LOOK s whether their sockets are still where they were."""

@@ -300,7 +300,6 @@ def test_a_daemon_at_an_address_may_just_be_restarted(box, hosts):
     assert late.end() == (0, "x\n", "")
 
 
-@pytest.mark.in_time
 @pytest.mark.parametrize("where", ["local", "network"])
 def test_a_daemon_that_does_not_come_back_is_not_waited_for_for_long(box, where):
     place = box.socket

@@ -201,7 +201,6 @@ def test_a_lock_that_stays_held_is_an_error(dying):
     assert "127.0.0.1" in done.err
 
 
-@pytest.mark.in_time
 def test_where_somebody_answers_nobody_waits(box):
     box.address = ("-a", "127.0.0.1", "-p", str(free_port()), "--state-dir", box.folder)
     daemon = box.daemon()

@@ -418,7 +418,6 @@ def test_a_report_with_odd_numbers(text):
     assert text in flom.report_table(report, None)
 
 
-@pytest.mark.in_time
 def test_watch(box):
     """The table again and again; it ends with the daemon, or by TERM."""
     daemon = box.daemon()
@@ -445,7 +444,6 @@ def test_nobody_reads(box, options):
     assert reporter.end().status in (0, -13) and reporter.err == ""
 
 
-@pytest.mark.in_time
 def test_ten_thousand_resources(box, address):
     """Locks without number by clients of a few lines; the report comes in about a second."""
     family, name = ((socket.AF_UNIX, address[1]) if address[0] == "-s"

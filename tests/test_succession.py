@@ -365,7 +365,6 @@ def test_a_stopped_flom_keeps_its_lock(request, box, where):
     assert holder.end() == (0, "", "")
 
 
-@pytest.mark.in_time
 def test_others_are_granted_at_once(box):
     """Within 100 ms after the daemon is ready, half of the times at least."""
     box.daemon()
@@ -460,7 +459,6 @@ def test_the_end_of_an_absent_holder_gives_no_number_back(box):
     gate.open()
 
 
-@pytest.mark.in_time
 def test_a_grace_comes_to_its_end(network):
     """From the start of the daemon on; whose lock it was finds it lost."""
     quick = ("--tcp-keepalive-time", "1", "--tcp-keepalive-intvl", "1", "--tcp-keepalive-probes",
@@ -664,7 +662,6 @@ def test_a_boot_and_a_daemon_that_is_killed_when_it_has_begun(box):
     assert holder.end().status in (0, 95)
 
 
-@pytest.mark.in_time
 @pytest.mark.parametrize("synced", [True, False])
 def test_holders_on_other_hosts_survive_a_boot(box, synced):
     """With --state-dir all is known, and others are granted at once; without it the memory may
@@ -760,7 +757,6 @@ def damage(box, how):
 HOWS = ["removed", "another user's", "a link", "a second name", "damaged", "older"]
 
 
-@pytest.mark.in_time
 @pytest.mark.parametrize("how", HOWS)
 def test_a_journal_that_does_not_count(box, how):
     """Nothing is known: a line in the log; for the window of 2 s only who held is granted."""
@@ -847,7 +843,6 @@ def test_a_journal_that_cannot_grow(box):
     assert memory(box) == "file"
 
 
-@pytest.mark.in_time
 def test_with_a_state_dir_nothing_is_told_that_is_not_stored(box):
     """Where nothing can be written: who does not wait is told so, who waits waits, with a reason.
     Numbers are not given out at all."""

@@ -202,7 +202,6 @@ def test_16_in_reverse(box):
     assert box.run("-e", "no", "-o", "0", "-r", "R1", "--", "true")[:2] == (96, "")
 
 
-@pytest.mark.in_time
 def test_17_a_resource_that_outlives_its_users(box):
     """Use case 17: after 2 s only resources with a longer idle lifespan are left; a use prolongs
     it."""

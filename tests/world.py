@@ -78,14 +78,20 @@ def is_busy(result, status=98):
 
 
 def wait_until(predicate, seconds=30):
-    """The first true value of predicate(), asked until then; AssertionError after the deadline."""
+    """The first true value of predicate(), asked until then; AssertionError after the deadline.
+    The file, socket or process that it looks at may come and go meanwhile: OSError is a no."""
     begun = time.monotonic()
     deadline, pause = begun + seconds, 0.001
     while True:
-        value, asked = predicate(), time.monotonic()
+        value = trouble = None
+        try:
+            value = predicate()
+        except OSError as error:
+            trouble = error
+        asked = time.monotonic()
         if value:
             return value
-        assert asked < deadline, f"not within {seconds} s: {predicate}"
+        assert asked < deadline, f"not within {seconds} s: {predicate}: {trouble}"
         select.select([], [], [], pause)
         # what is asked within no time is asked often
         pause, begun = min(2 * pause, max(0.005, 10 * (asked - begun)), 0.05), time.monotonic()
