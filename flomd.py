@@ -5936,17 +5936,17 @@ class Journal:
     batch goes to both files; a portion is read from the table in the moment in which the batches
     before it are written, so it is never older than they are.
 
-    `failing` says why what is committed does not count now, "" when it does.  heed(journal) is
-    called when that has changed, and when the journal was rewritten; may_rewrite() tells whether
-    a new file may count.
+    `failing` says why what is committed does not count now, "" when it does.  on_change(journal)
+    is called when that has changed, and when the journal was rewritten; may_rewrite() tells
+    whether a new file may count.
     """
 
-    def __init__(self, path: "str", synced: "bool", heed: "Callable[[Journal], object]",
+    def __init__(self, path: "str", synced: "bool", on_change: "Callable[[Journal], object]",
                  may_rewrite: "Callable[[], bool]"):
         self.path, self.synced = path, synced
         self.failing = ""
         self.rewritten = 0  # times that the file was
-        self._heed = heed
+        self._on_change = on_change
         self._may_rewrite = may_rewrite
         self._hand: "AtOnce | Thread" = AtOnce()
         self._loop: "Any" = None
@@ -6131,7 +6131,7 @@ class Journal:
             self._hear_of_new(work)
         self._call_dones(work)
         if self.failing != before or self.rewritten != times:
-            self._heed(self)
+            self._on_change(self)
         if self._new is None and self._loop is not None:
             self._plan_rewrite(work)
         self._next()
@@ -6217,7 +6217,7 @@ class Disk:
         self._last = state  # that of the daemon that has served last
         if guard is not None and guard.epoch > state.epoch:
             self._last = guard
-        self._journal = Journal(journal_path or os.devnull, state.durable, self._heed,
+        self._journal = Journal(journal_path or os.devnull, state.durable, self._journal_changed,
                                 self._may_rewrite)
         self._boot = boot_id()
         self._pidns = pid_namespace()
@@ -6496,7 +6496,7 @@ class Disk:
             self.marked = self._try(state.write, state.epoch, state.boot, True, state.had_journal)
         return self.marked
 
-    def _heed(self, journal):
+    def _journal_changed(self, journal):
         """The journal fails, or not any more, or was rewritten."""
         if journal.failing:
             self._complain(journal.path, journal.failing)
@@ -6870,13 +6870,13 @@ class Members:
 
 class Asker:
     """What a candidate and a leader have in common: one request at a time is asked, and asked
-    again byte for byte until its outcome is known or the deadline has passed.  `over`: why it has
-    ended, "" until then."""
+    again byte for byte until its outcome is known or the deadline has passed.  `end_reason`: why
+    it has ended, "" until then."""
 
     def __init__(self, quorum: "Quorum", now: "Moment"):
         self.quorum = quorum
         self.times = Times(quorum.mine.ttl)
-        self.over = ""
+        self.end_reason = ""
         self.changes = 0  # by others, that were seen
         self._request: "Any" = None
         self._is_out = False  # a copy of it is on its way
@@ -6921,7 +6921,7 @@ class Asker:
             self._end(self._why_late(now))
         elif limited and jump > self.times.margin:
             self._end(self._why_moved(jump))
-        return self.over == ""
+        return self.end_reason == ""
 
     def _why_late(self, now):
         return "etcd did not answer in time"
@@ -6930,12 +6930,12 @@ class Asker:
         return f"the clock of this host was moved by {jump:.0f} s"
 
     def _end(self, why):
-        if self.over == "":
-            self.over = why
+        if self.end_reason == "":
+            self.end_reason = why
 
     def next_date(self) -> "float":
         """s, CLOCK_BOOTTIME: when look() and next_request() are to be called, at the latest."""
-        if self.over:
+        if self.end_reason:
             return NEVER
         if self._is_out:
             return self.deadline
@@ -6945,7 +6945,7 @@ class Asker:
 
     def next_request(self, now: "Moment") -> "Range | Transaction | None":
         """What the current member is to be asked now.  Its outcome is to be told by answer()."""
-        if self.over or self._is_out:
+        if self.end_reason or self._is_out:
             return None
         if self._request is None:
             self._request = self._next(now)
@@ -6963,7 +6963,7 @@ class Asker:
 
     def answer(self, answer: "Answer", now: "Moment") -> "list":
         """Takes the answer to what was handed over last; returns what may be told now."""
-        if self.over or not self._is_out:
+        if self.end_reason or not self._is_out:
             return []
         self._is_out = False
         if answer.outcome != DONE:
@@ -13046,7 +13046,7 @@ class Campaign:
         """What follows from what was heard."""
         if asker is not self._asker:
             return
-        if asker.over:
+        if asker.end_reason:
             self._change()
             return
         if isinstance(asker, Candidate):
@@ -13070,10 +13070,11 @@ class Campaign:
                 self._load(asker.leader)
                 return
             if not self._etcd.refusal:  # which was told
-                self.log.limited(f"the claim failed: {asker.over}; this daemon stays a candidate")
+                self.log.limited(f"the claim failed: {asker.end_reason}; "
+                                 "this daemon stays a candidate")
         elif asker.stage != RESIGNS or not is_free(asker.record):
             self._drop_term()
-            self.log.error(asker.over)
+            self.log.error(asker.end_reason)
         elif not self._end_reason:
             self._drop_term()
         if self._end_reason:

@@ -186,7 +186,7 @@ class Daemon:
         return Daemon(cloned(self.role), self.holder, self.queue, self.lag)
 
     def serves(self):
-        return getattr(self.role, "stage", None) == flomd.LEADS and self.role.over == ""
+        return getattr(self.role, "stage", None) == flomd.LEADS and self.role.end_reason == ""
 
 
 class World:
@@ -442,7 +442,7 @@ class World:
             daemon.role = cloned(daemon.role.leader)
             daemon.role.__class__ = self.rules.leader
             self.use("terms")
-        elif daemon.role.over:
+        elif daemon.role.end_reason:
             self.depose(number, now)
             return
         for done in told:

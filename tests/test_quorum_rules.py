@@ -209,7 +209,7 @@ def test_a_leader_whose_record_was_removed_says_so(etcd):
     one = leader(etcd)
     etcd.change([(LEADER, None)])
     ask(one, etcd, 3)
-    assert one.over == "somebody has removed the leader record: no longer serving"
+    assert one.end_reason == "somebody has removed the leader record: no longer serving"
 
 
 def test_told_that_it_is_new_it_waits_for_whoever_led(etcd):
@@ -294,7 +294,7 @@ def test_an_earlier_copy_was_done(etcd, refused, again):
 def test_a_claim_without_an_answer_is_given_up(etcd):
     one, claim = claiming(etcd)
     assert one.next_date() == 9
-    assert one.look(Now(8.9)) and not one.look(Now(9)) and one.over
+    assert one.look(Now(8.9)) and not one.look(Now(9)) and one.end_reason
     etcd.obey(claim)
     assert one.answer(etcd.obey(claim), Now(9)) == [] and one.leader is None
 
@@ -369,7 +369,7 @@ def test_another_record_deposes(etcd, fields):
     one, transaction = written(etcd, [("h/1", "x")])
     put_record(etcd, **fields)
     assert one.answer(etcd.obey(transaction), Now(2)) == []
-    assert one.over == "another daemon leads: no longer serving" and one.next_date() == flomd.NEVER
+    assert one.end_reason == "another daemon leads: no longer serving" and one.next_date() == flomd.NEVER
     assert one.next_request(Now(3)) is None and etcd.memory() == {}
 
 
@@ -377,7 +377,7 @@ def test_no_record_deposes(etcd):
     one, transaction = written(etcd)
     etcd.change([(LEADER, None)])
     one.answer(etcd.obey(transaction), Now(2))
-    assert one.over
+    assert one.end_reason
 
 
 def test_a_twin_of_the_leader_deposes_it(etcd):
@@ -385,7 +385,7 @@ def test_a_twin_of_the_leader_deposes_it(etcd):
     one, transaction = written(etcd, [("h/1", "x")])
     twin = flomd.record_of(transaction.changes[0][1])._replace(x="another")
     etcd.change([(LEADER, flomd.text_of(twin))])
-    assert one.answer(etcd.obey(transaction), Now(2)) == [] and one.over
+    assert one.answer(etcd.obey(transaction), Now(2)) == [] and one.end_reason
 
 
 # The deadline
@@ -395,7 +395,7 @@ def test_the_deadline_is_the_handing_over_and_a_ttl_less_a_tenth(etcd):
     assert one.deadline == pytest.approx(9.2)
     one.answer(etcd.obey(transaction), Now(4))
     assert one.deadline == 10 and one.look(Now(9.9)) and not one.look(Now(10))
-    assert one.over == "lost etcd for 9 s: no longer serving, another daemon takes over"
+    assert one.end_reason == "lost etcd for 9 s: no longer serving, another daemon takes over"
     assert not one.look(Now(0))  # for ever
 
 
@@ -613,7 +613,7 @@ def test_a_page_that_is_not_answered_keeps_nothing_back(etcd):
     one.resign()
     one.answer(flomd.failure(flomd.UNKNOWN), Now(4.1))
     one.answer(etcd.obey(one.next_request(Now(4.1))), Now(4.2))
-    assert one.over and flomd.record_of(etcd.text(LEADER)).term == ""
+    assert one.end_reason and flomd.record_of(etcd.text(LEADER)).term == ""
 
 
 def test_the_orderly_end(etcd):
@@ -625,7 +625,7 @@ def test_the_orderly_end(etcd):
     one.resign()
     one.ping("late pong", Now(1))
     assert one.answer(etcd.obey(transaction), Now(1)) == ["told"]
-    assert ask(one, etcd, 1) == ["second"] and one.over == "it has resigned"
+    assert ask(one, etcd, 1) == ["second"] and one.end_reason == "it has resigned"
     assert flomd.is_free(record_in(etcd)) and record_in(etcd).epoch == 7
     assert etcd.memory() == {"h/1": "x", "h/2": "y"}
     ask(other, etcd, 1.2)
@@ -693,7 +693,7 @@ def test_an_answer_of_another_cluster_deposes(etcd, change):
     etcd.revision = 10
     one, transaction = written(etcd)
     answer = etcd.obey(transaction)._replace(**change)
-    assert one.answer(answer, Now(2)) == [] and "no longer serving" in one.over
+    assert one.answer(answer, Now(2)) == [] and "no longer serving" in one.end_reason
 
 
 def test_a_claim_goes_on_at_the_other_members(etcd):
@@ -730,7 +730,7 @@ def test_the_answer_to_the_wrong_ping(etcd):
     ask(other, etcd, 11.2)
     one.ping("pong", Now(1))  # by a clock that stood
     assert one.answer(answer, Now(1)) == ["told"]
-    assert ask(one, etcd, 1.6) == [] and one.over == "another daemon leads: no longer serving"
+    assert ask(one, etcd, 1.6) == [] and one.end_reason == "another daemon leads: no longer serving"
 
 
 def test_a_paused_machine_does_not_know_it(etcd):
@@ -744,7 +744,7 @@ def test_a_paused_machine_does_not_know_it(etcd):
     one.ping("pong", now)
     one.write((), "held again")
     one.write([("h/1", "x")], "granted")
-    assert ask(one, etcd, 0.3) == [] and one.over and etcd.memory() == {}
+    assert ask(one, etcd, 0.3) == [] and one.end_reason and etcd.memory() == {}
 
 
 def test_a_grant_that_is_confirmed_late_is_known(etcd):

@@ -254,8 +254,8 @@ def path(tmp_path):
     return str(tmp_path / "s.journal")
 
 
-def journal_at(path, synced=False, heed=lambda journal: None):
-    return flomd.Journal(path, synced, heed, lambda: True)
+def journal_at(path, synced=False, on_change=lambda journal: None):
+    return flomd.Journal(path, synced, on_change, lambda: True)
 
 
 def begun(path, synced=False):

@@ -101,7 +101,7 @@ def test_nothing_is_told_when_the_deadline_has_passed(world):
     assert not world.chain.may_tell()
     assert world.loop.last == [world.act]  # the campaign looks what has become of it
     world.chain.commit([(HOLDER, "text")], "done")
-    assert world.acts == 0 and world.leader.over
+    assert world.acts == 0 and world.leader.end_reason
 
 
 def test_a_closed_store_stores_nothing_and_calls_nobody(world):
@@ -138,7 +138,7 @@ def test_nothing_is_left_of_a_term_that_a_bug_has_ended(world):
     world.confirm()
     campaign._asker = world.leader
     campaign._change()
-    assert world.leader.over and campaign.term is None and campaign._asker is None
+    assert world.leader.end_reason and campaign.term is None and campaign._asker is None
     assert noted.count("abandon") == 1 and "error" not in noted
 
 
