@@ -5755,6 +5755,15 @@ class Work:
         return self.was_replaced() or (self.file is not None and not self.failure)
 
 
+def check_replaceable(path: "str") -> "None":
+    """Raises OSError where something else than a file is, as a device or a fifo: a daemon of root
+    that gives its name to a new file would take /dev/null from everybody."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise FileExistsError(errno.EEXIST, "it is no file")
+
+
 def sync_folder(path: "str") -> "None":
     """The names in the folder are on the disk.  Raises OSError."""
     folder = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -8430,6 +8439,7 @@ class ClusterFile:
         """The cluster that is known.  `is_new`: any other is as good (--etcd-new-cluster).  Raises
         CannotServe where the file is damaged, or cannot be read or written."""
         try:
+            check_replaceable(self.path)
             with open(self.path, encoding="ascii") as file:
                 text = file.read()
         except FileNotFoundError:
@@ -12190,8 +12200,7 @@ class MetricsFile:
         """Raises CannotServe where the file cannot be written."""
         trial = f"{self.path}.{os.getpid()}"
         with serving(f"cannot write {self.path}"):
-            if os.path.isdir(self.path):
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            check_replaceable(self.path)
             with open(trial, "w") as file:
                 file.write("\n")
             os.unlink(trial)

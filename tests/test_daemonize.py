@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 
 import flomd
@@ -629,14 +630,15 @@ def test_there_are_no_locks(box):
 # What others watch
 
 def test_what_cannot_be_published_is_said_at_the_start(box):
-    folder = box.path("folder")
+    folder, fifo = box.path("folder"), box.path("fifo")
     os.makedirs(folder + "/status")
+    os.mkfifo(fifo)  # as a device: no file may take its name
     for options, named in ((["-m", "/proc"], "/proc"), (["-m", "/nonexistent"], "/nonexistent"),
                            (["-m", folder], folder), (["--metrics", "/nonexistent/x"], "/x"),
-                           (["--metrics", folder], folder)):
+                           (["--metrics", folder], folder), (["--metrics", fifo], fifo)):
         done = box.flomd("--no-files", *box.address, *options).end()
         assert (done.status, done.out, done.err.count("\n")) == (1, "", 1) and named in done.err
-    assert os.listdir(folder) == ["status"]
+    assert os.listdir(folder) == ["status"] and stat.S_ISFIFO(os.stat(fifo).st_mode)
     assert not [name for name in os.listdir(box.folder) if name.startswith("folder.")]
     wait_until(lambda: not box.daemons())
 

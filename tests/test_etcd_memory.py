@@ -224,6 +224,11 @@ def test_a_file_that_cannot_be_written(tmp_path):
     with pytest.raises(flomd.CannotServe) as caught:
         opened(str(tmp_path)).read()
     assert str(caught.value) == f"cannot read {tmp_path}: Is a directory"
+    fifo = str(tmp_path / "fifo")
+    os.mkfifo(fifo)
+    with pytest.raises(flomd.CannotServe) as caught:
+        opened(fifo).read(is_new=True)
+    assert str(caught.value) == f"cannot read {fifo}: it is no file"
 
 
 def test_a_file_that_cannot_be_written_any_more_is_told_once(tmp_path):
