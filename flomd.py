@@ -7298,10 +7298,11 @@ class Leader(Asker):
         self._beat_at = now.boot + self.times.beat
         is_last = self.stage == RESIGNS and len(self._gathered) == 0
         self._sent = self._record_after(self.record, is_last)
-        leader = self._key(LEADER_KEY)
-        guard = Guard(leader, VALUE, text_of(self.record))
+        leader, mark = self._key(LEADER_KEY), self._key(MARK_KEY)
         changes.insert(0, (leader, text_of(self._sent)))
-        return Transaction((guard,), tuple(changes))
+        guards = (Guard(leader, VALUE, text_of(self.record)),
+                  Guard(mark, VALUE, self.quorum.cluster.mark))
+        return Transaction(guards, tuple(changes))
 
     def _record_after(self, record, is_last):
         x = self.quorum.digits(8)
@@ -7352,11 +7353,18 @@ class Leader(Asker):
             self._take_page(answer)
             return []
         if not answer.succeeded and not self._was_done(answer):
-            found = self._found(answer, LEADER_KEY)
-            lost = "another daemon leads" if found else "somebody has removed the leader record"
-            self._end(f"{lost}: no longer serving")
+            self._end(f"{self._cause(answer)}: no longer serving")
             return []
         return self._confirm()
+
+    def _cause(self, answer):
+        """Why a transaction was not done."""
+        found = self._found(answer, LEADER_KEY)
+        if found is None:
+            return "somebody has removed the leader record"
+        if found.text == text_of(self.record):
+            return "somebody has removed or changed the mark of this cluster"
+        return "another daemon leads"
 
     def _was_done(self, answer):
         """Whether an earlier copy was done: the record that is found is the one that was sent."""

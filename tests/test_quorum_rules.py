@@ -212,6 +212,16 @@ def test_a_leader_whose_record_was_removed_says_so(etcd):
     assert one.end_reason == "somebody has removed the leader record: no longer serving"
 
 
+@pytest.mark.parametrize("text", [None, "another"])
+def test_a_leader_of_another_cluster_does_not_go_on(etcd, text):
+    """As when etcd was put back to what another quorum had there."""
+    one = leader(etcd)
+    etcd.change([(MARK, text)])
+    ask(one, etcd, 3)
+    assert one.end_reason == ("somebody has removed or changed the mark of this cluster: "
+                              "no longer serving")
+
+
 def test_told_that_it_is_new_it_waits_for_whoever_led(etcd):
     etcd.change([(PREFIX + "h/1", "held"), (MARK, "m")])
     one = candidate(etcd, cluster=flomd.Cluster(is_new=True))
@@ -328,7 +338,8 @@ def written(etcd, changes=(), **other):
 def test_a_transaction_is_guarded_by_the_record_before(etcd):
     one, transaction = written(etcd, [("h/1", "x")])
     before = etcd.text(LEADER)
-    assert transaction.guards == (flomd.Guard(LEADER, flomd.VALUE, before),)
+    assert transaction.guards == (flomd.Guard(LEADER, flomd.VALUE, before),
+                                  flomd.Guard(MARK, flomd.VALUE, etcd.text(MARK)))
     (key, text), change = transaction.changes
     assert key == LEADER and change == (PREFIX + "h/1", "x")
     after = flomd.record_of(text)
@@ -369,7 +380,8 @@ def test_another_record_deposes(etcd, fields):
     one, transaction = written(etcd, [("h/1", "x")])
     put_record(etcd, **fields)
     assert one.answer(etcd.obey(transaction), Now(2)) == []
-    assert one.end_reason == "another daemon leads: no longer serving" and one.next_date() == flomd.NEVER
+    assert one.end_reason == "another daemon leads: no longer serving"
+    assert one.next_date() == flomd.NEVER
     assert one.next_request(Now(3)) is None and etcd.memory() == {}
 
 
