@@ -3810,7 +3810,7 @@ class Claim:
         A refusal after an unlock says that the unlock is stored.
         """
         patience, hurry = self._times_to_part()
-        until = clock() + patience
+        until, wait = clock() + patience, AGAIN
         self._starter.order = "the lock is released"
         self._farewell = unlock_message(self.name, rollback)
         unlocked = False
@@ -3819,6 +3819,9 @@ class Claim:
                 unlocked = True
                 if (yield from self._unlocking(rollback, until)):
                     break
+                # A daemon that closes each connection is not asked without end.
+                yield pause(min(wait, max(0, until - clock())))
+                wait = min(2 * wait, 1)
                 continue
             limit = until
             if not self._starter.is_starting:

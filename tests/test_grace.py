@@ -129,6 +129,12 @@ def test_a_daemon_that_does_not_store(box, fake):
     assert client.end() == (7, "", "") and 0.8 < time.monotonic() - began < 3
 
 
+def test_a_daemon_that_grants_and_stores_no_end_is_not_asked_without_end(box, fake):
+    daemon = fake(True, unlock="close", **NETWORK)
+    client = driven(box, "flom.GOODBYE = 1", "--", "sh", "-c", "exit 7")
+    assert client.end() == (7, "", "") and 1 < daemon.count("unlock") < 20
+
+
 # The end of the command
 
 @pytest.mark.parametrize("tcp, options", [(False, LOCAL), (True, NETWORK)])
