@@ -13650,17 +13650,22 @@ def make_outputs(settings, options, table, figures):
     return outputs
 
 
+def open_at_once(path, flags):
+    """The opener of a file that may be a fifo, which nobody reads or writes."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
+
+
 def write_pid(path):
     """Writes the file of --pid-file; raises CannotServe."""
     with serving(f"cannot write {path}"):
-        with open(path, "w") as file:
+        with open(path, "w", opener=open_at_once) as file:
             file.write(f"{os.getpid()}\n")
 
 
 def remove_pid(path):
     """Removes the file of --pid-file, unless another daemon has written its own pid since."""
     with contextlib.suppress(OSError):
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=open_at_once) as file:
             written = file.read(20)
         if written == b"%d\n" % os.getpid():
             os.unlink(path)

@@ -302,6 +302,10 @@ def test_an_address_in_use(box, host):
 
 
 def test_a_pid_file_that_cannot_be_written(box):
+    fifo = box.path("fifo")
+    os.mkfifo(fifo)
+    done = box.flomd("--no-files", "-s", box.socket, "--pid-file", fifo).end(10)
+    assert done.status == 1 and fifo in done.err
     done = box.flomd("--no-files", "-s", box.socket, "--pid-file", "/nonexistent/pid").end()
     assert done.status == 1
     assert "/nonexistent/pid" in done.err
