@@ -9211,6 +9211,13 @@ class Reporting:
         self._loop.guarded(connection.close, connection.send_portion)
 
 
+def bare_address(host: "str") -> "str":
+    """An address without what the system may or may not write with it: an IPv4 address as one of
+    IPv6, or the interface of a local one."""
+    address, _, _ = host.partition("%")
+    return address.replace("::ffff:", "")
+
+
 class Connection:
     """One client."""
     __slots__ = ("connections", "socket", "is_open", "peer", "session", "certified", "surplus",
@@ -9531,9 +9538,8 @@ class Connection:
             return False
         # not getpeername(): the system does not know the peer any more when it has reset it
         address = self.socket.getsockname()
-        here = address[0].replace("::ffff:", "")
-        there = self.host().strip("[]")
-        there = there.replace("::ffff:", "")
+        here = bare_address(address[0])
+        there = bare_address(self.host().strip("[]"))
         if there.startswith("127."):
             return True
         return there in (here, "::1")

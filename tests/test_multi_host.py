@@ -56,6 +56,15 @@ def test_7_a_fixed_daemon(hosts, address):
     assert one.daemons() == [pid] and two.daemons() == []
 
 
+def test_who_gives_an_order_over_a_local_address_is_of_this_host(hosts):
+    """Python writes such an address with the interface or without it."""
+    one, two = hosts(2)
+    start(one, *ADDRESSES["link-local"])
+    assert two.run(*ADDRESSES["link-local"], "-X").status == 99
+    assert one.run(*ADDRESSES["link-local"], "-X").status == 0
+    wait_until(lambda: not one.daemons())
+
+
 def test_7_without_a_daemon(hosts):
     """Use case 7: who must not start the daemon says that there is none."""
     one, two = hosts(2)
