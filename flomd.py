@@ -13815,6 +13815,8 @@ def serve(settings, options):
     log = make_log(settings, options)
     starter = NoStarter() if options.foreground else detach()
     begin_to_serve = prepare_candidate if settings["EtcdUrls"] else prepare
+    for number in (signal.SIGTERM, signal.SIGINT):  # until Signals takes them
+        signal.signal(number, end_before_serving)
     try:
         with serving("cannot begin to serve"):
             log.open()
@@ -13837,6 +13839,12 @@ def serve(settings, options):
         end(daemon, options)
     log.info("ended")
     os._exit(daemon.status)  # Python would close the connections first, and then take its time
+
+
+def end_before_serving(*_):
+    """TERM while it waits for another daemon to end, or is elected: no error, and there is nothing
+    to be removed yet."""
+    os._exit(0)
 
 
 def end(daemon, options):

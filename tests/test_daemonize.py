@@ -181,6 +181,10 @@ def test_in_the_foreground_it_waits_for_the_other_to_end(box):
     box.foreground.append(second)
     wait_until(lambda: str(first) in second.err)
     assert peer_pid(box.socket) == first
+    third = box.flomd("-f", "--no-files", "-s", box.socket)
+    wait_until(lambda: str(first) in third.err)
+    third.terminate()
+    assert third.wait(timeout=10) == 0
     os.kill(first, signal.SIGTERM)
     wait_until(lambda: peer_pid(box.socket) == second.pid)
 
