@@ -589,7 +589,8 @@ class Urls(Text):
 
     def read(self, text):
         for url in super().read(text).split(","):
-            if not _compiled(_URL).fullmatch(url):
+            found = _compiled(_URL).fullmatch(url)
+            if not found or not 1 <= int(found["port"] or 1) <= 65535:
                 raise ValueError(self.expected)
         return text
 
@@ -597,7 +598,7 @@ class Urls(Text):
 _URL = r"""
     https?://
     (?: [A-Za-z0-9._-]+ | \[ [0-9A-Fa-f:.]+ (?: %[A-Za-z0-9._-]+ )? \] )  # the host
-    (?: : [0-9]{1,5} )?
+    (?: : (?P<port> [0-9]{1,5} ) )?
 """
 
 

@@ -596,7 +596,8 @@ class Urls(Text):
 
     def read(self, text):
         for url in super().read(text).split(","):
-            if not _compiled(_URL).fullmatch(url):
+            found = _compiled(_URL).fullmatch(url)
+            if not found or not 1 <= int(found["port"] or 1) <= 65535:
                 raise ValueError(self.expected)
         return text
 
@@ -604,7 +605,7 @@ class Urls(Text):
 _URL = r"""
     https?://
     (?: [A-Za-z0-9._-]+ | \[ [0-9A-Fa-f:.]+ (?: %[A-Za-z0-9._-]+ )? \] )  # the host
-    (?: : [0-9]{1,5} )?
+    (?: : (?P<port> [0-9]{1,5} ) )?
 """
 
 
@@ -8448,7 +8449,7 @@ class ClusterFile:
         CannotServe where the file is damaged, or cannot be read or written."""
         try:
             check_replaceable(self.path)
-            with open(self.path, encoding="ascii") as file:
+            with open(self.path, encoding="ascii", errors="replace") as file:
                 text = file.read()
         except FileNotFoundError:
             with serving(f"cannot write {self.path}"):
@@ -12543,6 +12544,8 @@ def fill_settings(settings: "Settings", options: "types.SimpleNamespace"):
     settings.take_options(options.given)
     if not any(key in settings.values for key in ADDRESSES):
         settings.values.update(of_clients)
+    if options.etcd_new_cluster and not settings["EtcdUrls"]:
+        settings.wrong("--etcd-new-cluster: wants --etcd")
 
 
 def check_announced(settings: "Settings") -> "None":
@@ -12612,9 +12615,12 @@ def _check_own_address(settings):
 
 
 def _is_wildcard(address):
-    import ipaddress
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(address).is_unspecified
+    """Whether this is the address of all interfaces, in whatever way it is written."""
+    with contextlib.suppress(OSError):
+        return not any(socket.inet_aton(address))  # 0 and 0.0, too
+    with contextlib.suppress(OSError):
+        number = int.from_bytes(socket.inet_pton(socket.AF_INET6, address), "big")
+        return number in (0, 0xffff << 32)  # as one of IPv6, that of IPv4
     return False
 
 

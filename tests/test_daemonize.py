@@ -323,6 +323,7 @@ USAGE = [(["-d", "x"], "-d: ", "'x'"), (["-p", "0"], "-p: ", "'0'"),
          (["--nonsense"], "--nonsense", ""), (["word"], "word", ""),
          (["-s", "/tmp/x", "-A", "239.255.0.1"], "-s", "-A"),
          (["--tls-certificate", "/x"], "--tls-certificate", ""),
+         (["--etcd-new-cluster"], "--etcd-new-cluster", "wants --etcd"),
          (["-c", "/nonexistent/flom.conf"], "/nonexistent/flom.conf", "No such file")]
 
 

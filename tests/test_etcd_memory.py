@@ -203,14 +203,15 @@ def test_a_new_cluster_is_written_when_it_is_settled(path):
 @pytest.mark.parametrize("damage", [
     lambda text: "", lambda text: text[:-1], lambda text: text[1:], lambda text: text + "\n",
     lambda text: text.replace("revision 0", "revision x"), lambda text: text.replace('"', ""),
-    lambda text: text.replace("cluster 1", "cluster 2"), lambda text: "\0" * len(text)])
+    lambda text: text.replace("cluster 1", "cluster 2"), lambda text: "\0" * len(text),
+    lambda text: text + "\u00e9"])
 def test_a_damaged_file_is_reported(path, damage):
     file = opened(path)
     file.read()
     file.write(flomd.Cluster("5", "mark", 7))
     with open(path) as whole:
         text = whole.read()
-    with open(path, "w") as damaged:
+    with open(path, "w", encoding="utf-8") as damaged:
         damaged.write(damage(text))
     with pytest.raises(flomd.CannotServe) as caught:
         opened(path).read()

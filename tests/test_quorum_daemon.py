@@ -57,6 +57,8 @@ def test_options_that_go_together(texts):
     ({"UnicastAddress": "h1,h2"}, "--unicast-address: 'h1,h2' is not "),
     ({"UnicastAddress": "0.0.0.0"}, "--unicast-address: '0.0.0.0' is not "),
     ({"UnicastAddress": "::"}, "--unicast-address: '::' is not "),
+    ({"UnicastAddress": "0"}, "--unicast-address: '0' is not "),
+    ({"UnicastAddress": "::ffff:0.0.0.0"}, "--unicast-address: '::ffff:0.0.0.0' is not "),
     ({"EtcdUser": "u"}, "--etcd-user: "), ({"EtcdPasswordFile": "u"}, "--etcd-password-file: "),
     ({"EtcdCertificate": "u"}, "--etcd-certificate: "),
     ({"EtcdUrls": None}, "--etcd-prefix: wants --etcd")])
