@@ -1822,9 +1822,14 @@ class Request:
         self.lifespan = lifespan  # ms
 
     def same(self, other):
-        """Whether `other` repeats this request."""
-        own = (self.name, self.mode, self.quantity)
-        return own == (other.name, other.mode, other.quantity)
+        """Whether `other` repeats this request, which has its place."""
+        own = (self.name, self.quantity)
+        return own == (other.name, other.quantity) and self.agrees_on_mode(other)
+
+    def agrees_on_mode(self, other):
+        """Whether `other` asks in the same mode, or modes do not count."""
+        modes_count = self.resource is None or self.resource.has_modes
+        return self.mode == other.mode or not modes_count
 
     def is_of_client(self, other):
         """Whether `other`, a request with the id of this holder, is made by the holder's client.
@@ -3981,7 +3986,7 @@ def latest_token(now):
 
 def repeat_parked(before, request, catalogue):
     """It may wait on, and its lifespan counts."""
-    if request.create or not request.wait or not request.same(before):
+    if request.create or not request.wait or not before.same(request):
         return None
     before.lifespan = max(before.lifespan, request.lifespan)
     return Decision(request.session, WAIT_RESOURCE)
@@ -3989,7 +3994,7 @@ def repeat_parked(before, request, catalogue):
 
 def repeat_queued(before, request, catalogue):
     """It may wait on, and its lifespan counts."""
-    if not request.wait or not request.same(before):
+    if not request.wait or not before.same(request):
         return None
     catalogue.prolong(before.resource, request.lifespan)
     return Decision(request.session, ENQUEUED)
@@ -4000,7 +4005,7 @@ def repeat_held(before, request, catalogue):
     session = request.session
     if request.name == before.name:
         catalogue.prolong(before.resource, request.lifespan)
-        if request.mode == before.mode and request.quantity <= before.quantity:
+        if before.agrees_on_mode(request) and request.quantity <= before.quantity:
             catalogue.promise(before, request.grace)
             return Decision(session, OK, before.element, before.token)
     return Decision(session, BUSY)

@@ -86,6 +86,15 @@ def test_a_parked_request_that_is_repeated_stays_where_it_is(world):
     assert world.ask("C", "R") == "C granted, A queued, B queued"
 
 
+def test_a_repeated_request_has_its_place_whatever_its_mode_where_modes_do_not_count(world):
+    assert world.ask("A", "n[2]", "EX", quantity=2) == "A granted"
+    assert world.ask("B", "n[2]", "EX") == "B queued"
+    assert world.ask("C", "n[2]", "EX") == "C queued"
+    assert world.ask("A", "n[2]", "PR", quantity=2) == "A granted"
+    assert world.ask("B", "n[2]", "PR") == "B queued"
+    assert world.release("A") == "B granted, C granted"
+
+
 def test_a_parked_request_may_be_replaced(world):
     world.ask("A", "R", create=0)
     assert world.ask("A", "Q") == "A granted"
