@@ -4436,7 +4436,7 @@ class Session(Identity):
                 name = f"{head['verb']}/{head['step']}"
                 raise ProtocolError(f"message {name} out of place, of one that is {self.state}")
             yield make_call(self, elements)
-        if len(self._unread) > LONGEST:
+        if len(self._unread) >= LONGEST:
             raise ProtocolError(TOO_LONG)
 
     @staticmethod
@@ -6273,6 +6273,8 @@ class Disk:
             return self.disown("it is of another version")
         except (OSError, Damage) as error:
             return self.disown(getattr(error, "strerror", None) or error)
+        except MemoryError:
+            return self.disown("it is larger than the memory of this process")
         return self._finish_recall(records, bool(records))
 
     def _check(self, records):
@@ -9981,7 +9983,7 @@ class LocalListener(Listener):
         try:
             bound = unix_socket(self._path, self._mode)
         except CannotServe as error:
-            self._log.limited(f"{error}, which was removed", "error")
+            self._log.seldom(f"{self._path} was removed; {error}")
             return
         self._log.error(f"{self._path} was removed; it was made anew")
         self._at_once = BACKLOG  # who had connected to the old one is a client like any other

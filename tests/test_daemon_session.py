@@ -348,7 +348,7 @@ def test_a_message_may_have_64_kib(link):
     assert answer(link.say(padded(65536)))["rc"] == "0"
 
 
-@pytest.mark.parametrize("data", [padded(65537), b" " * 65537, WHOLE + padded(65537)])
+@pytest.mark.parametrize("data", [padded(65537), b" " * 65536, WHOLE + padded(65537)])
 def test_a_longer_message_breaks_the_protocol(link, data):
     with pytest.raises(flomd.ProtocolError):
         link.say(*[data[start:start + 4096] for start in range(0, len(data), 4096)])

@@ -527,6 +527,15 @@ def test_a_journal_that_cannot_be_believed_is_missed(place, how):
     assert successor(place, window=60)[1].unclean
 
 
+def test_a_journal_for_which_there_is_no_memory_does_not_count(place, monkeypatch):
+    def load(journal):
+        raise MemoryError
+    successor(place, records=[HOLDER])
+    monkeypatch.setattr(flomd.Journal, "load", load)
+    disk, known = successor(place, window=60)
+    assert known.unclean and "larger than the memory" in disk.log.lines[0]
+
+
 def test_a_journal_older_than_the_state_does_not_count(place):
     """A daemon of a version that keeps none was in between."""
     first, _ = successor(place, records=[HOLDER])
