@@ -1571,7 +1571,7 @@ REFUSALS = {  # rc: the error, its text
                             "can't wait"),
     IMPOSSIBLE: (Impossible, "Resource will never satisfy the request, the lock cannot be "
                              "obtained"),
-    INVALID_NAME: (LockError, "the daemon does not accept the name of this resource"),
+    INVALID_NAME: (LockError, "the daemon does not accept the name {name!r}: {reason}"),
     DEADLOCK: (Deadlock, "deadlock: {reason}"),
     STOPPED: (DaemonUnavailable, "the daemon is ending: {reason}"),
     EVICTED: (LockError, "evicted: {reason}"),
@@ -1591,7 +1591,7 @@ def refusal(rc, reason: "str | None", settings: "Settings") -> "LockError":
     elif settings["Verbose"] and reason and "{reason}" not in text:
         text += ": {reason}"
     told = reason or "no reason given"
-    error = error_class(text.format(ms=settings["Timeout"], reason=told))
+    error = error_class(text.format(ms=settings["Timeout"], name=settings["Name"], reason=told))
     if reason:
         error.reason = reason
     return error
@@ -1635,7 +1635,7 @@ The form of a NAME tells its kind:
   /srv/db, /a-b.c    hierarchical: node and all below, mode of -l; any text
   _s_invoice[1]      sequence: the next number, as the last argument
   _S_invoice[1]      the same; the number comes again when COMMAND fails
-  _t_%Y%m%d[1]       timestamp: a time of its own, as the last argument
+  _t_%H:%M:%S[1]     timestamp: a time of its own, as the last argument
 
 Examples:
   flom -- make install                          one at a time, per user
@@ -1683,6 +1683,8 @@ def _parser(options):
 
 def _choose(options, action, option, text):
     """What the option of an action does."""
+    if options.action not in ("run", action.name):
+        raise UsageError(f"{option}: not together with {options.chosen}")
     options.action = action.name
     options.chosen = option
     options.argument = text
@@ -3997,7 +3999,7 @@ class Claim:
         if self.interval:
             return min(EACH, max(SOON, UNANSWERED_PINGS * self.interval))
         if race.left:
-            return EACH
+            return min(EACH, max(1, self._starter.until - clock()))
         if self._silent:  # each takes a descriptor
             return PATIENCE * 2 ** len(self._silent)
         if self._patience == PATIENCE:
@@ -5178,8 +5180,8 @@ def status(*, config: "bool" = True, **options: "Any") -> "dict[str, Any]":
     """
     settings = program_settings(options, config)
     report = finish(fetch_report(settings, ProgramDiary(settings), program_connection))
-    if "Name" in settings.values:
-        keep_named(report, settings["Name"])
+    if any(options.get(word) is not None for word in ("name", "resource_name")):
+        keep_named(report, settings["Name"])  # that of a file is for locks
     return report
 
 
@@ -6116,10 +6118,11 @@ def entry_line(entry, name, holds):
 def show_status(options, settings):
     """--status, with --json or --watch; 0, for a name that nobody holds NOT_HELD."""
     screen = options.watch and bool(sys.stdout) and sys.stdout.isatty()
+    is_named = "Name" in options.given  # the name in a file is for commands
     while True:
         report = finish(fetch_report(settings, Diary(settings)))
-        notes = notes_on_sizes(report, settings.values.get("Name", ""))
-        if "Name" in settings.values:
+        notes = notes_on_sizes(report, settings["Name"] if is_named else "")
+        if is_named:
             keep_named(report, settings["Name"])
         if screen:
             clear_screen()
@@ -6134,7 +6137,7 @@ def show_status(options, settings):
             break
         time.sleep(1)
     holders = [holder for resource in report["resources"] for holder in resource["holders"]]
-    if "Name" in settings.values and not holders:
+    if is_named and not holders:
         return NOT_HELD
     return 0
 

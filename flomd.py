@@ -1879,6 +1879,7 @@ def exclude(lane, other):
 class Resource:
     """A resource: its holders, its waiters and the policy.  A kind is a class below this one."""
     verdict = INVALID_NAME  # on a name that the kind does not serve
+    denial = ""  # why it does not
     has_modes = False
     timed = False  # a grant may have to wait for the clock
     most = MOST  # quantity that can be granted at all
@@ -2175,6 +2176,7 @@ def add_to(numbers, key, difference):
 class Hierarchical(Resource):
     """A tree: a request must be compatible with those on its node, above it and below it.  Holders
     and waiters are counted on each node, so other branches cost nothing."""
+    denial = f"it has more than {DEEPEST} levels"
     has_modes = True
 
     def __init__(self, name, first_fit):
@@ -2267,6 +2269,7 @@ class Counted(Resource):
 class Numeric(Counted):
     """A pool of units, of which a request takes some."""
     verdict = IMPOSSIBLE
+    denial = "it has no units"
 
     def __init__(self, name, first_fit):
         super().__init__(name, first_fit)
@@ -2518,6 +2521,7 @@ def stamp(name, now, later=0):
 class Timestamp(Pool):
     """Each grant carries a time of its own, so it may have to wait for the clock.  A text that was
     reclaimed may lie ahead of the clock: it is not granted once more when its time comes."""
+    denial = "its format must tell the hour at least (%H), in 1 to 500 printable characters"
     elements = "(?!-)[ -~]{1,500}"  # clients append it to a command
     timed = True
 
@@ -4207,9 +4211,9 @@ class LockTable:
             return self._admit(request, resource, now)
         kind = KINDS.get(kind_of(name))
         if kind is None:
-            return books.refuse(request, INVALID_NAME)
+            return books.refuse(request, INVALID_NAME, "no kind of resource has such a name")
         if not kind.serves(name, now):
-            return books.refuse(request, kind.verdict)
+            return books.refuse(request, kind.verdict, kind.denial)
         resource = self.resource_of(name)
         if resource is not None:
             return self._admit(request, resource, now)
@@ -4286,7 +4290,7 @@ class LockTable:
     def _turn_away(self, request, verdict, now):
         """Refuses one waiter too many, or a request that does not wait: that may be deferred."""
         if request.wait:
-            return self._books.refuse(request, LIMIT)
+            return self._books.refuse(request, LIMIT, "too many requests wait already")
         if self._books.window_until is None:
             return self._books.refuse(request, verdict, self._why_not(request))
         self._recovery.defer(request, now)

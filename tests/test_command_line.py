@@ -471,6 +471,9 @@ LIKE_FLOM = [
      "a\n", "", 0),
     ("--ignore-signal SIGXXXX --ignore-signal=SIGHUP -- echo a", "a\n", "unknown", 0),
     ("--unique-id", flom.machine_id() + "\n", "", 0), ("--version", "flom .*\n", "", 0),
+    ("-r _t_%d[1] -- true", "", "flom: the daemon does not accept the name '_t_%d\\[1\\]': its "
+     "format must tell the hour at least .*\n", 99),
+    ("-X --check-config", "", "flom: --check-config: not together with -X\n", 99),
     ("-x echo a", "", "flom: -x: 'echo' is not run beside it\n", 99),
     ("-X -- echo a", "", "flom: -X: 'echo' is not run beside it\n", 99)]
 

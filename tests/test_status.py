@@ -93,6 +93,8 @@ def test_the_table_and_json(box, busy):
     awaited = box.run("--status", "-r", "R9", address=address)
     assert awaited.status == 1
     assert "waits for it" in awaited.out
+    named = ("-c", box.write("named.conf", "[Resource]\nName=other\n"))
+    assert len(table(box, *named, address=address)) == len(rows)  # that name is for commands
     check_report(report(box, address=address), busy)
     assert [resource["name"] for resource in
             report(box, "-r", "R1", address=address)["resources"]] == ["R1"]
